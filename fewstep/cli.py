@@ -1,0 +1,211 @@
+"""The command line. Heavy imports wait until a command runs, so ``fewstep --help`` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+from .errors import FewstepError
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def recipes_folder() -> Path:
+    """``recipes/`` of a checkout, or its copy inside an installed package."""
+    installed = importlib.util.find_spec("fewstep.recipes")
+    if not RECIPES.is_dir() and installed and installed.submodule_search_locations:
+        return Path(next(iter(installed.submodule_search_locations)))
+    return RECIPES
+
+
+def recipe_files() -> dict[str, Path]:
+    """Name -> script, of the recipes that come with fewstep."""
+    return {
+        p.stem: p for p in sorted(recipes_folder().glob("*.py")) if not p.stem.startswith(("_", "train_"))
+    }
+
+
+def load_recipe(source: str):
+    """A recipe by name, by script or by ``recipe.yaml``.
+
+    Raises:
+        FewstepError: no such recipe, or a script without a ``recipe``.
+    """
+    from . import recipe as recipes
+
+    path = recipe_files().get(source, Path(source))
+    if not path.is_file():
+        raise FewstepError(f"recipe {source!r} is neither a file nor one of {', '.join(recipe_files())}")
+    if path.suffix in (".yaml", ".yml"):
+        return recipes.load(path)
+    spec = importlib.util.spec_from_file_location(f"fewstep_recipe_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise FewstepError(f"recipe {path}: expected a .py script or a .yaml file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "recipe"):
+        raise FewstepError(f"recipe {path}: defines no variable named recipe")
+    return module.recipe
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+def _train(args, rest) -> int:
+    from .run import run
+
+    run(load_recipe(args.recipe), rest)
+    return 0
+
+
+def _resume(args, _rest) -> int:
+    from .run import Interrupted, resume
+
+    try:
+        resume(args.run_folder)
+    except Interrupted as stop:
+        print(f"fewstep: {stop}; continue with: fewstep resume {args.run_folder}", file=sys.stderr)
+        return 128 + stop.signal
+    return 0
+
+
+def _sample(args, _rest) -> int:
+    from .export import load_exported
+    from .generate import generate
+    from .report import image_grid
+
+    if not args.prompt:
+        raise FewstepError("sample: give at least one --prompt")
+    folder = args.export / "export" if (args.export / "export").is_dir() else args.export
+    pipe, record = load_exported(folder, args.teacher)
+    call = dict(record["call"])
+    if args.steps is not None and args.steps != record["num_steps"]:
+        raise FewstepError(
+            f"--steps {args.steps}: this student was trained for {record['num_steps']}; leave --steps out or distill "
+            "another one"
+        )
+    pipe.to(args.device)
+    images, _ = generate(pipe, args.prompt * args.num, call, seed=args.seed)
+    image_grid(images, min(8, len(images)), scale=args.scale).save(args.out)
+    print(args.out)
+    return 0
+
+
+def _export(args, _rest) -> int:
+    """Exports the newest checkpoint of a run again, e.g. in another dtype or with Kohya keys."""
+    from . import recipe as recipes
+    from .run import reexport
+
+    rest = [word for name, value in (("dtype", args.dtype), ("kohya", args.kohya)) if value
+            for word in (f"--export.{name}", str(value).lower())]  # fmt: skip
+    recipe = recipes.override(recipes.load(args.run_folder / "recipe.yaml"), rest)
+    reexport(recipe, args.run_folder)
+    return 0
+
+
+def _recipes(args, _rest) -> int:
+    if args.action == "copy":
+        source = recipe_files().get(args.name or "")
+        if source is None:
+            raise FewstepError(f"recipes copy: {args.name!r} is none of {', '.join(recipe_files())}")
+        target = Path(args.to) / source.name if Path(args.to).is_dir() else Path(args.to)
+        if target.exists():
+            raise FewstepError(f"recipes copy: {target} exists already; give another place")
+        target.write_text(source.read_text())
+        print(target)
+        return 0
+    for name, path in recipe_files().items():
+        first = next((line for line in path.read_text().splitlines() if line.startswith('"""')), "").strip(
+            '"'
+        )
+        print(f"{name:24} {first}")
+    return 0
+
+
+def _methods(_args, _rest) -> int:
+    from .methods import METHODS
+
+    for name, cls in sorted(METHODS.items()):
+        print(f"{name:12} {cls.summary}")
+    return 0
+
+
+def _doctor(_args, _rest) -> int:
+    from .doctor import report
+
+    text, healthy = report()
+    print(text)
+    return 0 if healthy else 1
+
+
+def _bench(args, rest) -> int:
+    from .bench import bench
+
+    print(json.dumps(bench(load_recipe(args.recipe), rest, args.iterations), indent=1))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    from . import __version__
+    from .evaluation.cli import add_parser as add_eval
+
+    main = argparse.ArgumentParser(
+        prog="fewstep", description="Distill diffusion image models into 1 to 8 steps."
+    )
+    main.add_argument("--version", action="version", version=__version__)
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, function, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(function=function)
+        return sub
+
+    train = command(
+        "train", _train, "run a recipe: name, script or recipe.yaml; --a.b VALUE overrides, --smoke tries"
+    )
+    train.add_argument("recipe")
+    resume = command("resume", _resume, "continue an interrupted run, exactly")
+    resume.add_argument("run_folder", type=Path, metavar="RUN")
+    sample = command("sample", _sample, "images from an exported student, by stock diffusers")
+    sample.add_argument("export", type=Path, metavar="EXPORT", help="export folder, or the run that holds it")
+    sample.add_argument("--prompt", action="append", help="may be given several times")
+    sample.add_argument("--teacher", help="the teacher's folder, if it moved")
+    sample.add_argument("--steps", type=int)
+    sample.add_argument("--num", type=int, default=1, help="images per prompt")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--scale", type=int, default=1, help="integer enlargement")
+    sample.add_argument("--device", default="cpu")
+    sample.add_argument("--out", type=Path, default=Path("sample.png"))
+    export = command("export", _export, "export the newest checkpoint of a run again")
+    export.add_argument("run_folder", type=Path, metavar="RUN")
+    export.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    export.add_argument("--kohya", action="store_true", help="also keys for ComfyUI and A1111")
+    add_eval(commands)
+    recipes = command("recipes", _recipes, "list the recipes, or copy one to change it")
+    recipes.add_argument("action", nargs="?", choices=["list", "copy"], default="list")
+    recipes.add_argument("name", nargs="?")
+    recipes.add_argument("to", nargs="?", default=".")
+    command("methods", _methods, "list the methods")
+    bench = command("bench", _bench, "where the time of a step goes")
+    bench.add_argument("recipe")
+    bench.add_argument("--iterations", type=int, default=30)
+    command("doctor", _doctor, "versions, devices, extras, known bad pairs")
+    return main
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 bad input (one message), 130/143 interrupted and saved."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    args, rest = parser().parse_known_args(words)
+    if rest and args.command not in ("train", "bench"):
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return args.function(args, rest) if hasattr(args, "function") else args.run(args)
+    except FewstepError as error:
+        print(f"fewstep: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What a network is conditioned on, as one opaque value that methods pass around."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cond:
+    """Named batch-first tensors, e.g. ``embeds (B, L, D)``, ``pooled (B, D)``; their meaning is the teacher's.
+
+    Behaves like a batch: ``len``, row indexing, ``cat``. An unconditional model has no tensors and any length.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return next((len(value) for value in self.tensors.values()), 0)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Cond:
+        return Cond({name: function(value) for name, value in self.tensors.items()})
+
+    def rows(self, index) -> Cond:
+        """Rows by slice or index tensor."""
+        return self.map(lambda value: value[index])
+
+    def expand(self, batch_size: int) -> Cond:
+        """One row -> ``batch_size`` equal rows (a view)."""
+        return self.map(lambda value: value.expand(batch_size, *value.shape[1:]))
+
+    def to(self, *args, **kwargs) -> Cond:
+        """Like ``Tensor.to``; a dtype is applied to floating-point tensors only."""
+        device_only = {k: v for k, v in kwargs.items() if k != "dtype"}
+        dtype = kwargs.get("dtype") or next((a for a in args if isinstance(a, torch.dtype)), None)
+        args = [a for a in args if not isinstance(a, torch.dtype)]
+
+        def move(value: Tensor) -> Tensor:
+            return value.to(
+                *args, **device_only, **({"dtype": dtype} if dtype and value.is_floating_point() else {})
+            )
+
+        return self.map(move)
+
+    @staticmethod
+    def cat(*parts: Cond) -> Cond:
+        return Cond({name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors})

@@ -1,0 +1,68 @@
+"""Prompts, images and latents, and the micro-batches made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..cond import Cond
+from ..methods.base import Batch
+from ..rng import Rng
+from .cache import Store
+
+
+class Batches:
+    """Micro-batches as a pure function of (seed, iteration, micro-batch): nothing to save, nothing to lose.
+
+    Prompts and images are walked in an order shuffled anew each epoch. A global micro-batch number counts over
+    processes and accumulation alike, so two processes see what one process with two micro-batches sees.
+
+    Args:
+        conditions: store of prompts. latents, captions: stores of real images and of their captions, or None.
+        per_iteration: micro-batches of one iteration over all processes.
+    """
+
+    def __init__(
+        self,
+        conditions: Store,
+        latent_shape: Sequence[int],
+        *,
+        batch_size: int,
+        per_iteration: int = 1,
+        seed: int = 0,
+        latents: Store | None = None,
+        captions: Store | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.conditions, self.latents, self.captions = conditions, latents, captions
+        self.shape = (batch_size, *latent_shape)
+        self.per_iteration, self.seed, self.device = per_iteration, seed, device
+
+    def batch(self, iteration: int, micro: int) -> Batch:
+        position = (iteration * self.per_iteration + micro) * self.shape[0]
+        real = real_cond = None
+        if self.latents is not None:
+            index = self._index("images", position, len(self.latents))
+            real = self.latents.rows(index)["latents"].to(self.device)
+            real_cond = Cond(self.captions.rows(index)).to(self.device)
+        index = self._index("prompts", position, len(self.conditions))
+        return Batch(
+            cond=Cond(self.conditions.rows(index)).to(self.device),
+            shape=self.shape,
+            rng=Rng(self.seed, "micro", iteration, micro, device=self.device),
+            shared=Rng(self.seed, "shared", iteration),
+            real=real,
+            real_cond=real_cond,
+        )
+
+    def _index(self, stream: str, position: int, length: int) -> Tensor:
+        places = [divmod(position + i, length) for i in range(self.shape[0])]
+        return torch.tensor([int(_order(self.seed, stream, epoch, length)[place]) for epoch, place in places])
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, stream: str, epoch: int, length: int) -> Tensor:
+    return Rng(seed, stream, epoch).permutation(length)

@@ -1,0 +1,142 @@
+"""Prompts and images encoded once: sharded safetensors that any later run with the same inputs finds again.
+
+A store is a folder named by the hash of everything that decides its content. Shards are written beside and
+renamed, so an interrupted encoding goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..cond import Cond
+from ..teachers.base import Teacher
+from .images import CaptionedImages
+
+SHARD = 1024  # rows of one file
+IN_MEMORY = 2 << 30  # stores up to this size are read once
+
+
+def cache_root() -> Path:
+    """``$FEWSTEP_CACHE``, or ``fewstep`` in the user's cache folder."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("FEWSTEP_CACHE", base / "fewstep"))
+
+
+class Store:
+    """Rows of named tensors on disk; ``rows(index)`` gathers any of them."""
+
+    def __init__(self, folder: Path, length: int):
+        from safetensors import safe_open
+
+        self.length = length
+        paths = [_shard(folder, start) for start in range(0, length, SHARD)]
+        self.files = [safe_open(path, framework="pt") for path in paths]
+        self.names = list(self.files[0].keys())
+        self.memory: dict[str, Tensor] | None = None
+        if sum(path.stat().st_size for path in paths) <= IN_MEMORY:
+            self.memory = {n: torch.cat([f.get_tensor(n) for f in self.files]) for n in self.names}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]:
+        """(n,) row numbers -> tensors of n rows, floating-point ones in fp32."""
+        if self.memory is not None:
+            rows = {name: value[index] for name, value in self.memory.items()}
+        else:
+            places = [divmod(int(i), SHARD) for i in index]
+            rows = {
+                n: torch.cat([self.files[f].get_slice(n)[r : r + 1] for f, r in places]) for n in self.names
+            }
+        return {n: v.float() if v.is_floating_point() else v for n, v in rows.items()}
+
+
+def encode_prompts(
+    teacher: Teacher, prompts: Sequence[str], batch_size: int = 32, quiet: bool = False
+) -> Store:
+    """Conditions of all prompts, as a store with one row per prompt."""
+
+    def encode(start: int, stop: int) -> dict[str, Tensor]:
+        parts = [
+            teacher.encode(prompts[i : min(i + batch_size, stop)]) for i in range(start, stop, batch_size)
+        ]
+        return dict(Cond.cat(*parts).tensors)
+
+    key = ["prompts", identity(teacher), teacher.resolution, list(prompts)]
+    return _store("prompts", key, len(prompts), encode, teacher.net.dtype, quiet)
+
+
+def encode_images(
+    teacher: Teacher, images: CaptionedImages, batch_size: int = 16, quiet: bool = False
+) -> Store:
+    """Scaled latents of all images at the teacher's resolution; one fixed draw of the VAE's posterior each."""
+
+    def encode(start: int, stop: int) -> dict[str, Tensor]:
+        parts = []
+        for i in range(start, stop, batch_size):
+            pixels = [
+                torch.tensor(images.load(j, teacher.resolution)) for j in range(i, min(i + batch_size, stop))
+            ]
+            generator = torch.Generator(teacher.device).manual_seed(i)
+            parts.append(teacher.latents(torch.stack(pixels), generator))
+        return {"latents": torch.cat(parts)}
+
+    key = ["images", identity(teacher), teacher.resolution, _fingerprint(images)]
+    return _store("latents", key, len(images), encode, torch.float32, quiet)
+
+
+def identity(teacher: Teacher) -> list[str]:
+    """What tells one teacher from another: its source and, for a folder, the size and time of every file."""
+    from ..teachers import resolve
+
+    folder = Path(resolve(teacher.source))
+    files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
+    return [
+        teacher.source,
+        *(f"{p.relative_to(folder)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files),
+    ]
+
+
+def _fingerprint(images: CaptionedImages) -> list[str]:
+    if isinstance(images.files, Sequence):
+        return [f"{p}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in images.files]
+    return [hashlib.sha256(images.files.tobytes()).hexdigest()]
+
+
+def _shard(folder: Path, start: int) -> Path:
+    return folder / f"{start:09d}.safetensors"
+
+
+def _store(
+    kind: str,
+    key: list,
+    length: int,
+    encode: Callable[[int, int], dict[str, Tensor]],
+    dtype: torch.dtype,
+    quiet: bool,
+) -> Store:
+    from safetensors.torch import save_file
+
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
+    folder = cache_root() / f"{kind}-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, length, SHARD)
+    missing = [start for start in starts if not _shard(folder, start).exists()]
+    for start in tqdm(missing, desc=f"encoding {kind}", unit=f"x{SHARD}", disable=quiet or not missing):
+        tensors = encode(start, min(start + SHARD, length))
+        tensors = {
+            n: v.to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous()
+            for n, v in tensors.items()
+        }
+        part = _shard(folder, start).with_suffix(f".part{os.getpid()}")
+        save_file(tensors, part)
+        os.replace(part, _shard(folder, start))
+    return Store(folder, length)

@@ -1,0 +1,15 @@
+"""The built-in image set: 1,906 emoji with their Unicode names (notices in ``fewstep/assets/emoji/NOTICE``)."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+PATH = Path(__file__).parent.parent / "assets" / "emoji" / "emoji-64.npz"
+
+
+@cache
+def load() -> tuple[np.ndarray, list[str]]:
+    """Images uint8 (1906, 64, 64, 3) on white and their captions, e.g. ``"red apple"``."""
+    with np.load(PATH, allow_pickle=False) as data:
+        return data["images"], [str(caption) for caption in data["captions"]]

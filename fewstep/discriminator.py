@@ -1,0 +1,136 @@
+"""Discriminators on the features of a diffusion network.
+
+Features come from forward hooks on named blocks of the network as it is: no copied forward, the gradient flows
+through them, and hooks fire once under gradient checkpointing. A small head turns each map into logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+
+from .cond import Cond
+from .denoiser import NetDenoiser
+from .errors import RecipeError
+
+
+class _LastTap(Exception):
+    """Ends a forward once every wanted feature is there; the decoder half would be wasted work."""
+
+
+@contextmanager
+def _taps(net: nn.Module, names: Sequence[str], stop: bool) -> Iterator[dict[str, Tensor]]:
+    features: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        def hook(_module, _inputs, output):
+            features[name] = (output[0] if isinstance(output, tuple) else output).float()
+            if stop and len(features) == len(names):
+                raise _LastTap
+
+        return hook
+
+    handles = [net.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tap_features(
+    denoiser: NetDenoiser, names: Sequence[str], x_t: Tensor, t: Tensor, cond: Cond
+) -> list[Tensor]:
+    """Features of the named blocks in fp32, in the order of ``names``; gradient reaches x_t."""
+    # A sharded module frees its gathered weights in a hook after its forward, so it has to finish.
+    stop = not hasattr(denoiser.net, "unshard")
+    with _taps(denoiser.net, names, stop) as features, suppress(_LastTap):
+        denoiser.predict(x_t, t, cond)
+    return [features[name] for name in names]
+
+
+def _groups(channels: int) -> int:
+    # The last map is 1x1, where a group of one channel would be normalised to zero and the head be blind.
+    return max(g for g in (1, 2, 4, 8, 16, 32) if g == 1 or (channels % g == 0 and channels >= 4 * g))
+
+
+class ConvHead(nn.Module):
+    """Feature map (B, C, H, W) -> logits (B, 1); DMD2's head (arXiv 2405.14867, appendix).
+
+    ``k = log2(H / 4)`` stages of Conv4x4 stride 2, GroupNorm, SiLU down to 4x4, one Conv4x4 to 1x1, one Conv1x1.
+    k comes from the actual map; sizes that do not halve down to 4x4 are pooled there.
+    """
+
+    def __init__(self, channels: int, height: int, width: int):
+        super().__init__()
+        stages = max(0, int(math.log2(min(height, width) / 4))) if min(height, width) >= 4 else 0
+
+        def conv(stride: int, padding: int) -> list[nn.Module]:
+            return [
+                nn.Conv2d(channels, channels, 4, stride, padding),
+                nn.GroupNorm(_groups(channels), channels),
+                nn.SiLU(),
+            ]
+
+        halved = [layer for _ in range(stages) for layer in conv(2, 1)]
+        exact = (height >> stages, width >> stages) == (4, 4)
+        pool = [] if exact else [nn.AdaptiveAvgPool2d(4)]
+        self.layers = nn.Sequential(*halved, *pool, *conv(4, 0), nn.Conv2d(channels, 1, 1), nn.Flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class TokenHead(nn.Module):
+    """Tokens (B, N, C) or vectors (B, C) -> logits (B, N) or (B, 1)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(channels), nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).flatten(1)
+
+
+class Discriminator(nn.Module):
+    """Heads on named blocks of a network; the network itself belongs to another role.
+
+    Args:
+        denoiser: whose network is tapped. taps: names of its blocks. latent_shape: (C, H, W) of one sample.
+
+    Raises:
+        RecipeError: a tap is no block of the network; the message lists the top-level ones.
+    """
+
+    def __init__(self, denoiser: NetDenoiser, taps: Sequence[str], latent_shape: Sequence[int]):
+        super().__init__()
+        modules = dict(denoiser.net.named_modules())
+        for name in taps:
+            if name not in modules:
+                known = ", ".join(n for n, _ in denoiser.net.named_children())
+                raise RecipeError(
+                    f"method.taps: {name!r} is no block of the network; top-level blocks: {known}"
+                )
+        self.taps = list(taps)
+        parameter = next(denoiser.net.parameters())
+        x = torch.zeros(1, *latent_shape, device=parameter.device)
+        t = torch.full((1,), denoiser.schedule.t_max, device=x.device)
+        with torch.no_grad():
+            maps = tap_features(denoiser, self.taps, x, t, (denoiser.null or Cond({})).to(x.device))
+        self.heads = nn.ModuleList(
+            ConvHead(*m.shape[1:]) if m.ndim == 4 else TokenHead(m.shape[-1]) for m in maps
+        ).to(x.device)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Logits (B, n) of all heads side by side."""
+        with torch.autocast(features[0].device.type, enabled=False):
+            return torch.cat([head(f.float()) for head, f in zip(self.heads, features)], 1)
+
+    def logits(self, denoiser: NetDenoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self(tap_features(denoiser, self.taps, x_t, t, cond))

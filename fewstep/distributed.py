@@ -1,0 +1,116 @@
+"""One process or many, by one path: torch's ``fully_shard`` on a (replicate, shard) mesh.
+
+A single process wraps nothing. Replicas are ``shard = 1``: the same engine that shards weights at scale, with none
+of the traps of wrapping several models for data parallelism. Frozen weights, which LoRA roles share, stay whole on
+every rank; only trained weights are sharded and their gradients averaged.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .errors import RecipeError
+
+
+@dataclass
+class Process:
+    """This process among its equals. ``mesh`` is None where there is only one."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: object | None = None
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True on all ranks if it is on one."""
+        if self.world == 1:
+            return flag
+        tensor = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+    def mean(self, values: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(values)
+            values = values / self.world
+        return values
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def start(device: str = "auto", shard: int = 1) -> Process:
+    """Joins the group that torchrun or ``accelerate launch`` set up; accelerate picks device and backend.
+
+    Args:
+        device: "auto", "cpu" or "cuda". shard: ranks over which one copy of the trained weights is split.
+
+    Raises:
+        RecipeError: a device that is not there, or a world that ``shard`` does not divide.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("train.device: cuda, but this torch sees no CUDA device; use auto or cpu")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world % shard:
+        raise RecipeError(f"train.shard: {shard} does not divide the number of processes, {world}")
+    if world == 1:
+        chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        return Process(device=torch.device(chosen))
+    from accelerate import PartialState
+    from torch.distributed.device_mesh import init_device_mesh
+
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    mesh = init_device_mesh(state.device.type, (world // shard, shard), mesh_dim_names=("replicate", "shard"))
+    return Process(state.process_index, world, state.device, mesh)
+
+
+def distribute(module: nn.Module, process: Process) -> None:
+    """Shards the trained weights of a module over the mesh, in place; nothing for a single process."""
+    if process.mesh is None:
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    frozen = {p for p in module.parameters() if not p.requires_grad}
+    # Gathered until the backward: a loss on tapped features never touches the output whose hook would gather again.
+    fully_shard(module, mesh=process.mesh, ignored_params=frozen, reshard_after_forward=False)
+
+
+def sync_gradients(module: nn.Module, on: bool) -> None:
+    """Between micro-batches gradients need not travel."""
+    if hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(on)
+
+
+def settle(module: nn.Module) -> None:
+    """Frees gathered weights, so that a write to the shards or a frozen toggle is seen by the next forward."""
+    if hasattr(module, "reshard"):
+        module.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard (a collective: call it on every rank), on the CPU."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.cpu()
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copies a full tensor into a parameter or its shard."""
+    value = value.to(target.device, target.dtype)
+    if hasattr(target, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, target.device_mesh, target.placements)
+    target.copy_(value)

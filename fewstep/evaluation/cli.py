@@ -1,0 +1,244 @@
+"""The command `fewstep eval`. Heavy imports wait until a subcommand runs."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+EMOJI = "builtin:emoji"
+IMAGES = "folder, npz of images, statistics file, or builtin:emoji"
+FLAGS = {
+    "kid": "kernel distance, which has no small-sample bias",
+    "prdc": "precision, recall, density and coverage",
+    "vendi": "effective number of different images",
+    "fd_inf": "Fréchet distance extrapolated to infinitely many images",
+    "patch-fd": "Fréchet distance of full-resolution patches",
+}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `eval` with its subcommands; each sets `run`, from the parsed arguments to an exit code."""
+    parser = subparsers.add_parser("eval", help="measure images: Fréchet distance, KID, retrieval, diversity")
+    commands = parser.add_subparsers(dest="eval_command", required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=function)
+        return added
+
+    fid = command("fid", _fid, "distance between two sets of images")
+    fid.add_argument("real", metavar="REAL", help=IMAGES)
+    fid.add_argument("fake", metavar="FAKE", help=IMAGES)
+    for name, text in FLAGS.items():
+        fid.add_argument(
+            f"--{name.replace('_', '-')}", dest=name, action="store_true", help=f"also the {text}"
+        )
+    fid.add_argument("--num", type=int, metavar="N", help="use the first N fake images")
+    fid.add_argument(
+        "--declared",
+        action="store_true",
+        help="take statistics of unknown origin for ones of this extractor and protocol",
+    )
+
+    stats = command("stats", _stats, "write the statistics of a set of images")
+    stats.add_argument("images", metavar="IMAGES", help=IMAGES)
+    stats.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="npz file to write")
+
+    retrieval = command("retrieval", _retrieval, "do generated emoji look like what the prompt named?")
+    retrieval.add_argument(
+        "fake", metavar="FAKE", help="folder or npz of images, in the order of the prompts"
+    )
+    retrieval.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="text file, one caption of the set a line"
+    )
+
+    diversity = command("diversity", _diversity, "how different are the images of one prompt?")
+    diversity.add_argument("fake", metavar="FAKE", help="folder or npz of images, those of a prompt in a row")
+    diversity.add_argument("--per-prompt", type=int, required=True, metavar="K", help="images per prompt")
+
+    compare = command("compare", _compare, "result files side by side; unlike ones are refused")
+    compare.add_argument("results", nargs="+", type=Path, metavar="FILE.json", help="written with --out")
+
+    command("protocols", _protocols, "list the protocols")
+
+    for added in (fid, stats, retrieval, diversity):
+        added.add_argument(
+            "--extractor", metavar="NAME", help="network for the features (default: effnet-lite0)"
+        )
+        added.add_argument("--weights", metavar="FILE", help="weights of inception-2015")
+    for added in (fid, stats):
+        added.add_argument("--protocol", metavar="NAME", help="see `fewstep eval protocols`")
+    for added in (fid, retrieval, diversity):
+        added.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result as JSON")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs `eval ...` alone, for the scripts in `eval/`. Returns the exit code."""
+    from fewstep.errors import FewstepError
+
+    parser = argparse.ArgumentParser(prog="fewstep")
+    add_parser(parser.add_subparsers(required=True))
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args)
+    except FewstepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _fid(args: argparse.Namespace) -> int:
+    from fewstep.evaluation import protocols
+    from fewstep.evaluation.evaluate import evaluate_images
+
+    protocol = protocols.load(args.protocol) if args.protocol else None
+    metrics = [
+        "fd",
+        *(protocol.metrics if protocol else ()),
+        *(name for name in FLAGS if getattr(args, name)),
+    ]
+    result = evaluate_images(
+        _open(args.real),
+        _first(_open(args.fake), args.num),
+        extractor=args.extractor,
+        metrics=tuple(dict.fromkeys(metrics)),
+        protocol=protocol,
+        weights=args.weights,
+        declared=args.declared,
+    )
+    return _finish(result, args.out)
+
+
+def _stats(args: argparse.Namespace) -> int:
+    from fewstep.errors import FewstepError
+    from fewstep.evaluation import protocols
+    from fewstep.evaluation.extractors import DEFAULT, get_extractor, identity
+    from fewstep.evaluation.features import stream_moments
+    from fewstep.evaluation.images import ImageSource
+    from fewstep.evaluation.statistics import Statistics
+
+    if args.protocol:
+        extractor = protocols.load(args.protocol).get_extractor(args.extractor, weights=args.weights)
+    else:
+        extractor = get_extractor(args.extractor or DEFAULT, weights=args.weights)
+    source = _open(args.images)
+    if not isinstance(source, ImageSource):
+        raise FewstepError(f"{args.images} holds statistics already, expected images")
+    meta = {**identity(extractor), "source": source.name, "images_sha256": source.sha256}
+    Statistics.from_moments(stream_moments(source, extractor), meta).save(args.out)
+    print(f"{args.out}: {len(source)} images, {extractor.name}")
+    return 0
+
+
+def _retrieval(args: argparse.Namespace) -> int:
+    from fewstep.data import emoji
+    from fewstep.evaluation.evaluate import evaluate_images
+    from fewstep.evaluation.images import open_images
+
+    prompted = prompted_indices(args.prompts, emoji.load()[1])
+    result = evaluate_images(
+        _open(EMOJI),
+        open_images(args.fake),
+        extractor=args.extractor,
+        prompted=prompted,
+        weights=args.weights,
+    )
+    return _finish(result, args.out)
+
+
+def _diversity(args: argparse.Namespace) -> int:
+    from fewstep.errors import FewstepError
+    from fewstep.evaluation.evaluate import evaluate_images
+    from fewstep.evaluation.images import open_images
+
+    fake = open_images(args.fake)
+    if args.per_prompt < 2 or len(fake) % args.per_prompt or len(fake) < 2 * args.per_prompt:
+        raise FewstepError(
+            f"--per-prompt is {args.per_prompt} for {len(fake)} images, expected at least 2 that "
+            "divides their number into at least 2 prompts"
+        )
+    groups = [i // args.per_prompt for i in range(len(fake))]
+    result = evaluate_images(
+        fake,
+        fake,
+        extractor=args.extractor,
+        groups=groups,
+        metrics=("diversity", "vendi"),
+        weights=args.weights,
+    )
+    return _finish({**result, "warnings": []}, args.out)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from fewstep.evaluation.compare import compare, load_result
+
+    names = [path.stem for path in args.results]
+    names = names if len(set(names)) == len(names) else [str(path) for path in args.results]
+    print(compare({name: load_result(path) for name, path in zip(names, args.results)}))
+    return 0
+
+
+def _protocols(args: argparse.Namespace) -> int:
+    from fewstep.evaluation import protocols
+    from fewstep.evaluation.statistics import table
+
+    loaded = [protocols.load(name) for name in protocols.names()]
+    rows = [
+        (p.name, p.extractor, protocols.short(p.samples) if p.samples else "any", p.about) for p in loaded
+    ]
+    print(table(("protocol", "extractor", "images", "about"), rows))
+    return 0
+
+
+def prompted_indices(path: Path, captions: list[str]) -> list[int]:
+    """Index into `captions` of each line of a text file; FewstepError names a line that is no caption."""
+    import difflib
+
+    from fewstep.errors import FewstepError
+
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FewstepError(
+            f"{path} cannot be read ({error}): expected a text file with one caption a line"
+        ) from None
+    index = {caption: i for i, caption in reversed(list(enumerate(captions)))}
+    for number, line in enumerate(lines, 1):
+        if line.strip() not in index:
+            near = difflib.get_close_matches(line.strip(), index, 1)
+            hint = f"; the nearest is {near[0]!r}" if near else ""
+            raise FewstepError(f"{path}, line {number}: {line!r} is no caption of the reference set{hint}")
+    return [index[line.strip()] for line in lines]
+
+
+def _open(side: str) -> Any:
+    from fewstep.evaluation.evaluate import open_side
+    from fewstep.evaluation.images import ArrayImages
+
+    if side == EMOJI:
+        from fewstep.data import emoji
+
+        return ArrayImages(emoji.load()[0], EMOJI)
+    return open_side(side)
+
+
+def _first(source: Any, num: int | None) -> Any:
+    from fewstep.errors import FewstepError
+    from fewstep.evaluation.images import FirstImages, ImageSource
+
+    if num is None:
+        return source
+    if not isinstance(source, ImageSource):
+        raise FewstepError("--num needs images, but FAKE is a statistics file")
+    return FirstImages(source, num)
+
+
+def _finish(result: dict[str, Any], out: Path | None) -> int:
+    from fewstep.evaluation.evaluate import to_markdown
+    from fewstep.evaluation.statistics import write_atomically
+
+    print(to_markdown(result))
+    if out:
+        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+        write_atomically(out, lambda file: file.write(text.encode()))
+    return 0

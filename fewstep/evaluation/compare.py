@@ -1,0 +1,69 @@
+"""Result files side by side, if they can be compared at all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import FewstepError
+from fewstep.evaluation.statistics import table
+
+
+def load_result(path: str | Path) -> dict[str, Any]:
+    """Reads what `fewstep eval ... --out` wrote."""
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        if result["schema"] == 1 and {"metrics", "extractor", "real", "fake"} <= set(result):
+            return result
+        problem = f"schema {result['schema']}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = str(error) or type(error).__name__
+    raise FewstepError(f"{path} is no result of `fewstep eval` ({problem}): write one with --out FILE.json")
+
+
+def compare(results: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table, one column per result, one row per metric.
+
+    Args:
+        results: name of the column to result, two or more; made with one protocol, one extractor and one
+            reference.
+
+    Raises:
+        FewstepError: unlike results, with a table of what differs.
+    """
+    if len(results) < 2:
+        raise FewstepError(f"a comparison needs at least 2 results, got {len(results)}")
+    facts = {name: _conditions(result) for name, result in results.items()}
+    first = next(iter(facts.values()))
+    unlike = [
+        (key, *(str(fact[key]) for fact in facts.values()))
+        for key in first
+        if any(fact[key] != first[key] for fact in facts.values())
+    ]
+    if unlike:
+        raise FewstepError(
+            "these results cannot be compared, because they were not made in the same way:\n"
+            + table(("", *facts), unlike)
+        )
+    # A label of a small sample holds its count, but equal counts were just checked: the labels agree.
+    labels = list(dict.fromkeys(label for result in results.values() for label in result["metrics"]))
+    rows = [
+        (label, *(_cell(result["metrics"].get(label)) for result in results.values())) for label in labels
+    ]
+    return table(("metric", *results), rows)
+
+
+def _conditions(result: dict[str, Any]) -> dict[str, Any]:
+    protocol = result.get("protocol")
+    return {
+        "protocol": json.dumps(protocol, sort_keys=True) if protocol else "none",
+        **result["extractor"],
+        "real images": result["real"]["sha256"] or result["real"]["name"],
+        "n real": result["real"]["n"],
+        "n fake": result["fake"]["n"],
+    }
+
+
+def _cell(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    return f"{entry['value']:.4g}" + ("" if entry["error"] is None else f" ± {entry['error']:.2g}")

@@ -1,0 +1,185 @@
+"""From two sets of images to a table of numbers, each with its full name, its counts and its uncertainty."""
+
+import dataclasses
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.errors import FewstepError
+from fewstep.evaluation import protocols
+from fewstep.evaluation.extractors import DEFAULT, Extractor, get_extractor, identity
+from fewstep.evaluation.images import ImageSource, open_images
+from fewstep.evaluation.measures import MEASURES, Sides, describe, measure
+from fewstep.evaluation.protocols import Protocol
+from fewstep.evaluation.statistics import Statistics, table
+
+
+def evaluate_images(
+    real: Any,
+    fake: Any,
+    *,
+    extractor: str | Extractor | None = None,
+    prompted: Sequence[int] | Tensor | None = None,
+    metrics: Sequence[str] = ("fd", "kid", "retrieval"),
+    groups: Sequence[int] | Tensor | None = None,
+    protocol: str | Protocol | None = None,
+    weights: str | None = None,
+    declared: bool = False,
+) -> dict[str, Any]:
+    """Measures how near generated images are to real ones.
+
+    Args:
+        real: folder, npz file, uint8 array (N, H, W, 3), `ImageSource`, or statistics (object or file).
+            Features of real images are cached by content.
+        fake: the same.
+        extractor: name for `get_extractor`, or an extractor; by default the protocol's, else "effnet-lite0".
+        prompted: for retrieval: the index of the real image that each fake image was asked to be.
+        metrics: any of `MEASURES`. Retrieval is left out without `prompted`, diversity without `groups`; what
+            needs images is left out, with a warning, when a side is only statistics.
+        groups: for diversity: which prompt each fake image belongs to, any integers.
+        protocol: fixes crop, resize and names of the numbers; see `protocols`.
+        weights: file with the weights of Inception.
+        declared: take foreign statistics, which do not say how they were made, for ones of this extractor and
+            protocol.
+
+    Returns:
+        A JSON-ready dict: `real`, `fake`, `extractor`, `protocol`, `metrics` (label to `value`, `error`,
+        `error_kind`, `n_real`, `n_fake`), `warnings`, `versions`.
+
+    Raises:
+        FewstepError: unreadable input, unlike statistics, features that are not finite.
+    """
+    if unknown := set(metrics) - set(MEASURES):
+        raise FewstepError(f"unknown metrics {sorted(unknown)}: expected some of {', '.join(MEASURES)}")
+    protocol = protocols.load(protocol) if isinstance(protocol, str) else protocol
+    if extractor is None or isinstance(extractor, str):
+        if protocol:
+            extractor = protocol.get_extractor(extractor, weights=weights)
+        else:
+            extractor = get_extractor(extractor or DEFAULT, weights=weights)
+    real, fake = open_side(real), open_side(fake)  # both, before the network runs on either
+    if declared:
+        real, fake = (_declare(side, extractor) for side in (real, fake))
+    about = {"real": describe(real), "fake": describe(fake)}
+    counts = {"n_real": about["real"]["n"], "n_fake": about["fake"]["n"]}
+    if protocol and protocol.image_size:
+        _check_sizes(protocol, real, fake)
+    if prompted is not None:
+        prompted = _check_indices("prompted", prompted, counts["n_fake"], counts["n_real"])
+    if groups is not None:
+        groups = _check_indices("groups", groups, counts["n_fake"])
+
+    numbers, left_out = measure(tuple(metrics), Sides(real, fake, extractor, prompted, groups))
+
+    def label(name: str) -> str:
+        return protocol.label(name, extractor, counts["n_fake"]) if protocol else f"{name}({extractor.name})"
+
+    return {
+        "schema": 1,
+        **about,
+        "extractor": identity(extractor),
+        "protocol": dataclasses.asdict(protocol) if protocol else None,
+        "metrics": {
+            label(n.name): {
+                "value": n.value,
+                "error": n.error,
+                "error_kind": n.error_kind,
+                **counts,
+                **n.extra,
+            }
+            for n in numbers
+        },
+        "warnings": list(_warnings(about, extractor.dim, left_out, declared, protocol)),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def open_side(side: Any) -> ImageSource | Statistics:
+    """Images, or statistics if it is a `Statistics` or an npz file that has `mu`."""
+    if isinstance(side, Statistics):
+        return side
+    if isinstance(side, str | Path) and Path(side).is_file():
+        if Path(side).suffix in (".pkl", ".pickle", ".pt", ".pth"):
+            raise FewstepError(
+                f"{side}: pickled files can run code and are not read; save mu and sigma as npz"
+            )
+        try:
+            with np.load(side, allow_pickle=False) as file:
+                has_moments = "mu" in file
+        except Exception:  # not an npz file: the reader of images says what is wrong with it
+            has_moments = False
+        if has_moments:
+            return Statistics.load(side)
+    return open_images(side, at_least=2)
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    """The numbers as a Markdown table, with the warnings below."""
+    rows = []
+    for label, m in results["metrics"].items():
+        error = "" if m["error"] is None else f"± {m['error']:.2g}"
+        rows.append((label, f"{m['value']:.4g}", error, m["n_real"], m["n_fake"]))
+    lines = [table(("metric", "value", "std. error", "n real", "n fake"), rows)]
+    return "\n".join(lines + [f"- {warning}" for warning in results["warnings"]])
+
+
+def _declare(side: ImageSource | Statistics, extractor: Extractor) -> ImageSource | Statistics:
+    if not isinstance(side, Statistics) or "extractor" in side.meta:
+        return side
+    return dataclasses.replace(side, meta={**identity(extractor), **side.meta, "declared": True})
+
+
+def _check_sizes(protocol: Protocol, real: Any, fake: Any) -> None:
+    wanted = {(protocol.image_size, protocol.image_size)}
+    for side in (real, fake):
+        if isinstance(side, ImageSource) and side.sizes != wanted:
+            found = ", ".join(f"{height} x {width}" for height, width in sorted(side.sizes - wanted)[:5])
+            raise FewstepError(
+                f"{side.name} has images of {found}, but the protocol {protocol.name} wants "
+                f"{protocol.image_size} x {protocol.image_size}: "
+                f"generate at that size, or use the protocol folder-clean"
+            )
+
+
+def _check_indices(name: str, values: Any, length: int, below: int | None = None) -> Tensor:
+    values = torch.as_tensor(values)
+    if values.shape != (length,):
+        raise FewstepError(
+            f"{name} has shape {tuple(values.shape)}, expected one entry per fake image ({length},)"
+        )
+    if values.is_floating_point() or (below is not None and not 0 <= values.min() <= values.max() < below):
+        raise FewstepError(
+            f"{name} must hold integers" + (f" from 0 to {below - 1}, the real images" if below else "")
+        )
+    return values.long()
+
+
+def _warnings(
+    about: dict[str, Any], dim: int, left_out: list[str], declared: bool, protocol: Protocol | None
+) -> Iterator[str]:
+    if about["real"]["sha256"] and about["real"]["sha256"] == about["fake"]["sha256"]:
+        yield "real and fake are the same images"
+    if left_out:
+        yield f"without {', '.join(left_out)}, which need images where statistics were given"
+    if declared:
+        yield "the origin of the foreign statistics is declared, not verified"
+    fewest = min(about["real"]["n"], about["fake"]["n"])
+    if fewest == 0:
+        yield "the number of images behind a statistics file is unknown: compare equal counts only"
+    elif fewest <= dim:
+        yield f"{fewest} images for {dim} features: the covariance is singular; compare FD at equal counts"
+    elif fewest < 10_000:
+        yield f"{fewest} images are few: FD is biased by about c/n; compare it at equal counts only"
+    if protocol and protocol.samples and about["fake"]["n"] > protocol.samples:
+        yield f"the protocol {protocol.name} wants {protocol.samples} images: use --num {protocol.samples}"
+    if protocol and protocol.approximate:
+        yield f"the protocol {protocol.name} is approximate: {' '.join(protocol.notes)}"

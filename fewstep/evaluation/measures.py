@@ -1,0 +1,227 @@
+"""Metrics of two sets of images by name: which inputs each takes, its labels and its uncertainty."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.errors import FewstepError
+from fewstep.evaluation import metrics as M
+from fewstep.evaluation.extractors import Extractor, Prepared, identity
+from fewstep.evaluation.features import extract
+from fewstep.evaluation.images import ImageSource
+from fewstep.evaluation.preprocess import center_patch
+from fewstep.evaluation.statistics import Moments, Statistics, check_comparable
+
+
+@dataclass(frozen=True)
+class Number:
+    """A measured value.
+
+    Attributes:
+        name: without the extractor, such as "FD".
+        value: the number.
+        error: standard error, or None where none is known.
+        error_kind: how the error was found.
+        extra: whatever else the reader of the value needs.
+    """
+
+    name: str
+    value: float
+    error: float | None = None
+    error_kind: str | None = None
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Both sets of images and what was asked about them; features are made when first needed."""
+
+    real: ImageSource | Statistics
+    fake: ImageSource | Statistics
+    extractor: Extractor
+    prompted: Tensor | None = None
+    groups: Tensor | None = None
+
+    @cached_property
+    def x(self) -> Tensor:
+        """Features of the real images (M, D), cached on disk."""
+        return extract(self.real, self.extractor, cached=True)
+
+    @cached_property
+    def y(self) -> Tensor:
+        """Features of the fake images (N, D)."""
+        return extract(self.fake, self.extractor)
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Of the fake features."""
+        return Moments.of(self.y)
+
+    @cached_property
+    def statistics(self) -> tuple[Statistics, Statistics]:
+        """Real and fake, checked to be comparable."""
+        origin = identity(self.extractor)
+        real = self.real if isinstance(self.real, Statistics) else Statistics.from_features(self.x, origin)
+        fake = (
+            self.fake if isinstance(self.fake, Statistics) else Statistics.from_moments(self.moments, origin)
+        )
+        check_comparable(real, fake, names=("real", "fake"))
+        return real, fake
+
+
+def fd(sides: Sides) -> Iterator[Number]:
+    """Fréchet distance, with a block jackknife over the fake images."""
+    real, fake = sides.statistics
+    x = None if isinstance(sides.real, Statistics) else sides.x
+    y = None if isinstance(sides.fake, Statistics) else sides.y
+    root = None
+    if any(features is not None and len(features) <= features.shape[1] for features in (x, y)):
+        root = _root(real, x)
+        value = M.frechet_distance_of_factors(real.mu, root, fake.mu, _root(fake, y))
+    else:
+        value = M.frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)
+    if y is None or len(y) < 4:
+        yield Number("FD", value)
+    else:
+        kind = "jackknife over blocks of the fake images, real ones held fixed"
+        yield Number("FD", value, fd_error(real, y, sides.moments, root), kind)
+
+
+def fd_error(
+    real: Statistics, features: Tensor, moments: Moments, root: Tensor | None = None, blocks: int = 10
+) -> float:
+    """Standard error of the Fréchet distance by the delete-one-block jackknife over the fake images.
+
+    Bootstrapping with replacement would be wrong here: repeated images lower the rank of the covariance and
+    raise the distance.
+
+    Args:
+        real: the reference, held fixed.
+        features: of the fake images (N, D).
+        moments: of the same features.
+        root: a factor of the real covariance (D, any), if there is one already.
+        blocks: how many parts are left out in turn.
+    """
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+    parts = order.tensor_split(min(blocks, len(order) // 2))
+    values = []
+    for i, part in enumerate(parts):
+        rest = moments - Moments.of(features[part])
+        if rest.n > len(rest.mean):
+            values.append(M.frechet_distance(real.mu, real.sigma, rest.mean, rest.covariance()))
+        else:
+            root = _root(real, None) if root is None else root
+            others = features[torch.cat([p for j, p in enumerate(parts) if j != i])]
+            values.append(
+                M.frechet_distance_of_factors(real.mu, root, rest.mean, _centred(others, rest.mean))
+            )
+    return float((len(parts) - 1) ** 0.5 * np.std(values))
+
+
+def _root(statistics: Statistics, features: Tensor | None) -> Tensor:
+    """A factor of the covariance: the features themselves if they are the smaller one."""
+    if features is not None and len(features) <= features.shape[1]:
+        return _centred(features, statistics.mu)
+    with M.one_thread():
+        return M.factor(statistics.sigma)
+
+
+def _centred(features: Tensor, mean: Tensor) -> Tensor:
+    """F (D, N) with `F F^T` the covariance of features (N, D)."""
+    return (features.double() - mean).T / (len(features) - 1) ** 0.5
+
+
+def fd_inf(sides: Sides) -> Iterator[Number]:
+    """Fréchet distance without the bias of the number of fake images (that of the real ones stays)."""
+    real = sides.statistics[0]
+    value, error = M.frechet_infinity(real.mu, real.sigma, sides.y)
+    yield Number("FD_inf", value, error, "of the linear fit in 1/n")
+
+
+def patch_fd(sides: Sides) -> Iterator[Number]:
+    """Fréchet distance of middle patches at full resolution, which sees detail that resizing hides."""
+    size = getattr(sides.extractor, "size", 224)
+    small = [s.name for s in (sides.real, sides.fake) if max(max(shape) for shape in s.sizes) <= size]
+    if small:
+        raise FewstepError(
+            f"patch-fd takes the middle {size} x {size} pixels, "
+            f"but no image of {' and '.join(small)} is larger"
+        )
+    # Without the crop and resize of a protocol, which would take the detail away.
+    base = sides.extractor.extractor if isinstance(sides.extractor, Prepared) else sides.extractor
+    patch = Prepared(base, lambda images: center_patch(images, size), f"center-patch-{size}")
+    for number in fd(Sides(sides.real, sides.fake, patch)):
+        yield Number("patch-FD", number.value, number.error, number.error_kind)
+
+
+def kid(sides: Sides) -> Iterator[Number]:
+    """Kernel distance."""
+    yield Number("KID", *M.kid(sides.x, sides.y), "delete-one jackknife over both sets")
+
+
+def retrieval(sides: Sides) -> Iterator[Number]:
+    """Share of fake images that look most like the real image they were asked to be."""
+    if sides.prompted is None:
+        return
+    same = M.duplicate_groups(torch.cat(list(sides.real.batches(1024))))
+    share = M.retrieval_accuracy(sides.y, sides.prompted, sides.x, same)
+    error = (share * (1 - share) / len(sides.y)) ** 0.5
+    yield Number("retrieval", share, error, "binomial", {"chance": 1 / len(sides.x)})
+
+
+def prdc(sides: Sides) -> Iterator[Number]:
+    """Precision, recall, density, coverage."""
+    for name, value in M.precision_recall_density_coverage(sides.x, sides.y).items():
+        yield Number(name, value)
+
+
+def vendi(sides: Sides) -> Iterator[Number]:
+    """Effective number of different fake images."""
+    yield Number("Vendi", M.vendi(sides.y))
+
+
+def diversity(sides: Sides) -> Iterator[Number]:
+    """How different the images of one prompt are."""
+    if sides.groups is not None:
+        yield Number("diversity", *M.intra_group_diversity(sides.y, sides.groups), "over prompts")
+
+
+# name: function, and which sides must be images rather than statistics
+MEASURES: dict[str, tuple[Callable[[Sides], Iterator[Number]], tuple[str, ...]]] = {
+    "fd": (fd, ()),
+    "fd_inf": (fd_inf, ("fake",)),
+    "patch-fd": (patch_fd, ("real", "fake")),
+    "kid": (kid, ("real", "fake")),
+    "retrieval": (retrieval, ("real", "fake")),
+    "prdc": (prdc, ("real", "fake")),
+    "vendi": (vendi, ("fake",)),
+    "diversity": (diversity, ("fake",)),
+}
+
+
+def measure(names: tuple[str, ...], sides: Sides) -> tuple[list[Number], list[str]]:
+    """All numbers, and the names of the measures that need images where there are statistics."""
+    numbers, left_out = [], []
+    for name in names:
+        function, needed = MEASURES[name]
+        if any(isinstance(getattr(sides, side), Statistics) for side in needed):
+            left_out.append(name)
+        else:
+            numbers += function(sides)
+    return numbers, left_out
+
+
+def describe(side: Any) -> dict[str, Any]:
+    """Name, count and hash of one side; JSON-ready."""
+    if isinstance(side, Statistics):
+        return {
+            "name": side.meta.get("source", "statistics"),
+            "n": side.n,
+            "sha256": side.meta.get("images_sha256"),
+        }
+    return {"name": side.name, "n": len(side), "sha256": side.sha256}

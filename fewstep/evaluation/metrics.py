@@ -1,0 +1,272 @@
+"""Distances between two sets of features: pure functions of tensors, with no files and no networks.
+
+Features are float tensors (N, D). Moments are float64, because the small eigenvalues of a covariance decide
+the Fréchet distance and do not survive float32.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+BLOCK = 2048  # rows of a kernel or distance matrix that are in memory at once
+
+
+def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
+    """Squared Wasserstein-2 distance of two Gaussians: `|mu1-mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))`.
+
+    Dowson and Landau 1982; as the "FID" in Heusel et al., arXiv 1706.08500, eq. 6. With `S = F F^T` the last
+    trace is the nuclear norm of `F1^T F2`, which is real, symmetric in its arguments and needs no matrix
+    square root.
+
+    Args:
+        mu1, mu2: means (D,).
+        sigma1, sigma2: covariances (D, D), symmetric and positive semi-definite; rank-deficient ones (N <= D)
+            are exact too.
+
+    Returns:
+        The distance, >= 0, in squared units of the features.
+    """
+    mu1, sigma1, mu2, sigma2 = (x.double() for x in (mu1, sigma1, mu2, sigma2))
+    with one_thread():
+        root1 = factor(sigma1)
+        if root1.shape[0] == root1.shape[1]:
+            values = torch.linalg.eigvalsh(root1.T @ sigma2 @ root1)
+            # A square root turns the rounding error e of a zero eigenvalue into sqrt(e): only a
+            # well-conditioned product may take this road, which is three to five times faster than the other.
+            if values[0] > len(values) * torch.finfo(values.dtype).eps * values[-1]:
+                trace = sigma1.trace() + sigma2.trace() - 2 * values.sqrt().sum()
+                return max(float((mu1 - mu2).square().sum() + trace), 0.0)
+        return frechet_distance_of_factors(mu1, root1, mu2, factor(sigma2))
+
+
+def frechet_distance_of_factors(mu1: Tensor, factor1: Tensor, mu2: Tensor, factor2: Tensor) -> float:
+    """The same from factors F (D, any) with `F F^T = S`, such as centred features over sqrt(N-1)."""
+    with one_thread():
+        root = torch.linalg.svdvals(factor1.T @ factor2).sum()
+    trace = factor1.square().sum() + factor2.square().sum() - 2 * root
+    return max(float((mu1 - mu2).square().sum() + trace), 0.0)
+
+
+def frechet_infinity(
+    mu: Tensor, sigma: Tensor, features: Tensor, sizes: int = 10, seed: int = 0
+) -> tuple[float, float]:
+    """Fréchet distance extrapolated to infinitely many images: the bias is nearly linear in 1/n.
+
+    Chong and Forsyth, arXiv 1911.07023, section 3: distances of random subsets of growing size, and the
+    intercept of a straight line in 1/n. They use 15 sizes from 5000 on; we start at n/10, or n/2 below 10,000
+    images.
+
+    Args:
+        mu, sigma: moments of the reference (D,), (D, D).
+        features: (N, D), N >= 8.
+        sizes: number of subsets, at least 3.
+        seed: of the choice of subsets.
+
+    Returns:
+        The intercept and its standard error in the fit. It may be negative for near-perfect images.
+    """
+    n = len(features)
+    if n < 8:
+        raise ValueError(f"the fit in 1/n needs at least 8 images, got {n}")
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.linspace(max(n // 10, min(5000, n // 2)), n, sizes).long()
+    values = []
+    for count in counts:
+        subset = features[torch.randperm(n, generator=generator)[:count]].double()
+        values.append(frechet_distance(mu, sigma, subset.mean(0), torch.cov(subset.T)))
+    design = torch.stack([torch.ones(sizes), 1 / counts], 1).double()
+    values = torch.tensor(values, dtype=torch.float64)
+    coefficients = torch.linalg.lstsq(design, values).solution
+    residual = (values - design @ coefficients).square().sum() / (sizes - 2)
+    return float(coefficients[0]), float((residual * torch.linalg.inv(design.T @ design)[0, 0]).sqrt())
+
+
+def factor(sigma: Tensor) -> Tensor:
+    """F (D, rank) with `F F^T = sigma`: by Cholesky for full rank, from eigenvectors otherwise."""
+    tiny = len(sigma) * torch.finfo(sigma.dtype).eps
+    lower, failed = torch.linalg.cholesky_ex(sigma)
+    # A singular matrix can pass by luck of rounding: its pivots are then noise.
+    if not failed and lower.diagonal().min().square() > tiny * sigma.diagonal().max():
+        return lower
+    values, vectors = torch.linalg.eigh(sigma)
+    kept = values > tiny * values[-1].abs()
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """LAPACK's spectral routines gain little from threads and are ten times slower with them when busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def kid(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Kernel distance: unbiased squared MMD with the kernel `(x.y / D + 1)^3`.
+
+    Bińkowski et al., arXiv 1801.01401, eq. 4. All pairs are used instead of random subsets, so the value has
+    no seed. Unbiased: its mean is 0 for equal distributions, and it can be negative.
+
+    Args:
+        x: features (M, D), M >= 3.
+        y: features (N, D), N >= 3.
+
+    Returns:
+        The value and its standard error, by the delete-one jackknife over both sets.
+    """
+    m, n = len(x), len(y)
+    if min(m, n) < 3:
+        raise ValueError(f"KID needs at least 3 images on each side, got {m} and {n}")
+    xx, yy = _kernel_rows(x, x, skip_self=True), _kernel_rows(y, y, skip_self=True)
+    xy, yx = _kernel_rows(x, y), _kernel_rows(y, x)
+    within_x, within_y, between = xx.sum() / (m * (m - 1)), yy.sum() / (n * (n - 1)), xy.sum() / (m * n)
+    # The same statistic without x_i (or y_j) follows from the sums of one row of each kernel matrix.
+    without_x = (xx.sum() - 2 * xx) / ((m - 1) * (m - 2)) + within_y - 2 * (xy.sum() - xy) / ((m - 1) * n)
+    without_y = (yy.sum() - 2 * yy) / ((n - 1) * (n - 2)) + within_x - 2 * (yx.sum() - yx) / (m * (n - 1))
+    variance = (m - 1) * without_x.var(correction=0) + (n - 1) * without_y.var(correction=0)
+    return float(within_x + within_y - 2 * between), float(variance.sqrt())
+
+
+def _kernel_rows(x: Tensor, y: Tensor, skip_self: bool = False) -> Tensor:
+    """Row sums (M,) in float64 of the cubic kernel of x (M, D) and y (N, D)."""
+    sums = []
+    for start in range(0, len(x), BLOCK):
+        kernel = (x[start : start + BLOCK].float() @ y.float().T / x.shape[1] + 1) ** 3
+        if skip_self:
+            kernel.diagonal(start).zero_()
+        sums.append(kernel.sum(1, dtype=torch.float64))
+    return torch.cat(sums)
+
+
+def retrieval_accuracy(
+    fake_features: Tensor,
+    prompted_index: Tensor,
+    reference_features: Tensor,
+    duplicates: Tensor | None = None,
+    top: int = 1,
+) -> float:
+    """Share of generated images whose nearest reference images (cosine similarity) include the prompted one.
+
+    Args:
+        fake_features: (N, D).
+        prompted_index: (N,) integers, which reference image the prompt of each fake image describes.
+        reference_features: (M, D), one image per prompt.
+        duplicates: (M,) class of each reference image, equal for images that no method could tell apart; see
+            `duplicate_groups`. By default every image is its own class.
+        top: how many neighbours may be tried.
+
+    Returns:
+        Accuracy in [0, 1]. Guessing gives about `top / M`.
+    """
+    prompted_index = torch.as_tensor(prompted_index)
+    classes = torch.arange(len(reference_features)) if duplicates is None else duplicates
+    reference = torch.nn.functional.normalize(reference_features.float(), dim=1)
+    hits = 0
+    for fake, wanted in zip(fake_features.split(BLOCK), prompted_index.split(BLOCK)):
+        similarity = torch.nn.functional.normalize(fake.float(), dim=1) @ reference.T
+        found = classes[similarity.topk(top, dim=1).indices.cpu()]
+        hits += int((found == classes[wanted][:, None]).any(1).sum())
+    return hits / len(fake_features)
+
+
+def duplicate_groups(images: Tensor) -> Tensor:
+    """Class of each image (N,), equal for pixel-identical images (N, H, W, C); numbered as they appear."""
+    seen: dict[bytes, int] = {}
+    return torch.tensor([seen.setdefault(bytes(image.contiguous().numpy()), len(seen)) for image in images])
+
+
+def vendi(features: Tensor) -> float:
+    """Effective number of different images: `exp(-sum w log w)`, w the eigenvalues of the cosine kernel / N.
+
+    Friedman and Dieng, arXiv 2210.02410, eq. 2. From 1 (all alike) to N (all orthogonal). Grows with N:
+    compare equal N only.
+
+    Args:
+        features: (N, D).
+    """
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    # The Gram matrices of rows and of columns have the same nonzero eigenvalues: take the smaller.
+    gram = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit
+    with one_thread():
+        values = torch.linalg.eigvalsh(gram / len(unit)).clamp(min=0)
+    return float(torch.exp(torch.special.entr(values).sum()))
+
+
+def intra_group_diversity(features: Tensor, groups: Tensor) -> tuple[float, float]:
+    """Mean cosine distance between two images of one prompt, averaged over the prompts.
+
+    Args:
+        features: (N, D).
+        groups: (N,) integers, which prompt an image belongs to; prompts with one image are left out.
+
+    Returns:
+        Value in [0, 2], 0 when every prompt gives one image only, and its standard error over the prompts.
+    """
+    unit = torch.nn.functional.normalize(features.float(), dim=1)
+    distances = []
+    for group in groups.unique():
+        members = unit[groups == group]
+        n = len(members)
+        if n > 1:
+            distances.append(1 - (members.sum(0).square().sum() - n) / (n * (n - 1)))
+    if len(distances) < 2:
+        raise ValueError(f"diversity needs at least 2 prompts with several images each, got {len(distances)}")
+    values = torch.stack(distances)
+    return float(values.mean()), float(values.std() / len(values) ** 0.5)
+
+
+def precision_recall_density_coverage(
+    real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5
+) -> dict[str, float]:
+    """How far fake images lie on the real manifold, and how much of it they reach.
+
+    A point is covered by a set if it lies in the ball around one of its points that reaches to that point's
+    k-th neighbour in the set. Precision and recall: Kynkäänniemi et al., arXiv 1904.06991, eq. 1-2. Density
+    and coverage: Naeem et al., arXiv 2002.09797, eq. 3-5. The order of the arguments matters.
+
+    Args:
+        real: features (M, D).
+        fake: features (N, D).
+        k: neighbour for precision and recall.
+        k_density: neighbour for density and coverage.
+
+    Returns:
+        `precision`, `recall`, `coverage` in [0, 1] and `density` >= 0 (1 for equal distributions).
+    """
+    if min(len(real), len(fake)) <= max(k, k_density):
+        raise ValueError(
+            f"needs more than {max(k, k_density)} images on each side, got {len(real)} and {len(fake)}"
+        )
+    centre = real.mean(0)  # distances come from dot products, which are precise only near the origin
+    real, fake = real.float() - centre, fake.float() - centre
+    real_radius, real_radius_density = _neighbour_distance(real, (k, k_density))
+    (fake_radius,) = _neighbour_distance(fake, (k,))
+    precise, dense, recalled, nearest = [], [], [], torch.full((len(real),), torch.inf)
+    for block in fake.split(BLOCK):
+        distance = torch.cdist(block, real)
+        precise.append((distance <= real_radius).any(1))
+        dense.append((distance <= real_radius_density).sum(1))
+        nearest = torch.minimum(nearest.to(distance), distance.min(0).values)
+    for block in real.split(BLOCK):
+        recalled.append((torch.cdist(block, fake) <= fake_radius).any(1))
+    return {
+        "precision": float(torch.cat(precise).float().mean()),
+        "recall": float(torch.cat(recalled).float().mean()),
+        "density": float(torch.cat(dense).float().mean() / k_density),
+        "coverage": float((nearest <= real_radius_density).float().mean()),
+    }
+
+
+def _neighbour_distance(points: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
+    """For each k the distance (N,) from every point (N, D) to its k-th neighbour, itself not counted."""
+    rows = []
+    for start in range(0, len(points), BLOCK):
+        distance = torch.cdist(points[start : start + BLOCK], points)
+        rows.append(distance.topk(max(ks) + 1, largest=False).values)
+    nearest = torch.cat(rows)
+    return [nearest[:, k] for k in ks]

@@ -1,0 +1,173 @@
+"""Protocols: everything besides the images that a published number depends on, as data.
+
+They are YAML files in `eval/protocols/`, one each, read strictly. A number is called FID only under one of
+them.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.errors import FewstepError
+from fewstep.evaluation import preprocess
+from fewstep.evaluation.extractors import SCALINGS, Extractor, Inception2015, Prepared, get_extractor
+
+PACKAGE = Path(__file__).parent.parent
+FOLDERS = (PACKAGE / "protocols", PACKAGE.parent / "eval" / "protocols")  # in a wheel, in a checkout
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How one kind of number is made.
+
+    Attributes:
+        name: also the name of the file.
+        about: whose protocol it is and what it measures.
+        samples: how many generated images it wants, or None for any number.
+        reference: what the real images are.
+        extractor: name of the network.
+        crop: "none", "center" (square of the shorter side) or "patch" (middle pixels of the network's input
+            size).
+        resize: Pillow filter and side of the uint8 resize after the crop, such as ["lanczos", 256], or None.
+        extractor_resize: id in `preprocess.RESIZES`, for Inception.
+        scaling: "128" or "127.5", for Inception.
+        image_size: side of the images as they come, where others are refused.
+        metrics: what belongs to it.
+        prompts: which captions, in which order, how many images each.
+        seeds: which seeds.
+        rounding: how generated images become uint8.
+        clip: model, pretraining tag, text prefix and scale of its CLIP score.
+        approximate: True if a detail of the original could not be found out.
+        published: numbers to reproduce.
+        notes: what else one should know.
+    """
+
+    name: str
+    about: str
+    samples: int | None
+    reference: str
+    extractor: str = "inception-2015"
+    crop: str = "none"
+    resize: tuple[str, int] | None = None
+    extractor_resize: str = "pil-bicubic-float"
+    scaling: str = "128"
+    image_size: int | None = None
+    metrics: tuple[str, ...] = ("fd",)
+    prompts: str | None = None
+    seeds: str | None = None
+    rounding: str | None = None
+    clip: dict[str, Any] | None = None
+    approximate: bool = False
+    published: dict[str, float] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        def check(field: str, ok: bool, expected: str) -> None:
+            if not ok:
+                raise FewstepError(f"{self.name}.{field} is {getattr(self, field)!r}, expected {expected}")
+
+        ok = self.samples is None or (isinstance(self.samples, int) and self.samples > 1)
+        check("samples", ok, "a number above 1, or null")
+        check("crop", self.crop in ("none", "center", "patch"), "none, center or patch")
+        ok = self.resize is None or (len(self.resize) == 2 and self.resize[0] in preprocess.FILTERS)
+        check("resize", ok, f"[filter, side] with a filter of {', '.join(preprocess.FILTERS)}, or null")
+        check(
+            "extractor_resize",
+            self.extractor_resize in preprocess.RESIZES,
+            f"one of {', '.join(preprocess.RESIZES)}",
+        )
+        check("scaling", self.scaling in SCALINGS, f"one of {', '.join(SCALINGS)}")
+
+    def get_extractor(
+        self, name: str | None = None, device: str = "cpu", weights: str | None = None
+    ) -> Extractor:
+        """The network behind this protocol's crop and resize; with `name` another one, which makes no FID."""
+        name = name or self.extractor
+        if name == "inception-2015":
+            base: Extractor = Inception2015(self.extractor_resize, self.scaling, device, weights)
+        else:
+            base = get_extractor(name, device)
+        steps = self._steps(getattr(base, "size", 224))
+        if not steps:
+            return base
+
+        def prepare(images: Tensor) -> Tensor:
+            for _, step in steps:
+                images = step(images)
+            return images
+
+        return Prepared(base, prepare, ", ".join(description for description, _ in steps))
+
+    def _steps(self, size: int) -> list[tuple[str, Any]]:
+        steps: list[tuple[str, Any]] = []
+        if self.crop == "center":
+            steps.append(("center-crop", preprocess.center_crop))
+        if self.crop == "patch":
+            steps.append((f"center-patch-{size}", lambda images: preprocess.center_patch(images, size)))
+        if self.resize:
+            method, side = self.resize
+            steps.append((f"pil-{method}-{side}", lambda images: preprocess.pil_resize(images, side, method)))
+        return steps
+
+    def label(self, metric: str, extractor: Extractor, n_fake: int) -> str:
+        """Name of a number. "FID" only with this protocol's own network; a smaller sample says so."""
+        remarks = [self.name]
+        if extractor.name == self.extractor == "inception-2015":
+            metric = metric.replace("FD", "FID")
+        else:
+            remarks.insert(0, extractor.name)
+        if self.crop == "patch" and not metric.startswith("patch-"):
+            metric = f"patch-{metric}"
+        if self.samples and n_fake < self.samples:
+            metric += f"-{short(n_fake)}"
+            remarks.append(f"which wants {short(self.samples)}")
+        if self.approximate:
+            remarks.append("approximate")
+        return f"{metric}({', '.join(remarks)})"
+
+
+def short(n: int) -> str:
+    """30000 as "30k"."""
+    return f"{n // 1000}k" if n >= 1000 and n % 1000 == 0 else str(n)
+
+
+def names() -> list[str]:
+    """Names of all protocols."""
+    return sorted(file.stem for file in _folder().glob("*.yaml"))
+
+
+def load(name: str) -> Protocol:
+    """Reads a protocol by its name, or from a path that ends in .yaml.
+
+    Raises:
+        FewstepError: unknown name, unknown or missing fields, values out of range.
+    """
+    import difflib
+
+    import yaml
+
+    path = Path(name) if name.endswith(".yaml") else _folder() / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, names(), 1)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise FewstepError(f"unknown protocol {name!r}: expected one of {', '.join(names())}{hint}")
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    fields = {field.name: field for field in dataclasses.fields(Protocol)}
+    if not isinstance(data, dict):
+        raise FewstepError(f"{path} is no protocol: expected a mapping of fields")
+    if unknown := sorted(set(data) - (set(fields) - {"name"})):
+        raise FewstepError(
+            f"{path}: unknown fields {', '.join(unknown)}: expected some of {', '.join(fields)}"
+        )
+    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING} - {"name"}
+    if missing := sorted(required - set(data)):
+        raise FewstepError(f"{path}: the fields {', '.join(missing)} are missing")
+    data = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    return Protocol(name=path.stem, **data)
+
+
+def _folder() -> Path:
+    return next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[0])

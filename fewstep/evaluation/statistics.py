@@ -1,0 +1,161 @@
+"""Mean and covariance of features: accumulated in a stream, saved with their origin, refused when unlike."""
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.errors import FewstepError
+
+IDENTITY = (
+    "extractor",
+    "weights_sha256",
+    "resize",
+    "dim",
+)  # what must be equal for two statistics to be compared
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums of features that can be added, taken away and merged in any order (Chan et al. 1979), in float64.
+
+    Attributes:
+        n: number of images.
+        mean: (D,).
+        scatter: (D, D), the sum of outer products of deviations from the mean.
+    """
+
+    n: int
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Moments":
+        """Moments of features (N, D), N >= 1."""
+        x = features.double()
+        deviation = x - x.mean(0)
+        return cls(len(x), x.mean(0), deviation.T @ deviation)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Moments of both sets of images together."""
+        n, delta = self.n + other.n, other.mean - self.mean
+        scatter = self.scatter + other.scatter + torch.outer(delta, delta) * (self.n * other.n / n)
+        return Moments(n, self.mean + delta * (other.n / n), scatter)
+
+    def __sub__(self, part: "Moments") -> "Moments":
+        """Moments without a part that was added before."""
+        n = self.n - part.n
+        mean = (self.mean * self.n - part.mean * part.n) / n
+        delta = part.mean - mean
+        scatter = self.scatter - part.scatter - torch.outer(delta, delta) * (n * part.n / self.n)
+        return Moments(n, mean, scatter)
+
+    def covariance(self) -> Tensor:
+        """Unbiased covariance (D, D)."""
+        return self.scatter / (self.n - 1)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A Gaussian fitted to the features of a set of images, with its origin.
+
+    Attributes:
+        mu: mean (D,), float64.
+        sigma: unbiased covariance (D, D), float64.
+        n: number of images, or 0 if a foreign file does not tell.
+        meta: JSON-ready origin: `extractor`, `weights_sha256`, `resize`, `dim`, and whatever else is worth
+            keeping.
+    """
+
+    mu: Tensor
+    sigma: Tensor
+    n: int
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_moments(cls, moments: Moments, meta: dict[str, Any]) -> "Statistics":
+        """Raises FewstepError below two images, which have no covariance."""
+        if moments.n < 2:
+            raise FewstepError(f"statistics need at least 2 images, got {moments.n}: add images")
+        return cls(moments.mean, moments.covariance(), moments.n, {"dim": len(moments.mean), **meta})
+
+    @classmethod
+    def from_features(cls, features: Tensor, meta: dict[str, Any] | None = None) -> "Statistics":
+        """Statistics of features (N, D), N >= 2."""
+        return cls.from_moments(Moments.of(features), meta or {})
+
+    def save(self, path: str | Path) -> None:
+        """Writes `mu`, `sigma` and `meta` (JSON) as npz, which every tool for `mu, sigma` files can read."""
+        meta = json.dumps({**self.meta, "n": self.n}, sort_keys=True)
+        arrays = {"mu": self.mu.cpu().numpy(), "sigma": self.sigma.cpu().numpy(), "meta": np.array(meta)}
+        write_atomically(Path(path), lambda file: np.savez(file, **arrays))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Statistics":
+        """Reads what `save` wrote, or any npz with `mu` and `sigma` (without meta). Nothing is unpickled."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                mu, sigma = (torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma"))
+                meta = json.loads(str(file["meta"])) if "meta" in file else {}
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise FewstepError(
+                f"{path} is no statistics file ({error}): expected an npz with mu (D,) and sigma (D, D); "
+                "`fewstep eval stats IMAGES -o FILE` writes one"
+            ) from None
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            raise FewstepError(
+                f"{path}: mu has shape {tuple(mu.shape)} and sigma {tuple(sigma.shape)}, "
+                "expected (D,) and (D, D)"
+            )
+        if not (mu.isfinite().all() and sigma.isfinite().all()):
+            raise FewstepError(f"{path}: mu or sigma has entries that are not finite: write the file again")
+        return cls(mu, sigma, int(meta.pop("n", 0)), {"dim": len(mu), **meta})
+
+
+def check_comparable(a: Statistics, b: Statistics, names: tuple[str, str] = ("first", "second")) -> None:
+    """Refuses two statistics whose distance would mean nothing.
+
+    Raises:
+        FewstepError: another extractor, other weights, another resize, another dimension, or an origin that
+            is not known; the message is a table of what differs.
+    """
+    rows = [(key, str(a.meta.get(key, "unknown")), str(b.meta.get(key, "unknown"))) for key in IDENTITY]
+    unlike = [row for row in rows if row[1] != row[2] or "unknown" in row]
+    if unlike:
+        raise FewstepError(
+            "these statistics cannot be compared, because the features were not made in the same way:\n"
+            + table(("", *names), unlike)
+            + "\nMake both with the same extractor."
+        )
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table with aligned columns."""
+    rows = [tuple(map(str, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = [header, tuple("-" * width for width in widths), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines
+    )
+
+
+def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
+    """Calls `write(file)` on a temporary file beside `path` and renames it: readers see all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        os.chmod(temporary, 0o644)  # mkstemp makes private files; results are to be shared
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

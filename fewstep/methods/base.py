@@ -1,0 +1,119 @@
+"""What a method is: roles, phases and losses. It never sees devices, processes, LoRA, precision or files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..cond import Cond
+from ..denoiser import Denoiser
+from ..errors import RecipeError
+from ..rng import Rng
+from ..student import Student
+
+
+@dataclass
+class Progress:
+    """Where a run is; the whole state of the loop beside weights and optimisers.
+
+    Attributes:
+        iteration: loop iterations done. DMD2's "iterations" count critic updates, and so do ours.
+    """
+
+    iteration: int = 0
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one iteration.
+
+    Attributes:
+        cond: conditions to generate for, B rows.
+        real, real_cond: latents (B, C, H, W) of real images and their own conditions, or None when data-free.
+        shape: (B, C, H, W) of what the student makes.
+        rng: randomness of this micro-batch. shared: randomness all ranks and micro-batches agree on.
+        carry: what one phase leaves for the next ones of the same iteration.
+    """
+
+    cond: Cond
+    shape: tuple[int, ...]
+    rng: Rng
+    shared: Rng
+    real: Tensor | None = None
+    real_cond: Cond | None = None
+    carry: dict[str, Tensor] = field(default_factory=dict)
+
+
+def always(_progress: Progress) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Train these roles with this loss, every n-th iteration, while ``when`` holds.
+
+    ``loss`` returns named terms, weighted already; the trainer adds them up. Phases run in the order listed.
+    """
+
+    name: str
+    train: tuple[str, ...]
+    loss: Callable[[Batch, Progress], dict[str, Tensor]]
+    every: int = 1
+    when: Callable[[Progress], bool] = always
+
+    def due(self, progress: Progress) -> bool:
+        return progress.iteration % self.every == 0 and self.when(progress)
+
+
+class Method:
+    """Base of all methods; inheritance stops here.
+
+    A method is built with the frozen teacher and one denoiser per name in ``networks``, each on a trainable copy
+    (or LoRA shell) of the teacher's network. It sets ``self.student`` and may add modules of its own in ``heads``.
+
+    Attributes:
+        networks: the trainable copies of the teacher that this method needs.
+        Config: dataclass of its options; the paper's values are the defaults.
+        needs: data it cannot run without, given its configuration: any of "prompts", "images".
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    networks: ClassVar[tuple[str, ...]] = ("student",)
+    Config: ClassVar[type]
+    student: Student
+
+    def __init__(self, config: Any, teacher: Denoiser, latent_shape: Sequence[int], **denoisers: Denoiser):
+        raise NotImplementedError
+
+    def heads(self) -> dict[str, nn.Module]:
+        """Further trainable roles, beside ``networks``."""
+        return {}
+
+    def phases(self) -> list[Phase]:
+        raise NotImplementedError
+
+    @classmethod
+    def needs(cls, config: Any) -> tuple[str, ...]:
+        return ("prompts",)
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    def add(cls: type[Method]) -> type[Method]:
+        cls.name = name
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def get_method(name: str, known: Mapping[str, type[Method]] = METHODS) -> type[Method]:
+    if name not in known:
+        raise RecipeError(f"method.name: {name!r} is unknown; expected one of {', '.join(sorted(known))}")
+    return known[name]

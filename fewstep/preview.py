@@ -1,0 +1,58 @@
+"""Sample grids while training: fixed prompts and fixed noise, the teacher's row once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cond import Cond
+from .methods import Method
+from .recipe import Recipe
+from .report import image_grid
+from .rng import Rng
+from .roles import Role, averaged
+from .solvers import ddim
+from .teachers.base import Teacher
+
+CHUNK = 8  # samples drawn at once
+
+
+class Preview:
+    """Draws ``samples/step_N.png`` of a run, and ``samples/teacher.png`` at its start."""
+
+    def __init__(
+        self, recipe: Recipe, teacher: Teacher, method: Method, role: Role, prompts: list[str], folder: Path
+    ):
+        self.config, self.guidance = recipe.samples, getattr(recipe.method, "guidance_scale", 1.0)
+        self.teacher, self.method, self.role, self.folder = teacher, method, role, folder / "samples"
+        order = Rng(self.config.seed, "preview").permutation(len(prompts))[: self.config.count]
+        self.prompts = self.config.prompts or [prompts[int(i)] for i in order]
+        self.cond = teacher.encode(self.prompts).to(teacher.device)
+
+    def draw(self, step: int, write: bool) -> None:
+        """One grid; every rank takes part in the forward passes, the first one writes."""
+        rng = Rng(self.config.seed, "noise", device=self.teacher.device)
+        noise = rng.normal(len(self.prompts), *self.teacher.latent_shape)
+        if step == 0 and self.config.teacher_steps:
+            self._save("teacher", self._chunked(self._teach, noise), write)
+        with averaged(self.role):
+            student = self.method.student
+            latents = self._chunked(lambda z, cond: student.sample(z, cond, rng.normal_like), noise)
+        self._save(f"step_{step:06d}", latents, write)
+
+    def _teach(self, noise: Tensor, cond: Cond) -> Tensor:
+        steps = self.config.teacher_steps
+        return ddim(self.teacher.denoiser, noise, cond, steps, guidance=self.guidance)
+
+    def _chunked(self, sample: Callable[[Tensor, Cond], Tensor], noise: Tensor) -> Tensor:
+        starts = range(0, len(noise), CHUNK)
+        return torch.cat([sample(noise[i : i + CHUNK], self.cond.rows(slice(i, i + CHUNK))) for i in starts])
+
+    def _save(self, name: str, latents: Tensor, write: bool) -> None:
+        if write:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            grid = image_grid(self.teacher.decode(latents), self.config.columns, scale=self.config.scale)
+            grid.save(self.folder / f"{name}.png")

@@ -1,0 +1,311 @@
+"""The recipe: everything that decides a run, as typed dataclasses, read strictly and written back resolved."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from .errors import RecipeError
+from .methods import Method, get_method
+from .roles import RoleConfig
+from .trainer import TrainConfig
+
+
+@dataclass
+class TeacherConfig:
+    """Which pipeline is distilled.
+
+    Attributes:
+        path: folder of ``save_pretrained``, hub id, or ``builtin:emoji-xl``.
+        pipeline_class: what the recipe was written for; another class is refused.
+        dtype: of the frozen weights. autocast: of the networks' arithmetic, or null.
+        attention: kernel of scaled-dot-product attention; "math" is the fastest for small maps on a CPU.
+        resolution: pixels; null is the pipeline's own.
+        gradient_checkpointing: recompute activations in the backward pass.
+    """
+
+    path: str
+    pipeline_class: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    autocast: Literal["bfloat16"] | None = None
+    attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
+    resolution: int | None = None
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class DataConfig:
+    """What is generated and what is real.
+
+    Attributes:
+        prompts: text file, one prompt per line, or ``builtin:emoji``.
+        images: folder of captioned images, or ``builtin:emoji``; null where the method needs none.
+    """
+
+    prompts: str
+    images: str | None = None
+
+
+@dataclass
+class SampleConfig:
+    """Grids drawn while training.
+
+    Attributes:
+        prompts: shown from left to right; null takes some of ``data.prompts``.
+        count: how many when ``prompts`` is null. teacher_steps: of the teacher's row. columns: of the grid.
+        scale: integer enlargement of small images.
+    """
+
+    prompts: list[str] | None = None
+    count: int = 16
+    teacher_steps: int = 25
+    columns: int = 8
+    scale: int = 1
+    seed: int = 1234
+
+
+@dataclass
+class ExportConfig:
+    """What is written beside the LoRA.
+
+    Attributes:
+        kohya: also write the keys that ComfyUI and A1111 read. dtype: of the stored weights.
+        tolerance: largest absolute difference between the stock pipeline's latents and the trainer's own.
+    """
+
+    kohya: bool = False
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    tolerance: float = 1e-4
+
+
+@dataclass
+class EvalConfig:
+    """What is measured on the exported student after training; ``num`` 0 measures nothing.
+
+    Attributes:
+        num: images per row, prompts in a fixed order.
+        floor_steps, floor_solvers: teacher rows at these few steps with diffusers' training-free solvers.
+        teacher_steps, teacher_guidance: of the full teacher row; 0 steps leaves it out.
+        batch_size: images generated at once. extractor: feature space.
+    """
+
+    num: int = 0
+    floor_steps: list[int] = field(default_factory=list)
+    floor_solvers: list[Literal["ddim", "euler", "dpm++", "unipc"]] = field(default_factory=lambda: ["dpm++"])
+    teacher_steps: int = 50
+    teacher_guidance: float = 1.0
+    batch_size: int = 32
+    extractor: str = "effnet-lite0"
+    seed: int = 0
+
+
+@dataclass
+class Recipe:
+    """A whole run.
+
+    Attributes:
+        output: run directory. method: options of one method, e.g. ``DMD2.Config(...)``.
+        roles: how each trainable network is trained, by role name; missing ones take the defaults of RoleConfig.
+    """
+
+    output: str
+    teacher: TeacherConfig
+    method: Any
+    data: DataConfig
+    train: TrainConfig
+    roles: dict[str, RoleConfig] = field(default_factory=dict)
+    samples: SampleConfig = field(default_factory=SampleConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def method_class(self) -> type[Method]:
+        return get_method(_method_name(self.method))
+
+    def role(self, name: str) -> RoleConfig:
+        return self.roles.get(name) or RoleConfig()
+
+
+_FORBID = ConfigDict(extra="forbid")
+for _cls in (
+    TeacherConfig,
+    DataConfig,
+    SampleConfig,
+    ExportConfig,
+    EvalConfig,
+    Recipe,
+    RoleConfig,
+    TrainConfig,
+):
+    _cls.__pydantic_config__ = _FORBID
+
+
+def _method_name(config: Any) -> str:
+    from .methods import METHODS
+
+    for name, cls in METHODS.items():
+        if isinstance(config, cls.Config):
+            return name
+    raise RecipeError(f"method: {type(config).__name__} is no method's Config; known: {', '.join(METHODS)}")
+
+
+# -------------------------------------------------------------------------------------------- reading and writing
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain data; the method's options carry its name, and every role of the method is spelled out."""
+    plain = dataclasses.asdict(recipe)
+    plain["method"] = {"name": recipe.method_class.name, **plain["method"]}
+    return json.loads(json.dumps(plain))  # tuples become lists, as in YAML
+
+
+def from_dict(data: Mapping[str, Any]) -> Recipe:
+    """Strict: an unknown field, a wrong type or an impossible value is refused with its dotted path.
+
+    Raises:
+        RecipeError: one line per fault.
+    """
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"recipe: {type(data).__name__}; expected a mapping of fields")
+    data = dict(data)
+    options = data.get("method")
+    if not isinstance(options, Mapping) or "name" not in options:
+        raise RecipeError(f"method: {options!r}; expected a mapping with a name, e.g. {{name: dmd2}}")
+    method = get_method(str(options["name"]))
+    method.Config.__pydantic_config__ = _FORBID
+    config = _validate(method.Config, {k: v for k, v in options.items() if k != "name"}, "method")
+    recipe = _validate(Recipe, {**data, "method": config}, "")
+    known = [*method.networks, "discriminator"]
+    for role in recipe.roles:
+        if role not in known:
+            raise RecipeError(
+                f"roles.{role}: {method.name} has no such role; expected one of {', '.join(known)}"
+            )
+    return recipe
+
+
+def _validate(cls: type, data: Any, prefix: str) -> Any:
+    try:
+        return TypeAdapter(cls).validate_python(data)
+    except ValidationError as error:
+        lines = [_fault(cls, fault, prefix) for fault in error.errors()]
+        raise RecipeError("\n".join(lines)) from None
+
+
+def _fault(cls: type, fault: Mapping[str, Any], prefix: str) -> str:
+    path = ".".join(str(p) for p in ([prefix] if prefix else []) + list(fault["loc"]))
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        names = _fields_at(cls, fault["loc"][:-1])
+        close = difflib.get_close_matches(str(fault["loc"][-1]), names, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(names)}"
+        return f"{path}: unknown field; {hint}"
+    if fault["type"] in ("missing", "missing_argument"):
+        return f"{path}: missing; this field has no default"
+    if fault["type"] == "value_error":
+        text = str(fault["ctx"]["error"])
+        return text if text.startswith(path.split(".")[0] + ".") else f"{path}.{text}" if path else text
+    expected = fault["msg"][0].lower() + fault["msg"][1:]
+    return f"{path}: {fault['input']!r}: {expected}"
+
+
+def _fields_at(cls: type, location: Sequence[Any]) -> list[str]:
+    """Names of the fields of the dataclass at a location inside cls."""
+    for part in location:
+        hints = get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        inner = hints.get(part, cls)
+        if get_origin(inner) in (Union, types.UnionType):
+            inner = next((a for a in get_args(inner) if dataclasses.is_dataclass(a)), inner)
+        cls = get_args(inner)[1] if get_origin(inner) is dict else inner
+    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+
+
+def dump(recipe: Recipe) -> str:
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, width=110)
+
+
+def load(path: str | Path) -> Recipe:
+    """A ``recipe.yaml``; raises RecipeError with the file's name on anything that is no recipe."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}; expected a recipe file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: no YAML: {str(error).splitlines()[0]}") from error
+    return from_dict(data)
+
+
+def digest(recipe: Recipe) -> str:
+    """Hash of everything but the output folder; stands in ``fewstep.json`` of the export."""
+    plain = to_dict(from_dict(to_dict(recipe)))  # 64 and 64.0 are the same alpha
+    del plain["output"]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------ overrides
+SHORT = {
+    "teacher": "teacher.path",
+    "prompts": "data.prompts",
+    "images": "data.images",
+    "steps": "train.steps",
+    "student": "roles.student",
+    "critic": "roles.critic",
+}
+
+
+def override(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
+    """The recipe with ``--train.steps 100 --teacher PATH`` or ``--train.steps=100`` applied; values are YAML.
+
+    ``--teacher``, ``--prompts``, ``--images``, ``--steps`` are short for their dotted paths, and
+    ``--student.lr`` for ``--roles.student.lr``.
+
+    Raises:
+        RecipeError: a word that is no option, an option without a value, an unknown field, a wrong value.
+    """
+    plain, words = to_dict(recipe), list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise RecipeError(f"{word!r}: expected an option such as --train.steps 100")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise RecipeError(f"--{name}: needs a value")
+            value = words.pop(0)
+        head, dot, rest = name.partition(".")
+        if not dot:
+            name = SHORT.get(name, name)
+        elif head in ("student", "critic", "discriminator"):
+            name = f"roles.{head}.{rest}"
+        _set(plain, name.split("."), _parse(value), name)
+    return from_dict(plain)
+
+
+def _parse(text: str) -> Any:
+    """YAML, with 1e-4 as a number and anything YAML cannot read as plain text (prompts, paths)."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set(data: dict, path: list[str], value: Any, name: str) -> None:
+    for part in path[:-1]:
+        inner = data.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{name}: {part} is a single value and has no field {path[-1]}")
+        data = inner
+    data[path[-1]] = value

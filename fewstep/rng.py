@@ -1,0 +1,42 @@
+"""Counter-based randomness: every draw is a function of (seed, stream, iteration, micro-batch).
+
+Nothing is stored and nothing can be lost: a resumed run, a run on two processes and a run that accumulates two
+micro-batches draw the same numbers. Decisions that all ranks must share, such as the exit step of a rollout,
+come from a stream without a micro-batch index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+class Rng:
+    """A generator seeded by a tuple of integers and words.
+
+    Noise is drawn on the CPU and moved, so the numbers do not depend on the device.
+    """
+
+    def __init__(self, *key: int | str, device: torch.device | str = "cpu"):
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+        self.generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        self.device = torch.device(device)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, non_blocking=True)
+
+    def normal_like(self, x: Tensor) -> Tensor:
+        return self.normal(*x.shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """In [0, 1), float64."""
+        numbers = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return numbers.to(self.device, non_blocking=True)
+
+    def integer(self, below: int) -> int:
+        return int(torch.randint(below, (), generator=self.generator))
+
+    def permutation(self, n: int) -> Tensor:
+        return torch.randperm(n, generator=self.generator)

@@ -1,0 +1,184 @@
+"""Roles: the trainable networks of a run, as full copies or as LoRA shells on one shared frozen base.
+
+A *shell* is a copy of the module tree whose frozen weights are the very tensors of the original; each role adds
+its own adapter to its own shell. Nothing is ever switched on a module inside a step, which would drop gradients
+or, under gradient checkpointing, compute wrong ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .distributed import settle
+from .errors import RecipeError
+
+# DMD2's list for SDXL (arXiv 2405.14867, released code): 788 layers of the UNet.
+UNET_TARGETS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+]
+
+
+@dataclass
+class RoleConfig:
+    """How one role is trained.
+
+    Attributes:
+        kind: "lora" trains an adapter on the shared frozen base, "full" a deep copy in fp32.
+        rank, alpha: of the adapter; its strength is ``alpha / rank`` (DMD2: 64 and 8).
+        targets: names of adapted layers, matched from the end.
+        lr, betas, weight_decay: of AdamW. warmup: iterations of linear warm-up. decay: iterations of linear decay to
+            zero at the end of the run.
+        ema: decay of a moving average of the trained weights after each of this role's updates; 0 for none.
+    """
+
+    kind: Literal["lora", "full"] = "lora"
+    rank: int = 64
+    alpha: float = 64.0
+    targets: list[str] = field(default_factory=lambda: list(UNET_TARGETS))
+    lr: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    warmup: int = 0
+    decay: int = 0
+    ema: float = 0.0
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise RecipeError(f"rank: {self.rank}: expected at least 1")
+        if not 0 <= self.ema < 1:
+            raise RecipeError(f"ema: {self.ema}: expected 0 <= ema < 1; 0 is off, 0.999 is usual")
+        if not self.lr > 0:
+            raise RecipeError(f"lr: {self.lr}: expected a positive learning rate")
+
+
+class Role:
+    """A module and those of its weights that are trained.
+
+    Attributes:
+        name, module, config: as built. weights: name -> trained parameter, a fixed order.
+        average: name -> moving average of the same weights, or None.
+    """
+
+    def __init__(self, name: str, module: nn.Module, config: RoleConfig):
+        self.name, self.module, self.config = name, module, config
+        self.collect()
+
+    def collect(self) -> None:
+        """(Re)reads the trained weights; sharding replaces parameter objects."""
+        self.weights = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self.average: dict[str, Tensor] | None = None
+        if self.config.ema:
+            self.average = {n: p.detach().clone() for n, p in self.weights.items()}
+
+    def requires_grad_(self, on: bool) -> None:
+        settle(self.module)
+        for parameter in self.weights.values():
+            parameter.requires_grad_(on)
+
+    @torch.no_grad()
+    def update_average(self, updates: int) -> None:
+        """After the ``updates``-th update; the first ones use a shorter memory, so the start is soon forgotten."""
+        if self.average is not None:
+            decay = min(self.config.ema, (1 + updates) / (10 + updates))
+            torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
+
+    def final_weights(self) -> dict[str, Tensor]:
+        """What is exported: the moving average where there is one."""
+        return dict(self.average or self.weights)
+
+
+class averaged:
+    """``with averaged(role):`` the module carries the moving average; the trained weights come back after."""
+
+    def __init__(self, role: Role):
+        self.role = role
+
+    def _swap(self) -> None:
+        settle(self.role.module)
+        for name, weight in self.role.weights.items():
+            held = weight.detach().clone()
+            weight.data.copy_(self.role.average[name])
+            self.role.average[name].copy_(held)
+
+    def __enter__(self) -> None:
+        if self.role.average is not None:
+            self._swap()
+
+    def __exit__(self, *_exc) -> None:
+        if self.role.average is not None:
+            self._swap()
+
+
+def shell(module: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer with the original."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def build_role(name: str, base: nn.Module, config: RoleConfig, seed: int = 0) -> Role:
+    """A role initialised from a frozen network: its LoRA shell or its full copy in fp32.
+
+    Raises:
+        RecipeError: no layer matches ``targets``, or the rank is larger than a layer.
+    """
+    if config.kind == "full":
+        module = copy.deepcopy(base).float().requires_grad_(True)
+        return Role(name, module, config)
+    module = shell(base)
+    _check_lora(name, module, config)
+    from peft import LoraConfig, inject_adapter_in_model
+
+    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(lora, module, adapter_name="default")
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return Role(name, module, config)
+
+
+def lora_targets(module: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
+    """Layers whose name ends in one of ``targets``, as peft matches them."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if any(name == target or name.endswith("." + target) for target in targets)
+    }
+
+
+def _check_lora(name: str, module: nn.Module, config: RoleConfig) -> None:
+    layers = lora_targets(module, config.targets)
+    if not layers:
+        raise RecipeError(f"{name}.targets: {config.targets} match no layer of {type(module).__name__}")
+    for path, layer in layers.items():
+        weight = getattr(layer, "weight", None)
+        if weight is None or weight.ndim not in (2, 4):
+            raise RecipeError(
+                f"{name}.targets: {path} is a {type(layer).__name__}; LoRA adapts Linear and Conv2d"
+            )
+        limit = min(weight.shape[0], weight[0].numel())
+        if config.rank > limit:
+            raise RecipeError(
+                f"{name}.rank: {config.rank} is larger than layer {path} ({weight.shape[0]} outputs, "
+                f"{weight[0].numel()} inputs); use a rank of at most {limit} or leave that layer out of targets"
+            )

@@ -1,0 +1,344 @@
+"""One recipe from start to end: check, encode, train, export, verify, evaluate, report.
+
+``python recipes/x.py``, ``torchrun recipes/x.py`` and ``fewstep train recipes/x.py`` all end up in :func:`run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, export
+from . import recipe as recipes
+from .data import Batches
+from .data.cache import encode_images, encode_prompts
+from .data.images import CaptionedImages, load_images
+from .data.prompts import load_prompts
+from .distributed import Process, distribute, start, whole
+from .errors import FewstepError, RecipeError
+from .methods import Method
+from .preview import Preview
+from .recipe import Recipe
+from .report import write_report
+from .roles import Role, averaged, build_role
+from .teachers import load_teacher, pipeline_class_of
+from .teachers.base import Teacher
+from .trainer import Interrupted, Trainer
+
+
+def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> Path:
+    """Runs a recipe with command-line overrides; the entry point of every recipe script.
+
+    Args:
+        arguments: ``--train.steps 100`` and the like, default ``sys.argv[1:]``. ``--smoke`` shrinks the run to
+            seconds, with a tiny random teacher of the right class where the real one is not given.
+
+    Returns:
+        The run directory. Bad input and interruption exit with one message (codes 2 and 130/143).
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    smoke = "--smoke" in words
+    words = [w for w in words if w != "--smoke"]
+    try:
+        recipe = recipes.override(recipe, words)
+        if smoke:
+            from .smoke import smoke as shrink
+
+            recipe = shrink(
+                recipe, keep_teacher=any(w.split("=")[0] in ("--teacher", "--teacher.path") for w in words)
+            )
+        return execute(recipe)
+    except FewstepError as error:
+        raise SystemExit(_fail(error)) from None
+    except Interrupted as stop:
+        print(f"fewstep: {stop}; continue with: fewstep resume {recipe.output}", file=sys.stderr)
+        raise SystemExit(128 + stop.signal) from None
+
+
+def _fail(error: Exception) -> int:
+    print(f"fewstep: {error}", file=sys.stderr)
+    return 2
+
+
+def resume(folder: str | Path) -> Path:
+    """Continues an interrupted run from its last whole checkpoint, exactly."""
+    folder = Path(folder)
+    if not (folder / "recipe.yaml").is_file():
+        raise FewstepError(f"{folder} is no run (no recipe.yaml in it); expected the output folder of a run")
+    recipe = dataclasses.replace(recipes.load(folder / "recipe.yaml"), output=str(folder))
+    return execute(recipe, resuming=True)
+
+
+def reexport(recipe: Recipe, folder: str | Path) -> Path:
+    """Exports the newest checkpoint of a run again, with the recipe's present export options."""
+    recipe = dataclasses.replace(recipe, output=str(folder))
+    session = Session(recipe, *check_data(recipe), start("cpu"))
+    if not session.trainer.restore():
+        raise FewstepError(f"{folder}: no checkpoint to export; train it first")
+    session.export()
+    return Path(folder) / "export"
+
+
+def execute(recipe: Recipe, resuming: bool = False) -> Path:
+    """The whole run; cheap checks come before anything is loaded, and loading before anything is written."""
+    recipe = recipes.from_dict(recipes.to_dict(recipe))
+    folder = Path(recipe.output)
+    if not resuming:
+        _check_output(folder)
+    prompts, images = check_data(recipe)
+    _check_class(recipe)
+    process = start(recipe.train.device, recipe.train.shard)
+    session = Session(recipe, prompts, images, process)
+    if process.main:
+        _claim(folder, recipe, session)
+    process.barrier()
+    session.train(resuming)
+    session.export()
+    if process.main:
+        if recipe.evaluation.num:
+            from .evaluation.students import evaluate_run
+
+            evaluate_run(recipe, folder, session.teacher, prompts, images)
+        print(f"fewstep: report {write_report(folder)}")
+    process.barrier()
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+def _check_output(folder: Path) -> None:
+    if folder.is_file():
+        raise RecipeError(f"output: {folder} is a file; expected a folder to create")
+    if folder.exists() and any(folder.iterdir()):
+        held = "holds a run already" if (folder / "recipe.yaml").exists() else "is not empty"
+        raise RecipeError(
+            f"output: {folder} {held}; continue it with `fewstep resume {folder}`, or give another --output"
+        )
+    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        reason = f"no permission to write in {parent}" if parent.is_dir() else f"{parent} is a file"
+        raise RecipeError(f"output: {folder} cannot be created: {reason}")
+
+
+def _check_space(folder: Path, roles: dict[str, Role], recipe: Recipe) -> None:
+    """Weights, two moments and an average per checkpoint, one more while it is written, and the export."""
+    trained = sum(w.numel() for role in roles.values() for w in role.weights.values())
+    needed = 4 * trained * 4 * (recipe.train.keep + 1) + (64 << 20)
+    free = shutil.disk_usage(next(p for p in [folder, *folder.absolute().parents] if p.exists())).free
+    if free < needed:
+        raise RecipeError(
+            f"output: {folder}: {free / 1e9:.2f} GB free, about {needed / 1e9:.2f} GB needed for {recipe.train.keep} "
+            "checkpoints and the export; free some, lower train.keep, or give another --output"
+        )
+
+
+def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
+    prompts = load_prompts(recipe.data.prompts)
+    needs = recipe.method_class.needs(recipe.method)
+    if "images" not in needs:
+        return prompts, None
+    if recipe.data.images is None:
+        raise RecipeError(
+            "data.images: missing; this configuration needs real images. Give a folder of captioned "
+            "images, or set method.gan_weight 0 to run data-free"
+        )
+    return prompts, load_images(recipe.data.images)
+
+
+def _check_class(recipe: Recipe) -> None:
+    found, expected = pipeline_class_of(recipe.teacher.path), recipe.teacher.pipeline_class
+    if expected and found != expected:
+        raise RecipeError(
+            f"teacher.path: {recipe.teacher.path} is a {found}, but this recipe was written for a {expected}; choose "
+            "another recipe, or set teacher.pipeline_class null"
+        )
+
+
+def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
+    """The run directory comes into being when everything is known to fit together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / "recipe.yaml.part"
+    part.write_text(recipes.dump(recipe), encoding="utf-8")
+    os.replace(part, folder / "recipe.yaml")
+    session.write_summary()
+
+
+# ----------------------------------------------------------------------------------------------------------- session
+class Session:
+    """What a recipe becomes once loaded: teacher, roles, method, data, trainer."""
+
+    def __init__(self, recipe: Recipe, prompts: list[str], images: CaptionedImages | None, process: Process):
+        self.recipe, self.process, self.folder = recipe, process, Path(recipe.output)
+        quiet = not process.main
+        t = recipe.teacher
+        self.teacher = load_teacher(
+            t.path, dtype=t.dtype, resolution=t.resolution, autocast=t.autocast, attention=t.attention
+        )
+        self.teacher.to(process.device)
+        if t.gradient_checkpointing:
+            self.teacher.net.enable_gradient_checkpointing()
+        self.roles, self.method = build(recipe, self.teacher, process)
+        _check_space(self.folder, self.roles, recipe)
+        if not process.main:
+            process.barrier()  # the first rank encodes, the others find the cache
+        conditions = encode_prompts(self.teacher, prompts, quiet=quiet)
+        latents = captions = None
+        if images is not None:
+            same = images.captions == prompts
+            captions = conditions if same else encode_prompts(self.teacher, images.captions, quiet=quiet)
+            latents = encode_images(self.teacher, images, quiet=quiet)
+        if process.main:
+            process.barrier()
+        self.preview = Preview(recipe, self.teacher, self.method, self.roles["student"], prompts, self.folder)
+        self.export_prompts = self.preview.prompts[:2]
+        self.teacher.drop_encoders()
+        data = Batches(
+            conditions,
+            self.teacher.latent_shape,
+            batch_size=recipe.train.batch_size,
+            per_iteration=recipe.train.accumulate * process.world,
+            seed=recipe.train.seed,
+            latents=latents,
+            captions=captions,
+            device=process.device,
+        )
+        self.trainer = Trainer(
+            self.method,
+            self.roles,
+            data,
+            recipe.train,
+            folder=self.folder,
+            process=process,
+            on_sample=lambda step: self.preview.draw(step, process.main),
+        )
+
+    def train(self, resuming: bool) -> None:
+        if resuming and self.trainer.restore() and self.process.main:
+            print(f"fewstep: resuming at step {self.trainer.progress.iteration}")
+        begin = _digest_of(self.roles["student"]) if not resuming else None
+        try:
+            self.trainer.train()
+        finally:
+            if self.process.main:
+                self.write_summary()
+                write_report(self.folder)
+        if begin is not None and begin == _digest_of(self.roles["student"]):
+            raise FewstepError(
+                "the student's weights have not changed; check roles.student.lr and method.critic_steps"
+            )
+
+    def export(self) -> None:
+        recipe, student = self.recipe, self.roles["student"]
+        for name in self.teacher.encoders:
+            getattr(self.teacher.pipe, name).to(self.process.device)
+        with averaged(student):
+            own = export.trainer_sample(self.method.student, self.teacher, self.export_prompts)
+        weights = {name: whole(value) for name, value in student.final_weights().items()}
+        if not self.process.main:
+            return
+        folder = export.export_student(
+            self.folder / "export",
+            self.teacher,
+            self.method.student.times,
+            weights,
+            student.config,
+            about=self._about(),
+            dtype=recipe.export.dtype,
+            kohya=recipe.export.kohya,
+        )
+        args = (recipe.export.tolerance, recipe.export.dtype, recipe.teacher.dtype)
+        difference = export.verify(folder, own, self.teacher, self.export_prompts, *args)
+        print(f"fewstep: export {folder} verified in stock diffusers, largest difference {difference:.1e}")
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "title": self.folder.name,
+            "method": self.method.name,
+            "recipe": recipes.digest(self.recipe),
+            "guidance_scale": getattr(self.recipe.method, "guidance_scale", 1.0),
+            "trained_steps": self.trainer.progress.iteration,
+            "prompt": self.export_prompts[0],
+        }
+
+    def write_summary(self) -> None:
+        trainer = getattr(self, "trainer", None)
+        summary = {
+            "name": self.folder.name,
+            "teacher": self.teacher.source,
+            "method": self.method.name,
+            "student_steps": self.method.student.num_steps,
+            "steps": trainer.progress.iteration if trainer else 0,
+            "seconds": round(trainer.seconds, 1) if trainer else 0,
+            "parameters": {n: sum(w.numel() for w in r.weights.values()) for n, r in self.roles.items()},
+            "hardware": hardware(self.process),
+            "versions": versions(),
+        }
+        part = self.folder / "run.json.part"
+        part.write_text(json.dumps(summary, indent=1))
+        os.replace(part, self.folder / "run.json")
+
+
+def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str, Role], Method]:
+    """Roles and method of a recipe; trained weights are sharded over the processes, if there are several."""
+    cls = recipe.method_class
+    roles: dict[str, Role] = {}
+    for name in cls.networks:
+        try:
+            roles[name] = build_role(name, teacher.net, recipe.role(name), recipe.train.seed)
+        except RecipeError as error:
+            raise RecipeError(f"roles.{error}") from None
+        if recipe.teacher.gradient_checkpointing:
+            roles[name].module.train()  # diffusers recomputes in train mode only; there is no dropout
+    denoisers = {name: teacher.denoiser.with_net(role.module) for name, role in roles.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)  # heads start equal on every rank
+        method = cls(recipe.method, teacher.denoiser, teacher.latent_shape, **denoisers)
+    for name, module in method.heads().items():
+        roles[name] = Role(name, module, recipe.role(name))
+    _check_gain(method, teacher)
+    for role in roles.values():
+        distribute(role.module, process)
+        role.collect()
+    return roles, method
+
+
+def _check_gain(method: Method, teacher: Teacher) -> None:
+    """An eps student near zero SNR multiplies its error; say so before hours are spent."""
+    start, denoiser = method.student.times[0], teacher.denoiser
+    gain = denoiser.schedule.x0_gain(start, denoiser.prediction)
+    if gain > 10:
+        print(
+            f"fewstep: note: at its first time {start} this {denoiser.prediction} student multiplies its error "
+            f"by {gain:.1f}; an earlier method.start (399 for one-step SDXL) is gentler",
+            file=sys.stderr,
+        )
+
+
+def _digest_of(role: Role) -> float:
+    return float(sum(whole(w).double().abs().sum() for w in role.weights.values()))
+
+
+def hardware(process: Process) -> str:
+    if process.device.type == "cuda":
+        return f"{process.world} x {torch.cuda.get_device_name(process.device)}"
+    return f"{process.world} process(es) on CPU, {torch.get_num_threads()} threads each"
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"fewstep": __version__, "python": platform.python_version()}
+    for package in ("torch", "diffusers", "transformers", "peft", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,74 @@
+"""``--smoke``: any recipe in seconds, through the code of the real run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+from .recipe import EvalConfig, Recipe, SampleConfig
+
+RANK = 4
+
+
+def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
+    """Four steps of two samples, a small rank, two images evaluated, output in a temporary folder.
+
+    Unless the teacher is given or built in, a tiny random pipeline of the recipe's class stands in; where prompts and
+    images are no files here, a few emoji do.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="fewstep-smoke-"))
+    teacher, data = recipe.teacher, recipe.data
+    if not keep_teacher and not teacher.path.startswith("builtin:"):
+        from .teachers.tiny import write_tiny_pipeline
+
+        tiny = write_tiny_pipeline(teacher.pipeline_class or "StableDiffusionXLPipeline", folder / "teacher")
+        teacher = dataclasses.replace(
+            teacher, path=str(tiny), dtype="float32", autocast=None, resolution=None
+        )
+    few = _few_emoji(folder)
+    data = dataclasses.replace(
+        data,
+        prompts=data.prompts if Path(data.prompts).is_file() else str(few / "prompts.txt"),
+        images=data.images if data.images is None or Path(data.images).is_dir() else str(few),
+    )
+    names = (*recipe.method_class.networks, "discriminator")
+    roles = {n: dataclasses.replace(recipe.role(n), rank=min(RANK, recipe.role(n).rank)) for n in names}
+    train = dataclasses.replace(
+        recipe.train, steps=4, batch_size=2, accumulate=1, log_every=1, sample_every=2, checkpoint_every=2
+    )
+    method = (
+        dataclasses.replace(recipe.method, critic_steps=2)
+        if hasattr(recipe.method, "critic_steps")
+        else recipe.method
+    )
+    return dataclasses.replace(
+        recipe,
+        output=str(folder / "run"),
+        teacher=teacher,
+        data=data,
+        roles=roles,
+        train=train,
+        method=method,
+        samples=SampleConfig(count=2, teacher_steps=2, columns=2),
+        evaluation=EvalConfig(num=0),
+    )
+
+
+def _few_emoji(folder: Path, count: int = 8) -> Path:
+    """A folder of captioned images with its prompts, as a user would bring one."""
+    from PIL import Image
+
+    from .data import emoji
+
+    images, captions = emoji.load()
+    chosen = range(0, len(captions), len(captions) // count)[:count]
+    rows = [{"file_name": f"{i:04d}.png", "text": captions[i]} for i in chosen]
+    target = folder / "emoji"
+    target.mkdir(parents=True)
+    for i, row in zip(chosen, rows):
+        Image.fromarray(images[i]).save(target / row["file_name"])
+    (target / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (target / "prompts.txt").write_text("".join(row["text"] + "\n" for row in rows))
+    return target

@@ -1,0 +1,72 @@
+"""Sampling a teacher: a deterministic solver of our own, and diffusers' training-free solvers as the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .cond import Cond
+from .denoiser import Denoiser
+
+
+@torch.no_grad()
+def ddim(
+    denoiser: Denoiser,
+    noise: Tensor,
+    cond: Cond,
+    num_steps: int,
+    *,
+    guidance: float = 1.0,
+    start: float | None = None,
+) -> Tensor:
+    """Probability-flow ODE by first-order exponential steps on an even grid of times (DDIM, arXiv 2010.02502).
+
+    Args:
+        noise: unit noise (B, ...). num_steps: network calls, doubled by guidance. start: first time, default t_max.
+
+    Returns:
+        x0 (B, ...), the last step's prediction.
+    """
+    schedule = denoiser.schedule
+    start = schedule.t_max if start is None else start
+    times = torch.linspace(start, schedule.t_min, num_steps + 1, dtype=torch.float64, device=noise.device)
+    x = noise
+    for now, following in zip(times[:-1].tolist(), times[1:].tolist()):
+        t, s = (
+            torch.full((len(x),), value, dtype=torch.float64, device=x.device) for value in (now, following)
+        )
+        x0 = denoiser.x0(x, t, cond, guidance=guidance)
+        last = following == times[-1].item()
+        x = x0 if last else schedule.ddim_step(x, x0, t, s)
+    return x
+
+
+def _make(name: str, **options) -> Callable:
+    def build(scheduler):
+        import diffusers
+
+        # Only what defines the noise table is taken over: defaults of one scheduler are wrong for another
+        # (DDIM clips samples unless told not to).
+        keys = (
+            "num_train_timesteps",
+            "beta_start",
+            "beta_end",
+            "beta_schedule",
+            "trained_betas",
+            "prediction_type",
+        )
+        table = {k: scheduler.config[k] for k in keys if scheduler.config.get(k) is not None}
+        return getattr(diffusers, name)(**table, timestep_spacing="trailing", **options)
+
+    return build
+
+
+# Training-free samplers in diffusers; each takes a pipeline's scheduler and gives one on the same noise table.
+FLOOR: dict[str, Callable] = {
+    "ddim": _make("DDIMScheduler", clip_sample=False, set_alpha_to_one=True),
+    "euler": _make("EulerDiscreteScheduler"),
+    "dpm++": _make("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", lower_order_final=True),
+    "unipc": _make("UniPCMultistepScheduler"),
+}

@@ -1,0 +1,121 @@
+"""Teachers: adapters of diffusers pipelines, the built-in ones, and closed-form ones for tests and toys."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import FewstepError
+from .base import Teacher, check_pipeline_folder
+
+ASSETS = Path(__file__).parent.parent / "assets"
+BUILTIN = {"builtin:emoji-xl": ASSETS / "emoji-xl"}
+
+
+def adapters() -> dict[str, type[Teacher]]:
+    """Pipeline class -> adapter."""
+    from .sd import StableDiffusion, StableDiffusionXL
+
+    return {cls.pipeline_class: cls for cls in (StableDiffusion, StableDiffusionXL)}
+
+
+def resolve(source: str) -> str:
+    """The folder of a built-in teacher, or the path or hub id as given.
+
+    Raises:
+        FewstepError: unknown built-in, or a local path that is no pipeline.
+    """
+    if source.startswith("builtin:"):
+        if source not in BUILTIN:
+            raise FewstepError(f"teacher.path: {source!r} is unknown; built in: {', '.join(BUILTIN)}")
+        return str(BUILTIN[source])
+    check_pipeline_folder(source)
+    return source
+
+
+def pipeline_class_of(source: str) -> str:
+    """Class of a pipeline without loading its weights; one clear error if fewstep has no adapter for it."""
+    from diffusers import DiffusionPipeline
+
+    path = resolve(source)
+    try:
+        name = DiffusionPipeline.load_config(path)["_class_name"]
+    except Exception as error:  # the hub client raises a dozen kinds
+        raise FewstepError(f"teacher.path: cannot read the pipeline {source}: {error}") from error
+    if name not in adapters():
+        raise FewstepError(
+            f"teacher.path: {source} is a {name}; fewstep has adapters for {', '.join(adapters())}. To add one, "
+            "subclass fewstep.teachers.base.Teacher (encode, null, call) as in fewstep/teachers/sd.py"
+        )
+    return name
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Loading without the libraries' progress bars and advice; errors still come through."""
+    import diffusers
+    import transformers
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for library, level in zip(libraries, levels):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
+
+
+def load_pipeline(source: str, dtype: str = "float32"):
+    """The stock pipeline of a path, hub id or built-in name; weights from safetensors only."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    pipeline_class = pipeline_class_of(source)
+    # A safety checker is no part of distillation, and most folders lack it.
+    options = {"safety_checker": None, "requires_safety_checker": False}
+    extra = options if pipeline_class == "StableDiffusionPipeline" else {"add_watermarker": False}
+    try:
+        with hushed():
+            pipe = DiffusionPipeline.from_pretrained(
+                resolve(source), torch_dtype=getattr(torch, dtype), use_safetensors=True, **extra
+            )
+    except Exception as error:  # a file missing or damaged: each loader raises its own kinds
+        raise FewstepError(f"teacher.path: cannot load the pipeline {source}: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_teacher(
+    source: str,
+    *,
+    dtype: str = "float32",
+    resolution: int | None = None,
+    autocast: str | None = None,
+    attention: str = "auto",
+) -> Teacher:
+    """A pipeline folder, hub id or ``builtin:`` name as a teacher.
+
+    Args:
+        source: what ``DiffusionPipeline.from_pretrained`` takes, or ``builtin:emoji-xl``.
+        dtype: of the frozen weights, "float32" or "bfloat16"; the VAE stays in float32.
+        resolution: pixels; default the pipeline's own. autocast: dtype of the networks' arithmetic, or None.
+        attention: kernel, see :class:`~fewstep.denoiser.NetDenoiser`.
+
+    Raises:
+        FewstepError: no pipeline there, or no adapter for its class.
+    """
+    import torch
+
+    pipe = load_pipeline(source, dtype)
+    with hushed():
+        pipe.vae.to(torch.float32)
+    cls = adapters()[type(pipe).__name__]
+    return cls(pipe, source, resolution, getattr(torch, autocast) if autocast else None, attention)

@@ -1,0 +1,80 @@
+"""Teachers whose score is known in closed form: the ground truth of every test, and toys one can think with."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..cond import Cond
+from ..rng import Rng
+from ..schedules import Schedule, expand
+
+
+class GaussianMixture:
+    """Mixture of K Gaussians with diagonal covariance in D dimensions, optionally conditional.
+
+    Args:
+        schedule: noise path. means: (K, D). variances: (K, D) or broadcastable.
+        weights: (K,) for an unconditional mixture, or (L, K): row l holds the weights given ``cond["label"] == l``.
+            The null condition is the mean of the rows, i.e. labels are uniform. Default: equal weights.
+
+    K = 1 is a Gaussian.
+    """
+
+    def __init__(self, schedule: Schedule, means: Tensor, variances: Tensor, weights: Tensor | None = None):
+        self.schedule, self.means = schedule, means
+        self.variances = torch.as_tensor(variances, dtype=means.dtype).expand_as(means)
+        uniform = torch.full((len(means),), 1 / len(means), dtype=means.dtype)
+        self.weights = torch.as_tensor(uniform if weights is None else weights, dtype=means.dtype)
+        self.null = Cond({"label": torch.tensor([-1])}) if self.weights.ndim == 2 else None
+
+    @classmethod
+    def ring(
+        cls, schedule: Schedule, modes: int = 8, radius: float = 1.0, std: float = 0.1
+    ) -> GaussianMixture:
+        """Equal Gaussians on a circle, the usual two-dimensional toy."""
+        angle = torch.arange(modes) * (2 * math.pi / modes)
+        means = radius * torch.stack([angle.cos(), angle.sin()], 1)
+        return cls(schedule, means, torch.tensor(std**2))
+
+    def _log_weights(self, cond: Cond | None, rows: int, null: bool) -> Tensor:
+        if self.weights.ndim == 1:
+            return self.weights.log().expand(rows, -1)
+        labels = torch.full((rows,), -1) if null else cond["label"]
+        table = torch.cat(
+            [self.weights, self.weights.mean(0, keepdim=True)]
+        )  # label -1 is the null condition
+        return table[labels].log()
+
+    def _components(self, x_t: Tensor, t: Tensor, cond: Cond | None, null: bool) -> tuple[Tensor, Tensor]:
+        """Log joint (B, K) of component and x_t, and posterior means (B, K, D) of x0 given both."""
+        a, s = (expand(c, x_t)[:, None] for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
+        means, variances = self.means.to(x_t), self.variances.to(x_t)
+        total = a**2 * variances + s**2
+        offset = x_t[:, None] - a * means
+        log_density = -0.5 * (offset**2 / total + total.log() + math.log(2 * math.pi)).sum(-1)
+        posterior = means + a * variances / total * offset
+        return self._log_weights(cond, len(x_t), null).to(x_t) + log_density, posterior
+
+    def _x0(self, x_t: Tensor, t: Tensor, cond: Cond | None, null: bool) -> Tensor:
+        log_joint, posterior = self._components(x_t, t, cond, null)
+        return (log_joint.softmax(-1)[..., None] * posterior).sum(1)
+
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
+        """Exact posterior mean, (B, D), differentiable in x_t."""
+        conditional = self._x0(x_t, t, cond, null=False)
+        if guidance == 1.0:
+            return conditional
+        return torch.lerp(self._x0(x_t, t, cond, null=True), conditional, guidance)
+
+    def log_prob(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        """``log p_t(x_t | cond)``, (B,)."""
+        return self._components(x_t, t, cond, null=False)[0].logsumexp(-1)
+
+    def sample(self, count: int, rng: Rng, cond: Cond | None = None) -> Tensor:
+        """Clean samples (count, D)."""
+        weights = self._log_weights(cond, count, null=False).exp()
+        chosen = torch.multinomial(weights, 1, generator=rng.generator)[:, 0]
+        return self.means[chosen] + self.variances[chosen].sqrt() * rng.normal(count, self.means.shape[1])

@@ -1,0 +1,141 @@
+"""A teacher: a diffusers pipeline seen as a denoiser, a prompt encoder and an image decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..cond import Cond
+from ..denoiser import NetDenoiser
+from ..errors import FewstepError
+from ..schedules import Schedule
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
+
+
+class Teacher:
+    """Adapter of one pipeline class. Subclasses say how it encodes, how it calls its network, and its schedule.
+
+    Attributes:
+        pipeline_class: name in ``model_index.json``. network: component that is distilled.
+        pipe: the stock pipeline, frozen. denoiser: its network as a :class:`~fewstep.denoiser.NetDenoiser`.
+        latent_shape: (C, H, W) of one sample.
+    """
+
+    pipeline_class: ClassVar[str]
+    network: ClassVar[str] = "unet"
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+
+    def __init__(
+        self,
+        pipe: Any,
+        source: str,
+        resolution: int | None = None,
+        autocast: torch.dtype | None = None,
+        attention: str = "auto",
+    ):
+        self.pipe, self.source = pipe, source
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        self.net: nn.Module = getattr(pipe, self.network)
+        factor = pipe.vae_scale_factor
+        size = resolution or self.net.config.sample_size * factor
+        if size % factor:
+            raise FewstepError(
+                f"teacher.resolution: {size}: expected a multiple of {factor} for this pipeline"
+            )
+        self.resolution = size
+        self.latent_shape = (self.net.config.in_channels, size // factor, size // factor)
+        kind = pipe.scheduler.config.get("prediction_type", "epsilon")
+        if kind not in PREDICTIONS:
+            raise FewstepError(
+                f"{source}: scheduler prediction_type {kind!r}: expected one of {sorted(PREDICTIONS)}"
+            )
+        schedule = self.make_schedule()
+        self.denoiser = NetDenoiser(
+            self.net, schedule, PREDICTIONS[kind], type(self).call, self.null(), autocast, attention
+        )
+
+    # ------------------------------------------------------------------------------ what differs between pipelines
+    def make_schedule(self) -> Schedule:
+        raise NotImplementedError
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Conditions of prompts, exactly as the stock pipeline computes them; len(prompts) rows."""
+        raise NotImplementedError
+
+    def null(self) -> Cond:
+        """One row of the unconditional branch, by the stock pipeline's own rule."""
+        raise NotImplementedError
+
+    @staticmethod
+    def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        """The network's prediction; ``time`` is in the network's own unit."""
+        raise NotImplementedError
+
+    # -------------------------------------------------------------------------------------------------- latents
+    @torch.no_grad()
+    def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """uint8 images (B, H, W, 3) -> scaled latents (B, C, h, w): a draw of the VAE's posterior."""
+        vae = self.pipe.vae
+        pixels = images.to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
+        parts = [vae.encode(p).latent_dist.sample(generator=generator) for p in pixels.split(self._at_once())]
+        sample = torch.cat(parts)
+        return (sample - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Scaled latents (B, C, h, w) -> uint8 images (B, H, W, 3)."""
+        vae = self.pipe.vae
+        unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+        unscaled = unscaled + (vae.config.get("shift_factor") or 0.0)
+        images = [vae.decode(z, return_dict=False)[0].float() for z in unscaled.split(self._at_once())]
+        pixels = ((torch.cat(images) / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+    def _at_once(self) -> int:
+        """Images that the VAE takes at a time: four at 1024 px need some 16 GB in fp32."""
+        return max(1, 4 * 1024**2 // self.resolution**2)
+
+    # --------------------------------------------------------------------------------------------------- memory
+    def to(self, device: torch.device | str) -> Teacher:
+        self.pipe.to(device)
+        if self.denoiser.null is not None:
+            self.denoiser.null = self.denoiser.null.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def drop_encoders(self) -> None:
+        """Prompts are cached: the text encoders leave the device."""
+        for name in self.encoders:
+            encoder = getattr(self.pipe, name, None)
+            if encoder is not None:
+                encoder.to("cpu")
+
+    @property
+    def lora_prefix(self) -> str:
+        return self.network
+
+
+def check_pipeline_folder(source: str) -> None:
+    """Refuses a local path that holds no pipeline, before anything is loaded."""
+    path = Path(source)
+    if path.exists() and not (path / "model_index.json").is_file():
+        raise FewstepError(
+            f"teacher.path: {source} is no diffusers pipeline (no model_index.json in it); give a folder written by "
+            "save_pretrained, a hub id, or builtin:emoji-xl"
+        )
+    if not path.exists() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1):
+        raise FewstepError(
+            f"teacher.path: {source} does not exist; give a folder written by save_pretrained, a hub id such as "
+            "stabilityai/stable-diffusion-xl-base-1.0, or builtin:emoji-xl"
+        )

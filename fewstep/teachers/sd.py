@@ -1,0 +1,78 @@
+"""Stable Diffusion 1.5 / 2.x and Stable Diffusion XL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..cond import Cond
+from ..schedules import VP
+from .base import Teacher
+
+
+class StableDiffusion(Teacher):
+    """SD 1.5 and 2.x, eps or v-prediction; the null condition is the encoded empty prompt."""
+
+    pipeline_class = "StableDiffusionPipeline"
+
+    def make_schedule(self) -> VP:
+        return VP.from_scheduler(self.pipe.scheduler)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        embeds, _ = self.pipe.encode_prompt(list(prompts), self.pipe.text_encoder.device, 1, False)
+        return Cond({"embeds": embeds.float()})
+
+    def null(self) -> Cond:
+        return self.encode([""])
+
+    @staticmethod
+    def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        time = time.to(x_t.dtype)
+        return net(x_t, time, encoder_hidden_states=cond["embeds"], return_dict=False)[0]
+
+
+class StableDiffusionXL(Teacher):
+    """SDXL: two text encoders, pooled embedding and size conditioning ``time_ids`` (6 numbers)."""
+
+    pipeline_class = "StableDiffusionXLPipeline"
+    encoders = ("text_encoder", "text_encoder_2")
+
+    def make_schedule(self) -> VP:
+        return VP.from_scheduler(self.pipe.scheduler)
+
+    def time_ids(self, rows: int) -> Tensor:
+        size = float(self.resolution)
+        return torch.tensor([[size, size, 0.0, 0.0, size, size]]).expand(rows, -1).contiguous()
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            list(prompts),
+            device=self.pipe.text_encoder_2.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        ids = self.time_ids(len(embeds)).to(embeds.device)
+        return Cond({"embeds": embeds.float(), "pooled": pooled.float(), "time_ids": ids})
+
+    def null(self) -> Cond:
+        encoded = self.encode([""])
+        if not self.pipe.config.get("force_zeros_for_empty_prompt", True):
+            return encoded
+        # SDXL's pipeline uses zeros, not the empty prompt; the size conditioning stays.
+        zeros = {name: torch.zeros_like(encoded[name]) for name in ("embeds", "pooled")}
+        return Cond({**zeros, "time_ids": encoded["time_ids"]})
+
+    @staticmethod
+    def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
+        return net(
+            x_t,
+            time.to(x_t.dtype),
+            encoder_hidden_states=cond["embeds"],
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]

@@ -1,0 +1,147 @@
+"""Tiny random pipelines on disk: stand-ins of published classes for tests and ``--smoke``.
+
+They go through the very code that loads the real ones; their images mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..errors import FewstepError
+
+SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+
+
+def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **unet_options) -> Path:
+    """A randomly initialised pipeline of a class fewstep knows, written by ``save_pretrained``.
+
+    Args:
+        unet_options: override the UNet's configuration, e.g. ``prediction_type`` goes to the scheduler.
+    """
+    import diffusers
+    import torch
+
+    builders = {"StableDiffusionPipeline": _sd, "StableDiffusionXLPipeline": _sdxl}
+    if pipeline_class not in builders:
+        raise FewstepError(f"no tiny stand-in for {pipeline_class}; known: {', '.join(builders)}")
+    prediction = unet_options.pop("prediction_type", "epsilon")
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = _tokenizer(folder / "tokenizer_files")
+        scheduler = diffusers.EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=prediction,
+            timestep_spacing="leading",
+            steps_offset=1,
+        )
+        pipe = builders[pipeline_class](tokenizer, scheduler, unet_options)
+    from . import hushed
+
+    with hushed():
+        pipe.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(folder: Path):
+    """Character level: 256 bytes with and without CLIP's end-of-word mark, no merges, no data files."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(ByteLevel.alphabet())
+    symbols = [*alphabet, *(a + "</w>" for a in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
+    )
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def _text_config(tokenizer, width: int = 16, **options):
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+
+
+def _vae():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=32,
+        scaling_factor=0.18215,
+    )
+
+
+def _unet(cross: int, **options):
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        **{
+            **SIZES,
+            "sample_size": 16,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": (2, 2),
+            "cross_attention_dim": cross,
+            **options,
+        }
+    )
+
+
+def _sd(tokenizer, scheduler, options):
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    return StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_text_config(tokenizer)),
+        tokenizer=tokenizer,
+        unet=_unet(16, **options),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sdxl(tokenizer, scheduler, options):
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    sdxl = {
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 16 + 6 * 4,
+    }
+    return StableDiffusionXLPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_text_config(tokenizer)),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, projection_dim=16)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=_unet(32, **sdxl, **options),
+        scheduler=scheduler,
+        add_watermarker=False,
+    )

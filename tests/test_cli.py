@@ -1,0 +1,80 @@
+"""The command line itself: quick to start, honest about what it does not know."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fewstep.cli import load_recipe, main, recipe_files
+from fewstep.errors import FewstepError
+
+
+def loaded_by(code: str) -> set[str]:
+    words = [sys.executable, "-c", f"{code}\nimport sys, json; print(json.dumps(sorted(sys.modules)))"]
+    return set(
+        json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    )
+
+
+def test_import_costs_no_more_than_torch():
+    heavy = {
+        "diffusers",
+        "transformers",
+        "peft",
+        "accelerate",
+        "torchvision",
+        "xformers",
+        "cleanfid",
+        "scipy",
+    }
+    modules = loaded_by("import fewstep")
+    assert not modules & (heavy | {"torch"})
+    modules = loaded_by(
+        "import fewstep; fewstep.VP; fewstep.Student; fewstep.NetDenoiser; fewstep.Recipe; fewstep.run"
+    )
+    assert not modules & heavy
+
+
+def test_help_needs_no_torch():
+    assert "torch" not in loaded_by("from fewstep.cli import parser; parser().format_help()")
+
+
+def test_every_recipe_is_listed_and_can_be_copied(capsys, tmp_path):
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert len(recipe_files()) == 5 and all(name in listed for name in recipe_files())
+    assert main(["recipes", "copy", "sdxl_dmd2_4step", str(tmp_path)]) == 0
+    assert load_recipe(str(tmp_path / "sdxl_dmd2_4step.py")).method.num_steps == 4
+    assert main(["recipes", "copy", "sdxl_dmd2_4step", str(tmp_path)]) == 2  # never overwrites
+    assert main(["recipes", "copy", "sdxl", str(tmp_path)]) == 2
+
+
+def test_methods_and_doctor(capsys):
+    assert main(["methods"]) == 0
+    assert "dmd2" in capsys.readouterr().out
+    assert main(["doctor"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def test_an_unknown_recipe_is_refused_by_name():
+    with pytest.raises(FewstepError, match="sdxl_dmd2_4step"):
+        load_recipe("sdxl_dmd2")
+
+
+def test_resume_of_no_run_is_refused(tmp_path, capsys):
+    assert main(["resume", str(tmp_path)]) == 2
+    assert "no recipe.yaml" in capsys.readouterr().err
+
+
+def test_bench_accounts_for_the_whole_step(capsys, tiny_sdxl, tmp_path):
+    from test_end_to_end import tiny
+
+    from fewstep.recipe import dump
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump(tiny("sdxl_dmd2_4step", tiny_sdxl, tmp_path)))
+    assert main(["bench", str(path), "--iterations", "4"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    shares = [result[name] for name in ("forward", "backward", "optimiser", "outside")]
+    assert sum(shares) == pytest.approx(1, abs=0.01) and min(shares) > 0

@@ -1,0 +1,34 @@
+"""What the README says is what the result files say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fewstep.evaluation.students import results_table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = sorted((ROOT / "eval" / "results").glob("*.json"))
+
+
+def test_there_are_results():
+    assert {"emoji_dmd2_1step", "emoji_dmd2_4step"} <= {path.stem for path in RESULTS}
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+def test_every_table_of_the_readme_comes_from_its_file(path):
+    result = json.loads(path.read_text())
+    assert results_table(result) in README
+    assert {"command", "hardware", "versions", "seconds"} <= result.keys()
+    assert len({row["images"] for row in result["rows"]}) == 1  # equal sample counts
+
+
+def test_every_link_of_the_readme_leads_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
+    assert links and all((ROOT / link).exists() for link in links)
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "@" not in README.replace("effnet-lite0@96", "")

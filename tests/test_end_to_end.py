@@ -1,0 +1,232 @@
+"""What a user does, on tiny random pipelines, through the code that loads the real ones."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep import recipe as recipes
+from fewstep.cli import load_recipe, main, recipe_files
+from fewstep.data.cache import cache_root
+from fewstep.errors import FewstepError
+from fewstep.export import load_exported, stock_sample
+from fewstep.run import Session, execute, resume
+from fewstep.teachers import load_teacher
+
+PROMPTS = ["red apple", "a cat", "blue square", "crescent moon", "green tree"]
+
+
+def tiny(recipe_name: str, teacher: Path, folder: Path, *words: str):
+    """A shipped recipe shrunk to four steps on a tiny pipeline of its class, with real files as input."""
+    from PIL import Image
+
+    prompts, images = folder / "prompts.txt", folder / "images"
+    prompts.write_text("\n".join(PROMPTS))
+    images.mkdir(exist_ok=True)
+    with (images / "metadata.jsonl").open("w") as table:
+        for i, prompt in enumerate(PROMPTS):
+            Image.new("RGB", (40, 36), (40 * i, 99, 250 - 40 * i)).save(images / f"{i}.png")
+            table.write(json.dumps({"file_name": f"{i}.png", "text": prompt}) + "\n")
+    words = (
+        *("--teacher", str(teacher), "--prompts", str(prompts), "--images", str(images)),
+        *("--output", str(folder / "run"), "--teacher.dtype", "float32", "--teacher.autocast", "null"),
+        *("--teacher.resolution", "null", "--student.rank", "4", "--critic.rank", "4", "--train.steps", "4"),
+        *("--train.batch_size", "2", "--train.accumulate", "1", "--method.critic_steps", "2"),
+        *("--samples.count", "2", "--samples.teacher_steps", "2", "--train.sample_every", "2"),
+        *("--train.checkpoint_every", "2", "--train.log_every", "1", "--student.warmup", "0"),
+        *("--export.dtype", "float32", "--student.lr", "1e-3", "--samples.columns", "2"),
+        *words,
+    )
+    return recipes.override(load_recipe(recipe_name), words)
+
+
+@pytest.fixture(scope="module")
+def sdxl_run(tiny_sdxl, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdxl")
+    recipe = tiny("sdxl_dmd2_4step", tiny_sdxl, folder, "--export.kohya", "true", "--student.ema", "0.5")
+    return execute(recipe), recipe
+
+
+def test_a_run_directory_holds_everything(sdxl_run):
+    folder, recipe = sdxl_run
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert {"recipe.yaml", "run.json", "metrics.jsonl", "report.html", "export/README.md"} <= files
+    assert {"samples/teacher.png", "samples/step_000000.png", "samples/step_000004.png"} <= files
+    assert recipes.load(folder / "recipe.yaml") == recipe
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    assert not list(folder.rglob("*.part"))
+
+
+STOCK = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "fewstep":
+            raise ImportError("fewstep must not be needed here")
+sys.meta_path.insert(0, Refuse())
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+teacher, export, out, steps = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(teacher)
+pipe.load_lora_weights(export)
+pipe.scheduler = LCMScheduler.from_pretrained(export, subfolder="scheduler")
+pipe.set_progress_bar_config(disable=True)
+generator = torch.Generator().manual_seed(0)
+noise = torch.randn(2, 4, 16, 16, generator=generator)
+latents = pipe(["red apple", "a cat"], num_inference_steps=int(steps), guidance_scale=0, latents=noise,
+               generator=generator, output_type="latent", height=32, width=32).images
+print([int(t) for t in pipe.scheduler.timesteps])
+torch.save(latents, out)
+"""
+
+
+def stock_latents(teacher: Path, export: Path, out: Path, steps: int) -> tuple[torch.Tensor, str]:
+    script = out.with_suffix(".py")
+    script.write_text(STOCK)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    words = [sys.executable, str(script), str(teacher), str(export), str(out), str(steps)]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=out.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.load(out, weights_only=True), done.stdout
+
+
+def test_stock_diffusers_samples_the_student_without_fewstep(sdxl_run, tiny_sdxl, tmp_path):
+    folder, recipe = sdxl_run
+    latents, printed = stock_latents(tiny_sdxl, folder / "export", tmp_path / "latents.pt", 4)
+    assert "[999, 749, 499, 249]" in printed
+    # The trainer's own sample, from the checkpoint's moving average.
+    from fewstep.distributed import Process
+    from fewstep.export import trainer_sample
+    from fewstep.roles import averaged
+    from fewstep.run import check_data
+
+    session = Session(recipe, *check_data(recipe), Process())
+    assert session.trainer.restore()
+    with averaged(session.roles["student"]):
+        own = trainer_sample(session.method.student, session.teacher, ["red apple", "a cat"])
+    untrained = trainer_sample(Session(recipe, *check_data(recipe), Process()).method.student, session.teacher,
+                               ["red apple", "a cat"])  # fmt: skip
+    assert (latents - own).abs().max() < 1e-4
+    assert (own - untrained).abs().max() > 1e-3  # otherwise the comparison would prove nothing
+
+
+def test_fused_weights_equal_unfused_and_kohya_keys_mean_the_same(sdxl_run, tiny_sdxl, tmp_path):
+    folder, _ = sdxl_run
+    teacher = load_teacher(str(tiny_sdxl))
+    pipe, record = load_exported(folder / "export")
+    plain = stock_sample(pipe, record, teacher, PROMPTS[:2])
+    pipe.fuse_lora()
+    assert (stock_sample(pipe, record, teacher, PROMPTS[:2]) - plain).abs().max() < 1e-3
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    base = stock_sample(pipe, record, teacher, PROMPTS[:2])
+    pipe.load_lora_weights(folder / "export" / "kohya", weight_name="fewstep.safetensors")
+    kohya = stock_sample(pipe, record, teacher, PROMPTS[:2])
+    assert (kohya - plain).abs().max() < 1e-4 < (base - plain).abs().max()
+
+
+def test_export_is_refused_when_it_means_something_else(sdxl_run, tiny_sdxl):
+    from fewstep.export import ExportError, verify
+
+    folder, _ = sdxl_run
+    teacher = load_teacher(str(tiny_sdxl))
+    wrong = torch.zeros(2, *teacher.latent_shape)
+    with pytest.raises(ExportError, match="stock diffusers"):
+        verify(folder / "export", wrong, teacher, PROMPTS[:2], 1e-4, "float32")
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_one_step_sd15_exports_and_resumes_exactly(tiny_sd15, tmp_path, kind):
+    words = ("--student.kind", kind, "--critic.kind", kind, "--student.ema", "0.9", "--train.accumulate", "2")
+    for name in ("straight", "broken"):
+        (tmp_path / name).mkdir()
+    straight = execute(tiny("sd15_dmd2_1step", tiny_sd15, tmp_path / "straight", *words))
+    recipe = tiny("sd15_dmd2_1step", tiny_sd15, tmp_path / "broken", *words)
+    half = replace(recipe, train=replace(recipe.train, steps=2))
+    execute(half)
+    resolved = tmp_path / "broken" / "run" / "recipe.yaml"
+    resolved.write_text(recipes.dump(recipe))
+    broken = resume(resolved.parent)
+    a, b = (folder / "checkpoints" / "step_00000004" / "state.safetensors" for folder in (straight, broken))
+    from safetensors.torch import load_file
+
+    first, second = load_file(a), load_file(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_half_precision_teacher_and_export_are_verified_too(tiny_sdxl, tmp_path, capsys):
+    words = ("--teacher.dtype", "bfloat16", "--teacher.autocast", "bfloat16", "--export.dtype", "float16")
+    execute(tiny("sdxl_dmd2_1step", tiny_sdxl, tmp_path, *words))
+    assert "verified in stock diffusers" in capsys.readouterr().out
+
+
+def test_an_exported_student_is_sampled_from_the_command_line(sdxl_run, tmp_path):
+    folder, _ = sdxl_run
+    out = tmp_path / "grid.png"
+    assert main(["sample", str(folder), "--prompt", "a cat", "--num", "2", "--out", str(out)]) == 0
+    assert out.stat().st_size > 0
+    assert main(["sample", str(folder), "--prompt", "a cat", "--steps", "1", "--out", str(out)]) == 2
+
+
+def test_a_damaged_checkpoint_is_passed_over(sdxl_run, capsys):
+    from fewstep.checkpoint import newest
+
+    checkpoints = sdxl_run[0] / "checkpoints"
+    damaged = checkpoints / "step_00000009"
+    damaged.mkdir()
+    (damaged / "state.json").write_text('{"sha256": "0"}')
+    (damaged / "state.safetensors").write_bytes(b"torn")
+    assert newest(checkpoints).name == "step_00000004"
+    assert "step_00000009 is damaged" in capsys.readouterr().out
+    damaged.joinpath("state.json").unlink()
+    damaged.joinpath("state.safetensors").unlink()
+    damaged.rmdir()
+
+
+@pytest.mark.parametrize("name", sorted(recipe_files()))
+def test_every_recipe_smokes(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(cache_root()))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["train", name, "--smoke"]) == 0
+    printed = capsys.readouterr().out
+    assert "verified in stock diffusers" in printed and "report.html" in printed
+
+
+def test_the_model_card_runs_as_it_stands(sdxl_run, tmp_path):
+    folder, _ = sdxl_run
+    card = (folder / "export" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    code = textwrap.dedent(code).replace("image.save('image.png')", "print(image.size)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder / "export", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "(32, 32)" in done.stdout
+
+
+def test_a_student_that_is_never_finite_ends_the_run(tiny_sd15, tmp_path, monkeypatch):
+    from fewstep import objectives
+
+    real = objectives.distribution_matching
+    monkeypatch.setattr(objectives, "distribution_matching", lambda *args: real(*args) * float("nan"))
+    words = ("--train.steps", "60", "--train.sample_every", "0", "--train.checkpoint_every", "0")
+    with pytest.raises(FewstepError, match="student was not finite 10 times in a row"):
+        execute(tiny("sd15_dmd2_1step", tiny_sd15, tmp_path, *words))
+
+
+def test_the_builtin_teacher_runs_in_stock_diffusers_as_it_stands():
+    from diffusers import DiffusionPipeline
+
+    from fewstep.teachers import resolve
+
+    folder = Path(resolve("builtin:emoji-xl"))
+    assert sum(p.stat().st_size for p in folder.rglob("*.safetensors")) < 24e6
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("red apple", num_inference_steps=2).images[0].size == (64, 64)
