@@ -11,6 +11,7 @@ Hardware, duration, loss curves and samples of the shipped run: ``eval/results/t
 import argparse
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from fewstep.schedules import VP
 MAX_TOKENS = 24
 WIDTHS = (96, 128)  # hidden sizes of the two text encoders; cross-attention sees their concatenation
 POOLED = 128
+GROUPED = 0.4  # share of samples whose caption is that of their group
 TIME_IDS = torch.tensor([64.0, 64, 0, 0, 64, 64])  # original size, crop, target size
 
 
@@ -271,17 +273,29 @@ def train_decoder(folder: Path, steps: int, batch: int = 32) -> None:
     run.train(steps, cooldown=int(0.9 * steps), loss_of=loss)
 
 
-def train_unet(folder: Path, steps: int, cooldown: int, batch: int = 32) -> None:
+def train_unet(folder: Path, steps: int, cooldown: int, init: Path | None, batch: int = 32) -> None:
     images, captions = emoji.load()
-    tokenizer = make_tokenizer(captions, folder / "tokenizer")
-    ids = tokenizer(
-        captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    if init:
+        shutil.copytree(init / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    else:
+        tokenizer = make_tokenizer([*captions, *emoji.groups()], folder / "tokenizer")
+    both = tokenizer(
+        [*captions, *emoji.groups()],
+        padding="max_length",
+        truncation=True,
+        max_length=MAX_TOKENS,
+        return_tensors="pt",
     )
-    ids = ids.input_ids
+    ids = both.input_ids.view(2, len(captions), -1)
     latents = latents_of(load_vae(folder), to_unit(images))
     latents = latents / latents.std()
     torch.manual_seed(0)
     model = Denoiser(tokenizer)
+    if init:
+        pipe = StableDiffusionXLPipeline.from_pretrained(init, add_watermarker=False)
+        for name in ("unet", "text_encoder", "text_encoder_2"):
+            getattr(model, name).load_state_dict(getattr(pipe, name).float().state_dict())
     print(f"UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.2f} M parameters", flush=True)
     schedule = VP.from_scheduler(scheduler())
     run = Run(folder, "unet", model, model.parameters(), lr=1e-3, ema=0.9995)
@@ -292,8 +306,9 @@ def train_unet(folder: Path, steps: int, cooldown: int, batch: int = 32) -> None
         x0, eps = latents[i], torch.randn_like(latents[i])
         x_t = schedule.add_noise(x0, eps, t)
         drop = torch.rand(batch) < 0.1
+        kind = (torch.rand(batch) < GROUPED).long()  # its name, or what it shares with its kind
         with torch.autocast("cpu", torch.bfloat16):
-            v = model(x_t, t, ids[i], drop).float()
+            v = model(x_t, t, ids[kind, i], drop).float()
         target = schedule.convert(eps, x_t, t, "eps", "v")
         return {"v": (v - target).pow(2).mean()}
 
@@ -343,6 +358,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=["all", "vae", "unet", "decoder", "save"], default="all")
     parser.add_argument("--steps", type=int, help="steps of the chosen stage")
     parser.add_argument("--cooldown", type=int, default=2500, help="steps of falling learning rate (unet)")
+    parser.add_argument("--init", type=Path, help="pipeline to start the UNet and encoders from (unet)")
     parser.add_argument("--to", type=Path, help="where `save` writes the pipeline (default RUN/pipeline)")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
@@ -350,7 +366,7 @@ def main() -> None:
     if "vae" in wanted:
         train_vae(args.run, args.steps or 1500)
     if "unet" in wanted:
-        train_unet(args.run, args.steps or 12000, args.cooldown)
+        train_unet(args.run, args.steps or 12000, args.cooldown, args.init)
     if "decoder" in wanted:
         train_decoder(args.run, args.steps or 1200)
     if "save" in wanted:

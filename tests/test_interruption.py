@@ -39,7 +39,9 @@ def test_an_interrupted_run_goes_on_exactly(undisturbed, tiny_sd15, tmp_path, nu
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        # On another number of threads sums are rounded differently.
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
     deadline = time.time() + 120
     while not list(run.glob("checkpoints/step_*[0-9]")) and time.time() < deadline and child.poll() is None:
@@ -54,4 +56,7 @@ def test_an_interrupted_run_goes_on_exactly(undisturbed, tiny_sd15, tmp_path, nu
     resume(run)
     resumed = final(run)
     assert resumed.keys() == undisturbed.keys()
-    assert all(torch.equal(resumed[name], undisturbed[name]) for name in resumed)
+    off = {
+        n: (v - undisturbed[n]).abs().max().item() for n, v in resumed.items() if not v.equal(undisturbed[n])
+    }
+    assert not off

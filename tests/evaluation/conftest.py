@@ -10,7 +10,7 @@ def private_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")  # a package would keep it beyond its own tests
 def one_thread():
     """Small tensors gain nothing from threads, which cost much on a busy machine."""
     threads = torch.get_num_threads()
