@@ -183,7 +183,7 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
     method.Config.__pydantic_config__ = _FORBID
     config = _validate(method.Config, {k: v for k, v in options.items() if k != "name"}, "method")
     recipe = _validate(Recipe, {**data, "method": config}, "")
-    known = [*method.networks, "discriminator"]
+    known = [*method.networks_for(config), "discriminator"]
     for role in recipe.roles:
         if role not in known:
             raise RecipeError(

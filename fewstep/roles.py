@@ -45,8 +45,8 @@ class RoleConfig:
         kind: "lora" trains an adapter on the shared frozen base, "full" a deep copy in fp32.
         rank, alpha: of the adapter; its strength is ``alpha / rank`` (DMD2: 64 and 8).
         targets: names of adapted layers, matched from the end.
-        lr, betas, weight_decay: of AdamW. warmup: iterations of linear warm-up. decay: iterations of linear decay to
-            zero at the end of the run.
+        lr, betas, eps, weight_decay: of AdamW. warmup: iterations of linear warm-up. decay: iterations of
+            linear decay to zero at the end of the run.
         ema: decay of a moving average of the trained weights after each of this role's updates; 0 for none.
     """
 
@@ -56,6 +56,7 @@ class RoleConfig:
     targets: list[str] = field(default_factory=lambda: list(UNET_TARGETS))
     lr: float = 5e-5
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     weight_decay: float = 0.01
     warmup: int = 0
     decay: int = 0
@@ -107,25 +108,24 @@ class Role:
 
 
 class averaged:
-    """``with averaged(role):`` the module carries the moving average; the trained weights come back after."""
+    """``with averaged(*roles):`` modules carry their moving averages; the trained weights come back after."""
 
-    def __init__(self, role: Role):
-        self.role = role
+    def __init__(self, *roles: Role):
+        self.roles = [role for role in roles if role.average is not None]
 
     def _swap(self) -> None:
-        settle(self.role.module)
-        for name, weight in self.role.weights.items():
-            held = weight.detach().clone()
-            weight.data.copy_(self.role.average[name])
-            self.role.average[name].copy_(held)
+        for role in self.roles:
+            settle(role.module)
+            for name, weight in role.weights.items():
+                held = weight.detach().clone()
+                weight.data.copy_(role.average[name])
+                role.average[name].copy_(held)
 
     def __enter__(self) -> None:
-        if self.role.average is not None:
-            self._swap()
+        self._swap()
 
     def __exit__(self, *_exc) -> None:
-        if self.role.average is not None:
-            self._swap()
+        self._swap()
 
 
 def shell(module: nn.Module) -> nn.Module:

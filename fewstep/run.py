@@ -290,7 +290,7 @@ def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str,
     """Roles and method of a recipe; trained weights are sharded over the processes, if there are several."""
     cls = recipe.method_class
     roles: dict[str, Role] = {}
-    for name in cls.networks:
+    for name in cls.networks_for(recipe.method):
         try:
             roles[name] = build_role(name, teacher.net, recipe.role(name), recipe.train.seed)
         except RecipeError as error:

@@ -33,7 +33,7 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
         prompts=data.prompts if Path(data.prompts).is_file() else str(few / "prompts.txt"),
         images=data.images if data.images is None or Path(data.images).is_dir() else str(few),
     )
-    names = (*recipe.method_class.networks, "discriminator")
+    names = (*recipe.method_class.networks_for(recipe.method), "discriminator")
     roles = {n: dataclasses.replace(recipe.role(n), rank=min(RANK, recipe.role(n).rank)) for n in names}
     train = dataclasses.replace(
         recipe.train, steps=4, batch_size=2, accumulate=1, log_every=1, sample_every=2, checkpoint_every=2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,39 +51,72 @@ def check_times(times: Sequence[float], schedule: Schedule) -> None:
 
 
 class Student:
-    """A K-step generator: predict x0, add fresh noise at the next time, predict again.
+    """A K-step generator: predict x0, go to the next level, predict again.
 
     The first input is unit noise whatever the first time is: the schedules of SD and SDXL end at a non-zero
     SNR, and stock schedulers start from unit noise too.
 
     Args:
-        denoiser: the trained network's denoiser. times: (K,) noisy to clean, checked.
+        denoiser: the trained network's denoiser, or one per step (experts).
+        times: (K,) noisy to clean, checked.
+        noise: how the next level is reached: "fresh" noise (LCM, DMD2), the "fixed" first noise at every level, or
+            "ddim", the noise that the prediction implies (deterministic; Euler for flow).
+        roles: names of the trained roles behind the steps, one per step.
     """
 
-    def __init__(self, denoiser: Denoiser, times: Sequence[float]):
-        check_times(times, denoiser.schedule)
-        self.denoiser, self.times = denoiser, list(times)
+    def __init__(
+        self,
+        denoiser: Denoiser | Sequence[Denoiser],
+        times: Sequence[float],
+        noise: Literal["fresh", "fixed", "ddim"] = "fresh",
+        roles: Sequence[str] | None = None,
+    ):
+        self.times, self.noise = list(times), noise
+        several = isinstance(denoiser, (list, tuple))
+        self.denoisers = list(denoiser) if several else [denoiser] * len(self.times)
+        self.roles = list(roles or ["student"] * len(self.times))
+        if not len(self.denoisers) == len(self.roles) == len(self.times):
+            raise ValueError("a student needs one denoiser, one role and one time per step")
+        check_times(times, self.schedule)
 
     @property
     def num_steps(self) -> int:
         return len(self.times)
 
+    @property
+    def schedule(self) -> Schedule:
+        return self.denoisers[0].schedule
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """Of the last step."""
+        return self.denoisers[-1]
+
     def x0(self, x_t: Tensor, step: int, cond: Cond) -> Tensor:
         """Prediction of one step, fp32; x_t (B, ...)."""
-        return self.denoiser.x0(x_t, self._time(step, x_t), cond)
+        return self.denoisers[step].x0(x_t, self._time(step, x_t), cond)
 
-    def rollout(self, noise: Tensor, cond: Cond, draw: Draw, exit_step: int) -> Tensor:
-        """x0 of step ``exit_step`` (0-based) reached by the student's own earlier steps, which carry no gradient.
+    def inputs(self, noise: Tensor, cond: Cond, draw: Draw, step: int) -> Tensor:
+        """What step ``step`` (0-based) is given after the student's own earlier ones; carries no gradient.
 
         This is DMD2's backward simulation (arXiv 2405.14867, section 4.5): training sees the inputs that
-        inference will see. Gradient flows through the last call only, and only if it is enabled outside.
+        inference will see.
         """
         x_t = noise
         with torch.no_grad():
-            for step in range(exit_step):
-                x0 = self.x0(x_t, step, cond)
-                x_t = self.denoiser.schedule.add_noise(x0, draw(x0), self._time(step + 1, x0))
-        return self.x0(x_t, exit_step, cond)
+            for i in range(step):
+                x_t = self.advance(x_t, self.x0(x_t, i, cond), i, self._time(i + 1, x_t), noise, draw)
+        return x_t
+
+    def advance(self, x_t: Tensor, x0: Tensor, step: int, t: Tensor, noise: Tensor, draw: Draw) -> Tensor:
+        """From the prediction of one step to level t."""
+        if self.noise == "ddim":
+            return self.schedule.ddim_step(x_t, x0, self._time(step, x_t), t)
+        return self.schedule.add_noise(x0, noise if self.noise == "fixed" else draw(x0), t)
+
+    def rollout(self, noise: Tensor, cond: Cond, draw: Draw, exit_step: int) -> Tensor:
+        """x0 of step ``exit_step`` on the student's own earlier steps; gradient in that one call, if enabled."""
+        return self.x0(self.inputs(noise, cond, draw, exit_step), exit_step, cond)
 
     @torch.no_grad()
     def sample(self, noise: Tensor, cond: Cond, draw: Draw) -> Tensor:

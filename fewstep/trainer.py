@@ -98,7 +98,8 @@ class Trainer:
         self.method, self.roles, self.data, self.config = method, roles, data, config
         self.folder, self.process, self.on_sample = folder, process or Process(), on_sample
         self.quiet = quiet or not self.process.main
-        self.phases, self.progress = method.phases(), Progress()
+        per_iteration = config.batch_size * config.accumulate * self.process.world
+        self.phases, self.progress = method.phases(), Progress(0, config.steps, per_iteration)
         self.optimizers = {name: self._optimizer(role) for name, role in roles.items()}
         self.updates = dict.fromkeys(roles, 0)
         self.skipped = dict.fromkeys((phase.name for phase in self.phases), 0)
@@ -111,7 +112,12 @@ class Trainer:
         # One fused kernel per update where the weights are plain tensors; shards take the foreach kernels.
         fused = not any(hasattr(w, "device_mesh") for w in role.weights.values())
         return torch.optim.AdamW(
-            role.weights.values(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=fused or None
+            role.weights.values(),
+            lr=c.lr,
+            betas=c.betas,
+            eps=c.eps,
+            weight_decay=c.weight_decay,
+            fused=fused or None,
         )
 
     # ------------------------------------------------------------------------------------------------- the loop
@@ -172,8 +178,9 @@ class Trainer:
                 sync_gradients(role.module, i == len(batches) - 1)
             terms = phase.loss(batch, self.progress)
             self.backward(sum(terms.values()) / len(batches))
-            for name, value in terms.items():
+            for name, value in {**batch.log, **terms}.items():
                 totals[name] = totals.get(name, 0) + value.detach() / len(batches)
+            batch.log.clear()
         norm = self.update(phase, trained)
         return {**{f"{phase.name}/{k}": v for k, v in totals.items()}, f"{phase.name}/grad_norm": norm}
 

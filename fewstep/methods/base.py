@@ -21,9 +21,17 @@ class Progress:
 
     Attributes:
         iteration: loop iterations done. DMD2's "iterations" count critic updates, and so do ours.
+        steps: iterations planned. per_iteration: samples of one iteration, over all processes.
     """
 
     iteration: int = 0
+    steps: int = 1
+    per_iteration: int = 1
+
+    @property
+    def images(self) -> int:
+        """Samples generated so far; the unit of SiD's schedules."""
+        return self.iteration * self.per_iteration
 
 
 @dataclass
@@ -35,7 +43,9 @@ class Batch:
         real, real_cond: latents (B, C, H, W) of real images and their own conditions, or None when data-free.
         shape: (B, C, H, W) of what the student makes.
         rng: randomness of this micro-batch. shared: randomness all ranks and micro-batches agree on.
+        pairs: a teacher's own noise and the x0 it made of it, or None. pair_cond: their conditions.
         carry: what one phase leaves for the next ones of the same iteration.
+        log: numbers worth a curve that are no part of the loss.
     """
 
     cond: Cond
@@ -44,7 +54,25 @@ class Batch:
     shared: Rng
     real: Tensor | None = None
     real_cond: Cond | None = None
+    pairs: tuple[Tensor, Tensor] | None = None
+    pair_cond: Cond | None = None
     carry: dict[str, Tensor] = field(default_factory=dict)
+    log: dict[str, Tensor] = field(default_factory=dict)
+
+    def note_health(self, x0: Tensor, real: Tensor, fake: Tensor) -> None:
+        """Vital signs of a student with a critic, for the log and the report.
+
+        ``critic_lag`` is the mean of ``(real - fake)(fake - x0)`` over that of ``(real - fake)^2``: 0 where the critic
+        is the posterior mean of what the student makes now (score projection; SiD, arXiv 2404.04057), far from 0
+        where it runs behind. ``latent_mean`` and ``latent_std`` should stay near those of real latents.
+
+        Args:
+            x0: student samples (B, ...). real, fake: x0 predictions of teacher and critic at a noisy version of x0.
+        """
+        x0, real, fake = x0.detach(), real.detach(), fake.detach()
+        delta = real - fake
+        lag = (delta * (fake - x0)).mean() / delta.pow(2).mean().clamp(min=1e-8)
+        self.log |= {"critic_lag": lag, "latent_mean": x0.mean(), "latent_std": x0.std()}
 
 
 def always(_progress: Progress) -> bool:
@@ -75,9 +103,11 @@ class Method:
     (or LoRA shell) of the teacher's network. It sets ``self.student`` and may add modules of its own in ``heads``.
 
     Attributes:
-        networks: the trainable copies of the teacher that this method needs.
+        networks: the trainable copies of the teacher that this method needs; where that depends on the options,
+            :meth:`networks_for` says so.
+        critic: the denoiser that learns what the student makes, where there is one.
         Config: dataclass of its options; the paper's values are the defaults.
-        needs: data it cannot run without, given its configuration: any of "prompts", "images".
+        needs: data it cannot run without, given its configuration: any of "prompts", "images", "pairs".
     """
 
     name: ClassVar[str]
@@ -85,6 +115,7 @@ class Method:
     networks: ClassVar[tuple[str, ...]] = ("student",)
     Config: ClassVar[type]
     student: Student
+    critic: Denoiser | None = None
 
     def __init__(self, config: Any, teacher: Denoiser, latent_shape: Sequence[int], **denoisers: Denoiser):
         raise NotImplementedError
@@ -95,6 +126,10 @@ class Method:
 
     def phases(self) -> list[Phase]:
         raise NotImplementedError
+
+    @classmethod
+    def networks_for(cls, config: Any) -> tuple[str, ...]:
+        return cls.networks
 
     @classmethod
     def needs(cls, config: Any) -> tuple[str, ...]:

@@ -150,6 +150,7 @@ class DMD2(Method):
             real = self.teacher.x0(x_t, t, cond, guidance=self.config.guidance_scale)
             fake = self.critic.x0(x_t, t, cond)
             weight = objectives.matching_weight(self.config.weight, x0, real, schedule, t)
+        batch.note_health(x0, real, fake)
         return objectives.distribution_matching(x0, real, fake, weight)
 
     def discrimination(self, fake: Tensor, cond: Cond, batch: Batch) -> Tensor:

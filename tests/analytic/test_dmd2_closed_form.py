@@ -1,65 +1,23 @@
 """DMD2 where everything is known: closed-form teachers, a small network, and a tiny SDXL for the bookkeeping."""
 
-import itertools
 import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
-from torch import nn
+import toys
+from toys import BATCH, NONE, SD, Mlp, Rows, distance, fit, view
 
 from fewstep import objectives
-from fewstep.cond import Cond
 from fewstep.data import Batches
-from fewstep.denoiser import NetDenoiser
 from fewstep.distributed import Process
 from fewstep.methods import Progress
 from fewstep.methods.dmd2 import DMD2
 from fewstep.recipe import DataConfig, Recipe, TeacherConfig
 from fewstep.rng import Rng
-from fewstep.roles import Role, RoleConfig, averaged, build_role
+from fewstep.roles import RoleConfig
 from fewstep.run import build
-from fewstep.schedules import VP
 from fewstep.teachers.analytic import GaussianMixture
 from fewstep.trainer import TrainConfig, Trainer
-
-SD = VP.from_scheduler(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
-NONE = Cond({})
-BATCH = 512
-
-
-class Rows:
-    """As much of a store of encoded prompts or images as micro-batches are made of."""
-
-    def __init__(self, length, **tensors):
-        self.length, self.tensors = length, tensors
-
-    def __len__(self):
-        return self.length
-
-    def rows(self, index):
-        return {name: value[index] for name, value in self.tensors.items()}
-
-
-class Mlp(nn.Module):
-    def __init__(self, width=128):
-        super().__init__()
-        self.register_buffer("frequency", torch.tensor([1.0, 2, 4, 8]) * math.pi / 1000)
-        sizes = [10, width, width, width]
-        hidden = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.SiLU())]
-        self.layers = nn.Sequential(*hidden, nn.Linear(width, 2))
-
-    def forward(self, x, t):
-        phase = t.float()[:, None] * self.frequency
-        return self.layers(torch.cat([x, phase.sin(), phase.cos()], 1))
-
-
-def view(net):
-    return NetDenoiser(net, SD, "v", lambda n, x, t, cond: n(x, t))
-
-
-def energy_distance(x, y):
-    return (2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()).item()
 
 
 @pytest.fixture(scope="module")
@@ -69,49 +27,15 @@ def ring():
 
 @pytest.fixture(scope="module")
 def fitted(ring):
-    """A network fitted to the ring by denoising: the pretrained network that student and critic start from."""
+    """The pretrained network that student and critic start from."""
     torch.manual_seed(0)
-    net, steps = Mlp(), 300
-    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-    for i in range(steps):
-        rng = Rng(0, "fit", i)
-        x0, t, eps = ring.sample(BATCH, rng), SD.draw_times(rng.uniform(BATCH)), rng.normal(BATCH, 2)
-        x_t = SD.add_noise(x0, eps, t)
-        loss = (net(x_t, t) - SD.convert(eps, x_t, t, "eps", "v")).square().mean()
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - i / steps)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return net.requires_grad_(False)
+    return fit(ring, Mlp())
 
 
 def toy(teacher, net, steps=1000, batch_size=BATCH, real=None, accumulate=1, **options):
-    """A trainer of DMD2 on two-dimensional data; data-free unless told otherwise."""
+    """DMD2 in one step, data-free unless told otherwise."""
     config = DMD2.Config(**{"num_steps": 1, "start": 999, "gan_weight": 0.0, **options})
-    lora_free = {"kind": "full", "weight_decay": 0.0, "decay": steps}
-    roles = {
-        "student": build_role("student", net, RoleConfig(lr=1e-3, ema=0.95, **lora_free)),
-        "critic": build_role("critic", net, RoleConfig(lr=2e-3, **lora_free)),
-    }
-    method = DMD2(config, teacher, (2,), **{n: view(r.module) for n, r in roles.items()})
-    for name, head in method.heads().items():
-        roles[name] = Role(name, head, RoleConfig(kind="full"))
-    data = Batches(
-        Rows(1000, id=torch.arange(1000)),
-        (2,),
-        batch_size=batch_size,
-        per_iteration=accumulate,
-        latents=None if real is None else Rows(len(real), latents=real),
-        captions=None if real is None else Rows(len(real), id=5000 + torch.arange(len(real))),
-    )
-    train = TrainConfig(steps=steps, batch_size=batch_size, accumulate=accumulate)
-    return Trainer(method, roles, data, train, quiet=True)
-
-
-def distance(trainer, ring):
-    with averaged(trainer.roles["student"]):
-        made = trainer.method.student.sample(Rng(7).normal(3000, 2), NONE, Rng(6).normal_like)
-    return energy_distance(made, ring.sample(3000, Rng(9)))
+    return toys.toy(DMD2, config, teacher, net, steps, batch_size, real, accumulate)
 
 
 # ---------------------------------------------------------------------------------------------------- distributions
@@ -147,7 +71,7 @@ def test_the_critic_of_a_fixed_student_becomes_its_exact_posterior_mean(ring, fi
 
     trainer = toy(ring, fitted)
     method, steps = trainer.method, 700
-    method.student.denoiser = Fixed()
+    method.student.denoisers = [Fixed()] * method.student.num_steps
     optimizer = torch.optim.Adam(trainer.roles["critic"].weights.values())
     for i in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - i / steps)
@@ -243,7 +167,7 @@ def test_student_of_real_latents_starts_from_noise_at_its_first_time_only(ring, 
     real = torch.full((64, 2), 50.0)
     trainer = toy(ring, fitted, batch_size=64, real=real, num_steps=4, student_input="real")
     method, calls = trainer.method, []
-    method.student.denoiser = view(fitted)
+    method.student.denoisers = [view(fitted)] * method.student.num_steps
     method.student.denoiser.x0 = lambda x_t, t, cond: calls.append((x_t, t, cond)) or x_t
     method.generate(trainer.data.batch(0, 0))
     (x_t, t, cond) = calls[0]
@@ -295,7 +219,8 @@ def test_without_a_gan_it_runs_without_images(ring, fitted):
     trainer = toy(ring, fitted, batch_size=4)
     assert trainer.method.heads() == {} and trainer.data.batch(0, 0).real is None
     metrics = trainer.turn(trainer.phases[0], [trainer.data.batch(0, 0)])
-    assert set(metrics) == {"generator/dm", "generator/grad_norm"}
+    health = {"generator/critic_lag", "generator/latent_mean", "generator/latent_std"}
+    assert set(metrics) == {"generator/dm", "generator/grad_norm"} | health
     metrics = trainer.turn(trainer.phases[1], [trainer.data.batch(0, 0)])
     assert set(metrics) == {"critic/denoising", "critic/grad_norm"}
 

@@ -1,0 +1,150 @@
+"""Toys of the closed-form tests: small networks, teachers whose score is known, and a trainer around any method."""
+
+import itertools
+import math
+
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+
+from fewstep.cond import Cond
+from fewstep.data import Batches
+from fewstep.denoiser import NetDenoiser
+from fewstep.rng import Rng
+from fewstep.roles import Role, RoleConfig, averaged, build_role
+from fewstep.schedules import VP
+from fewstep.trainer import TrainConfig, Trainer
+
+SD = VP.from_scheduler(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
+NONE = Cond({})
+BATCH = 512
+
+
+class Rows:
+    """As much of a store of encoded prompts or images as micro-batches are made of."""
+
+    def __init__(self, length, **tensors):
+        self.length, self.tensors = length, tensors
+
+    def __len__(self):
+        return self.length
+
+    def rows(self, index):
+        return {name: value[index] for name, value in self.tensors.items()}
+
+
+class Mlp(nn.Module):
+    """A network of ``x (B, dim)``, the log-SNR of its time, and a label (-1 is the null one) where there are labels."""
+
+    def __init__(self, width=128, dim=2, labels=0):
+        super().__init__()
+        self.dim, self.labels = dim, labels
+        self.register_buffer("frequency", torch.tensor([1.0, 2, 4, 8]) * math.pi / 1000)
+        sizes = [dim + 8 + (labels + 1 if labels else 0), width, width, width]
+        hidden = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.SiLU())]
+        self.layers = nn.Sequential(*hidden, nn.Linear(width, dim))
+
+    def forward(self, x, t, label=None):
+        phase = t.float()[:, None] * self.frequency
+        inputs = [x, phase.sin(), phase.cos()]
+        if self.labels:
+            inputs.append(nn.functional.one_hot(label + 1, self.labels + 1).float())
+        return self.layers(torch.cat(inputs, 1))
+
+
+def call(net, x, t, cond):
+    return net(x, t, cond["label"]) if net.labels else net(x, t)
+
+
+def view(net, schedule=SD, prediction="v"):
+    """A small network as a denoiser; times are scaled to 0..1000."""
+    null = Cond({"label": torch.tensor([-1])}) if net.labels else None
+    return NetDenoiser(net, schedule, prediction, call, null)
+
+
+def energy_distance(x, y):
+    return (2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()).item()
+
+
+def labels_of(teacher, rng, count):
+    """Conditions for ``count`` samples of a closed-form teacher."""
+    if teacher.weights.ndim == 1:
+        return NONE
+    return Cond({"label": (rng.uniform(count) * len(teacher.weights)).long()})
+
+
+def fit(teacher, net, steps=300, lr=2e-3, prediction="v", seed=0):
+    """Fits a network to a closed-form teacher by denoising: what student and critic start from. Frozen after."""
+    denoiser, schedule = view(net, teacher.schedule, prediction), teacher.schedule
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    for i in range(steps):
+        rng = Rng(seed, "fit", i)
+        cond = labels_of(teacher, rng, BATCH)
+        x0 = teacher.sample(BATCH, rng, cond if len(cond) else None)
+        t, eps = schedule.draw_times(rng.uniform(BATCH)), rng.normal_like(x0)
+        x_t = schedule.add_noise(x0, eps, t)
+        if net.labels:
+            dropped = rng.uniform(BATCH) < 0.1
+            cond = Cond({"label": torch.where(dropped, -1, cond["label"])})
+        error = denoiser.predict(x_t, t, cond) - schedule.convert(eps, x_t, t, "eps", prediction)
+        optimizer.param_groups[0]["lr"] = lr * (1 - i / steps)
+        optimizer.zero_grad()
+        error.square().mean().backward()
+        optimizer.step()
+    return net.requires_grad_(False)
+
+
+def toy(
+    method,
+    config,
+    teacher,
+    net,
+    steps=1000,
+    batch_size=BATCH,
+    real=None,
+    accumulate=1,
+    prediction="v",
+    student=None,
+    critic=None,
+    labels=None,
+):
+    """A trainer of any method on a closed-form teacher; every network starts as a full copy of ``net``.
+
+    Args:
+        config: the method's. student, critic: RoleConfigs, "student" for every role of that first name.
+        labels: (N,) conditions the batches are drawn from, for conditional teachers.
+    """
+    shared = {"kind": "full", "weight_decay": 0.0, "decay": steps}
+    configs = {
+        "student": student or RoleConfig(lr=1e-3, ema=0.95, **shared),
+        "critic": critic or RoleConfig(lr=2e-3, **shared),
+    }
+    names = method.networks_for(config)
+    roles = {
+        n: build_role(n, net, configs["student" if n.startswith("student") else "critic"]) for n in names
+    }
+    dim = net.dim
+    views = {n: view(r.module, teacher.schedule, prediction) for n, r in roles.items()}
+    method = method(config, teacher, (dim,), **views)
+    for name, head in method.heads().items():
+        roles[name] = Role(name, head, RoleConfig(kind="full"))
+    conditions = Rows(1000, id=torch.arange(1000)) if labels is None else Rows(len(labels), label=labels)
+    data = Batches(
+        conditions,
+        (dim,),
+        batch_size=batch_size,
+        per_iteration=accumulate,
+        latents=None if real is None else Rows(len(real), latents=real),
+        captions=None if real is None else Rows(len(real), id=5000 + torch.arange(len(real))),
+    )
+    train = TrainConfig(steps=steps, batch_size=batch_size, accumulate=accumulate)
+    return Trainer(method, roles, data, train, quiet=True)
+
+
+def distance(trainer, teacher, count=3000):
+    """Energy distance between what the averaged student makes and the teacher's data (all labels alike)."""
+    cond = labels_of(teacher, Rng(8), count)
+    with averaged(*(role for name, role in trainer.roles.items() if name.startswith("student"))):
+        noise = Rng(7).normal(count, teacher.means.shape[1])
+        made = trainer.method.student.sample(noise, cond, Rng(6).normal_like)
+    return energy_distance(made, teacher.sample(count, Rng(9), cond if len(cond) else None))
