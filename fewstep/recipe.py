@@ -50,10 +50,12 @@ class DataConfig:
     Attributes:
         prompts: text file, one prompt per line, or ``builtin:emoji``.
         images: folder of captioned images, or ``builtin:emoji``; null where the method needs none.
+        pairs: folder that ``fewstep pairs`` wrote; null where the method needs none.
     """
 
     prompts: str
     images: str | None = None
+    pairs: str | None = None
 
 
 @dataclass
@@ -93,13 +95,18 @@ class EvalConfig:
     """What is measured on the exported student after training; ``num`` 0 measures nothing.
 
     Attributes:
-        num: images per row, prompts in a fixed order.
+        num: images per row for the distances to the real ones, prompts in a fixed order.
+        prompts: of these, a file or built-in name; null takes ``data.prompts``. With prompts that come more than once,
+            the diversity within a prompt is measured too.
+        named: further images per row, of prompts that caption exactly one real image; retrieval is measured on them.
         floor_steps, floor_solvers: teacher rows at these few steps with diffusers' training-free solvers.
         teacher_steps, teacher_guidance: of the full teacher row; 0 steps leaves it out.
         batch_size: images generated at once. extractor: feature space.
     """
 
     num: int = 0
+    prompts: str | None = None
+    named: int = 0
     floor_steps: list[int] = field(default_factory=list)
     floor_solvers: list[Literal["ddim", "euler", "dpm++", "unipc"]] = field(default_factory=lambda: ["dpm++"])
     teacher_steps: int = 50

@@ -142,6 +142,8 @@ def _check_space(folder: Path, roles: dict[str, Role], recipe: Recipe) -> None:
 
 def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
     prompts = load_prompts(recipe.data.prompts)
+    if recipe.evaluation.prompts:
+        load_prompts(recipe.evaluation.prompts, "evaluation.prompts")
     needs = recipe.method_class.needs(recipe.method)
     if "images" not in needs:
         return prompts, None

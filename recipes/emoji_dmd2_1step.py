@@ -35,6 +35,8 @@ recipe = Recipe(
     samples=SampleConfig(count=24, teacher_steps=50, columns=12, scale=2),
     evaluation=EvalConfig(
         num=500,
+        prompts="builtin:emoji-groups",
+        named=500,
         floor_steps=[1],
         floor_solvers=["ddim", "dpm++", "unipc"],
         teacher_steps=50,

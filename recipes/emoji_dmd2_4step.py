@@ -34,6 +34,8 @@ recipe = Recipe(
     samples=SampleConfig(count=24, teacher_steps=50, columns=12, scale=2),
     evaluation=EvalConfig(
         num=500,
+        prompts="builtin:emoji-groups",
+        named=500,
         floor_steps=[4],
         floor_solvers=["ddim", "dpm++", "unipc"],
         teacher_steps=50,

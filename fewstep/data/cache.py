@@ -89,7 +89,7 @@ def encode_images(
             parts.append(teacher.latents(torch.stack(pixels), generator))
         return {"latents": torch.cat(parts)}
 
-    key = ["images", identity(teacher), teacher.resolution, _fingerprint(images)]
+    key = ["images", identity(teacher), teacher.resolution, _fingerprint(images), len(images)]
     return _store("latents", key, len(images), encode, torch.float32, quiet)
 
 

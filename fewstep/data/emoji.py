@@ -1,4 +1,7 @@
-"""The built-in image set: 1,906 emoji with their Unicode names (notices in ``fewstep/assets/emoji/NOTICE``)."""
+"""The built-in image set: 1,906 emoji, each with its Unicode name and a caption that it shares with its kind.
+
+Notices in ``fewstep/assets/emoji/NOTICE``.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -23,3 +26,14 @@ def groups() -> list[str]:
     """
     with np.load(PATH, allow_pickle=False) as data:
         return ["any " + str(kind).replace("-", " ").replace("&", "and") for kind in data["subcategory"]]
+
+
+def prompts(source: str) -> list[str] | None:
+    """``builtin:emoji`` is both captions of every image, ``-names`` and ``-groups`` one of them; None: not ours."""
+    names = load()[1]
+    built_in = {
+        "builtin:emoji": [*names, *groups()],
+        "builtin:emoji-names": names,
+        "builtin:emoji-groups": groups(),
+    }
+    return built_in.get(source)

@@ -19,7 +19,10 @@ MAX_PIXELS = 64_000_000  # a larger file is a mistake or a bomb
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """Images with one caption each; ``load(i, size)`` is uint8 (size, size, 3)."""
+    """Captions and their images; ``load(i, size)`` is uint8 (size, size, 3).
+
+    With twice as many captions as files every file has two: i and ``i + len(files)``.
+    """
 
     captions: list[str]
     files: Sequence[Path] | np.ndarray
@@ -29,13 +32,13 @@ class CaptionedImages:
 
     def load(self, index: int, size: int) -> np.ndarray:
         """Centre crop to a square, then Lanczos to ``size``; transparent pixels become white."""
-        item = self.files[index]
+        item = self.files[index % len(self.files)]
         image = Image.fromarray(item) if isinstance(item, np.ndarray) else _open(item)
         return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
 def load_images(source: str) -> CaptionedImages:
-    """``builtin:emoji``, or a folder whose images are captioned by ``metadata.jsonl`` or by ``NAME.txt`` files.
+    """``builtin:emoji`` (every image under both its captions), or a folder whose images are captioned by ``metadata.jsonl`` or by ``NAME.txt`` files.
 
     ``metadata.jsonl`` is the layout of Hugging Face image folders: ``{"file_name": ..., "text": ...}`` per line.
     Every file is checked before anything expensive starts.
@@ -43,9 +46,8 @@ def load_images(source: str) -> CaptionedImages:
     Raises:
         RecipeError: folder missing or empty, a caption missing, or corrupt files (up to ten are named).
     """
-    if source == "builtin:emoji":
-        images, captions = emoji.load()
-        return CaptionedImages(captions, images)
+    if (captions := emoji.prompts(source)) is not None:
+        return CaptionedImages(captions, emoji.load()[0])
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise RecipeError(f"data.images: {source} is no folder; expected captioned images, or builtin:emoji")

@@ -8,28 +8,31 @@ from ..errors import RecipeError
 from . import emoji
 
 
-def load_prompts(source: str) -> list[str]:
-    """Prompts of ``builtin:emoji`` or of a UTF-8 text file, one per line; blank lines are skipped.
+def load_prompts(source: str, name: str = "data.prompts") -> list[str]:
+    """Prompts of ``builtin:emoji`` (or ``-names``, ``-groups``) or of a UTF-8 text file, one per line; blank lines are skipped.
 
     Prompts are data: no path, no markup, no variable in them means anything.
+
+    Args:
+        name: field that errors name.
 
     Raises:
         RecipeError: the file is missing, no UTF-8 text, or holds no prompt.
     """
-    if source == "builtin:emoji":
-        return emoji.load()[1]
+    if (built_in := emoji.prompts(source)) is not None:
+        return built_in
     path = Path(source).expanduser()
     if not path.is_file():
         raise RecipeError(
-            f"data.prompts: {source} is no file; expected a text file with one prompt per line, or builtin:emoji"
+            f"{name}: {source} is no file; expected a text file with one prompt per line, or builtin:emoji"
         )
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise RecipeError(
-            f"data.prompts: {source} is no UTF-8 text ({error.reason} at byte {error.start})"
+            f"{name}: {source} is no UTF-8 text ({error.reason} at byte {error.start})"
         ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise RecipeError(f"data.prompts: {source} holds no prompt; expected one per line")
+        raise RecipeError(f"{name}: {source} holds no prompt; expected one per line")
     return prompts

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 
 from ..data.images import CaptionedImages
+from ..data.prompts import load_prompts
 from ..export import load_exported
 from ..generate import generate
 from ..report import image_grid
@@ -35,30 +38,62 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Writes ``eval.json`` and one grid per row in ``eval/``; returns what was written.
 
-    With real images the rows carry FD, KID and, where every prompt is the caption of one image, retrieval.
+    With real images the rows carry FD, KID and, where asked for, retrieval and the diversity within a prompt.
     """
     config = recipe.evaluation
-    order = Rng(config.seed, "evaluation").permutation(len(prompts))[: config.num].tolist()
-    chosen = [prompts[i] for i in order]
+    asked = _asked(recipe, prompts, images)
     real = _real_images(images, teacher.resolution)
-    asked = order if images is not None and images.captions == prompts else None
     # Written first, so that an interruption keeps the rows that are done.
-    result: dict[str, Any] = {"prompts": chosen[:GRID], "rows": [], "notes": [_note(recipe, real)]}
+    shown = [*asked.prompts[: GRID // 2], *asked.names[: GRID - GRID // 2]][:GRID]
+    result: dict[str, Any] = {"prompts": shown, "rows": [], "notes": [_note(recipe, real)]}
     (folder / "eval").mkdir(exist_ok=True)
-    for name, kind, nfe, make in _rows(recipe, folder, teacher, images, order):
+    for name, kind, nfe, make in _rows(recipe, folder, teacher, images, asked):
         begin = time.perf_counter()
-        pictures = make(chosen)
+        pictures = make([*asked.prompts, *asked.names])
         seconds = (time.perf_counter() - begin) / len(pictures)
         row = {"name": name, "kind": kind, "nfe": nfe, "images": len(pictures)}
         if real is not None:
             row |= _numbers(real, pictures, asked, config.extractor)
         row |= {"seconds per image": round(seconds, 5), "grid": f"eval/{_slug(name)}.png"}
-        shown = image_grid(pictures[:GRID], GRID // 2, scale=recipe.samples.scale)
-        shown.save(folder / row["grid"])
+        cut = len(asked.prompts)
+        some = np.concatenate([pictures[:cut][: GRID // 2], pictures[cut:][: GRID - GRID // 2]])
+        image_grid(some, GRID // 2, scale=recipe.samples.scale).save(folder / row["grid"])
         result["rows"].append(row)
         _write(folder / "eval.json", result)
     print(results_table(result))
     return result
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What every row is asked to draw.
+
+    Attributes:
+        prompts: for the distances. groups: an integer per prompt, equal for equal prompts.
+        names: prompts that caption exactly one image. named: those images' indices.
+    """
+
+    prompts: list[str]
+    groups: list[int]
+    names: list[str]
+    named: list[int]
+
+
+def _asked(recipe, prompts: list[str], images: CaptionedImages | None) -> Asked:
+    config = recipe.evaluation
+    source = load_prompts(config.prompts) if config.prompts else prompts
+    order = Rng(config.seed, "evaluation").permutation(len(source)).tolist()
+    chosen = [source[i] for i in (order * -(-config.num // len(order)))[: config.num]]
+    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(chosen))}
+    named: list[int] = []
+    if images is not None and config.named:
+        counts = Counter(images.captions)
+        single = [i for i, caption in enumerate(images.captions) if counts[caption] == 1]
+        order = Rng(config.seed, "named").permutation(len(single)).tolist()
+        named = [single[i] for i in order[: config.named]]
+    names = [images.captions[i] for i in named] if images is not None else []
+    files = len(images.files) if images is not None else 1
+    return Asked(chosen, [numbers[prompt] for prompt in chosen], names, [i % files for i in named])
 
 
 def results_table(result: dict[str, Any]) -> str:
@@ -75,7 +110,7 @@ def results_table(result: dict[str, Any]) -> str:
     return table(("", "network calls", *labels), body)
 
 
-def _rows(recipe, folder, teacher, images, order) -> Iterator[tuple[str, str, int, Callable]]:
+def _rows(recipe, folder, teacher, images, asked: Asked) -> Iterator[tuple[str, str, int, Callable]]:
     """(name, kind, network evaluations per image, function from prompts to images) of every row."""
     config, guidance = recipe.evaluation, recipe.evaluation.teacher_guidance
     guided = 2 if guidance != 1 else 1
@@ -91,7 +126,7 @@ def _rows(recipe, folder, teacher, images, order) -> Iterator[tuple[str, str, in
             "VAE reconstruction (ceiling)",
             "reference",
             0,
-            lambda _: _reconstructions(teacher, images, order),
+            lambda _: _reconstructions(teacher, images, asked, config.seed),
         )
     if config.teacher_steps:
         pipe = load_pipeline(recipe.teacher.path)
@@ -119,20 +154,27 @@ def _rows(recipe, folder, teacher, images, order) -> Iterator[tuple[str, str, in
             yield f"floor, {steps} x {solver}", "floor", guided * steps, sampler(pipe, call)
 
 
-def _numbers(
-    real: np.ndarray, pictures: np.ndarray, asked: list[int] | None, extractor: str
-) -> dict[str, float]:
-    measured = evaluate_images(real, pictures, extractor=extractor, prompted=asked)
+def _numbers(real: Any, pictures: np.ndarray, asked: Asked, extractor: str) -> dict[str, float]:
+    cut = len(asked.prompts)
+    repeated = len(set(asked.groups)) < cut
+    tasks = [(pictures[:cut], ("fd", "kid", *["diversity"] * repeated), {"groups": asked.groups})]
+    if asked.named:
+        tasks.append((pictures[cut:], ("retrieval",), {"prompted": asked.named}))
     numbers: dict[str, float] = {}
-    for label, metric in measured["metrics"].items():
-        numbers[label] = metric["value"]
-        if metric["error"] is not None:
-            numbers[f"{label} ±"] = metric["error"]
+    for some, metrics, options in tasks:
+        measured = evaluate_images(real, some, extractor=extractor, metrics=metrics, **options)
+        for label, metric in measured["metrics"].items():
+            numbers[label] = metric["value"]
+            if metric["error"] is not None:
+                numbers[f"{label} ±"] = metric["error"]
     return numbers
 
 
-def _reconstructions(teacher, images: CaptionedImages, order: list[int]) -> np.ndarray:
-    pixels = torch.tensor(np.stack([images.load(i, teacher.resolution) for i in order]))
+def _reconstructions(teacher, images: CaptionedImages, asked: Asked, seed: int) -> np.ndarray:
+    """Real images through the VAE: any for the distances, then the named ones."""
+    order = Rng(seed, "reconstruction").permutation(len(images)).tolist()
+    chosen = [*order[: len(asked.prompts)], *asked.named]
+    pixels = torch.tensor(np.stack([images.load(i, teacher.resolution) for i in chosen]))
     generator = torch.Generator(teacher.device).manual_seed(0)
     return np.concatenate([teacher.decode(teacher.latents(p, generator)) for p in pixels.split(32)])
 
@@ -142,14 +184,16 @@ def _real_images(images: CaptionedImages | None, size: int) -> Any:
         return None
     if isinstance(images.files, np.ndarray) and images.files.shape[1] == size:
         return open_images(images.files)
-    return open_images(np.stack([images.load(i, size) for i in range(len(images))]))
+    return open_images(np.stack([images.load(i, size) for i in range(len(images.files))]))
 
 
 def _note(recipe, real) -> str:
     config = recipe.evaluation
-    counted = f"{config.num} images in every row, the same prompts and noise; teacher and floor at guidance "
+    counted = f"{config.num} images of {config.prompts or recipe.data.prompts} in every row"
+    if config.named:
+        counted += f" and {config.named} by name for retrieval"
     against = f"; reference: {len(real)} images of {recipe.data.images}" if real is not None else ""
-    return f"{counted}{config.teacher_guidance:g}{against}."
+    return f"{counted}, the same prompts and noise; teacher and floor at guidance {config.teacher_guidance:g}{against}."
 
 
 def _slug(name: str) -> str:
