@@ -71,7 +71,9 @@ def _resume(args, _rest) -> int:
 
 
 def _sample(args, _rest) -> int:
-    from .export import load_exported
+    from functools import partial
+
+    from .export import load_exported, stock_call
     from .generate import generate
     from .report import image_grid
 
@@ -79,14 +81,13 @@ def _sample(args, _rest) -> int:
         raise FewstepError("sample: give at least one --prompt")
     folder = args.export / "export" if (args.export / "export").is_dir() else args.export
     pipe, record = load_exported(folder, args.teacher)
-    call = dict(record["call"])
     if args.steps is not None and args.steps != record["num_steps"]:
         raise FewstepError(
             f"--steps {args.steps}: this student was trained for {record['num_steps']}; leave --steps out or distill "
             "another one"
         )
     pipe.to(args.device)
-    images, _ = generate(pipe, args.prompt * args.num, call, seed=args.seed)
+    images, _ = generate(pipe, args.prompt * args.num, partial(stock_call, pipe, record), seed=args.seed)
     image_grid(images, min(8, len(images)), scale=args.scale).save(args.out)
     print(args.out)
     return 0

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .errors import FewstepError
+from .errors import FewstepError, RecipeError
 from .roles import RoleConfig
 from .student import Student, uniform_times
 from .teachers import hushed, load_pipeline
@@ -36,16 +36,20 @@ class ExportError(FewstepError):
 
 
 # ------------------------------------------------------------------------------------------------------- scheduler
-def student_scheduler(teacher_scheduler, times: list[int]):
-    """A stock ``LCMScheduler`` that samples as the student was trained, and the call it needs.
+def student_scheduler(teacher_scheduler, times: list[int], noise: str = "fresh"):
+    """A stock scheduler that samples as the student was trained, and the call it needs.
 
-    ``original_inference_steps`` and the length of the table are set such that ``num_inference_steps=K`` alone
-    gives the trained times; only an uneven grid needs ``timesteps=`` at the call.
+    Fresh (and fixed) noise is ``LCMScheduler``; ``original_inference_steps`` and the length of the table are set such
+    that ``num_inference_steps=K`` alone gives the trained times, and only an uneven grid needs ``timesteps=`` at the
+    call. Deterministic steps are ``DDIMScheduler``.
 
     Returns:
         (scheduler, call): call holds the arguments of the pipeline's ``__call__`` beside the prompt.
+
+    Raises:
+        RecipeError: deterministic steps on an uneven grid, which no stock scheduler takes.
     """
-    from diffusers import LCMScheduler
+    from diffusers import DDIMScheduler, LCMScheduler
 
     config = teacher_scheduler.config
     steps, start = len(times), int(times[0])
@@ -60,16 +64,25 @@ def student_scheduler(teacher_scheduler, times: list[int]):
         cumulative = teacher_scheduler.alphas_cumprod.double()[:length]
         ratio = cumulative / torch.cat([torch.ones(1, dtype=torch.float64), cumulative[:-1]])
         table = {"trained_betas": (1 - ratio).tolist(), "num_train_timesteps": length}
+    table |= {
+        "prediction_type": config.get("prediction_type", "epsilon"),
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+    }
+    call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 0.0}
+    if noise == "ddim":
+        if not even:
+            raise RecipeError(
+                f"method.times: {list(times)}: stock schedulers take deterministic steps on an even grid only; use "
+                f"num_steps and start, e.g. {uniform_times(steps, steps * max(1, round(start / steps)) - 1)}"
+            )
+        return DDIMScheduler(**table, timestep_spacing="trailing"), call
     scheduler = LCMScheduler(
         **table,
         original_inference_steps=steps if even else 50,
-        prediction_type=config.get("prediction_type", "epsilon"),
-        clip_sample=False,
-        set_alpha_to_one=True,
         # LCM blends x_t into x0 with a weight of 0.25 / (scaling t)^2; students here are pure x0 predictors.
         timestep_scaling=1e6,
     )
-    call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 0.0}
     if not even:
         call = {"timesteps": [int(t) for t in times], "guidance_scale": 0.0}
     return scheduler, call
@@ -118,8 +131,8 @@ def _save_kohya(teacher: Teacher, state: dict[str, Tensor], dtype: torch.dtype, 
 def export_student(
     folder: Path,
     teacher: Teacher,
-    times: list[int],
-    weights: Mapping[str, Tensor],
+    student: Student,
+    weights: Mapping[str, Mapping[str, Tensor]],
     role: RoleConfig,
     *,
     about: Mapping[str, Any],
@@ -129,40 +142,56 @@ def export_student(
     """Writes the export folder beside and renames it; replaces an older export.
 
     Args:
-        times: the student's. weights: trained tensors by the names of the role. about: method, recipe hash, title
-            and the like for ``fewstep.json`` and the model card.
+        weights: trained tensors by the names of the role, for every role of the student; more than one are experts and
+            get a folder each. role: how they were trained. about: method, recipe hash, title and the like for
+            ``fewstep.json`` and the model card.
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     precision = getattr(torch, dtype)
-    scheduler, call = student_scheduler(teacher.pipe.scheduler, times)
+    scheduler, call = student_scheduler(teacher.pipe.scheduler, student.times, student.noise)
     scheduler.save_pretrained(part / "scheduler")
-    if role.kind == "lora":
-        state = lora_state_dict(weights, role)
-        _save_lora(teacher, state, role, precision, part)
-        if kohya:
-            _save_kohya(teacher, state, precision, part / "kohya" / "fewstep.safetensors")
-    else:
-        _save_pipeline(teacher, weights, scheduler, precision, part / "pipeline")
+    experts = student.roles if len(weights) > 1 else None
+    for name, tensors in weights.items():
+        if role.kind == "lora":
+            state, target = lora_state_dict(tensors, role), part / name if experts else part
+            _save_lora(teacher, state, role, precision, target)
+            if kohya:
+                _save_kohya(teacher, state, precision, target / "kohya" / "fewstep.safetensors")
+        else:
+            _save_pipeline(teacher, tensors, scheduler, precision, part / "pipeline")
     record = {
         "fewstep": __version__,
         **about,
         "teacher": teacher.source,
         "pipeline_class": teacher.pipeline_class,
         "kind": role.kind,
-        "num_steps": len(times),
-        "timesteps": [int(t) for t in times],
+        "num_steps": len(student.times),
+        "timesteps": [int(t) for t in student.times],
+        "noise": student.noise,
         "call": call,
         "scheduler": type(scheduler).__name__,
         "resolution": teacher.resolution,
+        "latent_shape": list(teacher.latent_shape),
         "dtype": dtype,
     }
+    if experts:
+        record["experts"] = experts
     (part / "fewstep.json").write_text(json.dumps(record, indent=1))
     (part / "README.md").write_text(model_card(record))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     return folder
+
+
+def check_exportable(student: Student, role: RoleConfig, teacher_scheduler) -> None:
+    """Refuses, before training, what no stock pipeline could sample."""
+    student_scheduler(teacher_scheduler, student.times, student.noise)
+    if len(set(student.roles)) > 1 and role.kind != "lora":
+        raise RecipeError(
+            f"roles.student.kind: {role.kind}: experts share one pipeline as LoRAs that are switched; use lora"
+        )
 
 
 def _save_pipeline(
@@ -188,18 +217,44 @@ def snippet(record: Mapping[str, Any], folder: str = ".") -> str:
     call = ", ".join(f"{name}={value!r}" for name, value in record["call"].items())
     builtin = str(record["teacher"]).startswith("builtin:")
     teacher = "resolve(" + repr(record["teacher"]) + ")" if builtin else repr(record["teacher"])
-    lines = ["from diffusers import DiffusionPipeline, LCMScheduler"]
-    if builtin and record["kind"] == "lora":
+    scheduler, experts = record["scheduler"], record.get("experts")
+    lora, fixed = record["kind"] == "lora", record["noise"] == "fixed"
+    lines = ["import torch"] if fixed else []
+    lines += [f"from diffusers import DiffusionPipeline{f', {scheduler}' if lora else ''}"]
+    if builtin and lora:
         lines.append("from fewstep.teachers import resolve  # only for the folder of the built-in teacher")
     lines.append("")
-    if record["kind"] == "lora":
-        lines += [
-            f"pipe = DiffusionPipeline.from_pretrained({teacher})",
-            f"pipe.load_lora_weights({folder!r}, weight_name={LORA_FILE!r})",
-            f"pipe.scheduler = LCMScheduler.from_pretrained({folder!r}, subfolder='scheduler')",
-        ]
+    if lora:
+        lines.append(f"pipe = DiffusionPipeline.from_pretrained({teacher})")
+        for name in dict.fromkeys(experts or [""]):
+            where = os.path.join(folder, name) if name else folder
+            adapter = f", adapter_name={name!r}" if name else ""
+            lines.append(f"pipe.load_lora_weights({where!r}, weight_name={LORA_FILE!r}{adapter})")
+        lines.append(f"pipe.scheduler = {scheduler}.from_pretrained({folder!r}, subfolder='scheduler')")
     else:
         lines.append(f"pipe = DiffusionPipeline.from_pretrained({os.path.join(folder, 'pipeline')!r})")
+    if experts:
+        lines += [
+            "",
+            f"experts = {experts}  # of each step",
+            "def switch(pipe, step, time, kwargs):",
+            "    pipe.set_adapters(experts[(step + 1) % len(experts)])",
+            "    return kwargs",
+            "",
+            "pipe.set_adapters(experts[0])",
+        ]
+        call += ", callback_on_step_end=switch"
+    if fixed:
+        lines += [
+            "",
+            f"noise = torch.randn(1, *{record['latent_shape']}, generator=torch.Generator().manual_seed(0))",
+            "generator = torch.Generator().manual_seed(0)  # every step adds the first noise again",
+            "def again(pipe, step, time, kwargs):",
+            "    generator.manual_seed(0)",
+            "    return kwargs",
+            "",
+        ]
+        call += ", latents=noise, generator=generator, callback_on_step_end=again"
     prompt = record.get("prompt", "a photo of a cat")
     lines += [f"image = pipe({prompt!r}, {call}).images[0]", "image.save('image.png')"]
     return "\n".join(lines)
@@ -234,7 +289,7 @@ def model_card(record: Mapping[str, Any]) -> str:
             "",
             f"Trained timesteps {record['timesteps']}; no guidance at sampling (the teacher's, "
             f"{record.get('guidance_scale', 1.0)}, is distilled in). The scheduler's configuration is complete: load "
-            "it with `LCMScheduler.from_pretrained`, not with `from_config` of another scheduler.",
+            f"it with `{record['scheduler']}.from_pretrained`, not with `from_config` of another scheduler.",
             "",
         ]
     )
@@ -252,7 +307,7 @@ def load_exported(
     Raises:
         FewstepError: no export there.
     """
-    from diffusers import DiffusionPipeline, LCMScheduler
+    import diffusers
 
     folder = Path(folder)
     if not (folder / "fewstep.json").is_file():
@@ -265,14 +320,50 @@ def load_exported(
         if lora:
             pipe = load_pipeline(teacher or record["teacher"], dtype)
         else:
-            pipe = DiffusionPipeline.from_pretrained(folder / "pipeline", torch_dtype=getattr(torch, dtype))
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                folder / "pipeline", torch_dtype=getattr(torch, dtype)
+            )
         if upcast:
             pipe.to(torch.float32)
         if lora:
-            pipe.load_lora_weights(folder, weight_name=LORA_FILE)
-            pipe.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+            for name in dict.fromkeys(record.get("experts", [""])):
+                pipe.load_lora_weights(folder / name, weight_name=LORA_FILE, adapter_name=name or None)
+            scheduler = getattr(diffusers, record["scheduler"])
+            pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
     pipe.set_progress_bar_config(disable=True)
     return pipe, record
+
+
+def stock_call(pipe, record: Mapping[str, Any], generators: list[torch.Generator]) -> dict[str, Any]:
+    """Arguments of one call of the stock pipeline beside the prompts, as the model card's snippet has them.
+
+    Args:
+        generators: one per sample, on the CPU; where the noise is fixed they are used for the latents here.
+    """
+    call, experts = dict(record["call"]), record.get("experts")
+    if experts:
+        pipe.set_adapters(experts[0])
+    if record.get("noise") == "fixed":
+        states = [generator.get_state() for generator in generators]
+        latents = [torch.randn(1, *record["latent_shape"], generator=g) for g in generators]
+        call["latents"] = torch.cat(latents).to(pipe.device, pipe.unet.dtype)
+
+    def after(pipe, step, _time, kwargs):
+        if experts:
+            pipe.set_adapters(experts[(step + 1) % len(experts)])
+        if record.get("noise") == "fixed":
+            rewind()
+        return kwargs
+
+    def rewind() -> None:
+        for generator, state in zip(generators, states):
+            generator.set_state(state)
+
+    if record.get("noise") == "fixed":
+        rewind()
+    if experts or record.get("noise") == "fixed":
+        call["callback_on_step_end"] = after
+    return call
 
 
 @torch.no_grad()
@@ -290,11 +381,14 @@ def trainer_sample(student: Student, teacher: Teacher, prompts: list[str], seed:
     def draw(x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=generator).to(x.device)
 
-    autocast, student.denoiser.autocast = student.denoiser.autocast, None
+    before = [denoiser.autocast for denoiser in student.denoisers]
     try:
+        for denoiser in student.denoisers:
+            denoiser.autocast = None
         return student.sample(noise.to(teacher.device), cond, draw).cpu()
     finally:
-        student.denoiser.autocast = autocast
+        for denoiser, autocast in zip(student.denoisers, before):
+            denoiser.autocast = autocast
 
 
 @torch.no_grad()
@@ -305,7 +399,17 @@ def stock_sample(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(prompts), *teacher.latent_shape, generator=generator)
     size = {"height": teacher.resolution, "width": teacher.resolution}
-    call = {**record["call"], **size, "latents": noise.to(pipe.unet.dtype), "generator": generator}
+    call = {
+        **stock_call(pipe, record, []),
+        **size,
+        "latents": noise.to(pipe.unet.dtype),
+        "generator": generator,
+    }
+    if record.get("noise") == "fixed":  # every step draws the first noise again
+        generator.manual_seed(seed)
+        call["callback_on_step_end"] = lambda _pipe, _step, _time, kwargs: (
+            generator.manual_seed(seed) and kwargs
+        )
     return pipe(prompts, output_type="latent", **call).images.float().cpu()
 
 

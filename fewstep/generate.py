@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,18 +15,23 @@ from tqdm import tqdm
 def generate(
     pipe,
     prompts: Sequence[str],
-    call: dict[str, Any],
+    call: dict[str, Any] | Callable[[list[torch.Generator]], dict[str, Any]],
     *,
     seed: int = 0,
     batch_size: int = 32,
     label: str = "generating",
     quiet: bool = False,
 ) -> tuple[np.ndarray, float]:
-    """Images uint8 (N, H, W, 3) of N prompts and the seconds each took; sample i uses seed + i for all its noise."""
+    """Images uint8 (N, H, W, 3) of N prompts and the seconds each took; sample i uses seed + i for all its noise.
+
+    Args:
+        call: arguments of the pipeline, or a function from the generators of a batch to them (see ``stock_call``).
+    """
     images, begin = [], time.perf_counter()
     for start in tqdm(range(0, len(prompts), batch_size), desc=label, disable=quiet, leave=False):
         chunk = list(prompts[start : start + batch_size])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
-        output = pipe(chunk, generator=generators, output_type="np", **call).images
+        options = call(generators) if callable(call) else call
+        output = pipe(chunk, generator=generators, output_type="np", **options).images
         images.append((output * 255).round().astype(np.uint8))
     return np.concatenate(images), (time.perf_counter() - begin) / len(prompts)

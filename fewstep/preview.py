@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,10 +24,16 @@ class Preview:
     """Draws ``samples/step_N.png`` of a run, and ``samples/teacher.png`` at its start."""
 
     def __init__(
-        self, recipe: Recipe, teacher: Teacher, method: Method, role: Role, prompts: list[str], folder: Path
+        self,
+        recipe: Recipe,
+        teacher: Teacher,
+        method: Method,
+        roles: Sequence[Role],
+        prompts: list[str],
+        folder: Path,
     ):
         self.config, self.guidance = recipe.samples, getattr(recipe.method, "guidance_scale", 1.0)
-        self.teacher, self.method, self.role, self.folder = teacher, method, role, folder / "samples"
+        self.teacher, self.method, self.roles, self.folder = teacher, method, roles, folder / "samples"
         order = Rng(self.config.seed, "preview").permutation(len(prompts))[: self.config.count]
         self.prompts = self.config.prompts or [prompts[int(i)] for i in order]
         self.cond = teacher.encode(self.prompts).to(teacher.device)
@@ -38,7 +44,7 @@ class Preview:
         noise = rng.normal(len(self.prompts), *self.teacher.latent_shape)
         if step == 0 and self.config.teacher_steps:
             self._save("teacher", self._chunked(self._teach, noise), write)
-        with averaged(self.role):
+        with averaged(*self.roles):
             student = self.method.student
             latents = self._chunked(lambda z, cond: student.sample(z, cond, rng.normal_like), noise)
         self._save(f"step_{step:06d}", latents, write)

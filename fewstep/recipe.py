@@ -122,7 +122,8 @@ class Recipe:
 
     Attributes:
         output: run directory. method: options of one method, e.g. ``DMD2.Config(...)``.
-        roles: how each trainable network is trained, by role name; missing ones take the defaults of RoleConfig.
+        roles: how each trainable network is trained, by role name; ``student`` stands for ``student_1`` and so on,
+            and missing ones take the defaults of RoleConfig.
     """
 
     output: str
@@ -140,7 +141,8 @@ class Recipe:
         return get_method(_method_name(self.method))
 
     def role(self, name: str) -> RoleConfig:
-        return self.roles.get(name) or RoleConfig()
+        family = name.rstrip("0123456789").rstrip("_")
+        return self.roles.get(name) or self.roles.get(family) or RoleConfig()
 
 
 _FORBID = ConfigDict(extra="forbid")
@@ -190,7 +192,9 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
     method.Config.__pydantic_config__ = _FORBID
     config = _validate(method.Config, {k: v for k, v in options.items() if k != "name"}, "method")
     recipe = _validate(Recipe, {**data, "method": config}, "")
-    known = [*method.networks_for(config), "discriminator"]
+    networks = method.networks_for(config)
+    families = (n.rstrip("0123456789").rstrip("_") for n in networks)
+    known = list(dict.fromkeys([*networks, *families, "discriminator"]))
     for role in recipe.roles:
         if role not in known:
             raise RecipeError(

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .distributed import settle
+from .distributed import assign, settle
 from .errors import RecipeError
 
 # DMD2's list for SDXL (arXiv 2405.14867, released code): 788 layers of the UNet.
@@ -79,8 +79,8 @@ class Role:
         average: name -> moving average of the same weights, or None.
     """
 
-    def __init__(self, name: str, module: nn.Module, config: RoleConfig):
-        self.name, self.module, self.config = name, module, config
+    def __init__(self, name: str, module: nn.Module, config: RoleConfig, base: nn.Module | None = None):
+        self.name, self.module, self.config, self.base = name, module, config, base
         self.collect()
 
     def collect(self) -> None:
@@ -94,6 +94,19 @@ class Role:
         settle(self.module)
         for parameter in self.weights.values():
             parameter.requires_grad_(on)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Back to the teacher: a full copy takes its weights, an adapter becomes the identity again."""
+        settle(self.module)
+        frozen = dict(self.base.named_parameters()) if self.config.kind == "full" else {}
+        for name, weight in self.weights.items():
+            if self.config.kind == "full":
+                assign(weight, frozen[name].float())
+            elif ".lora_B." in name:
+                weight.zero_()
+        for name, value in (self.average or {}).items():
+            value.copy_(self.weights[name])
 
     @torch.no_grad()
     def update_average(self, updates: int) -> None:
@@ -142,7 +155,7 @@ def build_role(name: str, base: nn.Module, config: RoleConfig, seed: int = 0) ->
     """
     if config.kind == "full":
         module = copy.deepcopy(base).float().requires_grad_(True)
-        return Role(name, module, config)
+        return Role(name, module, config, base)
     module = shell(base)
     _check_lora(name, module, config)
     from peft import LoraConfig, inject_adapter_in_model
@@ -154,7 +167,7 @@ def build_role(name: str, base: nn.Module, config: RoleConfig, seed: int = 0) ->
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return Role(name, module, config)
+    return Role(name, module, config, base)
 
 
 def lora_targets(module: nn.Module, targets: list[str]) -> dict[str, nn.Module]:

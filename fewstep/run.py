@@ -188,6 +188,8 @@ class Session:
         if t.gradient_checkpointing:
             self.teacher.net.enable_gradient_checkpointing()
         self.roles, self.method = build(recipe, self.teacher, process)
+        self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
+        export.check_exportable(self.method.student, self.experts[0].config, self.teacher.pipe.scheduler)
         _check_space(self.folder, self.roles, recipe)
         if not process.main:
             process.barrier()  # the first rank encodes, the others find the cache
@@ -199,7 +201,7 @@ class Session:
             latents = encode_images(self.teacher, images, quiet=quiet)
         if process.main:
             process.barrier()
-        self.preview = Preview(recipe, self.teacher, self.method, self.roles["student"], prompts, self.folder)
+        self.preview = Preview(recipe, self.teacher, self.method, self.experts, prompts, self.folder)
         self.export_prompts = self.preview.prompts[:2]
         self.teacher.drop_encoders()
         data = Batches(
@@ -225,33 +227,36 @@ class Session:
     def train(self, resuming: bool) -> None:
         if resuming and self.trainer.restore() and self.process.main:
             print(f"fewstep: resuming at step {self.trainer.progress.iteration}")
-        begin = _digest_of(self.roles["student"]) if not resuming else None
+        begin = [_digest_of(role) for role in self.experts] if not resuming else None
         try:
             self.trainer.train()
         finally:
             if self.process.main:
                 self.write_summary()
                 write_report(self.folder)
-        if begin is not None and begin == _digest_of(self.roles["student"]):
+        if begin and any(then == _digest_of(role) for then, role in zip(begin, self.experts)):
             raise FewstepError(
                 "the student's weights have not changed; check roles.student.lr and method.critic_steps"
             )
 
     def export(self) -> None:
-        recipe, student = self.recipe, self.roles["student"]
+        recipe, experts = self.recipe, self.experts
         for name in self.teacher.encoders:
             getattr(self.teacher.pipe, name).to(self.process.device)
-        with averaged(student):
+        with averaged(*experts):
             own = export.trainer_sample(self.method.student, self.teacher, self.export_prompts)
-        weights = {name: whole(value) for name, value in student.final_weights().items()}
+        weights = {
+            role.name: {name: whole(value) for name, value in role.final_weights().items()}
+            for role in experts
+        }
         if not self.process.main:
             return
         folder = export.export_student(
             self.folder / "export",
             self.teacher,
-            self.method.student.times,
+            self.method.student,
             weights,
-            student.config,
+            experts[0].config,
             about=self._about(),
             dtype=recipe.export.dtype,
             kohya=recipe.export.kohya,

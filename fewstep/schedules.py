@@ -137,6 +137,10 @@ class Schedule:
         """
         return self.t_min + (low + (high - low) * _f64(u)) * (self.t_max - self.t_min)
 
+    def fraction_above(self, t: float) -> float:
+        """The ``low`` with which :meth:`draw_times` draws above t only."""
+        return (t - self.t_min) / (self.t_max - self.t_min)
+
     def x0_gain(self, t: float, kind: str) -> float:
         """How many times an error of the prediction is multiplied in x0; 14.6 for eps at t=999 of SDXL."""
         time = torch.tensor([t], dtype=torch.float64)
@@ -203,6 +207,9 @@ class VP(Schedule):
         first, last = round(low * steps), min(round(high * steps), steps - 1)
         return first + torch.floor(_f64(u) * (last - first + 1))
 
+    def fraction_above(self, t: float) -> float:
+        return (math.floor(t) + 1) / len(self.table)
+
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         table = self._table(log_snr.device)
         falling = -_f64(log_snr).contiguous()
@@ -230,6 +237,9 @@ class Flow(Schedule):
     def draw_times(self, u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
         return self.shifted(super().draw_times(u, low, high))
 
+    def fraction_above(self, t: float) -> float:
+        return t / (self.shift - (self.shift - 1) * t)
+
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - _f64(t)
 
@@ -256,6 +266,10 @@ class EDM(Schedule):
         # Uniform in sigma^(1/7), EDM's grid (eq. 5, rho = 7).
         ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64, device=u.device) ** (1 / 7)
         return (ends[0] + (low + (high - low) * _f64(u)) * (ends[1] - ends[0])) ** 7
+
+    def fraction_above(self, t: float) -> float:
+        low, high = self.t_min ** (1 / 7), self.t_max ** (1 / 7)
+        return (t ** (1 / 7) - low) / (high - low)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(_f64(t))

@@ -162,10 +162,19 @@ class Trainer:
         ]
         metrics: dict[str, Tensor] = {}
         for phase in self.phases:
+            if phase.fresh and phase.span(self.progress)[0] == self.progress.iteration:
+                self.restart(phase.fresh)
             if phase.due(self.progress):
                 metrics.update(self.turn(phase, batches))
         self.window.append(metrics)
         self.progress.iteration += 1
+
+    def restart(self, names: tuple[str, ...]) -> None:
+        """Roles begin again: the teacher's weights, an empty optimiser."""
+        for name in names:
+            self.roles[name].restart()
+            self.optimizers[name].state.clear()
+            self.updates[name] = 0
 
     def turn(self, phase: Phase, batches: list[Batch]) -> dict[str, Tensor]:
         """One update of one phase; only its roles want gradients meanwhile."""
@@ -196,7 +205,7 @@ class Trainer:
             self.skipped[phase.name] = 0
             for role in roles:
                 optimizer = self.optimizers[role.name]
-                optimizer.param_groups[0]["lr"] = self.learning_rate(role)
+                optimizer.param_groups[0]["lr"] = self.learning_rate(role, phase)
                 optimizer.step()
                 self.updates[role.name] += 1
                 role.update_average(self.updates[role.name])
@@ -212,11 +221,12 @@ class Trainer:
             self.optimizers[role.name].zero_grad(set_to_none=True)
         return norm.detach()
 
-    def learning_rate(self, role: Role) -> float:
-        """Linear warm-up, constant, linear decay to zero at the end; counted in iterations."""
+    def learning_rate(self, role: Role, phase: Phase) -> float:
+        """Linear warm-up, constant, linear decay to zero within the phase's share; counted in iterations."""
         c, done = role.config, self.progress.iteration
-        warm = (done + 1) / c.warmup if c.warmup else 1.0
-        left = (self.config.steps - done) / c.decay if c.decay else 1.0
+        begin, end = phase.span(self.progress)
+        warm = (done - begin + 1) / c.warmup if c.warmup else 1.0
+        left = (end - done) / c.decay if c.decay else 1.0
         return c.lr * min(1.0, warm, left)
 
     # --------------------------------------------------------------------------------------------- side effects

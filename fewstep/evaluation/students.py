@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 
 from ..data.images import CaptionedImages
 from ..data.prompts import load_prompts
-from ..export import load_exported
+from ..export import load_exported, stock_call
 from ..generate import generate
 from ..report import image_grid
 from ..rng import Rng
@@ -116,10 +117,15 @@ def _rows(recipe, folder, teacher, images, asked: Asked) -> Iterator[tuple[str, 
     guided = 2 if guidance != 1 else 1
     size = {"height": teacher.resolution, "width": teacher.resolution}
 
-    def sampler(pipe, call: dict[str, Any]) -> Callable:
+    def sampler(pipe, call: dict[str, Any] | Callable) -> Callable:
         pipe.to(teacher.device)
-        call = {**call, **size}
-        return lambda chosen: generate(pipe, chosen, call, seed=config.seed, batch_size=config.batch_size)[0]
+
+        def options(generators: list[torch.Generator]) -> dict[str, Any]:
+            return {**(call(generators) if callable(call) else call), **size}
+
+        return lambda chosen: generate(pipe, chosen, options, seed=config.seed, batch_size=config.batch_size)[
+            0
+        ]
 
     if images is not None and images.captions is not None and config.teacher_steps:
         yield (
@@ -143,7 +149,7 @@ def _rows(recipe, folder, teacher, images, asked: Asked) -> Iterator[tuple[str, 
         f"student, {record['num_steps']} {plural}",
         "student",
         record["num_steps"],
-        sampler(pipe, record["call"]),
+        sampler(pipe, partial(stock_call, pipe, record)),
     )
     pipe = load_pipeline(recipe.teacher.path)
     original = pipe.scheduler

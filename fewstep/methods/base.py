@@ -81,9 +81,13 @@ def always(_progress: Progress) -> bool:
 
 @dataclass(frozen=True)
 class Phase:
-    """Train these roles with this loss, every n-th iteration, while ``when`` holds.
+    """Train these roles with this loss, every n-th iteration of a share of the run, while ``when`` holds.
 
     ``loss`` returns named terms, weighted already; the trainer adds them up. Phases run in the order listed.
+
+    Attributes:
+        share: (begin, end) as fractions of the run; learning rates warm up and decay within it.
+        fresh: roles that start again from the teacher, optimiser and all, when the share begins.
     """
 
     name: str
@@ -91,9 +95,18 @@ class Phase:
     loss: Callable[[Batch, Progress], dict[str, Tensor]]
     every: int = 1
     when: Callable[[Progress], bool] = always
+    share: tuple[float, float] = (0.0, 1.0)
+    fresh: tuple[str, ...] = ()
+
+    def span(self, progress: Progress) -> tuple[int, int]:
+        """First iteration and the one after the last."""
+        begin, end = (round(part * progress.steps) for part in self.share)
+        return begin, end
 
     def due(self, progress: Progress) -> bool:
-        return progress.iteration % self.every == 0 and self.when(progress)
+        begin, end = self.span(progress)
+        done = progress.iteration
+        return begin <= done < end and (done - begin) % self.every == 0 and self.when(progress)
 
 
 class Method:
