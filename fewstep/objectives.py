@@ -68,3 +68,47 @@ def gan_generator(fake_logits: Tensor) -> Tensor:
 def gan_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """``mean softplus(D(fake)) + mean softplus(-D(real))``; 2 log 2 where D cannot tell."""
     return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
+
+
+def denoising_weight(kind: str, schedule: Schedule, t: Tensor) -> Tensor:
+    """Weight (B,) of the squared x0 error in a critic's loss, float64.
+
+    * a kind of prediction: its squared error, see :meth:`fewstep.schedules.Schedule.error_weight`.
+    * ``edm``: ``SNR + 1 / 0.5^2``, the training weight of EDM (arXiv 2206.00364, table 1) for data of std 0.5.
+    * ``scaled_eps``: ``alpha^2`` times the squared eps error (SwiftBrush's code).
+    """
+    if kind == "edm":
+        return schedule.log_snr(t).exp() + 1 / 0.5**2
+    if kind == "scaled_eps":
+        return schedule.alpha(t) ** 2 * schedule.error_weight("eps", t)
+    return schedule.error_weight(kind, t)
+
+
+DIVERGENCES = {
+    "rkl": torch.ones_like,
+    "kl": lambda r: r,
+    "js": lambda r: r / (1 + r),
+    "softened_rkl": lambda r: 1 / (1 + r),
+    "neyman": lambda r: 1 / r,
+    "hellinger": torch.sqrt,
+    "jeffreys": lambda r: 1 + r,
+}
+
+
+def divergence_weight(kind: str, ratio: Tensor) -> Tensor:
+    """``h(r) = r^2 f''(r)`` up to a constant, for density ratios ``r = p_real / p_fake`` (f-distill, 2502.15681).
+
+    The gradient of ``D_f(p_real || p_fake) = E_fake f(r)`` is that of KL(fake || real) with each sample weighted by
+    h. kinds: "rkl" 1, "kl" r, "js" r / (1 + r), "softened_rkl" 1 / (1 + r), "neyman" 1 / r, squared "hellinger"
+    sqrt(r), "jeffreys" 1 + r.
+    """
+    if kind not in DIVERGENCES:
+        raise ValueError(f"divergence {kind!r}: expected one of {', '.join(DIVERGENCES)}")
+    return DIVERGENCES[kind](ratio)
+
+
+def bin_means(values: Tensor, u: Tensor, bins: int) -> Tensor:
+    """For each of values (B,) the mean of those in its bin; u (B,) in [0, 1) says which of equal bins that is."""
+    index = (u * bins).long().clamp(0, bins - 1)
+    sums = values.new_zeros(bins).index_add_(0, index, values)
+    return (sums / index.bincount(minlength=bins).clamp(min=1))[index]

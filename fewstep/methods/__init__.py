@@ -1,6 +1,6 @@
 """Distillation methods, one file each."""
 
-from . import dmd2  # noqa: F401  (registers itself)
+from . import disback, dmd2, fdistill, score_difference  # noqa: F401  (each registers itself)
 from .base import METHODS, Batch, Method, Phase, Progress, get_method, register
 
 __all__ = ["METHODS", "Batch", "Method", "Phase", "Progress", "get_method", "register"]

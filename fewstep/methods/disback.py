@@ -1,0 +1,215 @@
+"""DisBack: distribution backtracking (Zhang et al., 2024, arXiv 2408.15991).
+
+Early on a teacher knows little about what the student makes. DisBack first records how the teacher degrades into the
+student: a copy of it is trained on the samples of the initial, frozen student and put down N times on the way. Then
+the student follows these nodes backwards, each the teacher of a while, up to the original teacher. Everything else is
+distribution matching as in DMD2.
+
+This is the paper's algorithm. The authors' published code never loads its nodes, so it does something else.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import objectives
+from ..cond import Cond
+from ..denoiser import Denoiser, NetDenoiser
+from ..distributed import settle
+from ..errors import RecipeError
+from .base import Batch, Method, Phase, Progress, register
+from .dmd2 import DMD2
+
+
+class Target:
+    """The real score of the moment: a denoiser that is one of several.
+
+    Args:
+        path: denoisers in the order the student meets them; the last is the original teacher.
+        guide_nodes: guidance asked of an earlier one is given; otherwise it is left out.
+    """
+
+    def __init__(self, path: Sequence[Denoiser], guide_nodes: bool):
+        self.path, self.guide_nodes, self.index = path, guide_nodes, 0
+        self.schedule = path[-1].schedule
+
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
+        last = self.index == len(self.path) - 1
+        return self.path[self.index].x0(x_t, t, cond, guidance=guidance if last or self.guide_nodes else 1.0)
+
+
+@register("disback")
+class DisBack(Method):
+    """Degradation recording, then distribution matching along the reversed path.
+
+    Which node learns, which is the target and when weights are handed on are functions of the iteration; nodes are
+    roles, so a checkpoint holds them.
+    """
+
+    summary = "records how the teacher degrades into the student, then distills along that path backwards"
+
+    @dataclass
+    class Config:
+        """Options of the path, then those of DMD2 that apply, see :class:`fewstep.methods.dmd2.DMD2.Config`.
+
+        Published for one-step SDXL: 10 nodes of 100 iterations, 1000 iterations per target, guidance 8, start 399.
+
+        Attributes:
+            nodes: N. Each is a role "node_k" of the size of the critic: cheap as LoRA.
+            record_steps: iterations of training per node; the first ``nodes * record_steps`` train nodes only.
+            backtrack_steps: iterations per target, of N - 1 nodes; the rest of the run has the original teacher.
+            guide_nodes: guidance for nodes too. They learned what the student makes of a condition, so extrapolating
+                away from the null condition means little there.
+            critic_steps: critic updates per student update while backtracking; 1 in the paper.
+            gan_weight: of an optional GAN as in DMD2; the paper's algorithm has none.
+        """
+
+        nodes: int = 10
+        record_steps: int = 100
+        backtrack_steps: int = 1000
+        guide_nodes: bool = False
+        num_steps: int = 1
+        start: int | None = None
+        times: list[int] | None = None
+        guidance_scale: float = 1.0
+        critic_steps: int = 1
+        weight: Literal["l1", "kl", "vsd", "one"] = "l1"
+        time_range: tuple[float, float] = (0.02, 0.98)
+        critic_loss: Literal["native", "x0", "eps", "v", "flow"] = "native"
+        gan_weight: float = 0.0
+        discriminator_weight: float = 1e-2
+        taps: list[str] = field(default_factory=lambda: ["mid_block"])
+
+        def __post_init__(self):
+            for name in ("nodes", "record_steps", "backtrack_steps"):
+                if getattr(self, name) < 1:
+                    raise RecipeError(f"method.{name}: {getattr(self, name)}: expected at least 1")
+            self.host()
+
+        def host(self) -> DMD2.Config:
+            """The options of DMD2 among these; refuses what DMD2 refuses."""
+            shared = {option.name for option in fields(DMD2.Config)} & {
+                option.name for option in fields(self)
+            }
+            return DMD2.Config(**{name: getattr(self, name) for name in shared})
+
+    def __init__(
+        self,
+        config: DisBack.Config,
+        teacher: Denoiser,
+        latent_shape: Sequence[int],
+        *,
+        student: Denoiser,
+        critic: Denoiser,
+        **nodes: NetDenoiser,
+    ):
+        self.config, self.critic = config, critic
+        self.nodes = [nodes[f"node_{k}"] for k in range(1, config.nodes + 1)]
+        _check_equal({**nodes, "critic": critic})
+        # The last node is where the critic starts, so the student's first target is the one before it.
+        self.target = Target([*self.nodes[-2::-1], teacher], config.guide_nodes)
+        self.host = DMD2(config.host(), self.target, latent_shape, student=student, critic=critic)
+        self.student = self.host.student
+
+    @classmethod
+    def networks_for(cls, config: DisBack.Config) -> tuple[str, ...]:
+        return ("student", "critic", *(f"node_{k}" for k in range(1, config.nodes + 1)))
+
+    @classmethod
+    def needs(cls, config: DisBack.Config) -> tuple[str, ...]:
+        return DMD2.needs(config.host())
+
+    def heads(self) -> dict[str, nn.Module]:
+        return self.host.heads()
+
+    # ------------------------------------------------------------------------------------------------- phases
+    @property
+    def recorded(self) -> int:
+        """Iterations of the recording stage."""
+        return self.config.nodes * self.config.record_steps
+
+    def target_index(self, progress: Progress) -> int:
+        """0-based place of the target on the path, from the iteration alone."""
+        done = progress.iteration - self.recorded
+        return min(done // self.config.backtrack_steps, len(self.target.path) - 1)
+
+    def phases(self) -> list[Phase]:
+        generator, critic = self.host.phases()
+        return [
+            *(self._recording(k) for k in range(self.config.nodes)),
+            self._backtracking(generator, self.generator_loss),
+            self._backtracking(critic, critic.loss),
+        ]
+
+    def _recording(self, k: int) -> Phase:
+        steps, loss = self.config.record_steps, functools.partial(self.record_loss, k)
+        return Phase(f"record_{k + 1}", (f"node_{k + 1}",), loss, when=lambda p: p.iteration // steps == k)
+
+    def _backtracking(self, phase: Phase, loss) -> Phase:
+        """A phase of the host whose iterations count from the end of the recording."""
+
+        def when(progress: Progress) -> bool:
+            return progress.iteration >= self.recorded and phase.due(
+                replace(progress, iteration=progress.iteration - self.recorded)
+            )
+
+        return replace(phase, loss=loss, every=1, when=when)
+
+    # ------------------------------------------------------------------------------------------------- losses
+    def record_loss(self, k: int, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Node k learns to denoise what the untrained student makes, from where node k - 1 stopped."""
+        node, host = self.nodes[k], self.host
+        if k and progress.iteration == k * self.config.record_steps:
+            hand_over(self.nodes[k - 1].net, node.net)
+        with torch.no_grad():
+            x0, cond = host.generate(batch)
+        x_t, t = host.noised(x0, batch)
+        weight = node.schedule.error_weight(host.critic_kind, t)
+        return {"denoising": objectives.denoising(node.x0(x_t, t, cond), x0, weight)}
+
+    def generator_loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        # The student's phase runs before the critic's and, in the first iteration, always.
+        if progress.iteration == self.recorded:
+            hand_over(self.nodes[-1].net, self.critic.net)
+        self.target.index = self.target_index(progress)
+        return self.host.generator_loss(batch, progress)
+
+
+@torch.no_grad()
+def hand_over(source: nn.Module, target: nn.Module) -> None:
+    """Copies weights between modules of equal structure; what shells share is left alone.
+
+    It runs before the first forward of an iteration and reads a module that this iteration does not train, so doing
+    it for every micro-batch, or again after a resume, changes nothing.
+    """
+    settle(source)
+    settle(target)
+    for theirs, mine in zip(source.parameters(), target.parameters(), strict=True):
+        if mine is not theirs:
+            mine.copy_(theirs)
+
+
+def _check_equal(denoisers: dict[str, NetDenoiser]) -> None:
+    """Weights travel between these roles, so they must be trained in the same way.
+
+    Raises:
+        RecipeError: two roles differ in their trained weights, or in the strength of an adapter.
+    """
+
+    def trained(net: nn.Module) -> dict[str, object]:
+        weights = {name: p.shape for name, p in net.named_parameters() if p.requires_grad}
+        return weights | {name: m.scaling for name, m in net.named_modules() if hasattr(m, "scaling")}
+
+    expected = trained(denoisers["node_1"].net)
+    for name, denoiser in denoisers.items():
+        if trained(denoiser.net) != expected:
+            raise RecipeError(
+                f"roles.{name}: trains other weights than roles.node_1; disback hands weights on from node to node "
+                "and to the critic: give all of them the same kind, rank, alpha and targets"
+            )

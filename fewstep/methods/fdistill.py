@@ -1,0 +1,147 @@
+"""f-distill: distribution matching under any f-divergence (Xu et al., 2025, arXiv 2502.15681).
+
+DMD2 descends the reverse KL divergence. Any other f-divergence between teacher p and student q has the same gradient
+with each sample weighted by ``h(r) = r^2 f''(r)`` of the density ratio ``r = p(x_t) / q(x_t)``, and the logit of
+DMD2's discriminator is an estimate of ``log r``. Everything else is DMD2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import objectives
+from ..cond import Cond
+from ..denoiser import Denoiser
+from ..errors import RecipeError
+from .base import Batch, Method, Phase, Progress, register
+from .dmd2 import DMD2
+
+
+@register("fdistill")
+class FDistill(Method):
+    """DMD2 with samples weighted by a function of the discriminator's density ratio."""
+
+    summary = "DMD2 under a chosen f-divergence, by the density ratio of its discriminator"
+    networks = DMD2.networks
+
+    @dataclass
+    class Config:
+        """DMD2's options, see :class:`fewstep.methods.dmd2.DMD2.Config`, and four more.
+
+        Attributes:
+            divergence: "rkl" (DMD2 itself), "kl", "js", "softened_rkl", "neyman", "hellinger", "jeffreys"; the first
+                is mode seeking, "kl" and "jeffreys" cover most. See :func:`fewstep.objectives.divergence_weight`.
+            ratio_range: bounds of the density ratio. logit_limit: bound of the discriminator's logit before exp.
+            time_bins: the ratio, whose mean over student samples is 1 at every level, is divided by its mean over the
+                samples of the micro-batch in the same of so many equal parts of the time law. Parts of one sample
+                have ratio 1, so take fewer with small batches; 0 divides nothing. Published code can average over
+                iterations too, off by default; here nothing beside weights has a memory.
+            gan_weight: as in DMD2, but never 0: without a discriminator there is no ratio.
+        """
+
+        divergence: Literal["rkl", "kl", "js", "softened_rkl", "neyman", "hellinger", "jeffreys"] = "js"
+        ratio_range: tuple[float, float] = (0.1, 20.0)
+        logit_limit: float = 10.0
+        time_bins: int = 10
+        num_steps: int = 4
+        start: int | None = None
+        times: list[int] | None = None
+        guidance_scale: float = 1.0
+        critic_steps: int = 5
+        weight: Literal["l1", "kl", "vsd", "one"] = "l1"
+        time_range: tuple[float, float] = (0.02, 0.98)
+        critic_loss: Literal["native", "x0", "eps", "v", "flow"] = "native"
+        gan_weight: float = 5e-3
+        discriminator_weight: float = 1e-2
+        taps: list[str] = field(default_factory=lambda: ["mid_block"])
+        discriminator_on: Literal["critic", "teacher"] = "critic"
+        critic_on_student_turn: bool = True
+        student_input: Literal["rollout", "real"] = "rollout"
+
+        def __post_init__(self):
+            low, high = self.ratio_range
+            if not 0 < low < high:
+                raise RecipeError(
+                    f"method.ratio_range: {self.ratio_range}: expected 0 < low < high, around 1; (0.1, 20) is published"
+                )
+            if not self.logit_limit > 0:
+                raise RecipeError(
+                    f"method.logit_limit: {self.logit_limit}: expected a positive number such as 10"
+                )
+            if self.time_bins < 0:
+                raise RecipeError(
+                    f"method.time_bins: {self.time_bins}: expected 0 (off) or more; 10 is published"
+                )
+            for name in ("gan_weight", "discriminator_weight"):
+                if not getattr(self, name) > 0:
+                    raise RecipeError(
+                        f"method.{name}: {getattr(self, name)}: f-distill reads the density ratio from its "
+                        "discriminator; expected a positive weight, or choose method.name dmd2 to run without one"
+                    )
+            self.host()
+
+        def host(self) -> DMD2.Config:
+            """The options of DMD2 among these; refuses what DMD2 refuses."""
+            return DMD2.Config(**{option.name: getattr(self, option.name) for option in fields(DMD2.Config)})
+
+    def __init__(
+        self,
+        config: FDistill.Config,
+        teacher: Denoiser,
+        latent_shape: Sequence[int],
+        *,
+        student: Denoiser,
+        critic: Denoiser,
+    ):
+        self.config = config
+        self.host = DMD2(config.host(), teacher, latent_shape, student=student, critic=critic)
+        self.teacher, self.critic, self.student = teacher, critic, self.host.student
+
+    @classmethod
+    def needs(cls, config: FDistill.Config) -> tuple[str, ...]:
+        return ("prompts", "images")
+
+    def heads(self) -> dict[str, nn.Module]:
+        return self.host.heads()
+
+    def phases(self) -> list[Phase]:
+        generator = Phase("generator", ("student",), self.generator_loss, every=self.config.critic_steps)
+        return [generator, *self.host.phases()[1:]]
+
+    def generator_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
+        host = self.host
+        x0, cond = host.generate(batch)
+        batch.carry["x0"] = x0.detach()
+        losses = {"dm": self.matching(x0, cond, batch)}
+        logits = host.discriminator.logits(host.judge, *host.noised(x0, batch), cond)
+        losses["gan"] = self.config.gan_weight * objectives.gan_generator(logits)
+        return losses
+
+    def matching(self, x0: Tensor, cond: Cond, batch: Batch) -> Tensor:
+        """DMD2's distribution matching, each sample weighted by its h; gradient reaches x0 only."""
+        config, schedule = self.config, self.teacher.schedule
+        u = batch.rng.uniform(len(x0))
+        t = schedule.draw_times(u, *config.time_range)
+        with torch.no_grad():
+            x_t = schedule.add_noise(x0, batch.rng.normal_like(x0), t)
+            real = self.teacher.x0(x_t, t, cond, guidance=config.guidance_scale)
+            fake = self.critic.x0(x_t, t, cond)
+            ratio = self.ratio(x_t, t, cond)
+            if config.time_bins:
+                ratio = ratio / objectives.bin_means(ratio, u, config.time_bins)
+            h = objectives.divergence_weight(config.divergence, ratio)
+            weight = objectives.matching_weight(config.weight, x0, real, schedule, t) * (h / h.mean())
+        batch.note_health(x0, real, fake)
+        batch.log |= {"h_std": (h / h.mean()).std(), "density_ratio": ratio.mean()}
+        return objectives.distribution_matching(x0, real, fake, weight)
+
+    def ratio(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Density ratio p / q (B,) at x_t from the mean logit of all heads, bounded, without gradient."""
+        logits = self.host.discriminator.logits(self.host.judge, x_t, t, cond).detach().mean(1)
+        limit = self.config.logit_limit
+        return logits.clamp(-limit, limit).exp().clamp(*self.config.ratio_range)
