@@ -74,13 +74,16 @@ class NetDenoiser:
         """The native prediction, fp32, shape of x_t. Condition and null run in one batch.
 
         Args:
-            x_t: (B, C, H, W). t: (B,). cond: B rows. guidance: 1 is a single conditional forward.
+            x_t: (B, C, H, W). t: (B,). cond: B rows. guidance: 1 is a single conditional forward, 0 a single
+                unconditional one.
         """
         if guidance == 1.0:
             return self._forward(x_t, t, cond)
         if self.null is None:
             raise ValueError(f"guidance {guidance} needs a null condition, and this denoiser has none")
         null = self.null.to(x_t.device).expand(len(x_t))
+        if guidance == 0.0:
+            return self._forward(x_t, t, null)
         both = self._forward(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat(null, cond))
         unconditional, conditional = both.chunk(2)
         return torch.lerp(unconditional, conditional, guidance)

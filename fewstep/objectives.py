@@ -70,6 +70,124 @@ def gan_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
 
 
+IDENTITY_WEIGHTS = (
+    "l1",
+    "one",
+    "1-sigma",
+    "(1-sigma)^2",
+    "1/sigma",
+    "1/sigma^2",
+    "alpha/sigma",
+    "(alpha/sigma)^2",
+)
+DISTANCES = ("l2", "pseudo_huber", "log_cosh")
+
+
+def identity_weight(
+    kind: str, x0: Tensor, real: Tensor, schedule: Schedule, t: Tensor, floor: float = 1e-5
+) -> Tensor:
+    """Weight (B,) of the score identity loss, per sample and without gradient.
+
+    * ``l1``: ``1 / mean |x0 - mu_real|``, at least ``floor`` below the line (SiD, arXiv 2404.04057).
+    * the others are functions of the level alone (SiD-DiT, arXiv 2509.25127), spelled with the sigma of a flow,
+      ``sigma / (alpha + sigma)``, and its alpha ``1 - sigma``: the same number on every path.
+    """
+    if kind == "l1":
+        return 1 / (x0 - real).detach().abs().flatten(1).mean(1).clamp(min=floor)
+    a, s = schedule.alpha(t), schedule.sigma(t)
+    s = s / (a + s)
+    weights = {
+        "one": torch.ones_like(s),
+        "1-sigma": 1 - s,
+        "(1-sigma)^2": (1 - s) ** 2,
+        "1/sigma": 1 / s,
+        "1/sigma^2": 1 / s**2,
+        "alpha/sigma": (1 - s) / s,
+        "(alpha/sigma)^2": ((1 - s) / s) ** 2,
+    }
+    if kind not in weights:
+        raise ValueError(f"weight {kind!r}: expected one of {IDENTITY_WEIGHTS}")
+    return weights[kind].to(x0.device, x0.dtype)
+
+
+def finite_rows(*tensors: Tensor) -> Tensor:
+    """(B,) bool: samples that are finite in all tensors (B, ...)."""
+    return torch.stack([tensor.detach().flatten(1).isfinite().all(1) for tensor in tensors]).all(0)
+
+
+def _finite(weight: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The weight and the tensors, with zeros in the place of samples that are not finite throughout."""
+    keep = finite_rows(*tensors)
+    return [torch.where(expand(keep, v).bool(), v, 0.0) for v in (weight.to(tensors[0]), *tensors)]
+
+
+def score_identity(
+    x0: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    weight: Tensor,
+    alpha: float = 1.0,
+    subtracted: Tensor | None = None,
+) -> Tensor:
+    """``mean weight (real - fake) ((real - x0) - alpha (real - subtracted))`` (SiD, arXiv 2404.04057, L2 - alpha L1).
+
+    The gradient must reach x0 directly and through the noisy sample into both means, whose networks are frozen but
+    differentiable: under ``no_grad`` the value is the same and the gradient that of :func:`distribution_matching`.
+    With the exact posterior mean as ``fake``, alpha 1/2 is half the gradient of the Fisher divergence and alpha 1
+    the same with the law of the noisy samples frozen. The value may be negative.
+
+    Args:
+        x0: student samples (B, ...). real, fake: posterior means of teacher and critic at one noisy version of it.
+        weight: (B,). subtracted: another view of the critic in the second place (SiD-LSG, arXiv 2406.01561, kappa3).
+
+    Returns:
+        Mean over all entries; samples that are not finite count as zero.
+    """
+    others = [] if subtracted is None else [subtracted]
+    weight, x0, real, fake, *others = _finite(weight, x0, real, fake, *others)
+    delta = real - fake
+    product = delta * ((real - x0) - alpha * (real - (others[0] if others else fake)))
+    return (expand(weight, x0) * product).mean()
+
+
+def implicit_matching(
+    x0: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    weight: Tensor,
+    distance: str = "pseudo_huber",
+    c: float = 1.0,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Score implicit matching (SIM, arXiv 2410.16794): ``-mean weight d'(y) scale (fake - x0)``.
+
+    ``y = scale (fake - real)``; with ``scale = alpha / sigma^2`` it is the difference of the scores. The gradient of
+    ``E d(y)`` with the law of the noisy samples frozen, if it reaches x0 as in :func:`score_identity` and flows
+    through d'(y), denominator and all.
+
+    * ``l2``: d = y^2; :func:`score_identity` at alpha 1, times ``2 scale^2``.
+    * ``pseudo_huber``: ``sqrt(mean y^2 + c^2) - c``, mean over a sample; the paper's constant for the norm over a
+      sample of n entries is ``c sqrt(n)``.
+    * ``log_cosh``: ``c^2 log cosh(y / c)`` of each entry.
+
+    Args:
+        x0: student samples (B, ...). real, fake: as in :func:`score_identity`. weight, scale: (B,).
+    """
+    scale = torch.ones_like(weight) if scale is None else scale
+    weight, x0, real, fake = _finite(weight, x0, real, fake)
+    k = expand(scale, x0)
+    y = k * (fake - real)
+    if distance == "l2":
+        slope = 2 * y
+    elif distance == "pseudo_huber":
+        slope = y / expand((y.pow(2).flatten(1).mean(1) + c**2).sqrt(), y)
+    elif distance == "log_cosh":
+        slope = c * torch.tanh(y / c)
+    else:
+        raise ValueError(f"distance {distance!r}: expected one of {DISTANCES}")
+    return -(expand(weight, x0) * slope * k * (fake - x0)).mean()
+
+
 def denoising_weight(kind: str, schedule: Schedule, t: Tensor) -> Tensor:
     """Weight (B,) of the squared x0 error in a critic's loss, float64.
 
@@ -112,3 +230,24 @@ def bin_means(values: Tensor, u: Tensor, bins: int) -> Tensor:
     index = (u * bins).long().clamp(0, bins - 1)
     sums = values.new_zeros(bins).index_add_(0, index, values)
     return (sums / index.bincount(minlength=bins).clamp(min=1))[index]
+
+
+def denoising_target_between(
+    x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor, schedule: Schedule
+) -> tuple[Tensor, Tensor]:
+    """Unbiased x0 target of a critic that sees ``x_t = a_ts x_s + s_ts eps`` and never the clean sample.
+
+    ``x_s / a_s - a_t s_s^2 / (a_s^2 s_ts) eps`` (Phased DMD, arXiv 2510.27684, eq. 12): its mean given x_t is the
+    posterior mean of x0, because ``-eps / s_ts`` is the score of the transition. ``x_s / a_s`` alone is biased. As
+    x_t is given, every other kind of target is the linear image of this one.
+
+    Args:
+        x_s: samples at level s (B, ...). eps: the noise of x_t. s, t: (B,), s < t.
+
+    Returns:
+        (target (B, ...), weight (B,)): weight ``min(1, 10 s_ts^2)`` keeps the variance bounded as t nears s (eq. 13).
+    """
+    a_s, a_t, sigma_s = schedule.alpha(s), schedule.alpha(t), schedule.sigma(s)
+    _, s_ts = schedule.transition(s, t)
+    target = x_s / expand(a_s, x_s) - expand(a_t * sigma_s**2 / (a_s**2 * s_ts), x_s) * eps
+    return target, (10 * s_ts**2).clamp(max=1.0)
