@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fewstep.evaluation.cli_sampling import add_sampling
+
 EMOJI = "builtin:emoji"
 IMAGES = "folder, npz of images, statistics file, or builtin:emoji"
 FLAGS = {
@@ -19,7 +21,9 @@ FLAGS = {
 
 def add_parser(subparsers: Any) -> None:
     """Adds `eval` with its subcommands; each sets `run`, from the parsed arguments to an exit code."""
-    parser = subparsers.add_parser("eval", help="measure images: Fréchet distance, KID, retrieval, diversity")
+    parser = subparsers.add_parser(
+        "eval", help="generate and measure images: Fréchet distance, CLIP score, speed"
+    )
     commands = parser.add_subparsers(dest="eval_command", required=True, metavar="COMMAND")
 
     def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
@@ -61,6 +65,7 @@ def add_parser(subparsers: Any) -> None:
     compare.add_argument("results", nargs="+", type=Path, metavar="FILE.json", help="written with --out")
 
     command("protocols", _protocols, "list the protocols")
+    add_sampling(command)
 
     for added in (fid, stats, retrieval, diversity):
         added.add_argument(

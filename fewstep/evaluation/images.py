@@ -150,7 +150,7 @@ class FolderImages(ImageSource):
         broken = []
         for file in self.files:
             try:
-                self.sizes.add(_check_file(file))
+                self.sizes.add(check_file(file))
             except Exception as error:  # Pillow's decoders raise many kinds, SyntaxError among them
                 broken.append(f"{file.name}: {error or type(error).__name__}")
         if broken:
@@ -220,7 +220,7 @@ def read_image(path: Path) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
-def _check_file(path: Path) -> tuple[int, int]:
+def check_file(path: Path) -> tuple[int, int]:
     """Height and width as stored; raises what Pillow raises on a file that cannot be decoded."""
     with Image.open(path) as image:
         width, height = image.size

@@ -1,0 +1,220 @@
+"""Stock diffusers pipelines to be measured: a teacher, a student on top of it, and how either is called."""
+
+import hashlib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.errors import FewstepError
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+SOLVERS = ("own", "lcm", "ddim", "euler", "dpm++", "unipc")
+
+
+@dataclass
+class Model:
+    """A pipeline with what is needed to call it for any number of steps.
+
+    Attributes:
+        pipe: the diffusers pipeline, on its device.
+        about: JSON-ready names: `pipeline`, `lora`, `network`, whichever were given.
+        record: `fewstep.json` of an export, or None.
+    """
+
+    pipe: Any
+    about: dict[str, str]
+    record: dict[str, Any] | None = None
+
+    def __post_init__(self):
+        self.scheduler = self.pipe.scheduler
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The denoiser, whose evaluations are counted."""
+        return self.pipe.unet if getattr(self.pipe, "unet", None) is not None else self.pipe.transformer
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def prepare(self, steps: int, solver: str = "own", guidance: float | None = None) -> dict[str, Any]:
+        """Sets the scheduler and returns the arguments of the pipeline's call beside prompt and noise.
+
+        Args:
+            steps: calls of the solver.
+            solver: "own" keeps the pipeline's scheduler, which is the student's for an export; "lcm" is for
+                published few-step weights; the others are training-free solvers of the same noise table.
+            guidance: None takes the export's or the pipeline's own.
+
+        Raises:
+            FewstepError: a solver that the pipeline cannot have, or steps that the student's times cannot have.
+        """
+        from fewstep.solvers import FLOOR
+
+        call: dict[str, Any] = {"num_inference_steps": steps}
+        scheduler = self.scheduler
+        if solver != "own" and not hasattr(scheduler, "alphas_cumprod"):
+            raise FewstepError(
+                f"--solver {solver}: {type(scheduler).__name__} of {self.about['pipeline']} has no noise table "
+                "of alphas; use --solver own"
+            )
+        if solver == "lcm":
+            from diffusers import LCMScheduler
+
+            scheduler = LCMScheduler.from_config(scheduler.config)
+        elif solver in FLOOR:
+            scheduler = FLOOR[solver](scheduler)
+        elif solver != "own":
+            raise FewstepError(f"--solver {solver}: expected one of {', '.join(SOLVERS)}")
+        elif self.record:
+            scheduler, call = self._student(steps)
+        self.pipe.scheduler = scheduler
+        own = inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default
+        call.setdefault("guidance_scale", own)
+        return call if guidance is None else {**call, "guidance_scale": guidance}
+
+    def _student(self, steps: int) -> tuple[Any, dict[str, Any]]:
+        """Scheduler and call of an export: its own times, or an even grid of another number of steps."""
+        if steps == self.record["num_steps"]:
+            return self.scheduler, dict(self.record["call"])
+        if self._switches:
+            raise FewstepError(
+                f"--steps {steps}: a student of several experts or of fixed noise runs at its "
+                f"{self.record['num_steps']} steps only"
+            )
+        from fewstep.export import student_scheduler
+        from fewstep.student import uniform_times
+
+        try:
+            times = uniform_times(steps, self.record["timesteps"][0])
+        except FewstepError as error:
+            raise FewstepError(f"--steps {steps}: {error}") from None
+        noise = {"noise": "ddim"} if self.record.get("noise") == "ddim" else {}
+        scheduler, call = student_scheduler(self.scheduler, times, **noise)
+        return scheduler, {**call, "guidance_scale": self.record["call"]["guidance_scale"]}
+
+    @property
+    def _switches(self) -> bool:
+        return bool(self.record and (self.record.get("experts") or self.record.get("noise") == "fixed"))
+
+    def arguments(self, call: dict[str, Any], generators: list[torch.Generator]) -> dict[str, Any]:
+        """The call for one batch: a student of experts or of fixed noise acts between its steps."""
+        if not self._switches or self.pipe.scheduler is not self.scheduler:
+            return call
+        from fewstep.export import stock_call
+
+        return {**stock_call(self.pipe, self.record, generators), **call}
+
+    def fingerprint(self) -> str:
+        """Hash over all weights and buffers as loaded, the same on every device and wherever they came from."""
+        digest = hashlib.sha256(type(self.pipe).__name__.encode())
+        for part, module in sorted(self.pipe.components.items()):
+            if isinstance(module, torch.nn.Module):
+                for name, tensor in module.state_dict().items():
+                    # A sum of the bits as integers is exact in any order, unlike a sum of floats.
+                    total = int(
+                        tensor.contiguous().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+                    )
+                    digest.update(f"{part}.{name} {tuple(tensor.shape)} {tensor.dtype} {total}".encode())
+        return digest.hexdigest()
+
+
+def open_model(
+    pipeline: str,
+    lora: str | None = None,
+    network: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> Model:
+    """Loads what is to be measured, by stock diffusers.
+
+    Args:
+        pipeline: folder or hub id of a diffusers pipeline, "builtin:..." or the export of a fully trained student.
+        lora: an export of fewstep (or the run that holds one), or a LoRA file in diffusers' format.
+        network: safetensors file (or a .bin that is read as weights only) with another state dict of the
+            denoiser, as DMD2 publishes.
+        dtype: of the weights. device: where to.
+
+    Raises:
+        FewstepError: nothing there, not loadable, or weights that do not fit.
+    """
+    about = {"pipeline": pipeline}
+    record = None
+    if lora and _export(lora):
+        record, pipe = _load_export(_export(lora), pipeline, dtype)
+        about["lora"] = str(lora)
+    elif not lora and _export(pipeline):
+        record, pipe = _load_export(_export(pipeline), None, dtype)
+    else:
+        if lora and not Path(lora).is_file():
+            raise FewstepError(
+                f"--lora {lora}: expected the export folder of a fewstep run, or a LoRA file (.safetensors)"
+            )
+        pipe = _load_stock(pipeline, dtype)
+        if lora:
+            about["lora"] = str(lora)
+            _attach_lora(pipe, Path(lora))
+    if network:
+        about["network"] = str(network)
+        _replace_network(pipe, Path(network))
+    pipe.set_progress_bar_config(disable=True)
+    return Model(pipe.to(device), about, record)
+
+
+def _export(path: str) -> Path | None:
+    """The export folder that `path` is or, being a run, holds."""
+    return next((p for p in (Path(path), Path(path) / "export") if (p / "fewstep.json").is_file()), None)
+
+
+def _load_export(folder: Path, teacher: str | None, dtype: str) -> tuple[dict[str, Any], Any]:
+    from fewstep.export import load_exported
+
+    pipe, record = load_exported(folder, teacher, dtype)
+    return record, pipe
+
+
+def _load_stock(source: str, dtype: str) -> Any:
+    from diffusers import DiffusionPipeline
+
+    from fewstep.teachers import adapters, hushed, load_pipeline, resolve
+
+    try:
+        with hushed():
+            if DiffusionPipeline.load_config(resolve(source))["_class_name"] in adapters():
+                return load_pipeline(source, dtype)
+            return DiffusionPipeline.from_pretrained(
+                resolve(source), torch_dtype=getattr(torch, dtype), use_safetensors=True
+            )
+    except FewstepError:
+        raise
+    except Exception as error:  # each loader raises its own kinds
+        raise FewstepError(f"the pipeline {source} cannot be loaded: {error}") from error
+
+
+def _attach_lora(pipe: Any, file: Path) -> None:
+    if file.suffix != ".safetensors":
+        raise FewstepError(f"--lora {file}: pickled files can run code; expected a .safetensors file")
+    try:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+    except Exception as error:  # keys of another network, a damaged file
+        raise FewstepError(f"--lora {file} does not fit {type(pipe).__name__}: {error}") from error
+
+
+def _replace_network(pipe: Any, file: Path) -> None:
+    from safetensors.torch import load_file
+
+    module = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
+    try:
+        if file.suffix == ".safetensors":
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        module.load_state_dict(state)
+    except Exception as error:  # absent, damaged, pickled code, other keys or shapes
+        summary = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FewstepError(
+            f"--network {file} does not fit {type(module).__name__}: {summary}; expected its state dict"
+        ) from error

@@ -1,0 +1,270 @@
+"""Folders of generated images: one seed per sample, shards by rank, resumable after a kill at any moment.
+
+Sample i takes all of its noise, the initial and what few-step samplers add between steps, from its own CPU
+generator with seed `seed + i`. So the image depends on no batch size, no number of processes and no point of
+resumption. (Kernels may round differently for another batch size: then pixels differ by one level at most.)
+"""
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from fewstep.errors import FewstepError
+from fewstep.evaluation.images import check_file
+from fewstep.evaluation.models import Model
+from fewstep.evaluation.prompts import Prompts
+from fewstep.evaluation.speed import measure_speed
+from fewstep.evaluation.statistics import table, write_atomically
+
+MANIFEST = "manifest.json"
+ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"nearest": np.round, "truncate": np.floor}
+LAYOUTS: dict[str, Callable[[int, int], str]] = {
+    "flat": lambda i, per_prompt: f"{i:06d}.png",
+    "geneval": lambda i, per_prompt: f"{i // per_prompt:05d}/samples/{i % per_prompt:04d}.png",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """How images are made of prompts.
+
+    Attributes:
+        steps: of the solver. solver: see `Model.prepare`. guidance: scale, or None for the model's own.
+        seed: sample i uses `seed + i`.
+        per_prompt: images of each prompt, in a row.
+        size: height and width in pixels, or None for the pipeline's own.
+        rounding: from 0..1 times 255 to uint8: "nearest", or "truncate" as the DMD2 protocols do.
+        layout: "flat" or "geneval".
+    """
+
+    steps: int
+    solver: str = "own"
+    guidance: float | None = None
+    seed: int = 0
+    per_prompt: int = 1
+    size: int | None = None
+    rounding: str = "nearest"
+    layout: str = "flat"
+
+    def __post_init__(self):
+        for name, known in (("rounding", ROUNDINGS), ("layout", LAYOUTS)):
+            if getattr(self, name) not in known:
+                raise FewstepError(f"--{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        for name in ("steps", "per_prompt"):
+            if getattr(self, name) < 1:
+                raise FewstepError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more")
+
+    def path(self, i: int) -> str:
+        """File of sample i inside the folder."""
+        return LAYOUTS[self.layout](i, self.per_prompt)
+
+
+def check_num(num: int | None, prompts: Prompts, per_prompt: int) -> int:
+    """The number of images, all that there are prompts for by default; FewstepError if prompts do not suffice."""
+    most = len(prompts.texts) * per_prompt
+    if num is not None and not 0 < num <= most:
+        raise FewstepError(
+            f"--num is {num}, expected 1 to {most}: {len(prompts.texts)} prompts with {per_prompt} images each; "
+            "give more prompts or a larger --per-prompt"
+        )
+    return num or most
+
+
+def sample_folder(
+    model: Model,
+    prompts: Prompts,
+    job: Job,
+    folder: Path,
+    *,
+    num: int | None = None,
+    batch_size: int = 8,
+    rank: int = 0,
+    world: int = 1,
+    speed_runs: int = 5,
+) -> dict[str, Any]:
+    """Fills a folder with this process's share of the images; those that exist already are kept.
+
+    Args:
+        model: what makes them. prompts: of the images. job: how.
+        folder: gets `manifest.json` and the files of the layout.
+        num: images in all, by all processes. batch_size: images at once.
+        rank, world: this process makes the samples i with `i % world == rank`.
+        speed_runs: images timed at batch 1 by the first process, or 0.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        FewstepError: the folder holds another run (with a table of what differs), or images are not finite.
+    """
+    num = check_num(num, prompts, job.per_prompt)
+    call = model.prepare(job.steps, job.solver, job.guidance)
+    if job.size:
+        call |= {"height": job.size, "width": job.size}
+    manifest = _claim(folder, _describe(model, prompts, job, call), num)
+    mine = list(range(rank, num, world))
+    _sweep(folder, {folder / job.path(i) for i in mine})
+    if job.layout == "geneval":
+        _write_metadata(folder, prompts, mine, job.per_prompt)
+    # Whole batches are made again for one missing image, so that a resumed run repeats the arithmetic exactly.
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    missing = [[i for i in batch if not _is_image(folder / job.path(i))] for batch in batches]
+    with tqdm(total=sum(map(len, missing)), desc=folder.name, unit="image", disable=None) as bar:
+        for batch, wanted in zip(batches, missing):
+            if wanted:
+                images = draw(model, [prompts.texts[i // job.per_prompt] for i in batch], batch, job, call)
+                for i in wanted:
+                    save_png(images[batch.index(i)], folder / job.path(i))
+                bar.update(len(wanted))
+    if rank == 0 and speed_runs and "speed" not in manifest:
+        once = [prompts.texts[0]]
+        manifest["speed"] = measure_speed(
+            lambda: draw(model, once, [0], job, call), model.network, runs=speed_runs
+        )
+        _write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+@torch.no_grad()
+def draw(model: Model, texts: list[str], indices: list[int], job: Job, call: dict[str, Any]) -> np.ndarray:
+    """Images uint8 (B, H, W, 3) of the samples with these indices, each from its own generator."""
+    generators = [torch.Generator().manual_seed(job.seed + i) for i in indices]
+    call = model.arguments(call, generators)
+    images = model.pipe(list(texts), generator=generators, output_type="np", **call).images
+    if not np.isfinite(images).all():
+        raise FewstepError(
+            f"samples {indices[0]} to {indices[-1]} have pixels that are not finite: try --dtype float32, "
+            "or another guidance"
+        )
+    return ROUNDINGS[job.rounding](images * 255).clip(0, 255).astype(np.uint8)
+
+
+def save_png(image: np.ndarray, path: Path) -> None:
+    """Writes uint8 (H, W, 3) beside and renames, so that a file under its name is whole."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """What `sample_folder` wrote, or None for a folder of other images.
+
+    Raises:
+        FewstepError: a manifest that cannot be read.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["schema"] == 1 and {"run", "about", "num"} <= set(manifest):
+            return manifest
+        problem = f"schema {manifest['schema']}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise FewstepError(f"{path} is no manifest of `fewstep eval generate` ({problem}): use another folder")
+
+
+def _describe(model: Model, prompts: Prompts, job: Job, call: dict[str, Any]) -> dict[str, Any]:
+    """`run`, which decides the images, and `about`, which only names them."""
+    import diffusers
+    import transformers
+
+    versions = {"torch": torch, "diffusers": diffusers, "transformers": transformers}
+    return {
+        "run": {
+            "prompts_sha256": prompts.sha256,
+            **asdict(job),
+            "guidance": call["guidance_scale"],
+            "scheduler": type(model.pipe.scheduler).__name__,
+            "timesteps": call.get("timesteps"),
+            "pipeline_class": type(model.pipe).__name__,
+            "weights": model.fingerprint(),
+            **{name: module.__version__ for name, module in versions.items()},
+        },
+        "about": model.about,
+    }
+
+
+def _claim(folder: Path, wanted: dict[str, Any], num: int) -> dict[str, Any]:
+    """Writes the manifest of a new folder, or checks that of an old one, which may grow in number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {"schema": 1, "num": num, **wanted}
+    found = read_manifest(folder)
+    if found is None:
+        if any(path.suffix == ".png" for path in folder.iterdir()):
+            raise FewstepError(f"{folder} has images but no {MANIFEST}: use an empty folder")
+        if _create_json(folder / MANIFEST, wanted):
+            return wanted
+        found = read_manifest(folder)  # another process was first
+    if found["run"] != wanted["run"]:
+        rows = [
+            (key, str(found[part].get(key)), str(wanted[part].get(key)))
+            for part in ("run", "about")
+            for key in dict.fromkeys([*found[part], *wanted[part]])
+            if found[part].get(key) != wanted[part].get(key)
+        ]
+        raise FewstepError(
+            f"{folder} holds the images of another run:\n"
+            + table(("", "there", "asked for"), rows)
+            + "\nUse another --out, or remove that folder."
+        )
+    if num > found["num"]:
+        found["num"] = num
+        _write_json(folder / MANIFEST, found)
+    return found
+
+
+def _sweep(folder: Path, targets: set[Path]) -> None:
+    """Removes what a killed writer of these files left: `.NAME.xxxxxxxx` beside NAME."""
+    for path in folder.rglob(".*"):
+        if path.with_name(path.name[1:].rpartition(".")[0] or "-") in targets:
+            path.unlink(missing_ok=True)
+
+
+def _write_metadata(folder: Path, prompts: Prompts, indices: list[int], per_prompt: int) -> None:
+    """GenEval's `metadata.jsonl` in the folder of each prompt."""
+    for k in sorted({i // per_prompt for i in indices}):
+        record = prompts.records[k] if prompts.records else {"prompt": prompts.texts[k]}
+        path = folder / f"{k:05d}" / "metadata.jsonl"
+        if not path.is_file():
+            write_atomically(
+                path, lambda file, record=record: file.write(json.dumps(record).encode() + b"\n")
+            )
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        check_file(path)
+    except Exception:  # absent, or cut short by a loss of power
+        return False
+    return True
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    write_atomically(path, lambda file: file.write((json.dumps(data, indent=1) + "\n").encode()))
+
+
+def _create_json(path: Path, data: dict[str, Any]) -> bool:
+    """Writes a whole file unless there is one already; False if there is."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(json.dumps(data, indent=1) + "\n")
+        os.chmod(temporary, 0o644)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return True
