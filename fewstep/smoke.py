@@ -10,6 +10,8 @@ from pathlib import Path
 from .recipe import EvalConfig, Recipe, SampleConfig
 
 RANK = 4
+# Options by which four steps meet every kind of turn of a method.
+FEW = {"critic_steps": 2, "nodes": 2, "record_steps": 1, "backtrack_steps": 1}
 
 
 def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
@@ -33,15 +35,12 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
         prompts=data.prompts if Path(data.prompts).is_file() else str(few / "prompts.txt"),
         images=data.images if data.images is None or Path(data.images).is_dir() else str(few),
     )
-    names = (*recipe.method_class.networks_for(recipe.method), "discriminator")
+    few_turns = {name: value for name, value in FEW.items() if hasattr(recipe.method, name)}
+    method = dataclasses.replace(recipe.method, **few_turns)
+    names = (*recipe.method_class.networks_for(method), "discriminator")
     roles = {n: dataclasses.replace(recipe.role(n), rank=min(RANK, recipe.role(n).rank)) for n in names}
     train = dataclasses.replace(
         recipe.train, steps=4, batch_size=2, accumulate=1, log_every=1, sample_every=2, checkpoint_every=2
-    )
-    method = (
-        dataclasses.replace(recipe.method, critic_steps=2)
-        if hasattr(recipe.method, "critic_steps")
-        else recipe.method
     )
     return dataclasses.replace(
         recipe,

@@ -94,9 +94,7 @@ class DisBack(Method):
 
         def host(self) -> DMD2.Config:
             """The options of DMD2 among these; refuses what DMD2 refuses."""
-            shared = {option.name for option in fields(DMD2.Config)} & {
-                option.name for option in fields(self)
-            }
+            shared = {o.name for o in fields(DMD2.Config)} & {o.name for o in fields(self)}
             return DMD2.Config(**{name: getattr(self, name) for name in shared})
 
     def __init__(

@@ -87,7 +87,8 @@ class FDistill(Method):
 
         def host(self) -> DMD2.Config:
             """The options of DMD2 among these; refuses what DMD2 refuses."""
-            return DMD2.Config(**{option.name: getattr(self, option.name) for option in fields(DMD2.Config)})
+            shared = {o.name for o in fields(DMD2.Config)} & {o.name for o in fields(self)}
+            return DMD2.Config(**{name: getattr(self, name) for name in shared})
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class FDistill(Method):
         return losses
 
     def matching(self, x0: Tensor, cond: Cond, batch: Batch) -> Tensor:
-        """DMD2's distribution matching, each sample weighted by its h; gradient reaches x0 only."""
+        """DMD2's distribution matching, each sample weighted by h, whose mean over the micro-batch is 1."""
         config, schedule = self.config, self.teacher.schedule
         u = batch.rng.uniform(len(x0))
         t = schedule.draw_times(u, *config.time_range)

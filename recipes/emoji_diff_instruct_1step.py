@@ -1,0 +1,45 @@
+"""One-step student of the built-in teacher with Diff-Instruct, without images, on two CPU cores.
+
+    python recipes/emoji_diff_instruct_1step.py (or: fewstep train emoji_diff_instruct_1step)
+
+Hardware: two CPU cores, 4 GB of memory. Not yet run to the end. Guiding the teacher alone is DMD's
+habit; the paper distills small unguided models.
+"""
+
+from fewstep.methods.score_difference import DiffInstruct
+from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
+from fewstep.roles import RoleConfig
+from fewstep.trainer import TrainConfig
+
+recipe = Recipe(
+    output="runs/emoji_diff_instruct_1step",
+    teacher=TeacherConfig(
+        path="builtin:emoji-xl",
+        pipeline_class="StableDiffusionXLPipeline",
+        autocast="bfloat16",
+        attention="math",
+    ),
+    method=DiffInstruct.Config(start=799, guidance_scale=2.0),
+    data=DataConfig(prompts="builtin:emoji"),
+    roles={
+        "student": RoleConfig(kind="lora", rank=64, alpha=64, lr=5e-4, warmup=50, decay=300, ema=0.98),
+        "critic": RoleConfig(kind="full", lr=3e-4, warmup=50),
+    },
+    train=TrainConfig(steps=1000, batch_size=24, log_every=10, sample_every=250, checkpoint_every=500),
+    samples=SampleConfig(count=24, teacher_steps=50, columns=12, scale=2),
+    evaluation=EvalConfig(
+        num=500,
+        prompts="builtin:emoji-groups",
+        named=500,
+        floor_steps=[1],
+        floor_solvers=["ddim", "dpm++", "unipc"],
+        teacher_steps=50,
+        teacher_guidance=2.0,
+        extractor="effnet-lite0@96",
+    ),
+)
+
+if __name__ == "__main__":
+    from fewstep import run
+
+    run(recipe)
