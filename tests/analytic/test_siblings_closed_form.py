@@ -480,9 +480,20 @@ def with_gan(method, config, teacher, net, steps=1000, batch_size=64, lr=2e-3):
 SHARED = {"num_steps": 1, "taps": ["layers.4"], "critic_steps": 2}
 
 
+class Guided:
+    """The ring, moved by guidance."""
+
+    def __init__(self, ring):
+        self.schedule, self.sample, self.ring = ring.schedule, ring.sample, ring
+
+    def x0(self, x_t, t, cond, *, guidance=1.0):
+        return self.ring.x0(x_t, t, cond) + (guidance - 1)
+
+
 def test_reverse_kl_is_dmd2_bit_for_bit(ring, fitted):
+    shared = {**SHARED, "guidance_scale": 3.0}
     ours, dmd2, js = (
-        with_gan(method, method.Config(**SHARED, **options), ring, fitted)
+        with_gan(method, method.Config(**shared, **options), Guided(ring), fitted)
         for method, options in (
             (FDistill, {"divergence": "rkl"}),
             (DMD2, {}),
