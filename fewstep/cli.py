@@ -93,6 +93,39 @@ def _sample(args, _rest) -> int:
     return 0
 
 
+def _pairs(args, rest) -> int:
+    """Noise and samples of a recipe's teacher, at the recipe's guidance."""
+    from . import recipe as recipes
+    from .data.pairs import make_pairs
+    from .data.prompts import load_prompts
+    from .distributed import start
+    from .teachers import load_teacher
+
+    recipe = recipes.override(load_recipe(args.recipe), rest)
+    folder = args.out or (recipe.data.pairs and Path(recipe.data.pairs))
+    if folder is None:
+        raise FewstepError("pairs: give --out, or a recipe with data.pairs")
+    prompts, process, t = load_prompts(recipe.data.prompts), start(recipe.train.device), recipe.teacher
+    teacher = load_teacher(
+        t.path, dtype=t.dtype, resolution=t.resolution, autocast=t.autocast, attention=t.attention
+    ).to(process.device)
+    make_pairs(
+        folder,
+        teacher,
+        prompts,
+        num=args.num,
+        solver=args.solver,
+        steps=args.steps,
+        guidance=getattr(recipe.method, "guidance_scale", 1.0),
+        seed=args.seed,
+        batch_size=args.batch_size,
+        process=process,
+    )
+    if process.main:
+        print(folder)
+    return 0
+
+
 def _export(args, _rest) -> int:
     """Exports the newest checkpoint of a run again, e.g. in another dtype or with Kohya keys."""
     from . import recipe as recipes
@@ -182,6 +215,16 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("run_folder", type=Path, metavar="RUN")
     export.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     export.add_argument("--kohya", action="store_true", help="also keys for ComfyUI and A1111")
+    pairs = command(
+        "pairs", _pairs, "noise and samples of a recipe's teacher, for methods that regress on them"
+    )
+    pairs.add_argument("recipe")
+    pairs.add_argument("--out", type=Path, help="folder; default the recipe's data.pairs")
+    pairs.add_argument("--num", type=int, default=10_000)
+    pairs.add_argument("--solver", choices=["ddim", "euler", "dpm++", "unipc"], default="ddim")
+    pairs.add_argument("--steps", type=int, default=50)
+    pairs.add_argument("--seed", type=int, default=0)
+    pairs.add_argument("--batch-size", type=int, default=32)
     add_eval(commands)
     recipes = command("recipes", _recipes, "list the recipes, or copy one to change it")
     recipes.add_argument("action", nargs="?", choices=["list", "copy"], default="list")
@@ -199,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 bad input (one message), 130/143 interrupted and saved."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     args, rest = parser().parse_known_args(words)
-    if rest and args.command not in ("train", "bench"):
+    if rest and args.command not in ("train", "bench", "pairs"):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.function(args, rest) if hasattr(args, "function") else args.run(args)

@@ -22,10 +22,12 @@ from . import recipe as recipes
 from .data import Batches
 from .data.cache import encode_images, encode_prompts
 from .data.images import CaptionedImages, load_images
+from .data.pairs import check_pairs, load_pairs
 from .data.prompts import load_prompts
 from .distributed import Process, distribute, start, whole
 from .errors import FewstepError, RecipeError
 from .methods import Method
+from .perceptual import distance_of
 from .preview import Preview
 from .recipe import Recipe
 from .report import write_report
@@ -145,6 +147,8 @@ def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
     if recipe.evaluation.prompts:
         load_prompts(recipe.evaluation.prompts, "evaluation.prompts")
     needs = recipe.method_class.needs(recipe.method)
+    if "pairs" in needs:
+        load_pairs(recipe.data.pairs, Path(recipe.output).name)
     if "images" not in needs:
         return prompts, None
     if recipe.data.images is None:
@@ -199,6 +203,12 @@ class Session:
             same = images.captions == prompts
             captions = conditions if same else encode_prompts(self.teacher, images.captions, quiet=quiet)
             latents = encode_images(self.teacher, images, quiet=quiet)
+        pairs = pair_conditions = None
+        if "pairs" in recipe.method_class.needs(recipe.method):
+            pairs = load_pairs(recipe.data.pairs)
+            check_pairs(pairs, self.teacher, recipe.method.guidance_scale)
+            pair_conditions = encode_prompts(self.teacher, pairs.prompts, quiet=quiet)
+            self.method.distance = distance_of(recipe.method.regression, self.teacher)
         if process.main:
             process.barrier()
         self.preview = Preview(recipe, self.teacher, self.method, self.experts, prompts, self.folder)
@@ -212,6 +222,8 @@ class Session:
             seed=recipe.train.seed,
             latents=latents,
             captions=captions,
+            pairs=pairs and pairs.store,
+            pair_conditions=pair_conditions,
             device=process.device,
         )
         self.trainer = Trainer(

@@ -42,6 +42,10 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
     train = dataclasses.replace(
         recipe.train, steps=4, batch_size=2, accumulate=1, log_every=1, sample_every=2, checkpoint_every=2
     )
+    if "pairs" in recipe.method_class.needs(recipe.method):
+        data = dataclasses.replace(
+            data, pairs=str(_few_pairs(folder / "pairs", teacher, data.prompts, method))
+        )
     return dataclasses.replace(
         recipe,
         output=str(folder / "run"),
@@ -53,6 +57,15 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
         samples=SampleConfig(count=2, teacher_steps=2, columns=2),
         evaluation=EvalConfig(num=0),
     )
+
+
+def _few_pairs(folder: Path, teacher, prompts: str, method) -> Path:
+    from .data.pairs import make_pairs
+    from .data.prompts import load_prompts
+    from .teachers import load_teacher
+
+    options = {"num": 4, "steps": 2, "guidance": method.guidance_scale}
+    return make_pairs(folder, load_teacher(teacher.path), load_prompts(prompts), **options)
 
 
 def _few_emoji(folder: Path, count: int = 8) -> Path:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .cond import Cond
-from .denoiser import Denoiser
+from .denoiser import Denoiser, NetDenoiser
 
 
 @torch.no_grad()
@@ -41,6 +41,27 @@ def ddim(
         last = following == times[-1].item()
         x = x0 if last else schedule.ddim_step(x, x0, t, s)
     return x
+
+
+@torch.no_grad()
+def scheduler_sample(
+    denoiser: NetDenoiser, scheduler, noise: Tensor, cond: Cond, num_steps: int, *, guidance: float = 1.0
+) -> Tensor:
+    """Any deterministic diffusers scheduler around a denoiser: cached conditions, both branches in one batch.
+
+    Args:
+        noise: unit noise (B, ...), what a student is given; the scheduler's own scale is applied here.
+
+    Returns:
+        x0 (B, ...), fp32.
+    """
+    scheduler.set_timesteps(num_steps, device=noise.device)
+    x = noise * scheduler.init_noise_sigma
+    for time in scheduler.timesteps:
+        t = time.expand(len(x)).to(torch.float64)
+        prediction = denoiser.predict(scheduler.scale_model_input(x, time), t, cond, guidance=guidance)
+        x = scheduler.step(prediction, time, x, return_dict=False)[0]
+    return x.float()
 
 
 def _make(name: str, **options) -> Callable:

@@ -22,6 +22,7 @@ class Batches:
 
     Args:
         conditions: store of prompts. latents, captions: stores of real images and of their captions, or None.
+        pairs, pair_conditions: stores of a teacher's pairs and of their conditions, or None.
         per_iteration: micro-batches of one iteration over all processes.
     """
 
@@ -35,9 +36,12 @@ class Batches:
         seed: int = 0,
         latents: Store | None = None,
         captions: Store | None = None,
+        pairs: Store | None = None,
+        pair_conditions: Store | None = None,
         device: torch.device | str = "cpu",
     ):
         self.conditions, self.latents, self.captions = conditions, latents, captions
+        self.pairs, self.pair_conditions = pairs, pair_conditions
         self.shape = (batch_size, *latent_shape)
         self.per_iteration, self.seed, self.device = per_iteration, seed, device
 
@@ -48,6 +52,12 @@ class Batches:
             index = self._index("images", position, len(self.latents))
             real = self.latents.rows(index)["latents"].to(self.device)
             real_cond = Cond(self.captions.rows(index)).to(self.device)
+        pairs = pair_cond = None
+        if self.pairs is not None:
+            index = self._index("pairs", position, len(self.pairs))
+            rows = self.pairs.rows(index)
+            pairs = (rows["noise"].to(self.device), rows["x0"].to(self.device))
+            pair_cond = Cond(self.pair_conditions.rows(index)).to(self.device)
         index = self._index("prompts", position, len(self.conditions))
         return Batch(
             cond=Cond(self.conditions.rows(index)).to(self.device),
@@ -56,6 +66,8 @@ class Batches:
             shared=Rng(self.seed, "shared", iteration),
             real=real,
             real_cond=real_cond,
+            pairs=pairs,
+            pair_cond=pair_cond,
         )
 
     def _index(self, stream: str, position: int, length: int) -> Tensor:
@@ -63,6 +75,6 @@ class Batches:
         return torch.tensor([int(_order(self.seed, stream, epoch, length)[place]) for epoch, place in places])
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _order(seed: int, stream: str, epoch: int, length: int) -> Tensor:
     return Rng(seed, stream, epoch).permutation(length)

@@ -33,11 +33,11 @@ def cache_root() -> Path:
 class Store:
     """Rows of named tensors on disk; ``rows(index)`` gathers any of them."""
 
-    def __init__(self, folder: Path, length: int):
+    def __init__(self, folder: Path, length: int, shard: int = SHARD):
         from safetensors import safe_open
 
-        self.length = length
-        paths = [_shard(folder, start) for start in range(0, length, SHARD)]
+        self.length, self.shard = length, shard
+        paths = [shard_path(folder, start) for start in range(0, length, shard)]
         self.files = [safe_open(path, framework="pt") for path in paths]
         self.names = list(self.files[0].keys())
         self.memory: dict[str, Tensor] | None = None
@@ -52,7 +52,7 @@ class Store:
         if self.memory is not None:
             rows = {name: value[index] for name, value in self.memory.items()}
         else:
-            places = [divmod(int(i), SHARD) for i in index]
+            places = [divmod(int(i), self.shard) for i in index]
             rows = {
                 n: torch.cat([self.files[f].get_slice(n)[r : r + 1] for f, r in places]) for n in self.names
             }
@@ -111,7 +111,7 @@ def _fingerprint(images: CaptionedImages) -> list[str]:
     return [hashlib.sha256(images.files.tobytes()).hexdigest()]
 
 
-def _shard(folder: Path, start: int) -> Path:
+def shard_path(folder: Path, start: int) -> Path:
     return folder / f"{start:09d}.safetensors"
 
 
@@ -129,14 +129,14 @@ def _store(
     folder = cache_root() / f"{kind}-{name}"
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, length, SHARD)
-    missing = [start for start in starts if not _shard(folder, start).exists()]
+    missing = [start for start in starts if not shard_path(folder, start).exists()]
     for start in tqdm(missing, desc=f"encoding {kind}", unit=f"x{SHARD}", disable=quiet or not missing):
         tensors = encode(start, min(start + SHARD, length))
         tensors = {
             n: v.to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous()
             for n, v in tensors.items()
         }
-        part = _shard(folder, start).with_suffix(f".part{os.getpid()}")
+        part = shard_path(folder, start).with_suffix(f".part{os.getpid()}")
         save_file(tensors, part)
-        os.replace(part, _shard(folder, start))
+        os.replace(part, shard_path(folder, start))
     return Store(folder, length)

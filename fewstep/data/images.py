@@ -38,7 +38,9 @@ class CaptionedImages:
 
 
 def load_images(source: str) -> CaptionedImages:
-    """``builtin:emoji`` (every image under both its captions), or a folder whose images are captioned by ``metadata.jsonl`` or by ``NAME.txt`` files.
+    """Captioned images of a folder, or ``builtin:emoji``, where every image comes under both its captions.
+
+    A folder's captions are in ``metadata.jsonl`` or in ``NAME.txt`` files.
 
     ``metadata.jsonl`` is the layout of Hugging Face image folders: ``{"file_name": ..., "text": ...}`` per line.
     Every file is checked before anything expensive starts.

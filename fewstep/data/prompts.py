@@ -9,7 +9,7 @@ from . import emoji
 
 
 def load_prompts(source: str, name: str = "data.prompts") -> list[str]:
-    """Prompts of ``builtin:emoji`` (or ``-names``, ``-groups``) or of a UTF-8 text file, one per line; blank lines are skipped.
+    """Prompts of a UTF-8 text file, one per line (blank ones are skipped), or of ``builtin:emoji[-names|-groups]``.
 
     Prompts are data: no path, no markup, no variable in them means anything.
 

@@ -38,9 +38,9 @@ class PhasedDMD(Method):
             critic_steps: critic updates per student update (5).
             weight: "l1" is DMD's normaliser (as the authors' trainer), "kl" the exact weight of eq. 10.
             time_range: of the score difference in the last phase; the other phases start at their own level.
-            solver: how a step arrives at the next level. Only "ddim" (Euler for flow) is possible: a step that re-noises
-                its prediction at the edge of a phase has the law of that prediction at every higher level, and the
-                phase would be one-step distillation in disguise.
+            solver: how a step arrives at the next level. Only "ddim" (Euler for flow) is possible: a step that
+                re-noises its prediction at the edge of a phase has the law of that prediction at every higher level,
+                and the phase would be one-step distillation in disguise.
         """
 
         num_steps: int = 4

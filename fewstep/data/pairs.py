@@ -1,0 +1,165 @@
+"""Pairs of a teacher's noise and the sample it makes of it: what regression losses learn from.
+
+    pairs.json            teacher, guidance, solver, steps, seed, count
+    prompts.txt           prompt of each pair, one per line
+    000000000.safetensors noise and x0 of the first rows, and so on; written beside and renamed
+
+Making them can be interrupted at any time and goes on where it stopped; several processes take turns with the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..cond import Cond
+from ..distributed import Process
+from ..errors import FewstepError, RecipeError
+from ..rng import Rng
+from ..solvers import FLOOR, ddim, scheduler_sample
+from ..teachers.base import Teacher
+from .cache import Store, encode_prompts, identity, shard_path
+
+SHARD = 256  # rows of one file
+
+
+class Pairs:
+    """Pairs on disk: ``rows(index)`` gives noise and x0; prompts[i] is the prompt of pair i."""
+
+    def __init__(self, folder: Path):
+        self.about = json.loads((folder / "pairs.json").read_text())
+        self.prompts = (folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
+        self.store = Store(folder, self.about["num"], SHARD)
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+
+def load_pairs(source: str | None, recipe_name: str = "RECIPE") -> Pairs:
+    """Raises RecipeError, naming the command that makes them, where they are missing or unfinished."""
+    remedy = f"make them with: fewstep pairs {recipe_name} --out {source or 'PAIRS'}"
+    if source is None:
+        raise RecipeError(
+            f"data.pairs: missing; this configuration learns from pairs of the teacher; {remedy}"
+        )
+    folder = Path(source).expanduser()
+    if not (folder / "pairs.json").is_file():
+        raise RecipeError(f"data.pairs: {source} holds no pairs (no pairs.json in it); {remedy}")
+    try:
+        about = json.loads((folder / "pairs.json").read_text())
+        missing = [s for s in range(0, about["num"], SHARD) if not shard_path(folder, s).is_file()]
+        if missing:
+            raise RecipeError(
+                f"data.pairs: {source} is unfinished, {len(missing)} of {-(-about['num'] // SHARD)} files are missing; "
+                "run the command that makes them again"
+            )
+        return Pairs(folder)
+    except RecipeError:
+        raise
+    except Exception as error:  # damaged JSON or safetensors: each raises its own kind
+        raise RecipeError(f"data.pairs: {source} is damaged: {error}; {remedy}") from error
+
+
+def check_pairs(pairs: Pairs, teacher: Teacher, guidance: float) -> None:
+    """Refuses pairs of another teacher, guidance or size: the student would learn two different things."""
+    expected = {
+        "teacher": identity(teacher)[0],
+        "guidance_scale": guidance,
+        "latent_shape": list(teacher.latent_shape),
+    }
+    for name, value in expected.items():
+        if pairs.about[name] != value:
+            raise RecipeError(
+                f"data.pairs: made with {name} {pairs.about[name]!r}, but this run has {value!r}; make them again with "
+                "fewstep pairs, or change the recipe"
+            )
+
+
+def make_pairs(
+    folder: Path,
+    teacher: Teacher,
+    prompts: list[str],
+    *,
+    num: int,
+    solver: str = "ddim",
+    steps: int = 50,
+    guidance: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    process: Process | None = None,
+) -> Path:
+    """Writes ``num`` pairs; pair i is the same whatever the batch size, the number of processes or interruptions.
+
+    Args:
+        solver: one of ``fewstep.solvers.FLOOR``, all deterministic. guidance: as the student's run has it.
+
+    Raises:
+        FewstepError: the folder holds pairs made otherwise.
+    """
+    from safetensors.torch import save_file
+
+    process = process or Process()
+    about = {
+        "num": num,
+        "teacher": identity(teacher)[0],
+        "latent_shape": list(teacher.latent_shape),
+        "guidance_scale": guidance,
+        "solver": solver,
+        "steps": steps,
+        "seed": seed,
+    }
+    order = Rng(seed, "pairs").permutation(len(prompts)).tolist()
+    chosen = [prompts[order[i % len(order)]].replace("\n", " ") for i in range(num)]
+    if process.main:
+        _claim(folder, about, chosen)
+    process.barrier()
+    conditions = encode_prompts(teacher, chosen, quiet=not process.main)
+    teacher.drop_encoders()
+    starts = list(range(0, num, SHARD))[process.rank :: process.world]
+    missing = [start for start in starts if not shard_path(folder, start).exists()]
+    if solver == "ddim":  # ours: diffusers' steps to the wrong time where steps do not divide 1000
+        sample = partial(ddim, teacher.denoiser)
+    else:
+        sample = partial(scheduler_sample, teacher.denoiser, FLOOR[solver](teacher.pipe.scheduler))
+    with tqdm(total=len(missing) * SHARD, desc="pairs", disable=not process.main or not missing) as bar:
+        for start in missing:
+            rows = range(start, min(start + SHARD, num))
+            noise = torch.stack([Rng(seed, "pair", i).normal(*teacher.latent_shape) for i in rows])
+            made = []
+            for i in range(0, len(rows), batch_size):
+                part = torch.arange(start + i, min(start + i + batch_size, rows.stop))
+                cond = Cond(conditions.rows(part)).to(teacher.device)
+                x = noise[i : i + batch_size].to(teacher.device)
+                made.append(sample(x, cond, steps, guidance=guidance).cpu())
+                bar.update(len(part))
+            part = shard_path(folder, start).with_suffix(f".part{os.getpid()}")
+            save_file({"noise": noise, "x0": torch.cat(made)}, part)
+            os.replace(part, shard_path(folder, start))
+    process.barrier()
+    return folder
+
+
+def _claim(folder: Path, about: dict, prompts: list[str]) -> None:
+    text = "".join(prompt + "\n" for prompt in prompts)
+    path = folder / "pairs.json"
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if found != about or (folder / "prompts.txt").read_text(encoding="utf-8") != text:
+            odd = [k for k in about if found.get(k) != about[k]] or ["prompts"]
+            raise FewstepError(
+                f"{folder}: holds pairs of another kind: {odd[0]} is {found.get(odd[0])!r}, not {about.get(odd[0])!r}; "
+                "give another --out"
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise FewstepError(f"{folder}: is not empty and holds no pairs; give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("prompts.txt", text), ("pairs.json", json.dumps(about, indent=1))):
+        part = folder / f"{name}.part"
+        part.write_text(content, encoding="utf-8")
+        os.replace(part, folder / name)
