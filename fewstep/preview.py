@@ -21,7 +21,7 @@ CHUNK = 8  # samples drawn at once
 
 
 class Preview:
-    """Draws ``samples/step_N.png`` of a run, and ``samples/teacher.png`` at its start."""
+    """Draws ``samples/step_N.png`` and ``health/step_N.png`` of a run, and ``samples/teacher.png`` at its start."""
 
     def __init__(
         self,
@@ -48,6 +48,20 @@ class Preview:
             student = self.method.student
             latents = self._chunked(lambda z, cond: student.sample(z, cond, rng.normal_like), noise)
         self._save(f"step_{step:06d}", latents, write)
+        if self.method.critic is not None:
+            self._health(f"step_{step:06d}", latents[:CHUNK], rng, write)
+
+    @torch.no_grad()
+    def _health(self, name: str, latents: Tensor, rng: Rng, write: bool) -> None:
+        """Three rows: the student, and what teacher and critic see in it behind as much noise as signal."""
+        schedule, cond = self.teacher.denoiser.schedule, self.cond.rows(slice(0, len(latents)))
+        t = schedule.t_from_log_snr(
+            torch.zeros(len(latents), dtype=torch.float64, device=latents.device)
+        ).round(decimals=0 if schedule.t_max > 100 else 6)
+        x_t = schedule.add_noise(latents, rng.normal_like(latents), t)
+        rows = [latents, self.teacher.denoiser.x0(x_t, t, cond, guidance=self.guidance)]
+        rows.append(self.method.critic.x0(x_t, t, cond))
+        self._save(name, torch.cat(rows), write, self.folder.parent / "health", len(latents))
 
     def _teach(self, noise: Tensor, cond: Cond) -> Tensor:
         steps = self.config.teacher_steps
@@ -57,8 +71,12 @@ class Preview:
         starts = range(0, len(noise), CHUNK)
         return torch.cat([sample(noise[i : i + CHUNK], self.cond.rows(slice(i, i + CHUNK))) for i in starts])
 
-    def _save(self, name: str, latents: Tensor, write: bool) -> None:
+    def _save(
+        self, name: str, latents: Tensor, write: bool, folder: Path | None = None, columns: int = 0
+    ) -> None:
         if write:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            grid = image_grid(self.teacher.decode(latents), self.config.columns, scale=self.config.scale)
-            grid.save(self.folder / f"{name}.png")
+            folder = folder or self.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            columns = columns or self.config.columns
+            grid = image_grid(self.teacher.decode(latents), columns, scale=self.config.scale)
+            grid.save(folder / f"{name}.png")

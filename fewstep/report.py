@@ -257,7 +257,10 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         _tiles(run, rows, records),
         _section("Evaluation", _table(rows) + _comparison(folder, evaluation, rows)),
         _section("Samples over time", _film(folder)),
-        _section("Curves", _curves(records)),
+        _section("Health", _health(folder, records)),
+        _section(
+            "Curves", _curves([{k: v for k, v in r.items() if not k.startswith("health/")} for r in records])
+        ),
         _section("Use it", _code(snippet)),
         _section("Run", _details(run) + _fold("recipe.yaml", _code(_read_text(folder / "recipe.yaml")))),
     ]
@@ -357,6 +360,29 @@ def _film(folder: Path) -> str:
         f'<input type="range" min="0" max="{end}" value="{end}" aria-label="Training step"></div>'
         f'<div class="strip">{strip}</div></div>'
     )
+
+
+# What is normal, for every curve of the health section; the README of the methods says it at length.
+NORMAL = {
+    "critic_lag": "0 where the critic knows the student; within ±0.5 while training. Drifting off: raise critic_steps "
+    "or the critic's lr, or lower the student's",
+    "latent_mean": "near that of real latents; a drift is a colour cast",
+    "latent_std": "near 1, up to about 1.3 under guidance; falling is collapse, growing is saturation",
+}
+
+
+def _health(folder: Path, records: list[dict]) -> str:
+    """Vital signs with their normal ranges, and the student as teacher and critic see it."""
+    keys = {"step", "seconds"}
+    curves = _curves([{k: v for k, v in r.items() if k in keys or k.startswith("health/")} for r in records])
+    found = sorted((folder / "health").glob("step_*.png"))
+    pictures = (
+        _figure(_load(found[-1]), "student; teacher and critic behind noise", "student") if found else ""
+    )
+    if not curves and not pictures:
+        return ""
+    notes = "".join(f"<li><b>{escape(name)}</b>: {escape(text)}</li>" for name, text in NORMAL.items())
+    return f"{pictures}{curves}<ul>{notes}</ul>" if curves else pictures
 
 
 def _curves(records: list[dict]) -> str:

@@ -182,16 +182,19 @@ class Trainer:
         for role in self.roles.values():
             role.requires_grad_(role.name in phase.train)
         totals: dict[str, Tensor] = {}
+        health: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             for role in trained:
                 sync_gradients(role.module, i == len(batches) - 1)
             terms = phase.loss(batch, self.progress)
             self.backward(sum(terms.values()) / len(batches))
-            for name, value in {**batch.log, **terms}.items():
-                totals[name] = totals.get(name, 0) + value.detach() / len(batches)
+            for sums, values in ((totals, terms), (health, batch.log)):
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0) + value.detach() / len(batches)
             batch.log.clear()
         norm = self.update(phase, trained)
-        return {**{f"{phase.name}/{k}": v for k, v in totals.items()}, f"{phase.name}/grad_norm": norm}
+        named = {f"{phase.name}/{k}": v for k, v in totals.items()}
+        return {**named, f"{phase.name}/grad_norm": norm, **{f"health/{k}": v for k, v in health.items()}}
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -219,7 +219,7 @@ def test_without_a_gan_it_runs_without_images(ring, fitted):
     trainer = toy(ring, fitted, batch_size=4)
     assert trainer.method.heads() == {} and trainer.data.batch(0, 0).real is None
     metrics = trainer.turn(trainer.phases[0], [trainer.data.batch(0, 0)])
-    health = {"generator/critic_lag", "generator/latent_mean", "generator/latent_std"}
+    health = {"health/critic_lag", "health/latent_mean", "health/latent_std"}
     assert set(metrics) == {"generator/dm", "generator/grad_norm"} | health
     metrics = trainer.turn(trainer.phases[1], [trainer.data.batch(0, 0)])
     assert set(metrics) == {"critic/denoising", "critic/grad_norm"}

@@ -43,13 +43,17 @@ def test_the_target_between_is_unbiased_on_four_atoms(path, kind):
         posterior, x_s = mean_of_x_s(x_t, s, t, schedule)
         a_ts, sigma_ts = schedule.transition(s, t)
         eps = (x_t[:, None] - a_ts[:, None] * x_s) / sigma_ts[:, None]  # linear, so means map to means
-        rows = [objectives.denoising_target_between(x_s[:, i], eps[:, i], s, t, schedule)[0] for i in range(4)]
+        rows = [
+            objectives.denoising_target_between(x_s[:, i], eps[:, i], s, t, schedule)[0] for i in range(4)
+        ]
         target = (posterior * torch.stack(rows, 1)).sum(1)
         truth = (posterior * ATOMS).sum(1)
         convert = lambda x0, t=t: schedule.convert(x0, x_t, t, "x0", kind)  # noqa: E731
         assert (convert(target) - convert(truth)).abs().max() < 1e-10 * max(1.0, convert(truth).abs().max())
         biased = (posterior * x_s).sum(1) / schedule.alpha(s)
-        assert (biased - truth).abs().max() > 0.02  # the plausible wrong target, farther off the nearer t is to s
+        assert (
+            biased - truth
+        ).abs().max() > 0.02  # the plausible wrong target, farther off the nearer t is to s
 
 
 def test_the_target_between_is_finite_and_bounded_near_its_level():
@@ -72,7 +76,10 @@ class Affine(nn.Module):
 
     def __init__(self, dim=1):
         super().__init__()
-        self.scale, self.shift = nn.Parameter(torch.ones(dim).double()), nn.Parameter(torch.zeros(dim).double())
+        self.scale, self.shift = (
+            nn.Parameter(torch.ones(dim).double()),
+            nn.Parameter(torch.zeros(dim).double()),
+        )
         self.dim, self.labels = dim, 0
 
     def forward(self, x):
@@ -242,7 +249,9 @@ def test_exit_steps_stay_within_the_phase_and_earlier_experts_get_no_gradient(ri
     trainer = toy(PhasedDMD, PhasedDMD.Config(), ring, fitted, batch_size=8)
     method, steps = trainer.method, []
     inner = method.student.x0
-    method.student.x0 = lambda x_t, step, cond: steps.append((step, x_t.requires_grad)) or inner(x_t, step, cond)
+    method.student.x0 = lambda x_t, step, cond: (
+        steps.append((step, x_t.requires_grad)) or inner(x_t, step, cond)
+    )
     for role in trainer.roles.values():
         role.requires_grad_(True)
     exits = set()

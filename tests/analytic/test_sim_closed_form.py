@@ -195,7 +195,7 @@ def test_turns_roles_and_logs(ring, fitted):  # noqa: F811
     trainer.iterate()
     trainer.iterate()
     assert seen == [("critic", ["critic"]), ("generator", ["student"]), ("critic", ["critic"])]
-    health = {"generator/critic_lag", "generator/latent_mean", "generator/latent_std"}
+    health = {"health/critic_lag", "health/latent_mean", "health/latent_std"}
     logged = {"critic/denoising", "critic/grad_norm", "generator/sim", "generator/grad_norm"} | health
     assert set(trainer.window[0]) == logged
     assert trainer.method.student.times == [625]
