@@ -10,10 +10,14 @@ from fewstep.evaluation.cli_sampling import add_sampling
 
 EMOJI = "builtin:emoji"
 IMAGES = "folder, npz of images, statistics file, or builtin:emoji"
+SCORERS = (
+    "clip:PATH, open_clip:ARCHITECTURE:FILE, pickscore:PATH, hpsv2.1:PATH or imagereward; may be repeated"
+)
 FLAGS = {
     "kid": "kernel distance, which has no small-sample bias",
     "prdc": "precision, recall, density and coverage",
     "vendi": "effective number of different images",
+    "is": "Inception score",
     "fd_inf": "Fréchet distance extrapolated to infinitely many images",
     "patch-fd": "Fréchet distance of full-resolution patches",
 }
@@ -61,6 +65,15 @@ def add_parser(subparsers: Any) -> None:
     diversity.add_argument("fake", metavar="FAKE", help="folder or npz of images, those of a prompt in a row")
     diversity.add_argument("--per-prompt", type=int, required=True, metavar="K", help="images per prompt")
 
+    scores = command("scores", _scores, "do images match their captions? CLIP score and preference models")
+    scores.add_argument("fake", metavar="FAKE", help="folder or npz of images, in the order of the prompts")
+    scores.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or .jsonl")
+    scores.add_argument(
+        "--per-prompt", type=int, default=1, metavar="K", help="images of each prompt, in a row"
+    )
+    scores.add_argument("--scorer", action="append", required=True, metavar="KIND:PATH", help=SCORERS)
+    scores.add_argument("--num", type=int, metavar="N", help="use the first N images")
+
     compare = command("compare", _compare, "result files side by side; unlike ones are refused")
     compare.add_argument("results", nargs="+", type=Path, metavar="FILE.json", help="written with --out")
 
@@ -72,9 +85,9 @@ def add_parser(subparsers: Any) -> None:
             "--extractor", metavar="NAME", help="network for the features (default: effnet-lite0)"
         )
         added.add_argument("--weights", metavar="FILE", help="weights of inception-2015")
-    for added in (fid, stats):
+    for added in (fid, stats, scores):
         added.add_argument("--protocol", metavar="NAME", help="see `fewstep eval protocols`")
-    for added in (fid, retrieval, diversity):
+    for added in (fid, retrieval, diversity, scores):
         added.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result as JSON")
 
 
@@ -170,6 +183,28 @@ def _diversity(args: argparse.Namespace) -> int:
         groups=groups,
         metrics=("diversity", "vendi"),
         weights=args.weights,
+    )
+    return _finish({**result, "warnings": []}, args.out)
+
+
+def _scores(args: argparse.Namespace) -> int:
+    from fewstep.evaluation.evaluate import evaluate_images
+    from fewstep.evaluation.images import open_images
+    from fewstep.evaluation.prompts import read_prompts
+    from fewstep.evaluation.sampling import check_made_from, check_num
+
+    prompts = read_prompts(args.prompts)
+    fake = _first(open_images(args.fake), args.num)
+    check_made_from(args.fake, prompts, args.per_prompt)
+    check_num(len(fake), prompts, args.per_prompt)
+    result = evaluate_images(
+        fake,
+        fake,
+        metrics=(),
+        protocol=args.protocol,
+        extractor="effnet-lite0",  # which scores do not need
+        captions=prompts.of_images(len(fake), args.per_prompt),
+        scorers=args.scorer,
     )
     return _finish({**result, "warnings": []}, args.out)
 

@@ -1,4 +1,4 @@
-"""The subcommand `fewstep eval generate`: folders of images from stock pipelines."""
+"""The subcommands `fewstep eval generate` and `fewstep eval run`."""
 
 import argparse
 import os
@@ -20,12 +20,42 @@ def add_sampling(command: Callable[..., argparse.ArgumentParser]) -> None:
     generate.add_argument("--steps", type=integers, required=True, metavar="1,2,4", help="numbers of steps")
     generate.add_argument("--solver", default="own", help=f"{SOLVERS} (default: own, or the student's)")
     generate.add_argument("--guidance", type=float, help="scale (default: the student's or the pipeline's)")
+    generate.add_argument(
+        "--timesteps",
+        type=integers,
+        metavar="399",
+        help="times of the network's calls, for one number of steps",
+    )
     generate.add_argument("--layout", default="flat", help="flat or geneval (00000/samples/0000.png)")
     generate.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="gets DIR/4-steps/000000.png"
     )
     add_model(generate)
     add_images(generate)
+
+    run = command("run", _run, "teacher and students over steps and solvers: one table, one page")
+    run.add_argument(
+        "spec", metavar="SPEC.yaml", nargs="?", help="see eval/README.md; or else these options:"
+    )
+    run.add_argument(
+        "--teacher", metavar="PIPELINE", help="pipeline of the first rows, and under the students"
+    )
+    run.add_argument("--student", action="append", default=[], metavar="EXPORT", help="may be repeated")
+    run.add_argument("--steps", type=integers, default=[1, 2, 4, 8], metavar="1,2,4", help="numbers of steps")
+    run.add_argument("--solver", action="append", metavar="S", help="of the teacher; may be repeated")
+    run.add_argument(
+        "--guidance", action="append", type=float, metavar="G", help="of the teacher; may be repeated"
+    )
+    run.add_argument("--prompts", metavar="FILE", help="one a line, or .jsonl")
+    run.add_argument("--num", type=int, metavar="N", help="images of each row")
+    run.add_argument("--real", metavar="IMAGES", help="folder, npz, statistics or builtin:emoji")
+    run.add_argument("--protocol", metavar="NAME", help="see `fewstep eval protocols`")
+    run.add_argument("--extractor", metavar="NAME", help="network for the features")
+    run.add_argument(
+        "--scorer", action="append", default=[], metavar="KIND:PATH", help="of images and captions"
+    )
+    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets index.html and table.md")
+    run.add_argument("--device", help="default: cuda if there is one, one per process")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +125,7 @@ def _generate(args: argparse.Namespace) -> int:
     from fewstep.evaluation.sampling import check_num, sample_folder
 
     own = {"solver": args.solver, "guidance": args.guidance, "layout": args.layout}
+    own["timesteps"] = tuple(args.timesteps) if args.timesteps else None
     jobs = [job_of(args, steps, **own) for steps in args.steps]
     prompts = read_prompts(args.prompts)
     num = check_num(args.num, prompts, args.per_prompt)
@@ -115,6 +146,41 @@ def _generate(args: argparse.Namespace) -> int:
         )
         print(folder if rank == 0 else f"{folder} (process {rank})", _speed(manifest.get("speed")))
     return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fewstep.evaluation.run import run_spec, to_markdown
+    from fewstep.evaluation.spec import load_spec
+
+    spec = load_spec(args.spec) if args.spec else _spec_of(args)
+    rank, world = process()
+    whole = run_spec(spec, args.out, device=device(args.device), rank=rank, world=world)
+    if whole:
+        print(to_markdown(whole) + f"\n{args.out / 'index.html'}")
+    return 0
+
+
+def _spec_of(args: argparse.Namespace) -> Any:
+    """The `Spec` of the options: the teacher's rows, then each student's."""
+    from fewstep.errors import FewstepError
+    from fewstep.evaluation.spec import Entry, Spec
+
+    if not (args.teacher and args.prompts):
+        raise FewstepError("eval run: give a SPEC.yaml, or --teacher and --prompts")
+    solver, guidance = tuple(args.solver or ("own",)), tuple(args.guidance or (None,))
+    teacher = Entry("teacher", args.teacher, steps=tuple(args.steps), solver=solver, guidance=guidance)
+    students = [
+        Entry(f"student {path}", args.teacher, path, steps=tuple(args.steps)) for path in args.student
+    ]
+    return Spec(
+        args.prompts,
+        (teacher, *students),
+        num=args.num,
+        real=args.real,
+        protocol=args.protocol,
+        extractor=args.extractor,
+        scorers=tuple(args.scorer),
+    )
 
 
 def _speed(speed: dict[str, Any] | None) -> str:

@@ -32,6 +32,15 @@ def compare(results: dict[str, dict[str, Any]]) -> str:
     """
     if len(results) < 2:
         raise FewstepError(f"a comparison needs at least 2 results, got {len(results)}")
+    check_alike(results)
+    # A label of a small sample holds its count, but equal counts were just checked: the labels agree.
+    labels = list(dict.fromkeys(label for result in results.values() for label in result["metrics"]))
+    rows = [(label, *(cell(result["metrics"].get(label)) for result in results.values())) for label in labels]
+    return table(("metric", *results), rows)
+
+
+def check_alike(results: dict[str, dict[str, Any]]) -> None:
+    """Refuses results of another protocol, extractor, reference or count, with a table of what differs."""
     facts = {name: _conditions(result) for name, result in results.items()}
     first = next(iter(facts.values()))
     unlike = [
@@ -44,12 +53,6 @@ def compare(results: dict[str, dict[str, Any]]) -> str:
             "these results cannot be compared, because they were not made in the same way:\n"
             + table(("", *facts), unlike)
         )
-    # A label of a small sample holds its count, but equal counts were just checked: the labels agree.
-    labels = list(dict.fromkeys(label for result in results.values() for label in result["metrics"]))
-    rows = [
-        (label, *(_cell(result["metrics"].get(label)) for result in results.values())) for label in labels
-    ]
-    return table(("metric", *results), rows)
 
 
 def _conditions(result: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +66,8 @@ def _conditions(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cell(entry: dict[str, Any] | None) -> str:
+def cell(entry: dict[str, Any] | None) -> str:
+    """A value with its standard error, or nothing."""
     if entry is None:
         return ""
     return f"{entry['value']:.4g}" + ("" if entry["error"] is None else f" ± {entry['error']:.2g}")

@@ -14,8 +14,9 @@ from fewstep.errors import FewstepError
 from fewstep.evaluation import protocols
 from fewstep.evaluation.extractors import DEFAULT, Extractor, get_extractor, identity
 from fewstep.evaluation.images import ImageSource, open_images
-from fewstep.evaluation.measures import MEASURES, Sides, describe, measure
+from fewstep.evaluation.measures import MEASURES, Number, Sides, describe, measure
 from fewstep.evaluation.protocols import Protocol
+from fewstep.evaluation.scores import Scorer, get_scorer
 from fewstep.evaluation.statistics import Statistics, table
 
 
@@ -30,6 +31,9 @@ def evaluate_images(
     protocol: str | Protocol | None = None,
     weights: str | None = None,
     declared: bool = False,
+    captions: Sequence[str] | None = None,
+    scorers: Sequence[str | Scorer] = (),
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Measures how near generated images are to real ones.
 
@@ -46,6 +50,10 @@ def evaluate_images(
         weights: file with the weights of Inception.
         declared: take foreign statistics, which do not say how they were made, for ones of this extractor and
             protocol.
+        captions: of the fake images, one each, for the scorers.
+        scorers: of images and captions, by name for `get_scorer` (with the protocol's prefix and scale) or as they
+            are.
+        device: where networks run that are given by name.
 
     Returns:
         A JSON-ready dict: `real`, `fake`, `extractor`, `protocol`, `metrics` (label to `value`, `error`,
@@ -59,9 +67,9 @@ def evaluate_images(
     protocol = protocols.load(protocol) if isinstance(protocol, str) else protocol
     if extractor is None or isinstance(extractor, str):
         if protocol:
-            extractor = protocol.get_extractor(extractor, weights=weights)
+            extractor = protocol.get_extractor(extractor, device, weights)
         else:
-            extractor = get_extractor(extractor or DEFAULT, weights=weights)
+            extractor = get_extractor(extractor or DEFAULT, device, weights)
     real, fake = open_side(real), open_side(fake)  # both, before the network runs on either
     if declared:
         real, fake = (_declare(side, extractor) for side in (real, fake))
@@ -74,10 +82,20 @@ def evaluate_images(
     if groups is not None:
         groups = _check_indices("groups", groups, counts["n_fake"])
 
-    numbers, left_out = measure(tuple(metrics), Sides(real, fake, extractor, prompted, groups))
+    if scorers:
+        check_captions(captions, counts["n_fake"])
+        metrics = (*metrics, "scores")
+        clip = protocol.clip if protocol else None
+        scorers = [get_scorer(s, device, clip) if isinstance(s, str) else s for s in scorers]
 
-    def label(name: str) -> str:
-        return protocol.label(name, extractor, counts["n_fake"]) if protocol else f"{name}({extractor.name})"
+    sides = Sides(real, fake, extractor, prompted, groups, captions, scorers)
+    numbers, left_out = measure(tuple(metrics), sides)
+
+    def label(number: Number) -> str:
+        by, whole = number.by or extractor.name, number.by is not None
+        if protocol:
+            return protocol.label(number.name, by, counts["n_fake"], whole)
+        return f"{number.name}({by})"
 
     return {
         "schema": 1,
@@ -85,7 +103,7 @@ def evaluate_images(
         "extractor": identity(extractor),
         "protocol": dataclasses.asdict(protocol) if protocol else None,
         "metrics": {
-            label(n.name): {
+            label(n): {
                 "value": n.value,
                 "error": n.error,
                 "error_kind": n.error_kind,
@@ -130,6 +148,15 @@ def to_markdown(results: dict[str, Any]) -> str:
         rows.append((label, f"{m['value']:.4g}", error, m["n_real"], m["n_fake"]))
     lines = [table(("metric", "value", "std. error", "n real", "n fake"), rows)]
     return "\n".join(lines + [f"- {warning}" for warning in results["warnings"]])
+
+
+def check_captions(captions: Sequence[str] | None, images: int) -> None:
+    """Refuses scores of images without captions, or with another number of them."""
+    if captions is None or len(captions) != images:
+        raise FewstepError(
+            f"{0 if captions is None else len(captions)} captions for {images} images: scores need one caption for "
+            "each image, in the order of the images; give --prompts, and --per-prompt if prompts have several images"
+        )
 
 
 def _declare(side: ImageSource | Statistics, extractor: Extractor) -> ImageSource | Statistics:

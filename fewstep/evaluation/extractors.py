@@ -19,11 +19,13 @@ from fewstep.evaluation.preprocess import RESIZES
 
 DEFAULT = "effnet-lite0"
 SCALINGS = {"128": 128.0, "127.5": 127.5}  # (x - s) / s; the second is pytorch-fid's
-NAMES = ("effnet-lite0", "effnet-lite0@SIZE", "inception-2015", "module:function")
+NAMES = ("effnet-lite0", "effnet-lite0@SIZE", "inception-2015", "clip:PATH", "dinov2:PATH", "module:function")
 
 
 class Extractor(Protocol):
     """Called with uint8 images (B, H, W, 3) it gives float32 features (B, dim).
+
+    One with a classifier also has `classify`, from features to logits, for the Inception score.
 
     Attributes:
         name: short and complete, such as "effnet-lite0@96".
@@ -57,8 +59,9 @@ def get_extractor(name: str = DEFAULT, device: str = "cpu", weights: str | None 
 
     Args:
         name: "effnet-lite0", with an input size as in "effnet-lite0@96" (faster, other numbers);
-            "inception-2015" with the clean resize, or another as in "inception-2015@tf1-bilinear"; or
-            "module:function" for a function of uint8 (B, H, W, 3) to (B, D).
+            "inception-2015" with the clean resize, or another as in "inception-2015@tf1-bilinear"; "clip:PATH",
+            "open_clip:ARCHITECTURE:FILE" or "dinov2:PATH" with weights on disk; or "module:function" for a function
+            of uint8 (B, H, W, 3) to (B, D).
         device: where the network runs; features come back on the CPU.
         weights: file with the weights, for Inception only.
 
@@ -78,6 +81,15 @@ def get_extractor(name: str = DEFAULT, device: str = "cpu", weights: str | None 
                 f"extractor {name!r}: the resize is {option!r}, expected one of {', '.join(RESIZES)}"
             )
         return Inception2015(option or "pil-bicubic-float", device=device, weights=weights)
+    source = name.partition(":")[2]
+    if name.startswith("dinov2:"):
+        from fewstep.evaluation.dinov2 import Dinov2
+
+        return Dinov2(source, device)
+    if name.startswith(("clip:", "open_clip:")):
+        from fewstep.evaluation.clip import Clip, OpenClip
+
+        return (Clip if name.startswith("clip:") else OpenClip)(source, device)
     if ":" in name:
         return FunctionExtractor(name)
     raise FewstepError(f"unknown extractor {name!r}: expected {', '.join(NAMES)}")
@@ -113,6 +125,11 @@ class EffNetLite0:
         self.network.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits (B, 1000) of features (B, 1280)."""
+        return self.network._fc(features.to(self.device)).cpu()
+
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         x = RESIZES["torch-bicubic-antialias"](images, self.size).to(self.device)
         with full_precision():
@@ -145,6 +162,11 @@ class Inception2015:
         self.network = inception.Inception()
         self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.network.eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits (B, 1008) of features (B, 2048), without the bias, as the original Inception score has them."""
+        return (features.to(self.device) @ self.network.fc.weight.T).cpu()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -191,6 +213,8 @@ class Prepared:
         self.resize = f"{description}, {extractor.resize}"
         self.size = getattr(extractor, "size", 224)
         self.extractor, self.prepare = extractor, prepare
+        if hasattr(extractor, "classify"):
+            self.classify = extractor.classify
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.extractor(self.prepare(images))

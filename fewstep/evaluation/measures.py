@@ -1,6 +1,6 @@
 """Metrics of two sets of images by name: which inputs each takes, its labels and its uncertainty."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,9 +12,11 @@ from torch import Tensor
 from fewstep.errors import FewstepError
 from fewstep.evaluation import metrics as M
 from fewstep.evaluation.extractors import Extractor, Prepared, identity
-from fewstep.evaluation.features import extract
+from fewstep.evaluation.features import BATCH, extract
 from fewstep.evaluation.images import ImageSource
+from fewstep.evaluation.lpips import find_lpips, lpips_diversity
 from fewstep.evaluation.preprocess import center_patch
+from fewstep.evaluation.scores import Scorer
 from fewstep.evaluation.statistics import Moments, Statistics, check_comparable
 
 
@@ -28,13 +30,15 @@ class Number:
         error: standard error, or None where none is known.
         error_kind: how the error was found.
         extra: whatever else the reader of the value needs.
+        by: the model that gave it, where that is not the extractor.
     """
 
     name: str
     value: float
     error: float | None = None
     error_kind: str | None = None
-    extra: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Sides:
     extractor: Extractor
     prompted: Tensor | None = None
     groups: Tensor | None = None
+    captions: Sequence[str] | None = None
+    scorers: Sequence[Scorer] = ()
 
     @cached_property
     def x(self) -> Tensor:
@@ -176,19 +182,51 @@ def retrieval(sides: Sides) -> Iterator[Number]:
 
 def prdc(sides: Sides) -> Iterator[Number]:
     """Precision, recall, density, coverage."""
-    for name, value in M.precision_recall_density_coverage(sides.x, sides.y).items():
-        yield Number(name, value)
+    for name, (value, error) in M.precision_recall_density_coverage(sides.x, sides.y).items():
+        yield Number(name, value, error, "over images, the neighbourhoods held fixed")
 
 
 def vendi(sides: Sides) -> Iterator[Number]:
     """Effective number of different fake images."""
-    yield Number("Vendi", M.vendi(sides.y))
+    error = M.vendi_error(sides.y) if len(sides.y) >= 4 else None
+    yield Number("Vendi", M.vendi(sides.y), error, "jackknife over blocks of the fake images")
 
 
 def diversity(sides: Sides) -> Iterator[Number]:
-    """How different the images of one prompt are."""
-    if sides.groups is not None:
-        yield Number("diversity", *M.intra_group_diversity(sides.y, sides.groups), "over prompts")
+    """How different the images of one prompt are: by features, and by LPIPS where its weights are."""
+    if sides.groups is None:
+        return
+    yield Number("diversity", *M.intra_group_diversity(sides.y, sides.groups), "over prompts")
+    distance = find_lpips()
+    if distance and len(sides.fake.sizes) == 1:
+        images = torch.cat(list(sides.fake.batches(1024)))
+        value, error = lpips_diversity(images, sides.groups, distance)
+        yield Number("LPIPS diversity", value, error, "over prompts", by="alex")
+
+
+def inception_score(sides: Sides) -> Iterator[Number]:
+    """How sure and how varied the extractor's classifier is."""
+    if not hasattr(sides.extractor, "classify"):
+        raise FewstepError(
+            f"the Inception score needs a classifier, which {sides.extractor.name} has not: use inception-2015"
+        )
+    value, error = M.inception_score(sides.extractor.classify(sides.y))
+    yield Number("IS", value, error, "over 10 parts of the images")
+
+
+def scores(sides: Sides) -> Iterator[Number]:
+    """Mean of every scorer over the images and their captions."""
+    for scorer in sides.scorers:
+        parts, done = [], 0
+        for images in sides.fake.batches(BATCH):
+            parts.append(scorer(images, sides.captions[done : done + len(images)]))
+            done += len(images)
+        values = torch.cat(parts).double()
+        if not values.isfinite().all():
+            raise FewstepError(f"{scorer.label} of {sides.fake.name} is not finite: look at {scorer.name}")
+        extra = {"weights_sha256": scorer.weights_sha256}
+        error = float(values.std() / len(values) ** 0.5)
+        yield Number(scorer.label, float(values.mean()), error, "over images", extra, by=scorer.name)
 
 
 # name: function, and which sides must be images rather than statistics
@@ -201,6 +239,8 @@ MEASURES: dict[str, tuple[Callable[[Sides], Iterator[Number]], tuple[str, ...]]]
     "prdc": (prdc, ("real", "fake")),
     "vendi": (vendi, ("fake",)),
     "diversity": (diversity, ("fake",)),
+    "is": (inception_score, ("fake",)),
+    "scores": (scores, ("fake",)),
 }
 
 

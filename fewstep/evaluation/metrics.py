@@ -197,6 +197,21 @@ def vendi(features: Tensor) -> float:
     return float(torch.exp(torch.special.entr(values).sum()))
 
 
+def vendi_error(features: Tensor, blocks: int = 10) -> float:
+    """Standard error of the Vendi score by the delete-one-block jackknife over the images (N, D), N >= 4."""
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+    parts = order.tensor_split(min(blocks, len(order) // 2))
+    rest = [torch.cat([p for j, p in enumerate(parts) if j != i]) for i in range(len(parts))]
+    values = torch.tensor([vendi(features[kept]) for kept in rest])
+    return float((len(parts) - 1) ** 0.5 * values.std(correction=0))
+
+
+def paired_distance(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Mean cosine distance of features (N, D) of two images of the same noise and prompt, and its standard error."""
+    distances = 1 - torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=1)
+    return float(distances.mean()), float(distances.std() / len(x) ** 0.5)
+
+
 def intra_group_diversity(features: Tensor, groups: Tensor) -> tuple[float, float]:
     """Mean cosine distance between two images of one prompt, averaged over the prompts.
 
@@ -222,7 +237,7 @@ def intra_group_diversity(features: Tensor, groups: Tensor) -> tuple[float, floa
 
 def precision_recall_density_coverage(
     real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5
-) -> dict[str, float]:
+) -> dict[str, tuple[float, float]]:
     """How far fake images lie on the real manifold, and how much of it they reach.
 
     A point is covered by a set if it lies in the ball around one of its points that reaches to that point's
@@ -236,7 +251,8 @@ def precision_recall_density_coverage(
         k_density: neighbour for density and coverage.
 
     Returns:
-        `precision`, `recall`, `coverage` in [0, 1] and `density` >= 0 (1 for equal distributions).
+        `precision`, `recall`, `coverage` in [0, 1] and `density` >= 0 (1 for equal distributions), each with its
+        standard error as a mean over points, given the balls.
     """
     if min(len(real), len(fake)) <= max(k, k_density):
         raise ValueError(
@@ -254,12 +270,37 @@ def precision_recall_density_coverage(
         nearest = torch.minimum(nearest.to(distance), distance.min(0).values)
     for block in real.split(BLOCK):
         recalled.append((torch.cdist(block, fake) <= fake_radius).any(1))
-    return {
-        "precision": float(torch.cat(precise).float().mean()),
-        "recall": float(torch.cat(recalled).float().mean()),
-        "density": float(torch.cat(dense).float().mean() / k_density),
-        "coverage": float((nearest <= real_radius_density).float().mean()),
+    values = {
+        "precision": torch.cat(precise).double(),
+        "recall": torch.cat(recalled).double(),
+        "density": torch.cat(dense).double() / k_density,
+        "coverage": (nearest <= real_radius_density).double(),
     }
+    return {name: (float(v.mean()), float(v.std() / len(v) ** 0.5)) for name, v in values.items()}
+
+
+def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
+    """`exp(E KL(p(y|x) | p(y)))` of a classifier, averaged over consecutive parts of the images.
+
+    Salimans et al., arXiv 1606.03498, section 4. From 1 to the number of classes.
+
+    Args:
+        logits: (N, classes), N >= 2 splits.
+        splits: parts, as in the original 10 of 5000 images.
+
+    Returns:
+        The mean over the parts and its standard error (the customary "±" is the standard deviation over 10 parts,
+        3.2 times as large).
+    """
+    if len(logits) < 2 * splits:
+        raise ValueError(f"the Inception score needs at least {2 * splits} images, got {len(logits)}")
+    scores = []
+    for part in logits.double().tensor_split(splits):
+        log_p = part.log_softmax(1)
+        log_mean = log_p.logsumexp(0) - torch.tensor(float(len(part))).log()
+        scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
+    values = torch.stack(scores)
+    return float(values.mean()), float(values.std() / splits**0.5) if splits > 1 else 0.0
 
 
 def _neighbour_distance(points: Tensor, ks: tuple[int, ...]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,13 @@ class Model:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def prepare(self, steps: int, solver: str = "own", guidance: float | None = None) -> dict[str, Any]:
+    def prepare(
+        self,
+        steps: int,
+        solver: str = "own",
+        guidance: float | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
         """Sets the scheduler and returns the arguments of the pipeline's call beside prompt and noise.
 
         Args:
@@ -48,6 +55,7 @@ class Model:
             solver: "own" keeps the pipeline's scheduler, which is the student's for an export; "lcm" is for
                 published few-step weights; the others are training-free solvers of the same noise table.
             guidance: None takes the export's or the pipeline's own.
+            timesteps: where the network is called, `steps` falling numbers, if not where the scheduler would.
 
         Raises:
             FewstepError: a solver that the pipeline cannot have, or steps that the student's times cannot have.
@@ -71,6 +79,9 @@ class Model:
             raise FewstepError(f"--solver {solver}: expected one of {', '.join(SOLVERS)}")
         elif self.record:
             scheduler, call = self._student(steps)
+        if timesteps:
+            call = {**call, "timesteps": list(timesteps)}
+            del call["num_inference_steps"]
         self.pipe.scheduler = scheduler
         own = inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default
         call.setdefault("guidance_scale", own)

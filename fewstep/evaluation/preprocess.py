@@ -44,6 +44,15 @@ def pil_resize(images: Tensor, size: int, method: str) -> Tensor:
     return torch.from_numpy(np.stack(resized))
 
 
+def shortest_side_crop(images: Tensor, size: int) -> Tensor:
+    """The resize of CLIP: Pillow's bicubic until the shorter side is `size`, then the middle square; uint8."""
+    height, width = images.shape[1:3]
+    short = min(height, width)
+    target = (int(size * width / short), int(size * height / short))
+    resized = [np.asarray(Image.fromarray(x.numpy()).resize(target, FILTERS["bicubic"])) for x in images]
+    return center_crop(torch.from_numpy(np.stack(resized)))
+
+
 def pil_bicubic_float(images: Tensor, size: int) -> Tensor:
     """The "clean" resize of Parmar et al., arXiv 2104.11222: Pillow's bicubic on float channels."""
     planes = images.permute(0, 3, 1, 2).float().flatten(0, 1).contiguous().numpy()

@@ -112,14 +112,19 @@ class Protocol:
             steps.append((f"pil-{method}-{side}", lambda images: preprocess.pil_resize(images, side, method)))
         return steps
 
-    def label(self, metric: str, extractor: Extractor, n_fake: int) -> str:
-        """Name of a number. "FID" only with this protocol's own network; a smaller sample says so."""
+    def label(self, metric: str, by: str, n_fake: int, whole: bool = False) -> str:
+        """Name of a number made by a network. "FID" only by this protocol's own; a smaller sample says so.
+
+        Args:
+            metric: such as "FD". by: the network. n_fake: number of generated images.
+            whole: it saw whole images even if the protocol crops patches.
+        """
         remarks = [self.name]
-        if extractor.name == self.extractor == "inception-2015":
+        if by == self.extractor == "inception-2015":
             metric = metric.replace("FD", "FID")
         else:
-            remarks.insert(0, extractor.name)
-        if self.crop == "patch" and not metric.startswith("patch-"):
+            remarks.insert(0, by)
+        if self.crop == "patch" and not whole and not metric.startswith("patch-"):
             metric = f"patch-{metric}"
         if self.samples and n_fake < self.samples:
             metric += f"-{short(n_fake)}"

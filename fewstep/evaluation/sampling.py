@@ -45,6 +45,7 @@ class Job:
         size: height and width in pixels, or None for the pipeline's own.
         rounding: from 0..1 times 255 to uint8: "nearest", or "truncate" as the DMD2 protocols do.
         layout: "flat" or "geneval".
+        timesteps: `steps` falling times of the network's calls, or None for the scheduler's own.
     """
 
     steps: int
@@ -55,6 +56,7 @@ class Job:
     size: int | None = None
     rounding: str = "nearest"
     layout: str = "flat"
+    timesteps: tuple[int, ...] | None = None
 
     def __post_init__(self):
         for name, known in (("rounding", ROUNDINGS), ("layout", LAYOUTS)):
@@ -63,6 +65,9 @@ class Job:
         for name in ("steps", "per_prompt"):
             if getattr(self, name) < 1:
                 raise FewstepError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more")
+
+        if self.timesteps and len(self.timesteps) != self.steps:
+            raise FewstepError(f"--timesteps has {len(self.timesteps)} times for --steps {self.steps}")
 
     def path(self, i: int) -> str:
         """File of sample i inside the folder."""
@@ -108,7 +113,7 @@ def sample_folder(
         FewstepError: the folder holds another run (with a table of what differs), or images are not finite.
     """
     num = check_num(num, prompts, job.per_prompt)
-    call = model.prepare(job.steps, job.solver, job.guidance)
+    call = model.prepare(job.steps, job.solver, job.guidance, job.timesteps)
     if job.size:
         call |= {"height": job.size, "width": job.size}
     manifest = _claim(folder, _describe(model, prompts, job, call), num)
@@ -173,6 +178,24 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
     raise FewstepError(f"{path} is no manifest of `fewstep eval generate` ({problem}): use another folder")
+
+
+def is_complete(folder: Path, job: Job, num: int) -> bool:
+    """Whether all images are there, whoever made them."""
+    return all((folder / job.path(i)).is_file() for i in range(num))
+
+
+def check_made_from(folder: str | Path, prompts: Prompts, per_prompt: int) -> None:
+    """Refuses prompts that are not those of a folder of generated images; other images cannot be checked."""
+    manifest = read_manifest(folder)
+    wanted = {"prompts_sha256": prompts.sha256, "per_prompt": per_prompt}
+    rows = [
+        (key, str(manifest["run"][key]), str(value))
+        for key, value in wanted.items()
+        if manifest and manifest["run"][key] != value
+    ]
+    if rows:
+        raise FewstepError(f"{folder} was made from other prompts:\n" + table(("", "there", "given"), rows))
 
 
 def _describe(model: Model, prompts: Prompts, job: Job, call: dict[str, Any]) -> dict[str, Any]:

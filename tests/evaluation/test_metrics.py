@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -192,18 +193,19 @@ def test_precision_recall_density_coverage_equal_brute_force(monkeypatch):
     real, fake = gaussian(25, 3, 15), gaussian(20, 3, 16, scale=0.6, shift=1.1)
     expected = brute_force_prdc(real, fake, 3, 5)
     assert min(expected.values()) > 0.05 and max(expected.values()) < 0.95  # a case that could go wrong
-    assert M.precision_recall_density_coverage(real, fake) == pytest.approx(
-        brute_force_prdc(real, fake, 3, 5)
-    )
+    result = M.precision_recall_density_coverage(real, fake)
+    assert {name: value for name, (value, _) in result.items()} == pytest.approx(expected)
+    p, error = result["precision"]
+    assert error == pytest.approx((p * (1 - p) / 19) ** 0.5) and 0 < result["density"][1] < 1
 
 
 def test_collapse_lowers_recall_and_coverage_but_not_precision():
     real = gaussian(200, 4, 17)
     fake = real[:1] + 0.01 * gaussian(200, 4, 18)
     result = M.precision_recall_density_coverage(real, fake)
-    assert result["precision"] > 0.95
-    assert result["recall"] < 0.05
-    assert result["coverage"] < 0.2
+    assert result["precision"][0] > 0.95
+    assert result["recall"][0] < 0.05
+    assert result["coverage"][0] < 0.2
 
 
 def test_diversity_of_known_groups():
@@ -233,3 +235,19 @@ def test_frechet_infinity_removes_the_bias_of_small_samples():
     assert again == pytest.approx(fitted[0].tolist(), rel=1e-6)  # the subsets have a fixed seed
     with pytest.raises(ValueError, match="at least 8"):
         M.frechet_infinity(mu, sigma, samples[0][:7])
+
+
+def test_vendi_error_is_about_the_spread_over_samples():
+    values, errors = [], []
+    for seed in range(30):
+        x = gaussian(60, 12, 100 + seed) + 1
+        values.append(M.vendi(x))
+        errors.append(M.vendi_error(x))
+    assert 0.4 * np.std(values) < np.mean(errors) < 2.5 * np.std(values)
+
+
+def test_paired_distance():
+    x = gaussian(50, 6, 5)
+    assert M.paired_distance(x, 3 * x) == (pytest.approx(0, abs=1e-12), pytest.approx(0, abs=1e-12))
+    assert M.paired_distance(x, -x)[0] == pytest.approx(2)
+    assert M.paired_distance(x, x + 0.1)[0] < M.paired_distance(x, x + 1)[0]

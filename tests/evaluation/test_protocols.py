@@ -113,19 +113,16 @@ def test_crop_and_resize_belong_to_the_identity():
 
 
 def test_labels():
-    class Fake:
-        def __init__(self, name):
-            self.name = name
-
     coco, patch, mjhq = (protocols.load(n) for n in ("coco2014-30k", "sdxl-coco10k-patch", "mjhq30k"))
-    net = Fake("inception-2015")
+    net = "inception-2015"
     assert coco.label("FD", net, 30000) == "FID(coco2014-30k)"
     assert coco.label("FD_inf", net, 30000) == "FID_inf(coco2014-30k)"
     assert coco.label("FD", net, 5000) == "FID-5k(coco2014-30k, which wants 30k)"
-    assert coco.label("FD", Fake("effnet-lite0"), 30000) == "FD(effnet-lite0, coco2014-30k)"
+    assert coco.label("FD", "effnet-lite0", 30000) == "FD(effnet-lite0, coco2014-30k)"
     assert patch.label("FD", net, 10000) == "patch-FID(sdxl-coco10k-patch)"
+    assert patch.label("CLIP score", "clip", 10000, whole=True) == "CLIP score(clip, sdxl-coco10k-patch)"
     assert mjhq.label("FD", net, 30000) == "FID(mjhq30k, approximate)"
-    assert protocols.load("emoji").label("FD", Fake("effnet-lite0@96"), 1906) == "FD(effnet-lite0@96, emoji)"
+    assert protocols.load("emoji").label("FD", "effnet-lite0@96", 1906) == "FD(effnet-lite0@96, emoji)"
 
 
 def test_other_image_sizes_are_refused_before_the_network():

@@ -1,0 +1,156 @@
+"""What `fewstep eval run` compares: models at several steps, solvers and guidances, by one yardstick."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import FewstepError
+from fewstep.evaluation.models import SOLVERS
+
+WITHOUT_REAL = ("vendi", "diversity", "is")  # measures that need no real images
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One pipeline or student.
+
+    Attributes:
+        name: of its rows. pipeline, lora, network: see `open_model`.
+        steps, solver, guidance: every combination is a row; a guidance of None is the model's own.
+    """
+
+    name: str
+    pipeline: str
+    lora: str | None = None
+    network: str | None = None
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    solver: tuple[str, ...] = ("own",)
+    guidance: tuple[float | None, ...] = (None,)
+
+    def __post_init__(self):
+        _check(bool(self.name), f"models.name is {self.name!r}", "a text")
+        ok = self.steps and all(type(k) is int and k > 0 for k in self.steps)
+        _check(ok, f"models.{self.name}.steps is {list(self.steps)}", "numbers from 1 on")
+        for solver in self.solver:
+            _check(solver in SOLVERS, f"models.{self.name}.solver is {solver!r}", f"of {', '.join(SOLVERS)}")
+        ok = all(g is None or isinstance(g, int | float) for g in self.guidance)
+        _check(
+            ok,
+            f"models.{self.name}.guidance is {list(self.guidance)}",
+            "numbers, or null for the model's own",
+        )
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All rows of a table share everything but the model, so that they can be compared.
+
+    Attributes:
+        title: of the page.
+        prompts: file for `read_prompts`. num, per_prompt, seed, size, rounding: see `Job`.
+        models: the rows; the reference of same-noise distances is the first, at its last steps and guidance.
+        real: folder, npz, statistics or "builtin:emoji"; without it nothing is compared with real images.
+        protocol, extractor, weights: see `evaluate_images`.
+        metrics: names of measures. scorers: of images and captions.
+        results: name to file of an earlier `eval fid ... --out`, shown beside if made in the same way.
+        dtype, batch_size, speed_runs: of the generation.
+    """
+
+    prompts: str
+    models: tuple[Entry, ...]
+    title: str = "Few-step generators side by side"
+    num: int | None = None
+    per_prompt: int = 1
+    seed: int = 0
+    size: int | None = None
+    rounding: str = "nearest"
+    real: str | None = None
+    protocol: str | None = None
+    extractor: str | None = None
+    weights: str | None = None
+    metrics: tuple[str, ...] = ("fd", "kid", "prdc", "vendi")
+    scorers: tuple[str, ...] = ()
+    results: dict[str, str] = field(default_factory=dict)
+    dtype: str = "float32"
+    batch_size: int = 8
+    speed_runs: int = 5
+
+    def __post_init__(self):
+        from fewstep.evaluation.measures import MEASURES
+
+        _check(len(self.models) > 0, "models is empty", "at least one")
+        names = [entry.name for entry in self.models]
+        _check(len(set(names)) == len(names), f"models have the names {names}", "different ones")
+        slugs = [slug(name) for name in names]
+        _check(
+            len(set(slugs)) == len(slugs), f"models have the folders {slugs}", "names with different letters"
+        )
+        for metric in self.metrics:
+            _check(metric in MEASURES, f"metrics has {metric!r}", f"of {', '.join(MEASURES)}")
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The measures that this run can have; several images of a prompt add their diversity."""
+        names = dict.fromkeys((*self.metrics, *(("diversity",) if self.per_prompt > 1 else ())))
+        return tuple(n for n in names if self.real or n in WITHOUT_REAL)
+
+
+def load_spec(path: str | Path) -> Spec:
+    """Reads a YAML file with the fields of `Spec`; FewstepError names what is wrong."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise FewstepError(f"{path} cannot be read as YAML: {error}") from None
+    try:
+        data = _fields(Spec, data, "")
+        data["models"] = tuple(Entry(**_fields(Entry, entry, "models.")) for entry in data["models"])
+        return Spec(**data)
+    except FewstepError as error:
+        raise FewstepError(f"{path}: {error}") from None
+
+
+def slug(name: str) -> str:
+    """A name as a file name."""
+    return "".join(c if c.isalnum() or c in "-.+" else "_" for c in name).strip("._") or "_"
+
+
+def _fields(cls: type, data: Any, where: str) -> dict[str, Any]:
+    """A mapping with the fields of a dataclass, each of its kind; a single value stands for a list of one."""
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    _check(
+        isinstance(data, dict), f"{where or 'the file'} holds {type(data).__name__}", "a mapping of fields"
+    )
+    unknown = sorted(set(map(str, data)) - set(known))
+    _check(
+        not unknown, f"unknown fields {', '.join(where + u for u in unknown)}", f"some of {', '.join(known)}"
+    )
+    empty = dataclasses.MISSING
+    required = {n for n, f in known.items() if f.default is empty and f.default_factory is empty}
+    missing = sorted(required - set(data))
+    _check(not missing, f"the fields {', '.join(where + m for m in missing)} are missing", "them")
+    values = {}
+    for name, value in data.items():
+        kind = str(known[name].type)
+        if "tuple" in kind:
+            value = tuple(value) if isinstance(value, list) else (value,)
+        elif "dict" in kind:
+            _check(isinstance(value, dict), f"{where}{name} is {value!r}", "a mapping")
+        elif value is None:
+            _check("None" in kind, f"{where}{name} is null", "a value")
+        else:
+            wanted = int if "int" in kind else str
+            _check(
+                type(value) is wanted,
+                f"{where}{name} is {value!r}",
+                "a number" if wanted is int else "a text",
+            )
+        values[name] = value
+    return values
+
+
+def _check(ok: Any, found: str, expected: str) -> None:
+    if not ok:
+        raise FewstepError(f"{found}, expected {expected}")

@@ -1,0 +1,185 @@
+"""`fewstep eval run`: one table of teacher and student, errors beside numbers, a page without outside parts."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.errors import FewstepError
+from fewstep.evaluation import run as run_module
+from fewstep.evaluation.cli import main
+from fewstep.evaluation.plot import Series, plot
+from fewstep.evaluation.run import rows_of, run_spec
+from fewstep.evaluation.spec import load_spec
+
+EVIL = "<script>alert('x')</script> & \"cat\""
+
+
+def pool_function(images):
+    x = images.permute(0, 3, 1, 2).float() / 255
+    return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+
+@pytest.fixture
+def spec_file(tiny_sd15, tmp_path):
+    (tmp_path / "p.txt").write_text("\n".join([EVIL, *(f"thing {i}" for i in range(3))]))
+    (tmp_path / "real").mkdir()
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3)).astype(np.uint8)):
+        Image.fromarray(image).save(tmp_path / "real" / f"{i:02d}.png")
+    text = f"""
+title: {json.dumps(EVIL)}
+prompts: {tmp_path / "p.txt"}
+per_prompt: 2
+real: {tmp_path / "real"}
+extractor: {__name__}:pool_function
+metrics: [fd, kid, vendi, prdc]
+speed_runs: 2
+models:
+  - name: teacher
+    pipeline: {tiny_sd15}
+    steps: [1, 2]
+    solver: [ddim]
+    guidance: [1.0, 4.0]
+  - name: {json.dumps("student " + EVIL)}
+    pipeline: {tiny_sd15}
+    steps: 1
+    solver: lcm
+    guidance: 0.0
+"""
+    (tmp_path / "spec.yaml").write_text(text)
+    return tmp_path / "spec.yaml"
+
+
+class Outside(HTMLParser):
+    """What a page would load, and every tag it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.loads = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loads += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
+
+
+def test_run_makes_one_table_and_a_page(spec_file, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert main(["eval", "run", str(spec_file), "--out", str(out), "--device", "cpu"]) == 0
+    whole = json.loads((out / "table.json").read_text())
+    rows = whole["rows"]
+    assert [(r["steps"], r["guidance"], r["speed"]["nfe"]) for r in rows] == [
+        (1, 1.0, 1),
+        (2, 1.0, 2),
+        (1, 4.0, 2),
+        (2, 4.0, 4),
+        (1, 0.0, 1),
+    ]
+    names = {"FD", "KID", "Vendi", "precision", "recall", "density", "coverage", "diversity"}
+    for row in rows:
+        found = {label.partition("(")[0] for label in row["metrics"]}
+        distance = {"same-noise distance"}
+        assert found - distance == names and (row is rows[3]) == (found.isdisjoint(distance))
+        assert all(m["error"] is not None and m["error_kind"] for m in row["metrics"].values())
+        assert row["speed"]["seconds"] > 0 and len(list((out / row["samples"]).glob("*.png"))) == 8
+    text = (out / "table.md").read_text()
+    assert text.count("±") >= 5 * 9 and "s / image" in text
+    assert "Same-noise distance: to teacher, 2 steps, ddim, guidance 4" in text
+
+    page = (out / "index.html").read_text()
+    parser = Outside()
+    parser.feed(page)
+    assert "script" not in parser.tags and "link" not in parser.tags and "iframe" not in parser.tags
+    assert parser.loads and all(value.startswith("data:image/png;base64,") for value in parser.loads)
+    assert not re.search(r"https?://|url\(|@import", page) and EVIL not in page
+    assert parser.tags.count("svg") == 3 * 9  # every label against evaluations, seconds and guidance
+    assert parser.tags.count("img") == 5 and "Guidance sweep" in page
+
+    # Again: nothing is generated, nothing is measured, and the table is the same.
+    monkeypatch.setattr(run_module, "evaluate_images", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr("fewstep.evaluation.sampling.draw", lambda *_: pytest.fail("generated again"))
+    before = (out / "table.json").read_text()
+    assert run_spec(load_spec(spec_file), out) == whole and (out / "table.json").read_text() == before
+    capsys.readouterr()
+
+
+def test_results_of_another_protocol_are_refused(spec_file, tmp_path):
+    result = {
+        "schema": 1,
+        "metrics": {},
+        "warnings": [],
+        "protocol": None,
+        "extractor": {"extractor": "effnet-lite0", "weights_sha256": "x", "resize": "y", "dim": 1280},
+        "real": {"name": "r", "n": 12, "sha256": "z"},
+        "fake": {"name": "f", "n": 8, "sha256": "z"},
+    }
+    (tmp_path / "old.json").write_text(json.dumps(result))
+    text = spec_file.read_text().replace("steps: [1, 2]", "steps: [1]").replace("[1.0, 4.0]", "[1.0]")
+    spec_file.write_text(text + f"results: {{old: {tmp_path / 'old.json'}}}\n")
+    with pytest.raises(FewstepError, match="cannot be compared") as error:
+        run_spec(load_spec(spec_file), tmp_path / "out")
+    assert "effnet-lite0" in str(error.value)
+
+
+def test_without_real_images_and_from_flags(tiny_sd15, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("\n".join(f"thing {i}" for i in range(6)))
+    words = [
+        "eval",
+        "run",
+        "--teacher",
+        str(tiny_sd15),
+        "--steps",
+        "1",
+        "--solver",
+        "ddim",
+        "--guidance",
+        "1",
+    ]
+    words += ["--prompts", str(tmp_path / "p.txt"), "--extractor", f"{__name__}:pool_function"]
+    assert main([*words, "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    (row,) = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert list(row["metrics"]) == [f"Vendi({__name__}:pool_function)"]
+    assert main(["eval", "run", "--out", str(tmp_path / "other")]) == 2
+    assert "SPEC.yaml, or --teacher and --prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("title:", "titel:"), "unknown fields titel"),
+        (("per_prompt: 2", "per_prompt: two"), "per_prompt is 'two', expected a number"),
+        (("metrics: [fd", "metrics: [fid"), "metrics has 'fid'"),
+        (("solver: lcm", "solver: heun"), "solver is 'heun'"),
+        (("steps: 1\n", "steps: 0\n"), r"steps is \[0\]"),
+        (("    steps: [1, 2]", "    step: [1, 2]"), r"unknown fields models\.step"),
+        (("prompts:", "# prompts:"), "the fields prompts are missing"),
+        (
+            ("- name: teacher", '- name: "student ' + EVIL.replace('"', '\\"') + '"'),
+            "expected different ones",
+        ),
+        (("models:", "models: [3]\nx:"), "unknown fields x"),
+        (("title:", "title: ["), "cannot be read as YAML"),
+    ],
+)
+def test_bad_specs_name_the_file_and_the_field(spec_file, change, message):
+    text = spec_file.read_text()
+    assert change[0] in text
+    spec_file.write_text(text.replace(*change, 1))
+    with pytest.raises(FewstepError, match=message) as error:
+        load_spec(spec_file)
+    assert "spec.yaml" in str(error.value)
+
+
+def test_rows_have_different_folders(spec_file):
+    rows = rows_of(load_spec(spec_file))
+    assert len({row.folder for row in rows}) == len(rows) == 5
+    assert all("/" not in part and ".." not in part for row in rows for part in row.folder.split("/"))
+
+
+def test_plot_places_points_and_escapes():
+    svg = plot(EVIL, [Series(EVIL, [(1, 2.0, 0.5), (8, 1.0, 0.0)])], logarithmic=True)
+    assert EVIL not in svg and svg.count("<circle") == 3 and "nan" not in svg
+    assert plot("x", []) == "" and "nan" not in plot("x", [Series("one", [(3, 1.0, 0.0)])])
