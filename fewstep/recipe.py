@@ -49,7 +49,8 @@ class DataConfig:
 
     Attributes:
         prompts: text file, one prompt per line, or ``builtin:emoji``.
-        images: folder of captioned images, or ``builtin:emoji``; null where the method needs none.
+        images: folder of captioned images, or ``builtin:emoji``; a data-free method only measures itself against them,
+            and null is then allowed.
         pairs: folder that ``fewstep pairs`` wrote; null where the method needs none.
     """
 

@@ -149,7 +149,7 @@ def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
     needs = recipe.method_class.needs(recipe.method)
     if "pairs" in needs:
         load_pairs(recipe.data.pairs, Path(recipe.output).name)
-    if "images" not in needs:
+    if recipe.data.images is None and "images" not in needs:
         return prompts, None
     if recipe.data.images is None:
         raise RecipeError(
@@ -199,7 +199,7 @@ class Session:
             process.barrier()  # the first rank encodes, the others find the cache
         conditions = encode_prompts(self.teacher, prompts, quiet=quiet)
         latents = captions = None
-        if images is not None:
+        if images is not None and "images" in recipe.method_class.needs(recipe.method):
             same = images.captions == prompts
             captions = conditions if same else encode_prompts(self.teacher, images.captions, quiet=quiet)
             latents = encode_images(self.teacher, images, quiet=quiet)

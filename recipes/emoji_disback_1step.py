@@ -27,7 +27,7 @@ recipe = Recipe(
         guidance_scale=2.0,
         critic_steps=2,
     ),
-    data=DataConfig(prompts="builtin:emoji"),
+    data=DataConfig(prompts="builtin:emoji", images="builtin:emoji"),
     roles={
         "student": RoleConfig(kind="lora", rank=64, alpha=64, lr=5e-4, warmup=50, decay=300, ema=0.98),
         # Weights go from node to node and into the critic, so they are alike.

@@ -20,7 +20,7 @@ recipe = Recipe(
         attention="math",
     ),
     method=DMD.Config(start=799, guidance_scale=2.0, regression_weight=0.25),
-    data=DataConfig(prompts="builtin:emoji", pairs="pairs/emoji"),
+    data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji"),
     roles={
         "student": RoleConfig(kind="lora", rank=64, alpha=64, lr=5e-4, warmup=50, decay=300, ema=0.98),
         "critic": RoleConfig(kind="full", lr=3e-4, warmup=50),

@@ -21,7 +21,7 @@ recipe = Recipe(
         attention="math",
     ),
     method=SiD.Config(guidance_scale=2.0),
-    data=DataConfig(prompts="builtin:emoji"),
+    data=DataConfig(prompts="builtin:emoji", images="builtin:emoji"),
     roles={
         "student": RoleConfig(
             kind="lora", rank=64, alpha=64, lr=5e-4, betas=(0.0, 0.999), warmup=50, decay=200, ema=0.98

@@ -19,8 +19,8 @@ recipe = Recipe(
         autocast="bfloat16",
         attention="math",
     ),
-    method=SwiftBrush.Config(start=799, guidance_scale=4.5),
-    data=DataConfig(prompts="builtin:emoji"),
+    method=SwiftBrush.Config(start=799, guidance_scale=2.0),
+    data=DataConfig(prompts="builtin:emoji", images="builtin:emoji"),
     roles={
         "student": RoleConfig(kind="lora", rank=64, alpha=64, lr=5e-4, warmup=50, decay=300, ema=0.98),
         "critic": RoleConfig(kind="lora", rank=64, alpha=108, targets=["to_q", "to_v"], lr=1e-3, warmup=50),
