@@ -598,6 +598,11 @@ def test_weights_travel_from_node_to_node_and_into_the_critic(ring, fitted):
     assert equal(before["critic"]["critic"], start["critic"])  # the student's turn leaves it alone
     assert not equal(snapshot(trainer.roles["critic"]), start["critic"])
     assert equal(snapshot(trainer.roles["node_3"]), start["node_3"])
+    # Once is enough: at the student's next turn the critic is what it has become.
+    critic = snapshot(trainer.roles["critic"])
+    before.clear()
+    trainer.iterate()
+    assert equal(before["generator"]["critic"], critic)
 
 
 def test_student_turns_count_from_the_start_of_backtracking(ring, fitted):
