@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fewstep.evaluation.cli_sampling import add_sampling
+from fewstep.evaluation.cli_sampling import add_sampling, process
 
 EMOJI = "builtin:emoji"
 IMAGES = "folder, npz of images, statistics file, or builtin:emoji"
@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
 
     def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(run=function)
+        added.set_defaults(run=lambda args: _guarded(function, args))
         return added
 
     fid = command("fid", _fid, "distance between two sets of images")
@@ -87,6 +87,14 @@ def add_parser(subparsers: Any) -> None:
         added.add_argument("--weights", metavar="FILE", help="weights of inception-2015")
     for added in (fid, stats, scores):
         added.add_argument("--protocol", metavar="NAME", help="see `fewstep eval protocols`")
+    for added in (fid, stats):
+        added.add_argument(
+            "--skip-bad",
+            type=int,
+            default=0,
+            metavar="N",
+            help="leave out up to N unreadable files of a folder",
+        )
     for added in (fid, retrieval, diversity, scores):
         added.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result as JSON")
 
@@ -105,9 +113,24 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def _guarded(function: Any, args: argparse.Namespace) -> int:
+    """Runs a subcommand; features that are not finite are no fault of the input as such and end with 3."""
+    from fewstep.evaluation.features import FeatureError
+
+    try:
+        return function(args)
+    except FeatureError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+
+
 def _fid(args: argparse.Namespace) -> int:
+    from fewstep.errors import FewstepError
     from fewstep.evaluation import protocols
     from fewstep.evaluation.evaluate import evaluate_images
+
+    if args.real != EMOJI and Path(args.real).resolve() == Path(args.fake).resolve():
+        raise FewstepError(f"REAL and FAKE are both {args.real}: expected two different sets of images")
 
     protocol = protocols.load(args.protocol) if args.protocol else None
     metrics = [
@@ -116,8 +139,8 @@ def _fid(args: argparse.Namespace) -> int:
         *(name for name in FLAGS if getattr(args, name)),
     ]
     result = evaluate_images(
-        _open(args.real),
-        _first(_open(args.fake), args.num),
+        _open(args.real, args.skip_bad),
+        _first(_open(args.fake, args.skip_bad), args.num),
         extractor=args.extractor,
         metrics=tuple(dict.fromkeys(metrics)),
         protocol=protocol,
@@ -131,7 +154,7 @@ def _stats(args: argparse.Namespace) -> int:
     from fewstep.errors import FewstepError
     from fewstep.evaluation import protocols
     from fewstep.evaluation.extractors import DEFAULT, get_extractor, identity
-    from fewstep.evaluation.features import stream_moments
+    from fewstep.evaluation.features import shared_moments, stream_moments
     from fewstep.evaluation.images import ImageSource
     from fewstep.evaluation.statistics import Statistics
 
@@ -139,12 +162,25 @@ def _stats(args: argparse.Namespace) -> int:
         extractor = protocols.load(args.protocol).get_extractor(args.extractor, weights=args.weights)
     else:
         extractor = get_extractor(args.extractor or DEFAULT, weights=args.weights)
-    source = _open(args.images)
+    source = _open(args.images, args.skip_bad)
     if not isinstance(source, ImageSource):
         raise FewstepError(f"{args.images} holds statistics already, expected images")
-    meta = {**identity(extractor), "source": source.name, "images_sha256": source.sha256}
-    Statistics.from_moments(stream_moments(source, extractor), meta).save(args.out)
-    print(f"{args.out}: {len(source)} images, {extractor.name}")
+    rank, world = process()
+    if world > 1:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        moments = shared_moments(source, extractor, rank, world)
+        dist.destroy_process_group()
+    else:
+        moments = stream_moments(source, extractor)
+    if rank:
+        return 0
+    skipped = {"skipped": list(source.skipped)} if source.skipped else {}
+    meta = {**identity(extractor), "source": source.name, "images_sha256": source.sha256, **skipped}
+    Statistics.from_moments(moments, meta).save(args.out)
+    note = f", {len(source.skipped)} left out: {', '.join(source.skipped)}" if source.skipped else ""
+    print(f"{args.out}: {len(source)} images, {extractor.name}{note}")
     return 0
 
 
@@ -251,7 +287,7 @@ def prompted_indices(path: Path, captions: list[str]) -> list[int]:
     return [index[line.strip()] for line in lines]
 
 
-def _open(side: str) -> Any:
+def _open(side: str, skip_bad: int = 0) -> Any:
     from fewstep.evaluation.evaluate import open_side
     from fewstep.evaluation.images import ArrayImages
 
@@ -259,7 +295,7 @@ def _open(side: str) -> Any:
         from fewstep.data import emoji
 
         return ArrayImages(emoji.load()[0], EMOJI)
-    return open_side(side)
+    return open_side(side, skip_bad)
 
 
 def _first(source: Any, num: int | None) -> Any:

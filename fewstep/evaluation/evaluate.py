@@ -112,7 +112,10 @@ def evaluate_images(
             }
             for n in numbers
         },
-        "warnings": list(_warnings(about, extractor.dim, left_out, declared, protocol)),
+        "warnings": [
+            *_skipped(real, fake),
+            *_warnings(about, extractor.dim, left_out, declared, protocol),
+        ],
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -121,8 +124,8 @@ def evaluate_images(
     }
 
 
-def open_side(side: Any) -> ImageSource | Statistics:
-    """Images, or statistics if it is a `Statistics` or an npz file that has `mu`."""
+def open_side(side: Any, skip_bad: int = 0) -> ImageSource | Statistics:
+    """Images (see `open_images`), or statistics if it is a `Statistics` or an npz file that has `mu`."""
     if isinstance(side, Statistics):
         return side
     if isinstance(side, str | Path) and Path(side).is_file():
@@ -137,7 +140,7 @@ def open_side(side: Any) -> ImageSource | Statistics:
             has_moments = False
         if has_moments:
             return Statistics.load(side)
-    return open_images(side, at_least=2)
+    return open_images(side, at_least=2, skip_bad=skip_bad)
 
 
 def to_markdown(results: dict[str, Any]) -> str:
@@ -188,6 +191,12 @@ def _check_indices(name: str, values: Any, length: int, below: int | None = None
             f"{name} must hold integers" + (f" from 0 to {below - 1}, the real images" if below else "")
         )
     return values.long()
+
+
+def _skipped(*sides: ImageSource | Statistics) -> Iterator[str]:
+    for side in sides:
+        if names := getattr(side, "skipped", ()):
+            yield f"{len(names)} images of {side.name} cannot be read and were left out: {', '.join(names)}"
 
 
 def _warnings(

@@ -14,10 +14,14 @@ from tqdm import tqdm
 
 from fewstep.errors import FewstepError
 from fewstep.evaluation.extractors import Extractor, identity
-from fewstep.evaluation.images import ImageSource
+from fewstep.evaluation.images import BLOCK, ImageSource
 from fewstep.evaluation.statistics import Moments, write_atomically
 
-BATCH = 64
+BATCH = BLOCK  # processes that share the work then run the batches of one
+
+
+class FeatureError(FewstepError):
+    """A network made numbers that are none, which only shows while it runs; the exit code is 3."""
 
 
 def extract(source: ImageSource, extractor: Extractor, cached: bool = False) -> Tensor:
@@ -30,7 +34,7 @@ def extract(source: ImageSource, extractor: Extractor, cached: bool = False) -> 
             extractor.
 
     Raises:
-        FewstepError: features that are not finite.
+        FeatureError: features that are not finite.
     """
     file = None
     if cached and extractor.weights_sha256 != "undeclared":  # a function of the user's may change
@@ -49,11 +53,23 @@ def extract(source: ImageSource, extractor: Extractor, cached: bool = False) -> 
 
 def stream_moments(source: ImageSource, extractor: Extractor) -> Moments:
     """Moments of all features, in memory that does not grow with the number of images."""
-    batches = _feature_batches(source, extractor)
-    total = Moments.of(next(batches))
-    for features in batches:
+    total = Moments.none(extractor.dim)
+    for features in _feature_batches(source, extractor):
         total = total + Moments.of(features)
     return total
+
+
+def shared_moments(source: ImageSource, extractor: Extractor, rank: int, world: int) -> Moments:
+    """The same by several processes, which each look at a part and add their moments; every one gets the sum.
+
+    The processes must have joined a group of torch.distributed before.
+    """
+    import torch.distributed as dist
+
+    own = stream_moments(source.shard(rank, world), extractor)
+    parts: list[Moments] = [own] * world
+    dist.all_gather_object(parts, own)
+    return sum(parts, Moments.none(extractor.dim))
 
 
 def _feature_batches(source: ImageSource, extractor: Extractor) -> Iterator[Tensor]:
@@ -62,7 +78,7 @@ def _feature_batches(source: ImageSource, extractor: Extractor) -> Iterator[Tens
         for images in source.batches(BATCH):
             features = extractor(images)
             if not features.isfinite().all():
-                raise FewstepError(
+                raise FeatureError(
                     f"{source.name}: images {done} to {done + len(images) - 1}, from 0, give features that "
                     f"are not finite with {extractor.name}: look at these images and at the extractor"
                 )

@@ -14,6 +14,7 @@ from torch import Tensor
 from fewstep.errors import FewstepError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+BLOCK = 64  # images in a row that go to one process
 KEYS = ("images", "arr_0")  # names of the image array in an npz file; ADM's sample files use the second
 
 
@@ -23,9 +24,11 @@ class ImageSource:
     Attributes:
         name: path, or "array".
         sizes: the (height, width) that occur, before any rotation that EXIF asks for.
+        skipped: names of files that could not be read and were left out, as the caller allowed.
     """
 
     name: str
+    skipped: tuple[str, ...] = ()
     sizes: set[tuple[int, int]]
 
     def __len__(self) -> int:
@@ -34,6 +37,10 @@ class ImageSource:
     def batches(self, size: int) -> Iterator[Tensor]:
         """uint8 RGB tensors (B, H, W, 3), B <= size. A change of image size starts a new batch."""
         raise NotImplementedError
+
+    def shard(self, rank: int, world: int) -> "ImageSource":
+        """The images that process `rank` of `world` looks after."""
+        return self if world == 1 else ShardImages(self, rank, world)
 
     @cached_property
     def sha256(self) -> str:
@@ -45,13 +52,16 @@ class ImageSource:
         return digest.hexdigest()
 
 
-def open_images(images: "str | Path | np.ndarray | Tensor | ImageSource", at_least: int = 1) -> ImageSource:
+def open_images(
+    images: "str | Path | np.ndarray | Tensor | ImageSource", at_least: int = 1, skip_bad: int = 0
+) -> ImageSource:
     """Opens images and checks them all, so that errors come before expensive work.
 
     Args:
         images: folder with png, jpg, jpeg, webp or bmp files (sorted by name, subfolders not entered), npz
             file with a uint8 array `images` or `arr_0` (N, H, W, 3), or such an array or tensor.
         at_least: smallest number of images that is useful to the caller.
+        skip_bad: how many unreadable files of a folder may be left out; more are an error.
 
     Raises:
         FewstepError: missing path, no images, unreadable images, wrong shape or type, too few images.
@@ -64,7 +74,7 @@ def open_images(images: "str | Path | np.ndarray | Tensor | ImageSource", at_lea
         path = Path(images)
         if not path.exists():
             raise FewstepError(f"{path} does not exist: expected a folder of images or an npz file")
-        source = FolderImages(path) if path.is_dir() else NpzImages(path)
+        source = FolderImages(path, skip_bad) if path.is_dir() else NpzImages(path)
     if len(source) < at_least:
         raise FewstepError(f"{source.name} has {len(source)} images, but at least {at_least} are needed")
     return source
@@ -93,6 +103,7 @@ class NpzImages(ImageSource):
         self.name, self.path = str(path), path
         try:
             with zipfile.ZipFile(path) as archive:
+                _check_members(path, archive.namelist())
                 names = {name.removesuffix(".npy") for name in archive.namelist()}
                 keys = [key for key in KEYS if key in names]
                 if not keys:
@@ -138,7 +149,7 @@ class NpzImages(ImageSource):
 class FolderImages(ImageSource):
     """Image files of one folder, sorted by name."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, skip_bad: int = 0):
         self.name = str(folder)
         # Hidden files are leftovers of interrupted writers, or of file browsers.
         self.files = sorted(
@@ -146,33 +157,42 @@ class FolderImages(ImageSource):
         )
         if not self.files:
             raise FewstepError(f"{folder} has no images: looked for {', '.join(EXTENSIONS)}")
+        _check_names(folder, self.files)
         self.sizes = set()
-        broken = []
+        broken, readable = [], []
         for file in self.files:
             try:
                 self.sizes.add(check_file(file))
+                readable.append(file)
             except Exception as error:  # Pillow's decoders raise many kinds, SyntaxError among them
                 broken.append(f"{file.name}: {error or type(error).__name__}")
-        if broken:
+        if len(broken) <= skip_bad and readable:
+            self.files, self.skipped = readable, tuple(line.partition(":")[0] for line in broken)
+        else:
             more = f"\n  and {len(broken) - 10} more" if len(broken) > 10 else ""
             raise FewstepError(
-                f"{folder}: {len(broken)} of {len(self.files)} images cannot be read: remove or replace\n  "
-                + "\n  ".join(broken[:10])
-                + more
+                f"{folder}: {len(broken)} of {len(self.files)} images cannot be read: remove or replace "
+                f"them, or allow some with --skip-bad\n  " + "\n  ".join(broken[:10]) + more
             )
 
     def __len__(self) -> int:
         return len(self.files)
 
     def batches(self, size: int) -> Iterator[Tensor]:
+        yield from self.read(self.files, size)
+
+    @staticmethod
+    def read(files: list[Path], size: int) -> Iterator[Tensor]:
+        """The images of some files, in batches of one size."""
         batch: list[np.ndarray] = []
-        for file in self.files:
+        for file in files:
             image = read_image(file)
             if batch and (len(batch) == size or image.shape != batch[0].shape):
                 yield torch.from_numpy(np.stack(batch))
                 batch = []
             batch.append(image)
-        yield torch.from_numpy(np.stack(batch))
+        if batch:
+            yield torch.from_numpy(np.stack(batch))
 
     @cached_property
     def sha256(self) -> str:
@@ -182,6 +202,29 @@ class FolderImages(ImageSource):
         return digest.hexdigest()
 
 
+class ShardImages(ImageSource):
+    """One process's part of another source: whole blocks in turn, so that batches are those of a single process."""
+
+    def __init__(self, source: ImageSource, rank: int, world: int):
+        self.name, self.source = source.name, source
+        self.sizes, self.skipped = source.sizes, source.skipped
+        self.mine = torch.arange(len(source)) // BLOCK % world == rank  # (N,)
+
+    def __len__(self) -> int:
+        return int(self.mine.sum())
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        if isinstance(self.source, FolderImages):  # files of others are not opened
+            yield from self.source.read([f for f, mine in zip(self.source.files, self.mine) if mine], size)
+            return
+        done = 0
+        for batch in self.source.batches(size):
+            part = batch[self.mine[done : done + len(batch)]]
+            done += len(batch)
+            if len(part):
+                yield part
+
+
 class FirstImages(ImageSource):
     """The first n images of another source."""
 
@@ -189,7 +232,7 @@ class FirstImages(ImageSource):
         if not 0 < n <= len(source):
             raise FewstepError(f"{source.name} has {len(source)} images, but {n} are asked for")
         self.name, self.source, self.n = source.name, source, n
-        self.sizes = source.sizes
+        self.sizes, self.skipped = source.sizes, source.skipped
 
     def __len__(self) -> int:
         return self.n
@@ -220,6 +263,18 @@ def read_image(path: Path) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
+def _check_names(folder: Path, files: list[Path]) -> None:
+    """Refuses two files of one name, such as a.png beside a.jpg: captions would shift by one."""
+    seen: dict[str, Path] = {}
+    twice = [(seen[f.stem], f) for f in files if f.stem in seen or seen.setdefault(f.stem, f) is not f]
+    if twice:
+        first, second = twice[0]
+        raise FewstepError(
+            f"{folder}: {len(twice)} names occur more than once, such as {first.name} and {second.name}: expected "
+            "one image of a name; remove the others"
+        )
+
+
 def check_file(path: Path) -> tuple[int, int]:
     """Height and width as stored; raises what Pillow raises on a file that cannot be decoded."""
     with Image.open(path) as image:
@@ -230,6 +285,15 @@ def check_file(path: Path) -> tuple[int, int]:
             image.draft("RGB", (1, 1))  # lets JPEG decode at an eighth of the size
             image.load()
     return height, width
+
+
+def _check_members(path: Path, names: list[str]) -> None:
+    """Nothing is ever extracted, but a file with such names was made to do harm."""
+    for name in names:
+        if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name:
+            raise FewstepError(
+                f"{path}: the member {name!r} leaves the archive: expected plain names; not read"
+            )
 
 
 def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:

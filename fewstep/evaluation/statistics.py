@@ -44,8 +44,16 @@ class Moments:
         deviation = x - x.mean(0)
         return cls(len(x), x.mean(0), deviation.T @ deviation)
 
+    @classmethod
+    def none(cls, dim: int) -> "Moments":
+        """Moments of no images."""
+        zero = torch.zeros(dim, dtype=torch.float64)
+        return cls(0, zero, torch.outer(zero, zero))
+
     def __add__(self, other: "Moments") -> "Moments":
         """Moments of both sets of images together."""
+        if not self.n or not other.n:
+            return self if self.n else other
         n, delta = self.n + other.n, other.mean - self.mean
         scatter = self.scatter + other.scatter + torch.outer(delta, delta) * (self.n * other.n / n)
         return Moments(n, self.mean + delta * (other.n / n), scatter)

@@ -1,0 +1,165 @@
+"""Everything that can be wrong with the images: one message, an exit code, before the network runs."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.evaluation import cli, images
+from fewstep.evaluation.features import stream_moments
+from fewstep.evaluation.images import open_images
+from fewstep.evaluation.statistics import Statistics
+
+CALLS = []
+
+
+def pool_function(pixels):
+    CALLS.append(len(pixels))
+    x = pixels.permute(0, 3, 1, 2).float() / 255
+    return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+
+def nan_function(pixels):
+    return pixels.flatten(1).float()[:, :3] * float("nan")
+
+
+@pytest.fixture
+def sets(tmp_path, pictures):
+    """Two good folders of 20 images of 16 x 16."""
+    for name, part in (("real", pictures[:20]), ("fake", pictures[20:40])):
+        (tmp_path / name).mkdir()
+        for i, picture in enumerate(part):
+            Image.fromarray(picture).save(tmp_path / name / f"{i:03d}.png")
+    return tmp_path
+
+
+def fid(sets, *words, extractor="pool_function", real="real", fake="fake"):
+    CALLS.clear()
+    arguments = ["eval", "fid", sets / real, sets / fake, "--extractor", f"{__name__}:{extractor}", *words]
+    return cli.main([str(word) for word in arguments])
+
+
+def probes():
+    """The extractor is asked once for its dimension, with two images; anything more was expensive work."""
+    return [n for n in CALLS if n != 2]
+
+
+def empty(sets):
+    for file in (sets / "fake").iterdir():
+        file.unlink()
+
+
+def corrupt(sets):
+    (sets / "fake" / "003.png").write_bytes(b"not an image")
+
+
+def mixed(sets):
+    Image.new("RGB", (20, 20)).save(sets / "fake" / "003.png")
+    (sets / "p.yaml").write_text("{about: a, samples: null, reference: r, image_size: 16}")
+
+
+def twice(sets):
+    Image.new("RGB", (16, 16)).save(sets / "fake" / "003.jpg")
+
+
+def other_statistics(sets):
+    origin = {"extractor": "inception-2015", "weights_sha256": "0", "resize": "r"}
+    Statistics.from_features(torch.randn(50, 12), origin).save(sets / "fake.npz")
+
+
+def leaving(sets):
+    with zipfile.ZipFile(sets / "fake.npz", "w") as archive:
+        archive.writestr("../../evil.npy", b"x")
+        archive.writestr("images.npy", b"x")
+
+
+@pytest.mark.parametrize(
+    "spoil, words, options, messages",
+    [
+        (empty, (), {}, ["has no images", ".png"]),
+        (corrupt, (), {}, ["1 of 20 images cannot be read", "003.png", "--skip-bad"]),
+        (mixed, ("--protocol", "{folder}/p.yaml"), {}, ["has images of 20 x 20", "16 x 16"]),
+        (twice, (), {}, ["003.jpg and 003.png", "one image of a name"]),
+        (None, (), {"fake": "real"}, ["REAL and FAKE are both"]),
+        (None, (), {"fake": "../" + "{name}" + "/real"}, ["REAL and FAKE are both"]),
+        (None, ("--num", "21"), {}, ["20 images", "21 are asked for"]),
+        (
+            other_statistics,
+            (),
+            {"fake": "fake.npz"},
+            ["cannot be compared", "inception-2015", "pool_function"],
+        ),
+        (leaving, (), {"fake": "fake.npz"}, ["'../../evil.npy' leaves the archive"]),
+        (None, (), {"fake": "nowhere"}, ["does not exist"]),
+    ],
+)
+def test_bad_sets_end_with_two_before_the_network_runs(sets, capsys, spoil, words, options, messages):
+    if spoil:
+        spoil(sets)
+    options = {key: value.format(name=sets.name) for key, value in options.items()}
+    words = [word.format(folder=sets) for word in words]
+    assert fid(sets, *words, **options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and all(message in error for message in messages), error
+    assert not probes() or spoil is other_statistics
+
+
+def test_features_that_are_not_finite_end_with_three(sets, capsys):
+    assert fid(sets, extractor="nan_function") == 3
+    assert "not finite" in capsys.readouterr().err
+
+
+def test_some_corrupt_files_may_be_skipped_and_are_listed(sets, capsys):
+    corrupt(sets)
+    (sets / "fake" / "007.png").write_bytes(b"")
+    assert fid(sets, "--skip-bad", 1) == 2 and "2 of 20" in capsys.readouterr().err
+    assert fid(sets, "--skip-bad", 2, "--out", sets / "r.json") == 0
+    result = json.loads((sets / "r.json").read_text())
+    assert result["fake"]["n"] == 18 and any("003.png, 007.png" in warning for warning in result["warnings"])
+    words = ["eval", "stats", sets / "fake", "-o", sets / "s.npz", "--skip-bad", 2]
+    words += ["--extractor", f"{__name__}:pool_function"]
+    assert cli.main([str(word) for word in words]) == 0
+    assert "2 left out: 003.png, 007.png" in capsys.readouterr().out
+    assert Statistics.load(sets / "s.npz").meta["skipped"] == ["003.png", "007.png"]
+    for file in (sets / "fake").iterdir():
+        file.write_bytes(b"")
+    assert fid(sets, "--skip-bad", 100) == 2  # nothing would be left
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_shards_have_the_moments_of_the_whole(sets, pool, pictures, world, monkeypatch):
+    monkeypatch.setattr(images, "BLOCK", 7)
+    for source in (open_images(sets / "real"), open_images(pictures), open_images(pictures[:2])):
+        whole = stream_moments(source, pool)
+        parts = [source.shard(rank, world) for rank in range(world)]
+        assert sum(map(len, parts)) == len(source)
+        moments = [stream_moments(part, pool) for part in parts]
+        total = moments[0]
+        for part in moments[1:]:
+            total = total + part
+        assert total.n == whole.n
+        torch.testing.assert_close(total.mean, whole.mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(total.scatter, whole.scatter, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_statistics_of_one(sets, pictures):
+    """To 1e-9, under torchrun with gloo, from the command line, with a real network."""
+    for i in range(20, 150):
+        Image.fromarray(pictures[i % 120] // (1 + i // 120)).save(sets / "real" / f"{i:03d}.png")
+    words = ["fewstep", "eval", "stats", str(sets / "real"), "--extractor", "effnet-lite0@64", "-o"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = ["torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    launch += ["--rdzv_endpoint", "localhost:0", "-m"]
+    for name, prefix in (("one", []), ("two", launch)):
+        command = [sys.executable, "-m", *prefix, *words, str(sets / f"{name}.npz")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (Statistics.load(sets / f"{name}.npz") for name in ("one", "two"))
+    assert one.n == two.n == 150 and one.meta == two.meta
+    assert (one.mu - two.mu).abs().max() < 1e-9 and (one.sigma - two.sigma).abs().max() < 1e-9
