@@ -341,27 +341,27 @@ def stock_call(pipe, record: Mapping[str, Any], generators: list[torch.Generator
         generators: one per sample, on the CPU; where the noise is fixed they are used for the latents here.
     """
     call, experts = dict(record["call"]), record.get("experts")
-    if experts:
-        pipe.set_adapters(experts[0])
-    if record.get("noise") == "fixed":
-        states = [generator.get_state() for generator in generators]
-        latents = [torch.randn(1, *record["latent_shape"], generator=g) for g in generators]
-        call["latents"] = torch.cat(latents).to(pipe.device, pipe.unet.dtype)
-
-    def after(pipe, step, _time, kwargs):
-        if experts:
-            pipe.set_adapters(experts[(step + 1) % len(experts)])
-        if record.get("noise") == "fixed":
-            rewind()
-        return kwargs
+    states = [generator.get_state() for generator in generators]
+    again = record.get("noise") == "fixed" and bool(generators)  # every step adds the first noise again
 
     def rewind() -> None:
         for generator, state in zip(generators, states):
             generator.set_state(state)
 
-    if record.get("noise") == "fixed":
+    def after(pipe, step, _time, kwargs):
+        if experts:
+            pipe.set_adapters(experts[(step + 1) % len(experts)])
+        if again:
+            rewind()
+        return kwargs
+
+    if experts:
+        pipe.set_adapters(experts[0])
+    if again:
+        latents = [torch.randn(1, *record["latent_shape"], generator=g) for g in generators]
+        call["latents"] = torch.cat(latents).to(pipe.device, pipe.unet.dtype)
         rewind()
-    if experts or record.get("noise") == "fixed":
+    if experts or again:
         call["callback_on_step_end"] = after
     return call
 

@@ -146,7 +146,7 @@ class Recipe:
         return self.roles.get(name) or self.roles.get(family) or RoleConfig()
 
 
-_FORBID = ConfigDict(extra="forbid")
+_FORBID = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # --output 2026 is a name
 for _cls in (
     TeacherConfig,
     DataConfig,

@@ -37,13 +37,16 @@ def tiny(recipe_name: str, teacher: Path, folder: Path, *words: str):
         *("--teacher", str(teacher), "--prompts", str(prompts), "--images", str(images)),
         *("--output", str(folder / "run"), "--teacher.dtype", "float32", "--teacher.autocast", "null"),
         *("--teacher.resolution", "null", "--student.rank", "4", "--critic.rank", "4", "--train.steps", "4"),
-        *("--train.batch_size", "2", "--train.accumulate", "1", "--method.critic_steps", "2"),
+        *("--train.batch_size", "2", "--train.accumulate", "1"),
         *("--samples.count", "2", "--samples.teacher_steps", "2", "--train.sample_every", "2"),
         *("--train.checkpoint_every", "2", "--train.log_every", "1", "--student.warmup", "0"),
         *("--export.dtype", "float32", "--student.lr", "1e-3", "--samples.columns", "2"),
         *words,
     )
-    return recipes.override(load_recipe(recipe_name), words)
+    recipe = load_recipe(recipe_name)
+    if hasattr(recipe.method, "critic_steps"):
+        words = ("--method.critic_steps", "2", *words)
+    return recipes.override(recipe, words)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +118,46 @@ def test_stock_diffusers_samples_the_student_without_fewstep(sdxl_run, tiny_sdxl
                                ["red apple", "a cat"])  # fmt: skip
     assert (latents - own).abs().max() < 1e-4
     assert (own - untrained).abs().max() > 1e-3  # otherwise the comparison would prove nothing
+
+
+@pytest.mark.parametrize(
+    "name, words, parts",
+    [
+        ("sdxl_phased_dmd_4step", (), ("DDIMScheduler", "student_2", "set_adapters")),
+        ("sdxl_sid_4step", ("--method.noise", "ddim", "--method.start", "999"), ("DDIMScheduler",)),
+        ("sdxl_sid_4step", ("--method.noise", "fixed", "--method.start", "999"), ("manual_seed", "again")),
+    ],
+)
+def test_experts_and_other_noise_are_verified_and_their_snippet_runs_in_stock_diffusers(
+    name, words, parts, tiny_sdxl, tmp_path
+):
+    folder = execute(tiny(name, tiny_sdxl, tmp_path, *words)) / "export"
+    card = (folder / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    assert all(part in code for part in parts)
+    script = tmp_path / "use.py"
+    refuse = STOCK.split("import torch")[0]
+    script.write_text(refuse + code)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, cwd=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "image.png").is_file()
+    # Another order of experts, or fresh noise, is another sample: verification would see it.
+    from fewstep.export import ExportError, verify
+
+    record = json.loads((folder / "fewstep.json").read_text())
+    wrong = {**record, "noise": "fresh", "scheduler": "LCMScheduler"}
+    if "experts" in record:
+        wrong = {**record, "experts": record["experts"][::-1]}
+    elif record["noise"] == "ddim":
+        return
+    teacher = load_teacher(str(tiny_sdxl))
+    pipe, _ = load_exported(folder)
+    prompts = PROMPTS[:2]
+    own = stock_sample(pipe, record, teacher, prompts)
+    (folder / "fewstep.json").write_text(json.dumps(wrong))
+    with pytest.raises(ExportError):
+        verify(folder, own, teacher, prompts, 1e-4, "float32")
 
 
 def test_fused_weights_equal_unfused_and_kohya_keys_mean_the_same(sdxl_run, tiny_sdxl, tmp_path):
