@@ -146,7 +146,7 @@ class Recipe:
         return self.roles.get(name) or self.roles.get(family) or RoleConfig()
 
 
-_FORBID = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # --output 2026 is a name
+_FORBID = ConfigDict(extra="forbid")
 for _cls in (
     TeacherConfig,
     DataConfig,
@@ -296,7 +296,8 @@ def override(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
             name = SHORT.get(name, name)
         elif head in ("student", "critic", "discriminator"):
             name = f"roles.{head}.{rest}"
-        _set(plain, name.split("."), _parse(value), name)
+        # A folder may be called 2026.
+        _set(plain, name.split("."), value if name == "output" else _parse(value), name)
     return from_dict(plain)
 
 

@@ -190,3 +190,7 @@ def test_digest_ignores_the_output_folder_and_nothing_else():
     assert recipes.digest(dataclasses.replace(recipe, output="elsewhere")) == digest
     for words in (["--train.seed", "1"], ["--student.lr", "1e-3"], ["--method.guidance_scale", "2"]):
         assert recipes.digest(recipes.override(recipe, words)) != digest
+
+
+def test_an_output_folder_may_be_a_number():
+    assert recipes.override(load_recipe("emoji_dmd2_1step"), ["--output", "2026"]).output == "2026"

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,15 +100,37 @@ def _asked(recipe, prompts: list[str], images: CaptionedImages | None) -> Asked:
 def results_table(result: dict[str, Any]) -> str:
     """The rows of ``eval.json`` as Markdown: numbers with their standard errors, best viewed beside the grids."""
     rows = result["rows"]
-    labels = [k for k in rows[0] if isinstance(rows[0][k], float) and not k.endswith("±")] if rows else []
+    numbers = (k for row in rows for k, v in row.items() if isinstance(v, float) and not k.endswith("±"))
+    labels = list(dict.fromkeys(numbers))
 
     def cell(row: dict[str, Any], label: str) -> str:
+        if label not in row:
+            return ""
         error = row.get(f"{label} ±")
         digits = ".3g" if label == "seconds per image" else ".0f" if row[label] >= 100 else ".3f"
         return f"{row[label]:{digits}}" + (f" ± {error:.2g}" if error else "")
 
     body = [(row["name"], row["nfe"], *(cell(row, label) for label in labels)) for row in rows]
     return table(("", "network calls", *labels), body)
+
+
+def gallery(results: Mapping[str, dict[str, Any]]) -> str:
+    """One Markdown table of several result files: references once, floors once, then every student by its file.
+
+    Args:
+        results: name of the file -> content; all with the same prompts, images and extractor.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for result in results.values():
+        rows |= {row["name"]: row for row in result["rows"] if row["kind"] != "student"}
+    for name, result in results.items():
+        for row in (row for row in result["rows"] if row["kind"] == "student"):
+            rows[name] = {**row, "name": f"`{name}`", "distilled in s": float(result["seconds"])}
+    rank = {"reference": 0, "teacher": 1, "floor": 2, "student": 3}
+    ordered = sorted(rows.values(), key=lambda row: (rank[row["kind"]], row["nfe"], row["name"]))
+    return results_table(
+        {"rows": [{k: v for k, v in row.items() if k != "seconds per image"} for row in ordered]}
+    )
 
 
 def _rows(recipe, folder, teacher, images, asked: Asked) -> Iterator[tuple[str, str, int, Callable]]:
