@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fewstep.evaluation.cli_sampling import add_sampling, process
+from fewstep.evaluation.cli_sampling import add_sampling, device, process
 
 EMOJI = "builtin:emoji"
 IMAGES = "folder, npz of images, statistics file, or builtin:emoji"
@@ -87,6 +87,8 @@ def add_parser(subparsers: Any) -> None:
         added.add_argument("--weights", metavar="FILE", help="weights of inception-2015")
     for added in (fid, stats, scores):
         added.add_argument("--protocol", metavar="NAME", help="see `fewstep eval protocols`")
+    for added in (fid, stats, scores):
+        added.add_argument("--device", help="of the network (default: cuda if there is one)")
     for added in (fid, stats):
         added.add_argument(
             "--skip-bad",
@@ -146,6 +148,7 @@ def _fid(args: argparse.Namespace) -> int:
         protocol=protocol,
         weights=args.weights,
         declared=args.declared,
+        device=device(args.device),
     )
     return _finish(result, args.out)
 
@@ -158,10 +161,11 @@ def _stats(args: argparse.Namespace) -> int:
     from fewstep.evaluation.images import ImageSource
     from fewstep.evaluation.statistics import Statistics
 
+    on = device(args.device)
     if args.protocol:
-        extractor = protocols.load(args.protocol).get_extractor(args.extractor, weights=args.weights)
+        extractor = protocols.load(args.protocol).get_extractor(args.extractor, on, args.weights)
     else:
-        extractor = get_extractor(args.extractor or DEFAULT, weights=args.weights)
+        extractor = get_extractor(args.extractor or DEFAULT, on, args.weights)
     source = _open(args.images, args.skip_bad)
     if not isinstance(source, ImageSource):
         raise FewstepError(f"{args.images} holds statistics already, expected images")
@@ -241,6 +245,7 @@ def _scores(args: argparse.Namespace) -> int:
         extractor="effnet-lite0",  # which scores do not need
         captions=prompts.of_images(len(fake), args.per_prompt),
         scorers=args.scorer,
+        device=device(args.device),
     )
     return _finish({**result, "warnings": []}, args.out)
 

@@ -39,7 +39,7 @@ def read_prompts(path: str | Path) -> Prompts:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().split("\n")
+        lines = path.read_text(encoding="utf-8").rstrip("\r\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise FewstepError(
             f"{path} cannot be read ({error}): expected a UTF-8 file, one prompt a line"

@@ -220,6 +220,27 @@ def test_bad_requests_come_before_the_pipeline_is_loaded(tmp_path, capsys):
     assert "no/such/pipeline" in run("--steps", 4, *prompts)
 
 
+def test_published_few_step_weights_are_called_at_their_times(model):
+    """DMD2's: one step at 999, four at 999 ... 249, SDXL's single step at 399; no blending with the noise."""
+    for steps, timesteps, expected in [
+        (1, None, [999]),
+        (4, (999, 749, 499, 249), [999, 749, 499, 249]),  # LCM's own would be 999, 759, 499, 259
+        (1, (399,), [399]),
+    ]:
+        call = model.prepare(steps, "lcm", 0.0, timesteps)
+        assert call.pop("guidance_scale") == 0.0
+        scheduler = model.pipe.scheduler
+        scheduler.set_timesteps(**call)
+        assert scheduler.timesteps.tolist() == expected
+        x, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        alpha = scheduler.alphas_cumprod[expected[-1]]
+        scheduler._step_index = len(expected) - 1
+        x0 = scheduler.step(noise, scheduler.timesteps[-1], x).prev_sample
+        torch.testing.assert_close(x0, (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5, rtol=1e-4, atol=1e-4)
+    with pytest.raises(FewstepError, match="--timesteps has 2 times for --steps 1"):
+        Job(1, timesteps=(999, 499))
+
+
 def test_solvers_that_cannot_be(model):
     with pytest.raises(FewstepError, match="--solver heun: expected one of own, lcm"):
         model.prepare(2, "heun")
