@@ -766,13 +766,15 @@ def test_the_adversarial_mix_by_hand(sdxl, lean, monkeypatch):
     spy = lambda *a, **k: weights.append(weigh(*a, **k)) or weights[-1]  # noqa: E731
     monkeypatch.setattr(objectives, "identity_weight", spy)
     trainer = adversarial(sdxl, lean=lean)
+    perturb(trainer)
     method = trainer.method
     for role in trainer.roles.values():
         role.requires_grad_(role.name == "student")
     plain = method.generator_loss(trainer.data.batch(0, 0), Progress(2, per_iteration=2))["sid"].detach()
     logits = []
-    method.logits = lambda x_t, t, c, inner=method.logits: logits.append(20 * inner(x_t, t, c)) or logits[-1]
+    method.logits = lambda x_t, t, c, inner=method.logits: logits.append(200 * inner(x_t, t, c)) or logits[-1]
     mixed = method.generator_loss(trainer.data.batch(0, 0), Progress(4, per_iteration=2))["sid"]
+    assert plain.abs() > 1e-4 and logits[0].min() < -10  # both terms and the clamp are there to be seen
     fooled = torch.nn.functional.softplus(-logits[0].detach().clamp(-10, 10)).mean(1)
     assert logits[0].shape == (2, 64)  # the map of the middle block, 8 x 8
     expected = 0.5 * plain + 0.5 * 1e-3 * (fooled * weights[-1]).mean()
