@@ -362,7 +362,7 @@ def _film(folder: Path) -> str:
     )
 
 
-# What is normal, for every curve of the health section; the README of the methods says it at length.
+# What is normal, for every curve of the health section.
 NORMAL = {
     "critic_lag": "0 where the critic knows the student; within ±0.5 while training. Drifting off: raise critic_steps "
     "or the critic's lr, or lower the student's",

@@ -43,6 +43,8 @@ class DMD2(Method):
             time_range: of the score difference, as fractions of the schedule; the critic uses all of it.
             critic_loss: kind of prediction whose squared error the critic minimises; "native" is the network's own.
             gan_weight: of the student's adversarial term (SDXL 5e-3, ImageNet 3e-3, SD1.5 1e-3); 0 is data-free.
+            gan_time_range: noise on what the discriminator sees, as fractions of the schedule (published: all of it). A
+                small teacher gives nothing away behind much noise; a lower end tells real from fake much sooner.
             discriminator_weight: of the discriminator's loss beside the critic's (1e-2).
             taps: blocks whose features the discriminator sees.
             discriminator_on: "critic" as published; "teacher" is NVlabs FastGen's variant.
@@ -61,6 +63,7 @@ class DMD2(Method):
         time_range: tuple[float, float] = (0.02, 0.98)
         critic_loss: Literal["native", "x0", "eps", "v", "flow"] = "native"
         gan_weight: float = 5e-3
+        gan_time_range: tuple[float, float] = (0.0, 1.0)
         discriminator_weight: float = 1e-2
         taps: list[str] = field(default_factory=lambda: ["mid_block"])
         discriminator_on: Literal["critic", "teacher"] = "critic"
@@ -68,9 +71,10 @@ class DMD2(Method):
         student_input: Literal["rollout", "real"] = "rollout"
 
         def __post_init__(self):
-            low, high = self.time_range
-            if not 0 <= low < high <= 1:
-                raise RecipeError(f"method.time_range: {self.time_range}: expected 0 <= low < high <= 1")
+            for name in ("time_range", "gan_time_range"):
+                low, high = getattr(self, name)
+                if not 0 <= low < high <= 1:
+                    raise RecipeError(f"method.{name}: {(low, high)}: expected 0 <= low < high <= 1")
             if self.critic_steps < 1:
                 raise RecipeError(f"method.critic_steps: {self.critic_steps}: expected at least 1")
             if self.critic_steps == 1 and not self.critic_on_student_turn:
@@ -124,7 +128,7 @@ class DMD2(Method):
         batch.carry["x0"] = x0.detach()
         losses = {"dm": self.matching(x0, cond, batch)}
         if self.discriminator:
-            x_t, t = self.noised(x0, batch)
+            x_t, t = self.noised(x0, batch, *self.config.gan_time_range)
             logits = self.discriminator.logits(self.judge, x_t, t, cond)
             losses["gan"] = self.config.gan_weight * objectives.gan_generator(logits)
         return losses
@@ -155,7 +159,7 @@ class DMD2(Method):
 
     def discrimination(self, fake: Tensor, cond: Cond, batch: Batch) -> Tensor:
         """Real and fake, noised independently, each with its own condition, in one forward."""
-        both, t = self.noised(torch.cat([batch.real, fake]), batch)
+        both, t = self.noised(torch.cat([batch.real, fake]), batch, *self.config.gan_time_range)
         logits = self.discriminator.logits(self.judge, both, t, Cond.cat(batch.real_cond, cond))
         return objectives.gan_discriminator(*logits.chunk(2))
 
@@ -175,7 +179,7 @@ class DMD2(Method):
         first = (steps == 0).view(-1, *[1] * (noise.ndim - 1))
         return self.student.denoiser.x0(torch.where(first, noise, noisy), t, cond), cond
 
-    def noised(self, x0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """x0 at times drawn from the whole schedule, per sample."""
-        t = self.critic.schedule.draw_times(batch.rng.uniform(len(x0)))
+    def noised(self, x0: Tensor, batch: Batch, low: float = 0.0, high: float = 1.0) -> tuple[Tensor, Tensor]:
+        """x0 at times drawn from a part of the schedule, by default all of it, per sample."""
+        t = self.critic.schedule.draw_times(batch.rng.uniform(len(x0)), low, high)
         return self.critic.schedule.add_noise(x0, batch.rng.normal_like(x0), t), t
