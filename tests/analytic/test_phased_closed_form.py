@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from toys import NONE, SD, Mlp, distance, fit, toy
 from torch import nn
+from toys import NONE, SD, Mlp, distance, fit, toy
 
 from fewstep import objectives
 from fewstep.denoiser import NetDenoiser
