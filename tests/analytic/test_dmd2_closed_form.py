@@ -10,6 +10,7 @@ from toys import BATCH, NONE, SD, Mlp, Rows, distance, fit, view
 from fewstep import objectives
 from fewstep.data import Batches
 from fewstep.distributed import Process
+from fewstep.errors import RecipeError
 from fewstep.methods import Progress
 from fewstep.methods.dmd2 import DMD2
 from fewstep.recipe import DataConfig, Recipe, TeacherConfig
@@ -190,7 +191,7 @@ def test_real_and_fake_meet_the_discriminator_with_their_own_conditions(ring, fi
         return torch.where(cond["id"] >= 5000, 100.0, -100.0)[:, None]
 
     method.discriminator.logits = logits
-    method.noised = lambda x0, batch: (x0, torch.zeros(len(x0)))
+    method.noised = lambda x0, batch, *_range: (x0, torch.zeros(len(x0)))
     losses = method.critic_loss(batch, Progress())
     x, _, ids = seen[0]
     assert torch.equal(ids, torch.cat([batch.real_cond["id"], batch.cond["id"]]))
@@ -296,3 +297,17 @@ def test_the_adversarial_gradient_reaches_the_student(sdxl):
     for term in ("dm", "gan"):
         grads = torch.autograd.grad(losses[term], up, retain_graph=True)
         assert all(g.isfinite().all() for g in grads) and sum(g.abs().sum() for g in grads) > 0
+
+
+def test_the_discriminator_may_be_shown_the_less_noisy_part_only(ring, fitted):
+    real = ring.sample(64, Rng(1))
+    options = {"gan_weight": 1e-3, "taps": ["layers.0"], "gan_time_range": (0.0, 0.3)}
+    trainer = toy(ring, fitted, batch_size=64, real=real, **options)
+    method, seen, inner = trainer.method, [], trainer.method.discriminator.logits
+    method.discriminator.logits = lambda judge, x_t, t, cond: seen.append(t) or inner(judge, x_t, t, cond)
+    batch = trainer.data.batch(0, 0)
+    method.generator_loss(batch, Progress())
+    method.critic_loss(batch, Progress())
+    assert len(seen) == 2 and all(200 < t.max() <= 300 for t in seen)
+    with pytest.raises(RecipeError, match=r"method\.gan_time_range"):
+        DMD2.Config(gan_time_range=(0.5, 0.2))
