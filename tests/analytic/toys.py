@@ -125,7 +125,9 @@ def toy(
     }
     dim = net.dim
     views = {n: view(r.module, teacher.schedule, prediction) for n, r in roles.items()}
-    method = method(config, teacher, (dim,), **views)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # heads start equal, as in a real run
+        method = method(config, teacher, (dim,), **views)
     for name, head in method.heads().items():
         roles[name] = Role(name, head, RoleConfig(kind="full"))
     conditions = Rows(1000, id=torch.arange(1000)) if labels is None else Rows(len(labels), label=labels)
