@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fewstep.cli import recipe_files
 from fewstep.evaluation.students import gallery
 
 ROOT = Path(__file__).parent.parent
@@ -35,3 +36,10 @@ def test_every_link_of_the_readme_leads_somewhere():
 
 def test_nothing_is_left_to_fill_in():
     assert "@" not in README.replace("effnet-lite0@96", "")
+
+
+def test_the_gallery_lists_every_recipe_and_links_every_result():
+    listed = (ROOT / "recipes" / "README.md").read_text()
+    missing = [name for name in recipe_files() if f"| `{name}` |" not in listed]
+    unlinked = [path.stem for path in RESULTS if f"eval/results/{path.name}" not in listed]
+    assert not missing and not unlinked
