@@ -303,7 +303,8 @@ def _tiles(run: dict, rows: list[dict], records: list[dict]) -> str:
     if seconds is not None:
         tiles.append(("training time", _duration(seconds), "" if steps is None else f"{_text(steps)} steps"))
     parameters = run.get("parameters")
-    if isinstance(parameters, dict) and (count := _finite(parameters.get("student"))):
+    parts = parameters.items() if isinstance(parameters, dict) else ()
+    if count := sum(_finite(n) or 0 for name, n in parts if str(name).startswith("student")):
         tiles.append(("trained parameters", _short(count), "in the student"))
     tile = "<div><dt>{}</dt><dd>{}</dd><small>{}</small></div>"
     cells = "".join(tile.format(*map(escape, texts)) for texts in tiles)
@@ -322,10 +323,14 @@ def _table(rows: list[dict]) -> str:
         cells = ""
         for key in columns:
             wins = row["kind"] != "reference" and best.get(key) is not None and row.get(key) == best[key]
-            cells += f"<td{' class=best' * wins}>{escape(_text(row.get(key)) or '–')}</td>"
+            cells += f"<td{' class=best' * wins}>{escape(_value(row, key) or '–')}</td>"
         lines += f'<tr class="{row["kind"]}"><th>{escape(_text(row.get("name")))}</th>{cells}</tr>'
     arrow = {-1: " ↓", 0: "", 1: " ↑"}
-    head = "".join(f"<th>{escape(key)}{arrow[_direction(key)]}</th>" for key in columns)
+    head = ""
+    for key in columns:
+        name, _, space = key.partition("(")
+        below = f"<br><small>{escape(space.rstrip(')'))}</small>" if space else ""
+        head += f"<th>{escape(name)}{arrow[_direction(key)]}{below}</th>"
     return f'<div class="scroll"><table><tr><th></th>{head}</tr>{lines}</table></div>' if rows else ""
 
 
@@ -521,7 +526,14 @@ def _kind(row: dict) -> str:
 
 
 def _columns(rows: list[dict]) -> list[str]:
-    return [k for k in dict.fromkeys(k for row in rows for k in row) if k not in ("name", "kind", "grid")]
+    """Columns of the table; a standard error stands beside its value, not in a column of its own."""
+    keys = dict.fromkeys(k for row in rows for k in row)
+    return [k for k in keys if k not in ("name", "kind", "grid") and not k.endswith("±")]
+
+
+def _value(row: dict, key: str) -> str:
+    error = _finite(row.get(f"{key} ±"))
+    return _text(row.get(key)) + (f" ± {error:.2g}" if error else "")
 
 
 def _direction(metric: str) -> int:
