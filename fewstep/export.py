@@ -6,7 +6,8 @@
     README.md                          model card with a snippet that runs as it stands
     kohya/fewstep.safetensors          on request: keys of ComfyUI and A1111
 
-A fully trained student is a whole pipeline under ``pipeline/`` instead of the LoRA file.
+A fully trained student is a whole pipeline under ``pipeline/`` instead of the LoRA file. Several students, each for
+a part of the prompts, are a folder ``part_k/`` of this kind each, and a router beside them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from . import __version__
 from .errors import FewstepError, RecipeError
 from .roles import RoleConfig
+from .router import RoutedPipeline, RoutedStudent, Router
 from .student import Student, uniform_times
 from .teachers import hushed, load_pipeline
 from .teachers.base import Teacher
@@ -185,12 +187,41 @@ def export_student(
     return folder
 
 
-def check_exportable(student: Student, role: RoleConfig, teacher_scheduler) -> None:
+def export_routed(
+    folder: Path,
+    teacher: Teacher,
+    student: RoutedStudent,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    configs: Mapping[str, RoleConfig],
+    **options: Any,
+) -> Path:
+    """Writes ``part_k/``, each an export of one student, and the router with a model card of the whole.
+
+    Args:
+        weights, configs: trained tensors and how they were trained, by role. options: as of :func:`export_student`.
+    """
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    names = [f"part_{k + 1}" for k in range(len(student.students))]
+    for name, role, one in zip(names, student.roles, student.students):
+        export_student(part / name, teacher, one, {role: weights[role]}, configs[role], **options)
+    shutil.copytree(part / names[0] / "scheduler", part / "scheduler")
+    student.router.save(part)
+    record = json.loads((part / names[0] / "fewstep.json").read_text())
+    record |= {"parts": names, "routed_on": student.router.feature}
+    (part / "fewstep.json").write_text(json.dumps(record, indent=1))
+    (part / "README.md").write_text(model_card(record))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+    return folder
+
+
+def check_exportable(student: Student | RoutedStudent, role: RoleConfig, teacher_scheduler) -> None:
     """Refuses, before training, what no stock pipeline could sample."""
     student_scheduler(teacher_scheduler, student.times, student.noise)
     if len(set(student.roles)) > 1 and role.kind != "lora":
         raise RecipeError(
-            f"roles.student.kind: {role.kind}: experts share one pipeline as LoRAs that are switched; use lora"
+            f"roles.student.kind: {role.kind}: several students share one pipeline as LoRAs that are switched; use lora"
         )
 
 
@@ -212,21 +243,42 @@ def _options(pipe) -> dict[str, Any]:
     return {name: pipe.config[name] for name in names if name in pipe.config}
 
 
+# Finds the adapter of a prompt in the tree of fewstep.router.Router; ENCODED is what it was fitted on.
+ROUTE = """
+with open({tree!r}) as file:
+    children = json.load(file)["children"]
+router = load_file({tensors!r})
+
+def route(prompt):
+    encoded = pipe.encode_prompt(
+        prompt, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    sides = router["directions"] @ {encoded}.double().cpu() > router["thresholds"]
+    node = 0
+    while node >= 0:  # to the half of the prompts on this side, and so on down to one part
+        node = children[node][int(sides[node])]
+    return {parts}[-node - 1]
+"""
+ENCODED = {"pooled": "encoded[2][0]", "embeds": "encoded[0][0].mean(0)"}
+
+
 def snippet(record: Mapping[str, Any], folder: str = ".") -> str:
     """Code that samples the student with stock diffusers, as it stands."""
     call = ", ".join(f"{name}={value!r}" for name, value in record["call"].items())
     builtin = str(record["teacher"]).startswith("builtin:")
     teacher = "resolve(" + repr(record["teacher"]) + ")" if builtin else repr(record["teacher"])
-    scheduler, experts = record["scheduler"], record.get("experts")
+    scheduler, experts, parts = record["scheduler"], record.get("experts"), record.get("parts")
     lora, fixed = record["kind"] == "lora", record["noise"] == "fixed"
-    lines = ["import torch"] if fixed else []
+    lines = ["import torch"] if fixed else ["import json", ""] if parts else []
     lines += [f"from diffusers import DiffusionPipeline{f', {scheduler}' if lora else ''}"]
     if builtin and lora:
         lines.append("from fewstep.teachers import resolve  # only for the folder of the built-in teacher")
+    if parts:
+        lines.append("from safetensors.torch import load_file")
     lines.append("")
     if lora:
         lines.append(f"pipe = DiffusionPipeline.from_pretrained({teacher})")
-        for name in dict.fromkeys(experts or [""]):
+        for name in dict.fromkeys(parts or experts or [""]):
             where = os.path.join(folder, name) if name else folder
             adapter = f", adapter_name={name!r}" if name else ""
             lines.append(f"pipe.load_lora_weights({where!r}, weight_name={LORA_FILE!r}{adapter})")
@@ -255,8 +307,17 @@ def snippet(record: Mapping[str, Any], folder: str = ".") -> str:
             "",
         ]
         call += ", latents=noise, generator=generator, callback_on_step_end=again"
-    prompt = record.get("prompt", "a photo of a cat")
-    lines += [f"image = pipe({prompt!r}, {call}).images[0]", "image.save('image.png')"]
+    prompt = repr(record.get("prompt", "a photo of a cat"))
+    if parts:
+        files = {
+            "tree": os.path.join(folder, "router.json"),
+            "tensors": os.path.join(folder, "router.safetensors"),
+        }
+        encoded = ENCODED[record["routed_on"]]
+        lines += [ROUTE.format(**files, encoded=encoded, parts=parts), f"prompt = {prompt}"]
+        lines.append("pipe.set_adapters(route(prompt))")
+        prompt = "prompt"
+    lines += [f"image = pipe({prompt}, {call}).images[0]", "image.save('image.png')"]
     return "\n".join(lines)
 
 
@@ -264,6 +325,15 @@ def model_card(record: Mapping[str, Any]) -> str:
     """README.md with the front matter the hub reads."""
     steps = record["num_steps"]
     plural = "step" if steps == 1 else "steps"
+    several = (
+        [
+            f"It is {len(record['parts'])} students, each for a part of the prompts; the router, a tree of half-spaces "
+            "of the prompt's embedding, says whose a prompt is. Each folder `part_k` is an export of its own.",
+            "",
+        ]
+        if "parts" in record
+        else []
+    )
     front = [
         "---",
         f"base_model: {json.dumps(record['teacher'])}",
@@ -281,6 +351,7 @@ def model_card(record: Mapping[str, Any]) -> str:
             f"A {steps}-{plural} student of `{record['teacher']}`, distilled with {record['method']} by fewstep "
             f"{record['fewstep']} (recipe {record.get('recipe', 'unknown')}).",
             "",
+            *several,
             "Run in this folder:",
             "",
             "```python",
@@ -326,11 +397,13 @@ def load_exported(
         if upcast:
             pipe.to(torch.float32)
         if lora:
-            for name in dict.fromkeys(record.get("experts", [""])):
+            for name in dict.fromkeys(record.get("parts") or record.get("experts", [""])):
                 pipe.load_lora_weights(folder / name, weight_name=LORA_FILE, adapter_name=name or None)
             scheduler = getattr(diffusers, record["scheduler"])
             pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
     pipe.set_progress_bar_config(disable=True)
+    if "parts" in record:
+        pipe = RoutedPipeline(pipe, Router.load(folder), record["parts"])
     return pipe, record
 
 
@@ -367,7 +440,9 @@ def stock_call(pipe, record: Mapping[str, Any], generators: list[torch.Generator
 
 
 @torch.no_grad()
-def trainer_sample(student: Student, teacher: Teacher, prompts: list[str], seed: int = 0) -> Tensor:
+def trainer_sample(
+    student: Student | RoutedStudent, teacher: Teacher, prompts: list[str], seed: int = 0
+) -> Tensor:
     """Latents as the trainer samples them, in fp32; noise from one CPU generator.
 
     Training is over by then: the frozen weights are cast up in place, so that nothing but the export is compared.

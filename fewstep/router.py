@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,10 +128,8 @@ class Router:
     def load(cls, folder: Path) -> Router:
         from safetensors.torch import load_file
 
-        plain, tensors = (
-            json.loads((folder / "router.json").read_text()),
-            load_file(folder / "router.safetensors"),
-        )
+        plain = json.loads((folder / "router.json").read_text())
+        tensors = load_file(folder / "router.safetensors")
         router = cls(len(plain["sizes"]))
         router.feature, router.children, router.sizes = plain["feature"], plain["children"], plain["sizes"]
         router.directions, router.thresholds = tensors["directions"], tensors["thresholds"]
@@ -271,10 +270,12 @@ class RoutedPipeline:
             )
             for i, image in zip(rows, output.images):
                 images[i] = image
-        together = {Tensor: torch.stack}.get(type(images[0]))
-        if together is None and hasattr(images[0], "__array_interface__") and not hasattr(images[0], "mode"):
-            import numpy as np
-
-            together = np.stack
-        output.images = together(images) if together else images
+        output.images = _together(images)
         return output
+
+
+def _together(images: list[Any]) -> Any:
+    """Tensors and arrays stacked, pictures as a list."""
+    if isinstance(images[0], Tensor):
+        return torch.stack(images)
+    return np.stack(images) if isinstance(images[0], np.ndarray) else images

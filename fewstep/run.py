@@ -32,6 +32,7 @@ from .preview import Preview
 from .recipe import Recipe
 from .report import write_report
 from .roles import Role, averaged, build_role
+from .router import RoutedStudent
 from .teachers import load_teacher, pipeline_class_of
 from .teachers.base import Teacher
 from .trainer import Interrupted, Trainer
@@ -193,11 +194,13 @@ class Session:
             self.teacher.net.enable_gradient_checkpointing()
         self.roles, self.method = build(recipe, self.teacher, process)
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
-        export.check_exportable(self.method.student, self.experts[0].config, self.teacher.pipe.scheduler)
+        for role in self.experts:
+            export.check_exportable(self.method.student, role.config, self.teacher.pipe.scheduler)
         _check_space(self.folder, self.roles, recipe)
         if not process.main:
             process.barrier()  # the first rank encodes, the others find the cache
         conditions = encode_prompts(self.teacher, prompts, quiet=quiet)
+        to_verify = self.method.prepare(conditions)
         latents = captions = None
         if images is not None and "images" in recipe.method_class.needs(recipe.method):
             same = images.captions == prompts
@@ -212,7 +215,7 @@ class Session:
         if process.main:
             process.barrier()
         self.preview = Preview(recipe, self.teacher, self.method, self.experts, prompts, self.folder)
-        self.export_prompts = self.preview.prompts[:2]
+        self.export_prompts = [*self.preview.prompts[:2], *(prompts[i] for i in to_verify)]
         self.teacher.drop_encoders()
         data = Batches(
             conditions,
@@ -263,12 +266,13 @@ class Session:
         }
         if not self.process.main:
             return
-        folder = export.export_student(
+        routed = isinstance(self.method.student, RoutedStudent)
+        folder = (export.export_routed if routed else export.export_student)(
             self.folder / "export",
             self.teacher,
             self.method.student,
             weights,
-            experts[0].config,
+            {role.name: role.config for role in experts} if routed else experts[0].config,
             about=self._about(),
             dtype=recipe.export.dtype,
             kohya=recipe.export.kohya,

@@ -140,6 +140,16 @@ class Method:
     def phases(self) -> list[Phase]:
         raise NotImplementedError
 
+    def prepare(self, conditions: Any) -> list[int]:
+        """Called once before training, with the store of encoded prompts (``len``, ``rows(index)``).
+
+        A run that is resumed calls it again, so it may depend on the conditions only.
+
+        Returns:
+            Rows whose prompts the verification of the export should sample too, none by default.
+        """
+        return []
+
     @classmethod
     def networks_for(cls, config: Any) -> tuple[str, ...]:
         return cls.networks

@@ -131,6 +131,7 @@ def toy(
     for name, head in method.heads().items():
         roles[name] = Role(name, head, RoleConfig(kind="full"))
     conditions = Rows(1000, id=torch.arange(1000)) if labels is None else Rows(len(labels), label=labels)
+    method.prepare(conditions)
     data = Batches(
         conditions,
         (dim,),

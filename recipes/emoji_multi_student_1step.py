@@ -1,0 +1,51 @@
+"""One-step students of the built-in teacher with multi-student distillation: two LoRAs, each for half of the prompts.
+
+    python recipes/emoji_multi_student_1step.py                       (or: fewstep train emoji_multi_student_1step)
+
+Hardware: two CPU cores, 4 GB of memory. The options of ``emoji_dmd2_1step``, for two students of half a batch each.
+"""
+
+from fewstep.methods.multi_student import MultiStudent
+from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
+from fewstep.roles import RoleConfig
+from fewstep.trainer import TrainConfig
+
+recipe = Recipe(
+    output="runs/emoji_multi_student_1step",
+    teacher=TeacherConfig(
+        path="builtin:emoji-xl",
+        pipeline_class="StableDiffusionXLPipeline",
+        autocast="bfloat16",
+        attention="math",
+    ),
+    method=MultiStudent.Config(
+        parts=2,
+        start=799,
+        guidance_scale=2.0,
+        critic_steps=4,
+        gan_weight=5e-3,
+    ),
+    data=DataConfig(prompts="builtin:emoji", images="builtin:emoji"),
+    roles={
+        "student": RoleConfig(kind="lora", rank=64, alpha=64, lr=5e-4, warmup=50, decay=300, ema=0.98),
+        "critic": RoleConfig(kind="full", lr=3e-4, warmup=50),
+        "discriminator": RoleConfig(kind="full", lr=3e-4, warmup=50),
+    },
+    train=TrainConfig(steps=1000, batch_size=24, log_every=10, sample_every=250, checkpoint_every=500),
+    samples=SampleConfig(count=24, teacher_steps=50, columns=12, scale=2),
+    evaluation=EvalConfig(
+        num=500,
+        prompts="builtin:emoji-groups",
+        named=500,
+        floor_steps=[1],
+        floor_solvers=["ddim", "dpm++", "unipc"],
+        teacher_steps=50,
+        teacher_guidance=2.0,
+        extractor="effnet-lite0@96",
+    ),
+)
+
+if __name__ == "__main__":
+    from fewstep import run
+
+    run(recipe)
