@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_distributed import state, torchrun
 from test_end_to_end import PROMPTS, STOCK, stock_latents, tiny
 
 from fewstep import recipe as recipes
@@ -176,6 +177,24 @@ def test_a_run_resumes_exactly_with_the_same_router(run, tiny_sdxl, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     a, b = (load_file(f / "export" / "router.safetensors") for f in (straight, broken))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains_with_accumulation(tiny_sdxl, tmp_path):
+    """Two rows each, so that a part has none on one process now and then."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    words = (*WORDS, "--student.ema", "0.5", "--train.accumulate", "2")
+    one = execute(tiny("emoji_multi_student_1step", tiny_sdxl, tmp_path / "one", *words))
+    words = (*words, "--train.accumulate", "1", "--train.shard", "2", "--train.device", "cpu")
+    torchrun(tiny("emoji_multi_student_1step", tiny_sdxl, tmp_path / "two", *words), tmp_path)
+    first, second = state(one), state(tmp_path / "two" / "run")
+    assert first.keys() == second.keys()
+    weights = [name for name in first if "/weight/" in name]
+    assert max((first[n] - second[n]).abs().max() for n in weights) < 2e-4
+    for role in ("student_1", "student_2"):
+        moved = [n for n in weights if n.startswith(role) and "lora_B" in n]
+        assert max(first[n].abs().max() for n in moved) > 1e-3
 
 
 def test_tokens_route_where_there_is_no_pooled_embedding_and_the_data_free_method_needs_no_images(
