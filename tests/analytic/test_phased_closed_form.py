@@ -205,10 +205,17 @@ def test_phases_follow_each_other_and_the_critic_starts_again_from_the_teacher(r
     middle = {name: weights(name) for name in trainer.roles}
     assert not same(begin["student_1"], middle["student_1"]) and same(begin["student_2"], middle["student_2"])
     assert not same(begin["critic"], middle["critic"])
-    trainer.restart(("critic",))
-    assert same(weights("critic"), begin["critic"]) and not trainer.optimizers["critic"].state
+    restarts, inner = [], trainer.restart
+
+    def restart(names):
+        inner(names)
+        fresh = same(weights("critic"), begin["critic"]) and not trainer.optimizers["critic"].state
+        restarts.append((names, trainer.progress.iteration, fresh))
+
+    trainer.restart = restart
     for _ in range(4):
         trainer.iterate()
+    assert restarts == [(("critic",), 4, True)]  # once, where the second phase begins
     assert same(middle["student_1"], weights("student_1"))  # frozen in the second phase
     assert not same(begin["student_2"], weights("student_2"))
     assert trainer.updates == {"student_1": 2, "student_2": 2, "critic": 4}
