@@ -1,0 +1,71 @@
+"""Trained weights as files of diffusers: a LoRA, Kohya's keys, a whole pipeline."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..roles import RoleConfig
+from ..teachers.base import Teacher
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def adapters(record: Mapping[str, Any]) -> list[str]:
+    """Subfolders with a LoRA each: of the experts, of the parts, or the export itself, ""."""
+    return list(dict.fromkeys(record.get("parts") or record.get("experts") or [""]))
+
+
+def lora_state_dict(weights: Mapping[str, Tensor], config: RoleConfig) -> dict[str, Tensor]:
+    """PEFT keys with the strength ``alpha / rank`` folded into B, so that no reader can lose it."""
+    scale = config.alpha / config.rank
+    folded = {}
+    for name, value in weights.items():
+        value = value.float() * scale if ".lora_B." in name else value.float()
+        folded[name.replace(".default.", ".")] = value.contiguous()
+    return folded
+
+
+def save_lora(
+    teacher: Teacher, state: dict[str, Tensor], config: RoleConfig, dtype: torch.dtype, folder: Path
+) -> None:
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=list(config.targets))
+    type(teacher.pipe).save_lora_weights(
+        folder,
+        **{
+            f"{teacher.lora_prefix}_lora_layers": {k: v.to(dtype) for k, v in state.items()},
+            f"{teacher.lora_prefix}_lora_adapter_metadata": lora.to_dict(),
+        },
+    )
+
+
+def save_kohya(teacher: Teacher, state: dict[str, Tensor], dtype: torch.dtype, path: Path) -> None:
+    from diffusers.utils import convert_state_dict_to_kohya
+    from safetensors.torch import save_file
+
+    prefixed = {f"{teacher.lora_prefix}.{name}": value.to(dtype) for name, value in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in convert_state_dict_to_kohya(prefixed).items()}, path)
+
+
+def save_pipeline(
+    teacher: Teacher, weights: Mapping[str, Tensor], scheduler, dtype: torch.dtype, folder: Path
+) -> None:
+    """The stock pipeline with the student's network and scheduler in place of the teacher's."""
+    net = copy.deepcopy(teacher.net).cpu().float()
+    buffers = dict(net.named_buffers())  # never trained, so they stay the teacher's
+    net.load_state_dict({**buffers, **{name: value.float() for name, value in weights.items()}})
+    parts = {**teacher.pipe.components, teacher.network: net.to(dtype), "scheduler": scheduler}
+    type(teacher.pipe)(**parts, **_options(teacher.pipe)).save_pretrained(folder)
+
+
+def _options(pipe) -> dict[str, Any]:
+    names = ("force_zeros_for_empty_prompt", "requires_safety_checker")
+    return {name: pipe.config[name] for name in names if name in pipe.config}

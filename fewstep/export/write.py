@@ -1,0 +1,125 @@
+"""Writes the export folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..errors import RecipeError
+from ..roles import RoleConfig
+from ..router import RoutedStudent
+from ..student import Student
+from ..teachers.base import Teacher
+from .card import model_card
+from .scheduler import student_scheduler
+from .weights import lora_state_dict, save_kohya, save_lora, save_pipeline
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder beside, which takes the place of the older export once everything is in it."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def _describe(folder: Path, record: Mapping[str, Any]) -> None:
+    (folder / "fewstep.json").write_text(json.dumps(record, indent=1))
+    (folder / "README.md").write_text(model_card(record))
+
+
+def export_student(
+    folder: Path,
+    teacher: Teacher,
+    student: Student,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    role: RoleConfig,
+    *,
+    about: Mapping[str, Any],
+    dtype: str = "float32",
+    kohya: bool = False,
+) -> Path:
+    """Writes the export folder beside and renames it; replaces an older export.
+
+    Args:
+        weights: trained tensors by the names of the role, for every role of the student; more than one are experts and
+            get a folder each. role: how they were trained. about: method, recipe hash, title and the like for
+            ``fewstep.json`` and the model card.
+    """
+    precision = getattr(torch, dtype)
+    scheduler, call = student_scheduler(teacher.pipe.scheduler, student.times, student.noise)
+    experts = student.roles if len(weights) > 1 else None
+    record = {
+        "fewstep": __version__,
+        **about,
+        "teacher": teacher.source,
+        "pipeline_class": teacher.pipeline_class,
+        "kind": role.kind,
+        "num_steps": len(student.times),
+        "timesteps": [int(t) for t in student.times],
+        "noise": student.noise,
+        "call": call,
+        "scheduler": type(scheduler).__name__,
+        "resolution": teacher.resolution,
+        "latent_shape": list(teacher.latent_shape),
+        "dtype": dtype,
+    }
+    if experts:
+        record["experts"] = experts
+    with _replacing(folder) as part:
+        scheduler.save_pretrained(part / "scheduler")
+        for name, tensors in weights.items():
+            if role.kind == "lora":
+                state, target = lora_state_dict(tensors, role), part / name if experts else part
+                save_lora(teacher, state, role, precision, target)
+                if kohya:
+                    save_kohya(teacher, state, precision, target / "kohya" / "fewstep.safetensors")
+            else:
+                save_pipeline(teacher, tensors, scheduler, precision, part / "pipeline")
+        _describe(part, record)
+    return folder
+
+
+def export_routed(
+    folder: Path,
+    teacher: Teacher,
+    student: RoutedStudent,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    configs: Mapping[str, RoleConfig],
+    **options: Any,
+) -> Path:
+    """Writes ``part_k/``, each an export of one student, and the router with a model card of the whole.
+
+    Args:
+        weights, configs: trained tensors and how they were trained, by role. options: as of :func:`export_student`.
+    """
+    names = [f"part_{k + 1}" for k in range(len(student.students))]
+    with _replacing(folder) as part:
+        for name, role, one in zip(names, student.roles, student.students):
+            export_student(part / name, teacher, one, {role: weights[role]}, configs[role], **options)
+        shutil.copytree(part / names[0] / "scheduler", part / "scheduler")
+        student.router.save(part)
+        record = json.loads((part / names[0] / "fewstep.json").read_text())
+        _describe(part, {**record, "parts": names, "routed_on": student.router.feature})
+    return folder
+
+
+def check_exportable(student: Student | RoutedStudent, role: RoleConfig, teacher_scheduler) -> None:
+    """Refuses, before training, what no stock pipeline could sample."""
+    student_scheduler(teacher_scheduler, student.times, student.noise)
+    if len(set(student.roles)) > 1 and role.kind != "lora":
+        raise RecipeError(
+            f"roles.student.kind: {role.kind}: several students share one pipeline as LoRAs that are switched; use lora"
+        )
