@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from .distributed import Process, assign, whole
 from .errors import FewstepError
+from .files import replacing, write_json, write_tensors
 from .roles import Role
 
 Optimizers = Mapping[str, torch.optim.Optimizer]
@@ -51,25 +51,18 @@ def _tensors(roles: Mapping[str, Role], optimizers: Optimizers) -> dict[str, Ten
                 tensors[f"{role.name}/optimizer/{key}/{name}"] = whole(value)
         for name, value in (role.average or {}).items():
             tensors[f"{role.name}/average/{name}"] = whole(value)
-    return {name: value.contiguous() for name, value in tensors.items()}
+    return tensors
 
 
 def save(
     folder: Path, roles: Mapping[str, Role], optimizers: Optimizers, state: dict, process: Process
 ) -> None:
     """Writes ``folder`` atomically; every rank takes part, the first one writes."""
-    from safetensors.torch import save_file
-
     tensors = _tensors(roles, optimizers)
     if process.main:
-        part = folder.with_name(folder.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file(tensors, part / "state.safetensors")
-        record = {**state, "sha256": digest(part / "state.safetensors")}
-        (part / "state.json").write_text(json.dumps(record, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
+        with replacing(folder) as part:
+            write_tensors(part / "state.safetensors", tensors)
+            write_json(part / "state.json", {**state, "sha256": digest(part / "state.safetensors")})
     process.barrier()
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from .errors import FewstepError
+from .files import replacing, write
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -88,7 +89,8 @@ def _sample(args, _rest) -> int:
         )
     pipe.to(args.device)
     images, _ = generate(pipe, args.prompt * args.num, partial(stock_call, pipe, record), seed=args.seed)
-    image_grid(images, min(8, len(images)), scale=args.scale).save(args.out)
+    with replacing(args.out) as part:
+        image_grid(images, min(8, len(images)), scale=args.scale).save(part)
     print(args.out)
     return 0
 
@@ -146,7 +148,7 @@ def _recipes(args, _rest) -> int:
         target = Path(args.to) / source.name if Path(args.to).is_dir() else Path(args.to)
         if target.exists():
             raise FewstepError(f"recipes copy: {target} exists already; give another place")
-        target.write_text(source.read_text())
+        write(target, source.read_bytes())
         print(target)
         return 0
     for name, path in recipe_files().items():
@@ -248,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
         return args.function(args, rest) if hasattr(args, "function") else args.run(args)
     except FewstepError as error:
         print(f"fewstep: {error}", file=sys.stderr)
-        return 2
+        return error.code
 
 
 if __name__ == "__main__":

@@ -6,7 +6,13 @@ expensive work starts. The command line prints the message alone, without a trac
 
 
 class FewstepError(ValueError):
-    """Bad input: a recipe field, a file, a teacher. The message is complete in itself."""
+    """Bad input: a recipe field, a file, a teacher. The message is complete in itself.
+
+    Attributes:
+        code: exit code of a command that ends with it.
+    """
+
+    code = 2
 
 
 class RecipeError(FewstepError):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .cond import Cond
+from .files import replacing
 from .methods import Method
 from .recipe import Recipe
 from .report import image_grid
@@ -76,7 +77,7 @@ class Preview:
     ) -> None:
         if write:
             folder = folder or self.folder
-            folder.mkdir(parents=True, exist_ok=True)
             columns = columns or self.config.columns
             grid = image_grid(self.teacher.decode(latents), columns, scale=self.config.scale)
-            grid.save(folder / f"{name}.png")
+            with replacing(folder / f"{name}.png") as part:
+                grid.save(part)

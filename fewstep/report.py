@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .files import write
+
 MAX_FRAMES = 24  # sample grids embedded in a report; evenly chosen from all that exist
 MAX_PIXELS, MAX_BYTES = 1600, 400_000  # above these an image is embedded as a smaller JPEG
 MAX_POINTS = 180  # of a curve as drawn; a long run has thousands
@@ -137,7 +139,7 @@ class MetricsLog:
         self._file.close()
 
     def _write_all(self, records: Iterable[Mapping[str, Any]]) -> None:
-        _write_atomically(self.path, "".join(map(_json_line, records)))
+        write(self.path, "".join(map(_json_line, records)))
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -268,7 +270,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     parts = {"title": escape(title), "body": "\n".join(filter(None, sections))}
     # One pass: braces inside a prompt or a recipe are text, not another placeholder.
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
-    _write_atomically(folder / "report.html", page)
+    write(folder / "report.html", page)
     return folder / "report.html"
 
 
@@ -638,13 +640,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Writes beside the file and renames, so that a reader or a crash never meets half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

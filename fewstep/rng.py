@@ -12,8 +12,6 @@ import hashlib
 import torch
 from torch import Tensor
 
-from .distributed import upload
-
 
 class Rng:
     """A generator seeded by a tuple of integers and words.
@@ -27,14 +25,15 @@ class Rng:
         self.device = torch.device(device)
 
     def normal(self, *shape: int) -> Tensor:
-        return upload(torch.randn(shape, generator=self.generator), self.device)
+        return torch.randn(shape, generator=self.generator).to(self.device, non_blocking=True)
 
     def normal_like(self, x: Tensor) -> Tensor:
         return self.normal(*x.shape)
 
     def uniform(self, *shape: int) -> Tensor:
         """In [0, 1), float64."""
-        return upload(torch.rand(shape, generator=self.generator, dtype=torch.float64), self.device)
+        numbers = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return numbers.to(self.device, non_blocking=True)
 
     def integer(self, below: int) -> int:
         return int(torch.randint(below, (), generator=self.generator))

@@ -14,6 +14,7 @@ from torch import Tensor
 from .cond import Cond
 from .denoiser import Denoiser
 from .errors import RecipeError
+from .files import write_json, write_tensors
 from .rng import Rng
 from .schedules import Schedule
 from .student import Draw, Student
@@ -117,12 +118,10 @@ class Router:
     # -------------------------------------------------------------------------------------------------- files
     def save(self, folder: Path) -> None:
         """``router.safetensors`` and ``router.json``."""
-        from safetensors.torch import save_file
-
-        tensors = {"directions": self.directions.contiguous(), "thresholds": self.thresholds.contiguous()}
-        save_file(tensors, folder / "router.safetensors")
+        tensors = {"directions": self.directions, "thresholds": self.thresholds}
+        write_tensors(folder / "router.safetensors", tensors)
         plain = {"feature": self.feature, "children": self.children, "sizes": self.sizes}
-        (folder / "router.json").write_text(json.dumps(plain, indent=1))
+        write_json(folder / "router.json", plain)
 
     @classmethod
     def load(cls, folder: Path) -> Router:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import shutil
@@ -26,6 +25,7 @@ from .data.pairs import check_pairs, load_pairs
 from .data.prompts import load_prompts
 from .distributed import Process, distribute, start, whole
 from .errors import FewstepError, RecipeError
+from .files import write, write_json
 from .methods import Method
 from .perceptual import distance_of
 from .preview import Preview
@@ -171,10 +171,7 @@ def _check_class(recipe: Recipe) -> None:
 
 def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
     """The run directory comes into being when everything is known to fit together."""
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "recipe.yaml.part"
-    part.write_text(recipes.dump(recipe), encoding="utf-8")
-    os.replace(part, folder / "recipe.yaml")
+    write(folder / "recipe.yaml", recipes.dump(recipe))
     session.write_summary()
 
 
@@ -304,9 +301,7 @@ class Session:
             "hardware": hardware(self.process),
             "versions": versions(),
         }
-        part = self.folder / "run.json.part"
-        part.write_text(json.dumps(summary, indent=1))
-        os.replace(part, self.folder / "run.json")
+        write_json(self.folder / "run.json", summary)
 
 
 def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str, Role], Method]:

@@ -102,16 +102,22 @@ class Trainer:
         self.phases, self.progress = method.phases(), Progress(0, config.steps, per_iteration)
         self.optimizers = {name: self._optimizer(role) for name, role in roles.items()}
         self.updates = dict.fromkeys(roles, 0)
-        # Skipped updates in a row, kept where the gradients are: to ask for them would stall a GPU.
-        self.skipped = {phase.name: torch.zeros((), device=self.process.device) for phase in self.phases}
+        self.skipped = dict.fromkeys((phase.name for phase in self.phases), 0)
         self.seconds = 0.0
         self.window: list[dict[str, Tensor]] = []
         self.stop_signal: int | None = None
 
     def _optimizer(self, role: Role) -> torch.optim.Optimizer:
         c = role.config
+        # One fused kernel per update where the weights are plain tensors; shards take the foreach kernels.
+        fused = not any(hasattr(w, "device_mesh") for w in role.weights.values())
         return torch.optim.AdamW(
-            role.weights.values(), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True
+            role.weights.values(),
+            lr=c.lr,
+            betas=c.betas,
+            eps=c.eps,
+            weight_decay=c.weight_decay,
+            fused=fused or None,
         )
 
     # ------------------------------------------------------------------------------------------------- the loop
@@ -194,24 +200,29 @@ class Trainer:
         loss.backward()
 
     def update(self, phase: Phase, roles: list[Role]) -> Tensor:
-        """Clip jointly, step, average, clear; an update without a finite gradient is skipped by all ranks.
-
-        The fused kernel itself leaves weights and moments alone where ``found_inf`` is 1, so the host need not know.
-        """
+        """Clip jointly, step, average, clear; an update without a finite gradient is skipped by all ranks."""
         weights = [w for role in roles for w in role.weights.values()]
-        norm = torch.nn.utils.clip_grad_norm_(weights, self.config.clip_norm, foreach=True)
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).detach()
-        found_inf = 1 - torch.isfinite(norm).float()
-        self.skipped[phase.name] = (self.skipped[phase.name] + 1) * found_inf
+        norm = torch.nn.utils.clip_grad_norm_(weights, self.config.clip_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if torch.isfinite(norm):
+            self.skipped[phase.name] = 0
+            for role in roles:
+                optimizer = self.optimizers[role.name]
+                optimizer.param_groups[0]["lr"] = self.learning_rate(role, phase)
+                optimizer.step()
+                self.updates[role.name] += 1
+                role.update_average(self.updates[role.name])
+        else:
+            self.skipped[phase.name] += 1
+            if self.skipped[phase.name] >= self.MAX_SKIPPED:
+                raise FewstepError(
+                    f"step {self.progress.iteration}: the gradient of {' and '.join(phase.train)} was not finite "
+                    f"{self.MAX_SKIPPED} times in a row; lower the lr, or resume from the last checkpoint with "
+                    "train.clip_norm 1"
+                )
         for role in roles:
-            optimizer = self.optimizers[role.name]
-            optimizer.found_inf = found_inf
-            optimizer.param_groups[0]["lr"] = self.learning_rate(role, phase)
-            optimizer.step()
-            self.updates[role.name] += 1
-            role.update_average(self.updates[role.name])
-            optimizer.zero_grad(set_to_none=True)
-        return norm
+            self.optimizers[role.name].zero_grad(set_to_none=True)
+        return norm.detach()
 
     def learning_rate(self, role: Role, phase: Phase) -> float:
         """Linear warm-up, constant, linear decay to zero within the phase's share; counted in iterations."""
@@ -223,22 +234,13 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------- side effects
     def _record(self) -> dict[str, float | None]:
-        """Means over the window since the last record; the only place where numbers leave the device.
-
-        Raises:
-            FewstepError: no finite gradient for too long.
-        """
+        """Means over the window since the last record; the only place where numbers leave the device."""
         names = sorted({name for metrics in self.window for name in metrics})
+        if not names:
+            return {}
         means = [torch.stack([m[name].float() for m in self.window if name in m]).mean() for name in names]
         self.window = []
-        values = self.process.mean(torch.stack([*means, *self.skipped.values()])).tolist()
-        for phase, skipped in zip(self.phases, values[len(names) :]):
-            if skipped >= self.MAX_SKIPPED:
-                raise FewstepError(
-                    f"step {self.progress.iteration}: the gradient of {' and '.join(phase.train)} was not finite "
-                    f"{skipped:.0f} times in a row; lower the lr, or resume from the last checkpoint with "
-                    "train.clip_norm 1"
-                )
+        values = self.process.mean(torch.stack(means)).tolist()
         return {name: value if math.isfinite(value) else None for name, value in zip(names, values)}
 
     def _sample(self) -> None:
@@ -251,8 +253,7 @@ class Trainer:
             return
         checkpoints = self.folder / "checkpoints"
         step = self.progress.iteration
-        skipped = {name: int(count) for name, count in self.skipped.items()}
-        state = {"iteration": step, "seconds": self.seconds, "updates": self.updates, "skipped": skipped}
+        state = {"iteration": step, "seconds": self.seconds, "updates": self.updates, "skipped": self.skipped}
         checkpoint.save(checkpoints / f"step_{step:08d}", self.roles, self.optimizers, state, self.process)
         if self.process.main:
             checkpoint.rotate(checkpoints, self.config.keep)
@@ -264,10 +265,7 @@ class Trainer:
             return False
         state = checkpoint.load(found, self.roles, self.optimizers)
         self.progress.iteration, self.seconds = state["iteration"], state["seconds"]
-        self.updates = state["updates"]
-        self.skipped = {
-            name: self.skipped[name].new_tensor(count) for name, count in state["skipped"].items()
-        }
+        self.updates, self.skipped = state["updates"], state["skipped"]
         return True
 
     @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Prompts and images encoded once: sharded safetensors that any later run with the same inputs finds again.
 
-A store is a folder named by the hash of everything that decides its content. Shards are written beside and
-renamed, so an interrupted encoding goes on where it stopped.
+A store is a folder named by the hash of everything that decides its content. A shard is there whole
+or not at all, so an interrupted encoding goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cond import Cond
+from ..files import write_tensors
 from ..teachers.base import Teacher
 from .images import CaptionedImages
 
@@ -123,8 +124,6 @@ def _store(
     dtype: torch.dtype,
     quiet: bool,
 ) -> Store:
-    from safetensors.torch import save_file
-
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     folder = cache_root() / f"{kind}-{name}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,11 +131,6 @@ def _store(
     missing = [start for start in starts if not shard_path(folder, start).exists()]
     for start in tqdm(missing, desc=f"encoding {kind}", unit=f"x{SHARD}", disable=quiet or not missing):
         tensors = encode(start, min(start + SHARD, length))
-        tensors = {
-            n: v.to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous()
-            for n, v in tensors.items()
-        }
-        part = shard_path(folder, start).with_suffix(f".part{os.getpid()}")
-        save_file(tensors, part)
-        os.replace(part, shard_path(folder, start))
+        tensors = {n: v.to("cpu", dtype if v.is_floating_point() else v.dtype) for n, v in tensors.items()}
+        write_tensors(shard_path(folder, start), tensors)
     return Store(folder, length)

@@ -2,7 +2,7 @@
 
     pairs.json            teacher, guidance, solver, steps, seed, count
     prompts.txt           prompt of each pair, one per line
-    000000000.safetensors noise and x0 of the first rows, and so on; written beside and renamed
+    000000000.safetensors noise and x0 of the first rows, and so on
 
 Making them can be interrupted at any time and goes on where it stopped; several processes take turns with the files.
 """
@@ -10,7 +10,6 @@ Making them can be interrupted at any time and goes on where it stopped; several
 from __future__ import annotations
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from ..cond import Cond
 from ..distributed import Process
 from ..errors import FewstepError, RecipeError
+from ..files import write, write_json, write_tensors
 from ..rng import Rng
 from ..solvers import FLOOR, ddim, scheduler_sample
 from ..teachers.base import Teacher
@@ -101,8 +101,6 @@ def make_pairs(
     Raises:
         FewstepError: the folder holds pairs made otherwise.
     """
-    from safetensors.torch import save_file
-
     process = process or Process()
     about = {
         "num": num,
@@ -137,9 +135,7 @@ def make_pairs(
                 x = noise[i : i + batch_size].to(teacher.device)
                 made.append(sample(x, cond, steps, guidance=guidance).cpu())
                 bar.update(len(part))
-            part = shard_path(folder, start).with_suffix(f".part{os.getpid()}")
-            save_file({"noise": noise, "x0": torch.cat(made)}, part)
-            os.replace(part, shard_path(folder, start))
+            write_tensors(shard_path(folder, start), {"noise": noise, "x0": torch.cat(made)})
     process.barrier()
     return folder
 
@@ -158,8 +154,5 @@ def _claim(folder: Path, about: dict, prompts: list[str]) -> None:
         return
     if folder.exists() and any(folder.iterdir()):
         raise FewstepError(f"{folder}: is not empty and holds no pairs; give another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("prompts.txt", text), ("pairs.json", json.dumps(about, indent=1))):
-        part = folder / f"{name}.part"
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, folder / name)
+    write(folder / "prompts.txt", text)
+    write_json(path, about)

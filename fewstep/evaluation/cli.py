@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
 
     def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(run=lambda args: _guarded(function, args))
+        added.set_defaults(run=function)
         return added
 
     fid = command("fid", _fid, "distance between two sets of images")
@@ -112,18 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         return args.run(args)
     except FewstepError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _guarded(function: Any, args: argparse.Namespace) -> int:
-    """Runs a subcommand; features that are not finite are no fault of the input as such and end with 3."""
-    from fewstep.evaluation.features import FeatureError
-
-    try:
-        return function(args)
-    except FeatureError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+        return error.code
 
 
 def _fid(args: argparse.Namespace) -> int:
@@ -316,10 +305,10 @@ def _first(source: Any, num: int | None) -> Any:
 
 def _finish(result: dict[str, Any], out: Path | None) -> int:
     from fewstep.evaluation.evaluate import to_markdown
-    from fewstep.evaluation.statistics import write_atomically
+    from fewstep.files import write
 
     print(to_markdown(result))
     if out:
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        write_atomically(out, lambda file: file.write(text.encode()))
+        write(out, text)
     return 0

@@ -15,13 +15,16 @@ from tqdm import tqdm
 from fewstep.errors import FewstepError
 from fewstep.evaluation.extractors import Extractor, identity
 from fewstep.evaluation.images import BLOCK, ImageSource
-from fewstep.evaluation.statistics import Moments, write_atomically
+from fewstep.evaluation.statistics import Moments
+from fewstep.files import WriteError, replacing
 
 BATCH = BLOCK  # processes that share the work then run the batches of one
 
 
 class FeatureError(FewstepError):
-    """A network made numbers that are none, which only shows while it runs; the exit code is 3."""
+    """A network made numbers that are none, which only shows while it runs."""
+
+    code = 3
 
 
 def extract(source: ImageSource, extractor: Extractor, cached: bool = False) -> Tensor:
@@ -46,8 +49,9 @@ def extract(source: ImageSource, extractor: Extractor, cached: bool = False) -> 
                 return torch.from_numpy(features)
     features = torch.cat(list(_feature_batches(source, extractor)))
     if file:
-        with suppress(OSError):  # a full or read-only disk costs time later, not the result now
-            write_atomically(file, lambda handle: np.save(handle, features.numpy()))
+        # A full or read-only disk costs time later, not the result now.
+        with suppress(WriteError), replacing(file) as part, part.open("wb") as handle:
+            np.save(handle, features.numpy())
     return features
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fewstep.evaluation.compare import cell
 from fewstep.evaluation.plot import Series, plot
-from fewstep.evaluation.statistics import write_atomically
+from fewstep.files import write
 from fewstep.report import image_grid
 
 SHOWN = 8  # images of each row
@@ -46,7 +46,7 @@ def write_page(whole: dict[str, Any], out: Path) -> None:
         f'<h1>{title}</h1><p>{escape(facts)}</p><div class="wide">{_table(rows, labels)}</div><ul>{warnings}</ul>'
         f"{_plots(rows, labels)}<h2>Images</h2><p>{prompts}</p>{_grids(rows, out)}</html>\n"
     )
-    write_atomically(out / "index.html", lambda file: file.write(html.encode()))
+    write(out / "index.html", html)
 
 
 def _table(rows: list[dict[str, Any]], labels: list[str]) -> str:

@@ -23,7 +23,8 @@ from fewstep.evaluation.prompts import Prompts, read_prompts
 from fewstep.evaluation.sampling import Job, check_num, is_complete, sample_folder
 from fewstep.evaluation.scores import get_scorer
 from fewstep.evaluation.spec import Entry, Spec, slug
-from fewstep.evaluation.statistics import table, write_atomically
+from fewstep.evaluation.statistics import table
+from fewstep.files import write
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def _write(out: Path, spec: Spec, records: list[dict[str, Any]], bench: Bench) -
     }
     _write_json(out / "table.json", whole)
     text = to_markdown(whole)
-    write_atomically(out / "table.md", lambda file: file.write(text.encode()))
+    write(out / "table.md", text)
     write_page(whole, out)
     return whole
 
@@ -286,4 +287,4 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
         text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     except ValueError:
         raise FewstepError(f"{path}: a number is not finite; look at the images of this row") from None
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write(path, text)

@@ -5,10 +5,7 @@ generator with seed `seed + i`. So the image depends on no batch size, no number
 resumption. (Kernels may round differently for another batch size: then pixels differ by one level at most.)
 """
 
-import io
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +21,8 @@ from fewstep.evaluation.images import check_file
 from fewstep.evaluation.models import Model
 from fewstep.evaluation.prompts import Prompts
 from fewstep.evaluation.speed import measure_speed
-from fewstep.evaluation.statistics import table, write_atomically
+from fewstep.evaluation.statistics import table
+from fewstep.files import create, replacing, sweep, write, write_json
 
 MANIFEST = "manifest.json"
 ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"nearest": np.round, "truncate": np.floor}
@@ -118,7 +116,7 @@ def sample_folder(
         call |= {"height": job.size, "width": job.size}
     manifest = _claim(folder, _describe(model, prompts, job, call), num)
     mine = list(range(rank, num, world))
-    _sweep(folder, {folder / job.path(i) for i in mine})
+    sweep(folder)
     if job.layout == "geneval":
         _write_metadata(folder, prompts, mine, job.per_prompt)
     # Whole batches are made again for one missing image, so that a resumed run repeats the arithmetic exactly.
@@ -136,7 +134,7 @@ def sample_folder(
         manifest["speed"] = measure_speed(
             lambda: draw(model, once, [0], job, call), model.network, runs=speed_runs
         )
-        _write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest)
     return manifest
 
 
@@ -155,10 +153,9 @@ def draw(model: Model, texts: list[str], indices: list[int], job: Job, call: dic
 
 
 def save_png(image: np.ndarray, path: Path) -> None:
-    """Writes uint8 (H, W, 3) beside and renames, so that a file under its name is whole."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+    """Writes uint8 (H, W, 3)."""
+    with replacing(path, durable=False) as part:
+        Image.fromarray(image).save(part)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
@@ -227,7 +224,7 @@ def _claim(folder: Path, wanted: dict[str, Any], num: int) -> dict[str, Any]:
     if found is None:
         if any(path.suffix == ".png" for path in folder.iterdir()):
             raise FewstepError(f"{folder} has images but no {MANIFEST}: use an empty folder")
-        if _create_json(folder / MANIFEST, wanted):
+        if create(folder / MANIFEST, json.dumps(wanted, indent=1) + "\n"):
             return wanted
         found = read_manifest(folder)  # another process was first
     if found["run"] != wanted["run"]:
@@ -244,15 +241,8 @@ def _claim(folder: Path, wanted: dict[str, Any], num: int) -> dict[str, Any]:
         )
     if num > found["num"]:
         found["num"] = num
-        _write_json(folder / MANIFEST, found)
+        write_json(folder / MANIFEST, found)
     return found
-
-
-def _sweep(folder: Path, targets: set[Path]) -> None:
-    """Removes what a killed writer of these files left: `.NAME.xxxxxxxx` beside NAME."""
-    for path in folder.rglob(".*"):
-        if path.with_name(path.name[1:].rpartition(".")[0] or "-") in targets:
-            path.unlink(missing_ok=True)
 
 
 def _write_metadata(folder: Path, prompts: Prompts, indices: list[int], per_prompt: int) -> None:
@@ -261,9 +251,7 @@ def _write_metadata(folder: Path, prompts: Prompts, indices: list[int], per_prom
         record = prompts.records[k] if prompts.records else {"prompt": prompts.texts[k]}
         path = folder / f"{k:05d}" / "metadata.jsonl"
         if not path.is_file():
-            write_atomically(
-                path, lambda file, record=record: file.write(json.dumps(record).encode() + b"\n")
-            )
+            write(path, json.dumps(record) + "\n")
 
 
 def _is_image(path: Path) -> bool:
@@ -271,23 +259,4 @@ def _is_image(path: Path) -> bool:
         check_file(path)
     except Exception:  # absent, or cut short by a loss of power
         return False
-    return True
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    write_atomically(path, lambda file: file.write((json.dumps(data, indent=1) + "\n").encode()))
-
-
-def _create_json(path: Path, data: dict[str, Any]) -> bool:
-    """Writes a whole file unless there is one already; False if there is."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(data, indent=1) + "\n")
-        os.chmod(temporary, 0o644)
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return True

@@ -1,10 +1,7 @@
 """Mean and covariance of features: accumulated in a stream, saved with their origin, refused when unlike."""
 
 import json
-import os
-import tempfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import FewstepError
+from fewstep.files import replacing
 
 IDENTITY = (
     "extractor",
@@ -104,7 +102,8 @@ class Statistics:
         """Writes `mu`, `sigma` and `meta` (JSON) as npz, which every tool for `mu, sigma` files can read."""
         meta = json.dumps({**self.meta, "n": self.n}, sort_keys=True)
         arrays = {"mu": self.mu.cpu().numpy(), "sigma": self.sigma.cpu().numpy(), "meta": np.array(meta)}
-        write_atomically(Path(path), lambda file: np.savez(file, **arrays))
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> "Statistics":
@@ -153,17 +152,3 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines
     )
-
-
-def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    """Calls `write(file)` on a temporary file beside `path` and renames it: readers see all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(temporary, 0o644)  # mkstemp makes private files; results are to be shared
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

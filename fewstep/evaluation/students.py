@@ -6,8 +6,6 @@ every row, and measured at equal sample counts.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +20,7 @@ import torch
 from ..data.images import CaptionedImages
 from ..data.prompts import load_prompts
 from ..export import load_exported, stock_call
+from ..files import replacing, write_json
 from ..generate import generate
 from ..report import image_grid
 from ..rng import Rng
@@ -47,7 +46,6 @@ def evaluate_run(
     # Written first, so that an interruption keeps the rows that are done.
     shown = [*asked.prompts[: GRID // 2], *asked.names[: GRID - GRID // 2]][:GRID]
     result: dict[str, Any] = {"prompts": shown, "rows": [], "notes": [_note(recipe, real)]}
-    (folder / "eval").mkdir(exist_ok=True)
     for name, kind, nfe, make in _rows(recipe, folder, teacher, images, asked):
         begin = time.perf_counter()
         pictures = make([*asked.prompts, *asked.names])
@@ -58,9 +56,10 @@ def evaluate_run(
         row |= {"seconds per image": round(seconds, 5), "grid": f"eval/{_slug(name)}.png"}
         cut = len(asked.prompts)
         some = np.concatenate([pictures[:cut][: GRID // 2], pictures[cut:][: GRID - GRID // 2]])
-        image_grid(some, GRID // 2, scale=recipe.samples.scale).save(folder / row["grid"])
+        with replacing(folder / row["grid"]) as part:
+            image_grid(some, GRID // 2, scale=recipe.samples.scale).save(part)
         result["rows"].append(row)
-        _write(folder / "eval.json", result)
+        write_json(folder / "eval.json", result)
     print(results_table(result))
     return result
 
@@ -226,9 +225,3 @@ def _note(recipe, real) -> str:
 
 def _slug(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name).strip("_").replace("__", "_")
-
-
-def _write(path: Path, data: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=1))
-    os.replace(part, path)

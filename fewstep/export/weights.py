@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import write_tensors
 from ..roles import RoleConfig
 from ..teachers.base import Teacher
 
@@ -48,11 +49,9 @@ def save_lora(
 
 def save_kohya(teacher: Teacher, state: dict[str, Tensor], dtype: torch.dtype, path: Path) -> None:
     from diffusers.utils import convert_state_dict_to_kohya
-    from safetensors.torch import save_file
 
     prefixed = {f"{teacher.lora_prefix}.{name}": value.to(dtype) for name, value in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in convert_state_dict_to_kohya(prefixed).items()}, path)
+    write_tensors(path, convert_state_dict_to_kohya(prefixed))
 
 
 def save_pipeline(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import RecipeError
+from ..files import replacing, write, write_json
 from ..roles import RoleConfig
 from ..router import RoutedStudent
 from ..student import Student
@@ -24,20 +23,9 @@ from .scheduler import student_scheduler
 from .weights import lora_state_dict, save_kohya, save_lora, save_pipeline
 
 
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder beside, which takes the place of the older export once everything is in it."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    yield part
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
-
-
 def _describe(folder: Path, record: Mapping[str, Any]) -> None:
-    (folder / "fewstep.json").write_text(json.dumps(record, indent=1))
-    (folder / "README.md").write_text(model_card(record))
+    write_json(folder / "fewstep.json", record)
+    write(folder / "README.md", model_card(record))
 
 
 def export_student(
@@ -78,7 +66,7 @@ def export_student(
     }
     if experts:
         record["experts"] = experts
-    with _replacing(folder) as part:
+    with replacing(folder) as part:
         scheduler.save_pretrained(part / "scheduler")
         for name, tensors in weights.items():
             if role.kind == "lora":
@@ -106,7 +94,7 @@ def export_routed(
         weights, configs: trained tensors and how they were trained, by role. options: as of :func:`export_student`.
     """
     names = [f"part_{k + 1}" for k in range(len(student.students))]
-    with _replacing(folder) as part:
+    with replacing(folder) as part:
         for name, role, one in zip(names, student.roles, student.students):
             export_student(part / name, teacher, one, {role: weights[role]}, configs[role], **options)
         shutil.copytree(part / names[0] / "scheduler", part / "scheduler")

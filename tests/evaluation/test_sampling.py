@@ -36,11 +36,11 @@ JOB = Job(steps=2, solver="lcm", guidance=1.0)  # a sampler that adds noise betw
 
 
 def pixels(folder):
-    return np.stack([np.asarray(Image.open(p)) for p in sorted(folder.rglob("*.png"))]).astype(int)
+    return np.stack([np.asarray(Image.open(p)) for p in sorted(folder.rglob("[!.]*.png"))]).astype(int)
 
 
 def files(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*.png"))}
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("[!.]*.png"))}
 
 
 def make(model, prompts, folder, job=JOB, **options):
@@ -88,7 +88,9 @@ def test_resumed_folder_has_the_files_of_an_uninterrupted_one(model, prompts, tm
     with pytest.raises(KeyboardInterrupt):
         make(model, prompts, tmp_path / "part", batch_size=4)
     monkeypatch.undo()
-    (tmp_path / "part" / ".000005.png.abcd1234").write_bytes(b"half")  # left by a killed writer
+    left = tmp_path / "part" / ".part-elsewhere-1-000005.png"  # by a killed writer
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
     (tmp_path / "part" / "000001.png").write_bytes(b"")  # left by a loss of power
     make(model, prompts, tmp_path / "part", batch_size=4)
     assert files(tmp_path / "part") == files(tmp_path / "whole")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation.statistics import Moments, Statistics, check_comparable, table, write_atomically
+from fewstep.evaluation.statistics import Moments, Statistics, check_comparable, table
 
 META = {"extractor": "pool", "weights_sha256": "ab", "resize": "area-4"}
 
@@ -39,19 +39,6 @@ def test_round_trip_and_files_that_other_tools_read(features, tmp_path):
         assert set(file) == {"mu", "sigma", "meta"} and file["sigma"].dtype == np.float64
         assert json.loads(str(file["meta"]))["n"] == 50
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.npz"]  # no temporary file is left
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def fail(file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, fail)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_one_image_has_no_covariance(features):

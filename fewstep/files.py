@@ -1,0 +1,158 @@
+"""Writing files: whatever happens, the old file or the new one is there, never a part of one.
+
+Everything fewstep writes goes through here: beside its place under a hidden name, flushed to the disk, renamed.
+A kill may leave the hidden file behind; :func:`sweep` removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import FewstepError
+
+HOST = re.sub(r"\W", "_", platform.node())
+
+
+class WriteError(FewstepError):
+    """A file cannot be written; what stood in its place still does."""
+
+    code = 4
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[Path]:
+    """``with replacing(path) as part:`` write the file or folder ``part``; it takes the place of ``path`` at the end.
+
+    Args:
+        durable: wait until the disk has it; files that are checked when read, and are many, need not.
+
+    Raises:
+        WriteError: no space, no permission and the like; ``path`` is what it was and nothing is left beside it.
+    """
+    path = Path(path)
+    part = _part(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        if durable:
+            _flush(part)
+        _put(part, path)
+        if durable:
+            _sync(path.parent)
+    except BaseException as error:
+        _remove(part)
+        if isinstance(error, FewstepError) or not (reason := why(error)):
+            raise
+        raise WriteError(
+            f"{path}: cannot be written: {reason}; what was there before is untouched. Free some space or give "
+            "another place, then run the command again (a run goes on with fewstep resume)"
+        ) from error
+
+
+def write(path: str | os.PathLike, content: str | bytes, durable: bool = True) -> None:
+    """A whole file, text as UTF-8."""
+    with replacing(path, durable) as part, open(part, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def create(path: str | os.PathLike, content: str) -> bool:
+    """Writes a whole file unless there is one already; False if there is, also when another process was first."""
+    path = Path(path)
+    part = _part(path.with_name(f"new-{path.name}"))
+    write(part, content)
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        return False
+    finally:
+        _remove(part)
+    return True
+
+
+def write_json(path: str | os.PathLike, data: Any, durable: bool = True) -> None:
+    write(path, json.dumps(data, indent=1) + "\n", durable)
+
+
+def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
+    """A safetensors file."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as part:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, part)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed writers left below a folder: writers of this machine that are gone, and any a day old."""
+    for left in list(folder.rglob(".part-*")):
+        found = re.match(r"\.part-(\w+)-(\d+)-", left.name)
+        with contextlib.suppress(OSError):  # another one swept it
+            gone = found and found[1] == HOST and not _alive(int(found[2]))
+            if gone or time.time() - left.stat().st_mtime > 86400:
+                _remove(left)
+
+
+def _alive(pid: int) -> bool:
+    """Whether another process has this number; this one is not writing while it sweeps."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return pid != os.getpid()
+
+
+def _part(path: Path) -> Path:
+    """A hidden name beside, which no reader looks for; its end is kept, for the suffix decides the format."""
+    return path.with_name(f".part-{HOST}-{os.getpid()}-{path.name}")
+
+
+def why(error: BaseException) -> str | None:
+    """What the operating system says, where it was the system that refused; safetensors wraps it in words."""
+    if isinstance(error, OSError) and error.errno:
+        return error.strerror or str(error)
+    if type(error).__name__ == "SafetensorError" and "os error" in str(error):
+        return str(error)
+    return None
+
+
+def _put(part: Path, path: Path) -> None:
+    """Renames; a folder that is in the way steps aside first, and comes back should the renaming fail."""
+    if not path.is_dir():
+        os.replace(part, path)
+        return
+    aside = _part(path.with_name(f"old-{path.name}"))
+    os.replace(path, aside)
+    try:
+        os.replace(part, path)
+    except BaseException:
+        os.replace(aside, path)
+        raise
+    _remove(aside)
+
+
+def _flush(part: Path) -> None:
+    for path in [part, *part.rglob("*")] if part.is_dir() else [part]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,92 @@
+"""Files are whole or absent, whatever fails while they are written."""
+
+import os
+import subprocess
+
+import pytest
+import torch
+
+from fewstep import files
+from fewstep.errors import FewstepError
+
+
+def names(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
+
+
+def test_a_file_and_a_folder_take_the_place_of_the_old_ones(tmp_path):
+    for text in ("old", "new"):
+        files.write(tmp_path / "deep" / "a.txt", text)
+        with files.replacing(tmp_path / "folder") as part:
+            files.write_json(part / f"{text}.json", {"ü": text})
+    assert names(tmp_path) == ["deep", "deep/a.txt", "folder", "folder/new.json"]
+    assert (tmp_path / "deep" / "a.txt").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interrupted_write_leaves_the_old_one(tmp_path, error):
+    files.write(tmp_path / "a.txt", "old")
+    with pytest.raises((KeyboardInterrupt, FewstepError)), files.replacing(tmp_path / "a.txt") as part:
+        part.write_text("half")
+        raise error
+    assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_the_error_names_the_file_the_reason_and_the_remedy(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        files.WriteError, match=r"file/a\.txt: cannot be written: .*; .*Free some space"
+    ) as stop:
+        files.write(tmp_path / "file" / "a.txt", "text")
+    assert stop.value.code == 4
+    # A fault of ours stays a fault of ours.
+    with pytest.raises(ZeroDivisionError), files.replacing(tmp_path / "b"):
+        _ = 1 / 0
+
+
+def test_a_file_is_created_once(tmp_path):
+    assert files.create(tmp_path / "a", "mine") and not files.create(tmp_path / "a", "yours")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "mine"
+
+
+def test_leftovers_are_swept_unless_their_writer_may_be_at_work(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    swept, kept = tmp_path / "swept", tmp_path / "kept"
+    for folder, host, pid in (
+        (swept, files.HOST, gone.pid),
+        (swept, files.HOST, os.getpid()),
+        (kept, files.HOST, os.getppid()),
+        (kept, "elsewhere", gone.pid),
+    ):
+        folder.mkdir(exist_ok=True)
+        (folder / f".part-{host}-{pid}-a.png").write_bytes(b"half")
+    (swept / f".part-{files.HOST}-{gone.pid}-step_00000001").mkdir()
+    (swept / ".part-elsewhere-1-b.png").write_bytes(b"half")
+    os.utime(swept / ".part-elsewhere-1-b.png", (0, 0))
+    files.sweep(tmp_path)
+    assert names(swept) == [] and len(names(kept)) == 2
+
+
+def test_a_disk_that_is_full_in_the_middle_of_the_weights(tmp_path):
+    import resource
+
+    files.write_tensors(tmp_path / "w.safetensors", {"w": torch.zeros(4)})
+    before, limits = (tmp_path / "w.safetensors").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(files.WriteError, match=r"w\.safetensors: cannot be written"):
+            files.write_tensors(tmp_path / "w.safetensors", {"w": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == ["w.safetensors"] and (tmp_path / "w.safetensors").read_bytes() == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(tmp_path):
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(files.WriteError, match="Permission denied"):
+            files.write(tmp_path / "a", "text")
+    finally:
+        tmp_path.chmod(0o755)
