@@ -9,7 +9,7 @@ from typing import Any
 from fewstep.evaluation.cli_sampling import add_sampling, device, process
 
 EMOJI = "builtin:emoji"
-IMAGES = "folder, npz of images, statistics file, or builtin:emoji"
+IMAGES = "folder or zip of image files, npz of images, statistics file, or builtin:emoji"
 SCORERS = (
     "clip:PATH, open_clip:ARCHITECTURE:FILE, pickscore:PATH, hpsv2.1:PATH or imagereward; may be repeated"
 )
@@ -95,7 +95,11 @@ def add_parser(subparsers: Any) -> None:
             type=int,
             default=0,
             metavar="N",
-            help="leave out up to N unreadable files of a folder",
+            help="leave out up to N unreadable files",
+        )
+    for added in (fid, stats, retrieval, diversity, scores):
+        added.add_argument(
+            "--workers", type=int, metavar="P", help="processes that decode image files (default: by cores)"
         )
     for added in (fid, retrieval, diversity, scores):
         added.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result as JSON")
@@ -130,8 +134,8 @@ def _fid(args: argparse.Namespace) -> int:
         *(name for name in FLAGS if getattr(args, name)),
     ]
     result = evaluate_images(
-        _open(args.real, args.skip_bad),
-        _first(_open(args.fake, args.skip_bad), args.num),
+        _open(args.real, args),
+        _first(_open(args.fake, args), args.num),
         extractor=args.extractor,
         metrics=tuple(dict.fromkeys(metrics)),
         protocol=protocol,
@@ -155,7 +159,7 @@ def _stats(args: argparse.Namespace) -> int:
         extractor = protocols.load(args.protocol).get_extractor(args.extractor, on, args.weights)
     else:
         extractor = get_extractor(args.extractor or DEFAULT, on, args.weights)
-    source = _open(args.images, args.skip_bad)
+    source = _open(args.images, args)
     if not isinstance(source, ImageSource):
         raise FewstepError(f"{args.images} holds statistics already, expected images")
     rank, world = process()
@@ -172,7 +176,8 @@ def _stats(args: argparse.Namespace) -> int:
     skipped = {"skipped": list(source.skipped)} if source.skipped else {}
     meta = {**identity(extractor), "source": source.name, "images_sha256": source.sha256, **skipped}
     Statistics.from_moments(moments, meta).save(args.out)
-    note = f", {len(source.skipped)} left out: {', '.join(source.skipped)}" if source.skipped else ""
+    note = f", by {world} processes" if world > 1 else ""
+    note += f", {len(source.skipped)} left out: {', '.join(source.skipped)}" if source.skipped else ""
     print(f"{args.out}: {len(source)} images, {extractor.name}{note}")
     return 0
 
@@ -184,8 +189,8 @@ def _retrieval(args: argparse.Namespace) -> int:
 
     prompted = prompted_indices(args.prompts, emoji.load()[1])
     result = evaluate_images(
-        _open(EMOJI),
-        open_images(args.fake),
+        _open(EMOJI, args),
+        open_images(args.fake, workers=_workers(args)),
         extractor=args.extractor,
         prompted=prompted,
         weights=args.weights,
@@ -198,7 +203,7 @@ def _diversity(args: argparse.Namespace) -> int:
     from fewstep.evaluation.evaluate import evaluate_images
     from fewstep.evaluation.images import open_images
 
-    fake = open_images(args.fake)
+    fake = open_images(args.fake, workers=_workers(args))
     if args.per_prompt < 2 or len(fake) % args.per_prompt or len(fake) < 2 * args.per_prompt:
         raise FewstepError(
             f"--per-prompt is {args.per_prompt} for {len(fake)} images, expected at least 2 that "
@@ -223,7 +228,7 @@ def _scores(args: argparse.Namespace) -> int:
     from fewstep.evaluation.sampling import check_made_from, check_num
 
     prompts = read_prompts(args.prompts)
-    fake = _first(open_images(args.fake), args.num)
+    fake = _first(open_images(args.fake, workers=_workers(args)), args.num)
     check_made_from(args.fake, prompts, args.per_prompt)
     check_num(len(fake), prompts, args.per_prompt)
     result = evaluate_images(
@@ -281,7 +286,15 @@ def prompted_indices(path: Path, captions: list[str]) -> list[int]:
     return [index[line.strip()] for line in lines]
 
 
-def _open(side: str, skip_bad: int = 0) -> Any:
+def _workers(args: argparse.Namespace) -> int | None:
+    from fewstep.errors import FewstepError
+
+    if args.workers is not None and args.workers < 0:
+        raise FewstepError(f"--workers is {args.workers}, expected 0 (decode in this process) or more")
+    return args.workers
+
+
+def _open(side: str, args: argparse.Namespace) -> Any:
     from fewstep.evaluation.evaluate import open_side
     from fewstep.evaluation.images import ArrayImages
 
@@ -289,7 +302,7 @@ def _open(side: str, skip_bad: int = 0) -> Any:
         from fewstep.data import emoji
 
         return ArrayImages(emoji.load()[0], EMOJI)
-    return open_side(side, skip_bad)
+    return open_side(side, getattr(args, "skip_bad", 0), _workers(args))
 
 
 def _first(source: Any, num: int | None) -> Any:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation.extractors import file_sha256, full_precision
-from fewstep.evaluation.preprocess import shortest_side_crop
+from fewstep.evaluation.extractors import Extractor, file_sha256, full_precision
+from fewstep.evaluation.preprocess import normalised, shortest_side_crop
 
 # Radford et al., arXiv 2103.00020: the normalisation of the published models, where a folder has none of its own.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-class Clip:
+class Clip(Extractor):
     """A CLIP model of transformers, also one fine-tuned to preferences; as an extractor it gives image features.
 
     Args:
@@ -41,8 +42,11 @@ class Clip:
         self.name, self.device = f"clip:{Path(source).name}", device
         self.dim = self.model.config.projection_dim
         self.weights_sha256 = folder_sha256(folder)
-        self.size, self.mean, self.std = _preprocessing(folder, self.model.config.vision_config.image_size)
-        self.resize = f"pil-bicubic-shortest-{self.size}, center-crop"
+        self._preprocess(self.model.config.vision_config.image_size, *_normalisation(folder))
+
+    def _preprocess(self, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.size, self.resize = size, f"pil-bicubic-shortest-{size}, center-crop"
+        self.prepare = partial(normalised, crop=partial(shortest_side_crop, size=size), mean=mean, std=std)
 
     @property
     def scale(self) -> float:
@@ -50,12 +54,10 @@ class Clip:
         return float(self.model.logit_scale.exp())
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) to float32 (B, dim), not normalised."""
-        x = shortest_side_crop(images, self.size).permute(0, 3, 1, 2).float() / 255
-        x = (x - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+    def features(self, prepared: Tensor) -> Tensor:
+        """Not normalised."""
         with full_precision():
-            return _pooled(self.model.get_image_features(pixel_values=x.to(self.device))).float().cpu()
+            return _pooled(self.model.get_image_features(pixel_values=prepared.to(self.device))).float().cpu()
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> Tensor:
@@ -70,9 +72,9 @@ class Clip:
             )
         return _pooled(features).float().cpu()
 
-    def cosines(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Cosine (B,) of each image (B, H, W, 3) and its caption."""
-        return (normalize(self(images)) * normalize(self.texts(captions))).sum(1)
+    def cosines(self, prepared: Tensor, captions: Sequence[str]) -> Tensor:
+        """Cosine (B,) of each prepared image and its caption."""
+        return (normalize(self.features(prepared)) * normalize(self.texts(captions))).sum(1)
 
 
 class OpenClip(Clip):
@@ -99,9 +101,8 @@ class OpenClip(Clip):
         self.weights_sha256 = file_sha256(Path(file))
         visual = self.model.visual
         size = visual.image_size
-        self.size = size if isinstance(size, int) else size[0]
-        self.mean, self.std = visual.image_mean or MEAN, visual.image_std or STD
-        self.resize = f"pil-bicubic-shortest-{self.size}, center-crop"
+        size = size if isinstance(size, int) else size[0]
+        self._preprocess(size, visual.image_mean or MEAN, visual.image_std or STD)
         self.model.get_image_features = lambda pixel_values: self.model.encode_image(pixel_values)
         self.dim = self(torch.zeros(1, self.size, self.size, 3, dtype=torch.uint8)).shape[1]
 
@@ -158,8 +159,8 @@ def _pooled(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def _preprocessing(folder: Path, size: int) -> tuple[int, Sequence[float], Sequence[float]]:
-    """Side of the crop, mean and standard deviation as the folder's preprocessor_config.json has them."""
+def _normalisation(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation as the folder's preprocessor_config.json has them."""
     file = folder / "preprocessor_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return size, config.get("image_mean", MEAN), config.get("image_std", STD)
+    return config.get("image_mean", MEAN), config.get("image_std", STD)

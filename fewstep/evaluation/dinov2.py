@@ -1,18 +1,19 @@
 """DINOv2 as an extractor: the features of FD-DINOv2."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fewstep.evaluation.clip import folder_sha256, load_network, local_folder
-from fewstep.evaluation.extractors import full_precision
-from fewstep.evaluation.preprocess import pil_resize
+from fewstep.evaluation.extractors import Extractor, full_precision
+from fewstep.evaluation.preprocess import normalised, pil_resize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the published models want it
 
 
-class Dinov2:
+class Dinov2(Extractor):
     """The class token after the last norm, of images squeezed to 224 x 224 with Pillow's bicubic.
 
     Oquab et al., arXiv 2304.07193; as a Fréchet distance in Stein et al., arXiv 2306.04675, with ViT-L/14.
@@ -34,11 +35,11 @@ class Dinov2:
         self.model = load_network(Dinov2Model, folder, device)
         self.name, self.device = f"dinov2:{Path(source).name}", device
         self.dim = self.model.config.hidden_size
+        squeeze = partial(pil_resize, size=self.size, method="bicubic")
+        self.prepare = partial(normalised, crop=squeeze, mean=MEAN, std=STD)
         self.weights_sha256 = folder_sha256(folder)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        x = pil_resize(images, self.size, "bicubic").permute(0, 3, 1, 2).float() / 255
-        x = (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    def features(self, prepared: Tensor) -> Tensor:
         with full_precision():
-            return self.model(x.to(self.device)).last_hidden_state[:, 0].float().cpu()
+            return self.model(prepared.to(self.device)).last_hidden_state[:, 0].float().cpu()

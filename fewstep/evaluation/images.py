@@ -1,19 +1,26 @@
-"""Reading images for evaluation: a folder, an npz file or an array, all checked before the expensive part."""
+"""Images for evaluation: a folder, a zip or npz file or an array, all checked before the expensive part."""
 
 import hashlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from fewstep.errors import FewstepError
+from fewstep.evaluation.files import (
+    EXTENSIONS,
+    File,
+    Member,
+    check_files,
+    default_workers,
+    prepared_files,
+    read_files,
+)
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BLOCK = 64  # images in a row that go to one process
 KEYS = ("images", "arr_0")  # names of the image array in an npz file; ADM's sample files use the second
 
@@ -25,11 +32,14 @@ class ImageSource:
         name: path, or "array".
         sizes: the (height, width) that occur, before any rotation that EXIF asks for.
         skipped: names of files that could not be read and were left out, as the caller allowed.
+        files: one per image, if there are files. workers: how many processes decode them.
     """
 
     name: str
-    skipped: tuple[str, ...] = ()
     sizes: set[tuple[int, int]]
+    skipped: tuple[str, ...] = ()
+    files: list[File] | None = None
+    workers: int = 0
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -37,6 +47,13 @@ class ImageSource:
     def batches(self, size: int) -> Iterator[Tensor]:
         """uint8 RGB tensors (B, H, W, 3), B <= size. A change of image size starts a new batch."""
         raise NotImplementedError
+
+    def prepared(self, size: int, prepare: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """All images through `prepare`, in batches (B, ...), B <= size; files are read ahead by the workers."""
+        if self.files is None:
+            yield from map(prepare, self.batches(size))
+        else:
+            yield from prepared_files(self.files, size, prepare, self.workers)
 
     def shard(self, rank: int, world: int) -> "ImageSource":
         """The images that process `rank` of `world` looks after."""
@@ -53,15 +70,20 @@ class ImageSource:
 
 
 def open_images(
-    images: "str | Path | np.ndarray | Tensor | ImageSource", at_least: int = 1, skip_bad: int = 0
+    images: "str | Path | np.ndarray | Tensor | ImageSource",
+    at_least: int = 1,
+    skip_bad: int = 0,
+    workers: int | None = None,
 ) -> ImageSource:
     """Opens images and checks them all, so that errors come before expensive work.
 
     Args:
-        images: folder with png, jpg, jpeg, webp or bmp files (sorted by name, subfolders not entered), npz
-            file with a uint8 array `images` or `arr_0` (N, H, W, 3), or such an array or tensor.
+        images: folder or zip file with png, jpg, jpeg, webp or bmp files (sorted by name; a folder's subfolders
+            are entered if it has no image itself), npz file with a uint8 array `images` or `arr_0`
+            (N, H, W, 3), or such an array or tensor.
         at_least: smallest number of images that is useful to the caller.
-        skip_bad: how many unreadable files of a folder may be left out; more are an error.
+        skip_bad: how many unreadable files may be left out; more are an error.
+        workers: processes that decode files, by default `default_workers()`.
 
     Raises:
         FewstepError: missing path, no images, unreadable images, wrong shape or type, too few images.
@@ -73,8 +95,11 @@ def open_images(
     else:
         path = Path(images)
         if not path.exists():
-            raise FewstepError(f"{path} does not exist: expected a folder of images or an npz file")
-        source = FolderImages(path, skip_bad) if path.is_dir() else NpzImages(path)
+            raise FewstepError(f"{path} does not exist: expected a folder of images, or a zip or npz file")
+        if path.is_dir() or path.suffix.lower() == ".zip":
+            source = FileImages(path, skip_bad, default_workers() if workers is None else workers)
+        else:
+            source = NpzImages(path)
     if len(source) < at_least:
         raise FewstepError(f"{source.name} has {len(source)} images, but at least {at_least} are needed")
     return source
@@ -146,32 +171,26 @@ class NpzImages(ImageSource):
                 yield torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, *self.shape[1:])
 
 
-class FolderImages(ImageSource):
-    """Image files of one folder, sorted by name."""
+class FileImages(ImageSource):
+    """Image files of a folder or of a zip archive, sorted by name."""
 
-    def __init__(self, folder: Path, skip_bad: int = 0):
-        self.name = str(folder)
-        # Hidden files are leftovers of interrupted writers, or of file browsers.
-        self.files = sorted(
-            p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS and p.name[0] != "." and p.is_file()
-        )
-        if not self.files:
-            raise FewstepError(f"{folder} has no images: looked for {', '.join(EXTENSIONS)}")
-        _check_names(folder, self.files)
-        self.sizes = set()
-        broken, readable = [], []
-        for file in self.files:
-            try:
-                self.sizes.add(check_file(file))
-                readable.append(file)
-            except Exception as error:  # Pillow's decoders raise many kinds, SyntaxError among them
-                broken.append(f"{file.name}: {error or type(error).__name__}")
-        if len(broken) <= skip_bad and readable:
-            self.files, self.skipped = readable, tuple(line.partition(":")[0] for line in broken)
-        else:
+    files: list[File]
+
+    def __init__(self, path: Path, skip_bad: int = 0, workers: int = 0):
+        self.name, self.workers = str(path), workers
+        names, files = _files_of(path)
+        if not files:
+            raise FewstepError(f"{path} has no images: looked for {', '.join(EXTENSIONS)}")
+        _check_names(path, names)
+        found = check_files(files)
+        broken = [f"{name}: {size}" for name, size in zip(names, found) if isinstance(size, str)]
+        self.files = [file for file, size in zip(files, found) if not isinstance(size, str)]
+        self.sizes = {size for size in found if not isinstance(size, str)}
+        self.skipped = tuple(name for name, size in zip(names, found) if isinstance(size, str))
+        if len(broken) > skip_bad or not self.files:
             more = f"\n  and {len(broken) - 10} more" if len(broken) > 10 else ""
             raise FewstepError(
-                f"{folder}: {len(broken)} of {len(self.files)} images cannot be read: remove or replace "
+                f"{path}: {len(broken)} of {len(files)} images cannot be read: remove or replace "
                 f"them, or allow some with --skip-bad\n  " + "\n  ".join(broken[:10]) + more
             )
 
@@ -179,20 +198,7 @@ class FolderImages(ImageSource):
         return len(self.files)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        yield from self.read(self.files, size)
-
-    @staticmethod
-    def read(files: list[Path], size: int) -> Iterator[Tensor]:
-        """The images of some files, in batches of one size."""
-        batch: list[np.ndarray] = []
-        for file in files:
-            image = read_image(file)
-            if batch and (len(batch) == size or image.shape != batch[0].shape):
-                yield torch.from_numpy(np.stack(batch))
-                batch = []
-            batch.append(image)
-        if batch:
-            yield torch.from_numpy(np.stack(batch))
+        yield from read_files(self.files, size)
 
     @cached_property
     def sha256(self) -> str:
@@ -207,15 +213,17 @@ class ShardImages(ImageSource):
 
     def __init__(self, source: ImageSource, rank: int, world: int):
         self.name, self.source = source.name, source
-        self.sizes, self.skipped = source.sizes, source.skipped
+        self.sizes, self.skipped, self.workers = source.sizes, source.skipped, source.workers
         self.mine = torch.arange(len(source)) // BLOCK % world == rank  # (N,)
+        if source.files is not None:
+            self.files = [file for file, mine in zip(source.files, self.mine) if mine]
 
     def __len__(self) -> int:
         return int(self.mine.sum())
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        if isinstance(self.source, FolderImages):  # files of others are not opened
-            yield from self.source.read([f for f, mine in zip(self.source.files, self.mine) if mine], size)
+        if self.files is not None:  # files of others are not opened
+            yield from read_files(self.files, size)
             return
         done = 0
         for batch in self.source.batches(size):
@@ -232,7 +240,8 @@ class FirstImages(ImageSource):
         if not 0 < n <= len(source):
             raise FewstepError(f"{source.name} has {len(source)} images, but {n} are asked for")
         self.name, self.source, self.n = source.name, source, n
-        self.sizes, self.skipped = source.sizes, source.skipped
+        self.sizes, self.skipped, self.workers = source.sizes, source.skipped, source.workers
+        self.files = None if source.files is None else source.files[:n]
 
     def __len__(self) -> int:
         return self.n
@@ -250,41 +259,38 @@ class FirstImages(ImageSource):
         return hashlib.sha256(f"first {self.n} of {self.source.sha256}".encode()).hexdigest()
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Decodes to uint8 RGB (H, W, 3): upright as EXIF says, transparency over white, 16 bits scaled."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # 16-bit grayscale; Pillow's own conversion would clip it at 255
-            grey = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
+def _files_of(path: Path) -> tuple[list[str], list[File]]:
+    """Names and image files of a folder or zip archive, sorted by name."""
+    # Hidden files are leftovers of interrupted writers, or of file browsers.
+    if path.is_dir():
+        found = {p.name: p for p in path.iterdir() if _is_image(p.name) and p.is_file()}
+        if not found:
+            found = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if _is_image(p.name)}
+    else:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = archive.namelist()
+        except (OSError, zipfile.BadZipFile) as error:
+            raise FewstepError(f"{path} is no readable zip archive: {error}") from None
+        _check_members(path, members)
+        found = {m: Member(path, m) for m in members if _is_image(PurePath(m).name)}
+    return sorted(found), [found[name] for name in sorted(found)]
 
 
-def _check_names(folder: Path, files: list[Path]) -> None:
+def _is_image(name: str) -> bool:
+    return PurePath(name).suffix.lower() in EXTENSIONS and name[0] != "."
+
+
+def _check_names(folder: Path, names: list[str]) -> None:
     """Refuses two files of one name, such as a.png beside a.jpg: captions would shift by one."""
-    seen: dict[str, Path] = {}
-    twice = [(seen[f.stem], f) for f in files if f.stem in seen or seen.setdefault(f.stem, f) is not f]
+    seen: dict[PurePath, str] = {}
+    stems = [(PurePath(name).with_suffix(""), name) for name in names]
+    twice = [(seen[stem], name) for stem, name in stems if seen.setdefault(stem, name) != name]
     if twice:
-        first, second = twice[0]
         raise FewstepError(
-            f"{folder}: {len(twice)} names occur more than once, such as {first.name} and {second.name}: expected "
+            f"{folder}: {len(twice)} names occur more than once, such as {twice[0][0]} and {twice[0][1]}: expected "
             "one image of a name; remove the others"
         )
-
-
-def check_file(path: Path) -> tuple[int, int]:
-    """Height and width as stored; raises what Pillow raises on a file that cannot be decoded."""
-    with Image.open(path) as image:
-        width, height = image.size
-        if image.format == "PNG":
-            image.verify()  # checksums of every chunk, without decoding
-        else:
-            image.draft("RGB", (1, 1))  # lets JPEG decode at an eighth of the size
-            image.load()
-    return height, width
 
 
 def _check_members(path: Path, names: list[str]) -> None:

@@ -15,7 +15,7 @@ from fewstep.evaluation.extractors import Extractor, Prepared, identity
 from fewstep.evaluation.features import BATCH, extract
 from fewstep.evaluation.images import ImageSource
 from fewstep.evaluation.lpips import find_lpips, lpips_diversity
-from fewstep.evaluation.preprocess import center_patch
+from fewstep.evaluation.preprocess import crop_and_resize
 from fewstep.evaluation.scores import Scorer
 from fewstep.evaluation.statistics import Moments, Statistics, check_comparable
 
@@ -151,7 +151,7 @@ def fd_inf(sides: Sides) -> Iterator[Number]:
 
 def patch_fd(sides: Sides) -> Iterator[Number]:
     """Fréchet distance of middle patches at full resolution, which sees detail that resizing hides."""
-    size = getattr(sides.extractor, "size", 224)
+    size = sides.extractor.size
     small = [s.name for s in (sides.real, sides.fake) if max(max(shape) for shape in s.sizes) <= size]
     if small:
         raise FewstepError(
@@ -160,7 +160,7 @@ def patch_fd(sides: Sides) -> Iterator[Number]:
         )
     # Without the crop and resize of a protocol, which would take the detail away.
     base = sides.extractor.extractor if isinstance(sides.extractor, Prepared) else sides.extractor
-    patch = Prepared(base, lambda images: center_patch(images, size), f"center-patch-{size}")
+    patch = Prepared(base, crop_and_resize("patch", None, size))
     for number in fd(Sides(sides.real, sides.fake, patch)):
         yield Number("patch-FD", number.value, number.error, number.error_kind)
 
@@ -218,9 +218,9 @@ def scores(sides: Sides) -> Iterator[Number]:
     """Mean of every scorer over the images and their captions."""
     for scorer in sides.scorers:
         parts, done = [], 0
-        for images in sides.fake.batches(BATCH):
-            parts.append(scorer(images, sides.captions[done : done + len(images)]))
-            done += len(images)
+        for prepared in sides.fake.prepared(BATCH, scorer.prepare):
+            parts.append(scorer.score(prepared, sides.captions[done : done + len(prepared)]))
+            done += len(prepared)
         values = torch.cat(parts).double()
         if not values.isfinite().all():
             raise FewstepError(f"{scorer.label} of {sides.fake.name} is not finite: look at {scorer.name}")

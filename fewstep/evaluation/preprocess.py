@@ -4,7 +4,9 @@ The resize decides a Fréchet distance (on the same images 4.4, 5.2 or 7.7 with 
 id that goes into statistics files and results.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -93,3 +95,47 @@ RESIZES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "torch-bilinear": torch_bilinear,
     "torch-bicubic-antialias": torch_bicubic_antialias,
 }
+
+
+def network_input(images: Tensor, resize: str, size: int, shift: float, scale: float) -> Tensor:
+    """uint8 (B, H, W, 3) to float32 (B, 3, size, size): resized by its id, then `(x - shift) / scale`."""
+    return (RESIZES[resize](images, size) - shift) / scale
+
+
+def normalised(
+    images: Tensor, crop: Callable[[Tensor], Tensor], mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """uint8 (B, H, W, 3) through a crop or resize to float32 (B, 3, size, size) of given mean and deviation."""
+    x = crop(images).permute(0, 3, 1, 2).float() / 255
+    return ((x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]).contiguous()
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Functions of images one after the other; picklable if they are, so that other processes can run it."""
+
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        for step in self.steps:
+            images = step(images)
+        return images
+
+
+def crop_and_resize(
+    crop: str, resize: tuple[str, int] | None, patch: int
+) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+    """What a protocol does to uint8 images: descriptions, which become part of an identity, and functions.
+
+    Args:
+        crop: "none", "center" or "patch". resize: Pillow's filter and the side, or None. patch: side of a patch.
+    """
+    steps: list[tuple[str, Callable[[Tensor], Tensor]]] = []
+    if crop == "center":
+        steps.append(("center-crop", center_crop))
+    if crop == "patch":
+        steps.append((f"center-patch-{patch}", partial(center_patch, size=patch)))
+    if resize:
+        method, side = resize
+        steps.append((f"pil-{method}-{side}", partial(pil_resize, size=side, method=method)))
+    return steps

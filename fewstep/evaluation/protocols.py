@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fewstep.errors import FewstepError
 from fewstep.evaluation import preprocess
 from fewstep.evaluation.extractors import SCALINGS, Extractor, Inception2015, Prepared, get_extractor
@@ -90,27 +88,8 @@ class Protocol:
             base: Extractor = Inception2015(self.extractor_resize, self.scaling, device, weights)
         else:
             base = get_extractor(name, device)
-        steps = self._steps(getattr(base, "size", 224))
-        if not steps:
-            return base
-
-        def prepare(images: Tensor) -> Tensor:
-            for _, step in steps:
-                images = step(images)
-            return images
-
-        return Prepared(base, prepare, ", ".join(description for description, _ in steps))
-
-    def _steps(self, size: int) -> list[tuple[str, Any]]:
-        steps: list[tuple[str, Any]] = []
-        if self.crop == "center":
-            steps.append(("center-crop", preprocess.center_crop))
-        if self.crop == "patch":
-            steps.append((f"center-patch-{size}", lambda images: preprocess.center_patch(images, size)))
-        if self.resize:
-            method, side = self.resize
-            steps.append((f"pil-{method}-{side}", lambda images: preprocess.pil_resize(images, side, method)))
-        return steps
+        steps = preprocess.crop_and_resize(self.crop, self.resize, base.size)
+        return Prepared(base, steps) if steps else base
 
     def label(self, metric: str, by: str, n_fake: int, whole: bool = False) -> str:
         """Name of a number made by a network. "FID" only by this protocol's own; a smaller sample says so.

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation.images import check_file
+from fewstep.evaluation.files import check_file
 from fewstep.evaluation.models import Model
 from fewstep.evaluation.prompts import Prompts
 from fewstep.evaluation.speed import measure_speed

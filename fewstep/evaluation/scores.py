@@ -1,7 +1,7 @@
 """Scores of an image and its caption: CLIP and the preference models, each a number per image."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,28 +13,35 @@ from fewstep.evaluation.clip import Clip, OpenClip
 KINDS = ("clip:PATH", "open_clip:ARCHITECTURE:FILE", "pickscore:PATH", "hpsv2.1:PATH", "imagereward")
 
 
-class Scorer(Protocol):
+class Scorer:
     """Called with uint8 images (B, H, W, 3) and B captions it gives B numbers, higher for a better match.
 
     Attributes:
         label: such as "CLIP score". name: of the weights. weights_sha256: hash of the weights.
+        prepare: from uint8 images to what `score` takes; it runs on the CPU, in worker processes.
     """
 
     label: str
     name: str
     weights_sha256: str
+    prepare: Callable[[Tensor], Tensor] = preprocess.Chain()
 
-    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor: ...
+    def score(self, prepared: Tensor, captions: Sequence[str]) -> Tensor:
+        """The network, on its device."""
+        raise NotImplementedError
+
+    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        return self.score(self.prepare(images), captions)
 
 
-class ClipScore:
+class ClipScore(Scorer):
     """Scaled cosine of image and caption.
 
     Args:
         clip: the model. label: what the number is called.
         scale: of the cosine; None takes the model's own, as preference models do.
         prefix: before every caption.
-        prepare: crops or resizes of uint8 images that a protocol wants before the model's own.
+        before: crops and resizes of uint8 images that a protocol wants before the model's own.
     """
 
     def __init__(
@@ -43,18 +50,18 @@ class ClipScore:
         label: str = "CLIP score",
         scale: float | None = 1.0,
         prefix: str = "",
-        prepare: Callable[[Tensor], Tensor] | None = None,
+        before: Sequence[Callable[[Tensor], Tensor]] = (),
     ):
         self.clip, self.label, self.prefix = clip, label, prefix
         self.name, self.weights_sha256 = clip.name.partition(":")[2], clip.weights_sha256
         self.scale = clip.scale if scale is None else scale
-        self.prepare = prepare or (lambda images: images)
+        self.prepare = preprocess.Chain((*before, clip.prepare))
 
-    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        return self.scale * self.clip.cosines(self.prepare(images), [self.prefix + c for c in captions])
+    def score(self, prepared: Tensor, captions: Sequence[str]) -> Tensor:
+        return self.scale * self.clip.cosines(prepared, [self.prefix + c for c in captions])
 
 
-class ImageReward:
+class ImageReward(Scorer):
     """ImageReward-v1.0 (Xu et al., arXiv 2304.05977), by its own package, which pins old libraries."""
 
     label, name, weights_sha256 = "ImageReward", "ImageReward-v1.0", "undeclared"
@@ -69,10 +76,10 @@ class ImageReward:
             ) from None
         self.model = ImageReward.load(self.name, device=device)
 
-    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+    def score(self, prepared: Tensor, captions: Sequence[str]) -> Tensor:
         from PIL import Image
 
-        pairs = zip(images, captions)
+        pairs = zip(prepared, captions)
         return torch.tensor([self.model.score(text, Image.fromarray(x.numpy())) for x, text in pairs])
 
 
@@ -99,18 +106,10 @@ def get_scorer(spec: str, device: str = "cpu", clip: dict[str, Any] | None = Non
     if kind == "hpsv2.1":
         return ClipScore(model, "HPSv2.1", scale=None)
     clip = clip or {}
+    before = preprocess.crop_and_resize(clip.get("crop", "none"), clip.get("resize"), model.size)
     return ClipScore(
-        model, scale=clip.get("scale", 1.0), prefix=clip.get("prefix", ""), prepare=_prepare(clip)
+        model,
+        scale=clip.get("scale", 1.0),
+        prefix=clip.get("prefix", ""),
+        before=[step for _, step in before],
     )
-
-
-def _prepare(clip: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    def prepare(images: Tensor) -> Tensor:
-        if clip.get("crop") == "center":
-            images = preprocess.center_crop(images)
-        if clip.get("resize"):
-            method, side = clip["resize"]
-            images = preprocess.pil_resize(images, side, method)
-        return images
-
-    return prepare

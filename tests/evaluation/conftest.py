@@ -1,8 +1,14 @@
 """Shared by the tests of the evaluator: a private cache, and a tiny extractor of known features."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+
+from fewstep.evaluation.extractors import Extractor
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +25,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-class PoolExtractor:
+class PoolExtractor(Extractor):
     """Mean colours of a 4 x 4 grid: 48 features in 0..1. Counts its calls."""
 
     name, dim, weights_sha256, resize = "pool", 48, "0" * 64, "area-4"
@@ -27,9 +33,9 @@ class PoolExtractor:
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, images):
+    def features(self, prepared):
         self.calls += 1
-        x = images.permute(0, 3, 1, 2).float() / 255
+        x = prepared.permute(0, 3, 1, 2).float() / 255
         return torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
 
 
@@ -44,3 +50,26 @@ def pictures():
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (120, 4, 4, 3))
     return coarse.repeat(4, 1).repeat(4, 2).astype(np.uint8)
+
+
+# `accelerate launch --cpu` starts one process whatever it is told; with --multi_gpu it starts as many as asked for,
+# and the device is ours to choose.
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0 -m",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no --main_process_port 0 -m",
+}
+
+
+@pytest.fixture
+def launch_two():
+    """Runs `fewstep` with some arguments as two processes of a real launcher; they must succeed."""
+
+    def launch(launcher, words):
+        command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), "fewstep", *words]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done
+
+    return launch

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation import images as I
-from fewstep.evaluation.images import FirstImages, open_images, read_image
+from fewstep.evaluation import files as F
+from fewstep.evaluation.files import read_image
+from fewstep.evaluation.images import FirstImages, open_images
 
 
 def save(path, array, mode=None, **options):
@@ -220,4 +221,4 @@ def test_a_damaged_header_reads_as_one_error(tmp_path, pictures):
 
 
 def test_extensions_are_what_the_message_says():
-    assert I.EXTENSIONS == (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+    assert F.EXTENSIONS == (".png", ".jpg", ".jpeg", ".webp", ".bmp")

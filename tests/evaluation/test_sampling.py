@@ -340,3 +340,19 @@ def test_command_line_shards_by_rank(tiny_sd15, tmp_path, monkeypatch, capsys):
     assert read_manifest(tmp_path / "out" / "2-steps")["speed"]["nfe"] == 2
     monkeypatch.setenv("RANK", "2")
     assert main(words) == 2 and "RANK < WORLD_SIZE" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_accelerate_launch_makes_the_files_of_one_process(tiny_sd15, tmp_path, launch_two):
+    """Two processes started by accelerate's own launcher, each with its share, as a user would start them."""
+    from fewstep.evaluation.cli import main
+
+    (tmp_path / "p.txt").write_text("\n".join(TEXTS))
+    words = ["eval", "generate", str(tiny_sd15), "--steps", "2", "--solver", "lcm", "--guidance", "1"]
+    words += ["--prompts", str(tmp_path / "p.txt"), "--speed-runs", "0", "--batch-size", "1"]
+    words += ["--device", "cpu", "--out"]
+    done = launch_two("accelerate", [*words, str(tmp_path / "two")])
+    assert "(process 1)" in done.stdout
+    assert main([*words, str(tmp_path / "one")]) == 0
+    one, two = (files(tmp_path / name / "2-steps") for name in ("one", "two"))
+    assert one == two and len(one) == len(TEXTS)

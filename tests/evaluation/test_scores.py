@@ -87,7 +87,7 @@ def test_cosines_by_hand_with_the_outputs_of_both_transformers(clip_folder, imag
 
             monkeypatch.setattr(model.model, name, plain)
     expected = by_hand(clip_folder, images, CAPTIONS)
-    assert model.cosines(images, CAPTIONS).tolist() == pytest.approx(expected, abs=1e-5)
+    assert model.cosines(model.prepare(images), CAPTIONS).tolist() == pytest.approx(expected, abs=1e-5)
     assert np.std(expected) > 0.01
 
 

@@ -1,0 +1,160 @@
+"""Image files: checked, decoded, and read ahead in worker processes."""
+
+import io
+import os
+import sys
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import groupby
+from multiprocessing import get_context
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fewstep.errors import FewstepError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+In, Out = TypeVar("In"), TypeVar("Out")
+
+
+@dataclass(frozen=True)
+class Member:
+    """An image file inside a zip archive, read where it lies."""
+
+    archive: Path
+    path: str
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    def read_bytes(self) -> bytes:
+        return _opened(self.archive, os.getpid()).read(self.path)
+
+
+File = Path | Member
+
+
+@cache
+def _opened(archive: Path, _process: int) -> zipfile.ZipFile:
+    """One handle per process: a forked one shares its position in the file with its parent."""
+    return zipfile.ZipFile(archive)
+
+
+def read_image(file: File) -> np.ndarray:
+    """Decodes to uint8 RGB (H, W, 3): upright as EXIF says, transparency over white, 16 bits scaled."""
+    with Image.open(io.BytesIO(file.read_bytes())) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16-bit grayscale; Pillow's own conversion would clip it at 255
+            grey = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=2)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.array(image.convert("RGB"))
+
+
+def read_files(files: Sequence[File], size: int) -> Iterator[Tensor]:
+    """uint8 batches (B, H, W, 3), B <= size. A change of image size starts a new batch."""
+    batch: list[np.ndarray] = []
+    for file in files:
+        try:
+            image = read_image(file)
+        except Exception as error:  # a file that passed the check: changed since, or damaged inside a chunk
+            raise FewstepError(f"{file} cannot be decoded: {error or type(error).__name__}") from None
+        if batch and (len(batch) == size or image.shape != batch[0].shape):
+            yield torch.from_numpy(np.stack(batch))
+            batch = []
+        batch.append(image)
+    if batch:
+        yield torch.from_numpy(np.stack(batch))
+
+
+def check_file(file: File) -> tuple[int, int]:
+    """Height and width as stored; raises what Pillow raises on a file that cannot be decoded."""
+    with Image.open(io.BytesIO(file.read_bytes())) as image:
+        width, height = image.size
+        if image.format == "PNG":
+            image.verify()  # checksums of every chunk, without decoding
+        else:
+            image.draft("RGB", (1, 1))  # lets JPEG decode at an eighth of the size
+            image.load()
+    return height, width
+
+
+def check_files(files: Sequence[File]) -> list[tuple[int, int] | str]:
+    """For each file its height and width, or what is wrong with it."""
+
+    def check(file: File) -> tuple[int, int] | str:
+        try:
+            return check_file(file)
+        except Exception as error:  # Pillow's decoders raise many kinds, SyntaxError among them
+            return f"{error or type(error).__name__}"
+
+    # One handle of a zip archive must not be shared by threads.
+    threads = 1 if files and isinstance(files[0], Member) else min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without the interpreter's lock
+        return list(pool.map(check, files))
+
+
+def default_workers() -> int:
+    """How many processes may decode beside this one: the cores that it may use, shared with its siblings, but one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
+def prepared_files(
+    files: Sequence[File], size: int, prepare: Callable[[Tensor], Tensor], workers: int
+) -> Iterator[Tensor]:
+    """Decodes and prepares files in their order, ahead of the caller and in other processes.
+
+    Args:
+        files: of images of any sizes.
+        size: how many are handled at once.
+        prepare: from uint8 (B, H, W, 3) to a tensor (B, ...) on the CPU; picklable where processes do not fork.
+        workers: processes; with 0 everything happens here.
+
+    Yields:
+        Prepared batches of `size` files each; fewer where the prepared shapes differ.
+    """
+    pieces = [files[start : start + size] for start in range(0, len(files), size)]
+    for arrays in ahead(partial(_prepared, prepare=prepare), pieces, min(workers, len(pieces) - 1)):
+        yield from map(torch.from_numpy, arrays)
+
+
+def ahead(function: Callable[[In], Out], items: Sequence[In], workers: int) -> Iterator[Out]:
+    """`map` by worker processes, at most two results each in advance, so that memory stays bounded.
+
+    Results come through pipes: shared memory, which is faster by little, is too small in most containers.
+    """
+    if workers < 1:
+        yield from map(function, items)
+        return
+    # Forked workers need no `if __name__ == "__main__"` in the caller's script; they never touch a GPU.
+    context = get_context("fork" if sys.platform == "linux" else None)
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        waiting: deque = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # also when the caller stops early
+            for future in waiting:
+                future.cancel()
+
+
+def _prepared(files: Sequence[File], prepare: Callable[[Tensor], Tensor]) -> list[np.ndarray]:
+    """One piece: images of equal prepared shape together, whatever their own sizes."""
+    parts = [prepare(batch) for batch in read_files(files, len(files))]
+    return [torch.cat(list(group)).numpy() for _, group in groupby(parts, lambda part: part.shape[1:])]
