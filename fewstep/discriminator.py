@@ -42,6 +42,17 @@ def _taps(net: nn.Module, names: Sequence[str], stop: bool) -> Iterator[dict[str
             handle.remove()
 
 
+def check_taps(denoiser: NetDenoiser, names: Sequence[str], option: str) -> None:
+    """Refuses, by the name of the method's option, what is no block of the network."""
+    modules = dict(denoiser.net.named_modules())
+    for name in names:
+        if name not in modules:
+            known = ", ".join(n for n, _ in denoiser.net.named_children())
+            raise RecipeError(
+                f"method.{option}: {name!r} is no block of the network; top-level blocks: {known}"
+            )
+
+
 def tap_features(
     denoiser: NetDenoiser, names: Sequence[str], x_t: Tensor, t: Tensor, cond: Cond
 ) -> list[Tensor]:
@@ -110,13 +121,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, denoiser: NetDenoiser, taps: Sequence[str], latent_shape: Sequence[int]):
         super().__init__()
-        modules = dict(denoiser.net.named_modules())
-        for name in taps:
-            if name not in modules:
-                known = ", ".join(n for n, _ in denoiser.net.named_children())
-                raise RecipeError(
-                    f"method.taps: {name!r} is no block of the network; top-level blocks: {known}"
-                )
+        check_taps(denoiser, taps, "taps")
         self.taps = list(taps)
         parameter = next(denoiser.net.parameters())
         x = torch.zeros(1, *latent_shape, device=parameter.device)

@@ -159,6 +159,17 @@ class Method:
         return ("prompts",)
 
 
+def check_options(config: Any, **expected: tuple[bool, str]) -> None:
+    """For the ``__post_init__`` of a Config: name of an option -> (whether it is fine, what was expected).
+
+    Raises:
+        RecipeError: naming the first option that is not, its value and what was expected.
+    """
+    for name, (fine, what) in expected.items():
+        if not fine:
+            raise RecipeError(f"method.{name}: {getattr(config, name)}: expected {what}")
+
+
 METHODS: dict[str, type[Method]] = {}
 
 

@@ -18,9 +18,12 @@ from torch import Tensor
 from .. import objectives
 from ..denoiser import Denoiser
 from ..errors import RecipeError
-from ..schedules import EDM, VP, Schedule
+from ..schedules import EDM
 from ..student import Student
+from ..times import TimeLaw
 from .base import Batch, Method, Phase, Progress, register
+
+EDM_LAW = TimeLaw("log_normal", mean=-1.2, std=1.2)  # EDM, arXiv 2206.00364, table 1
 
 
 @dataclass
@@ -143,18 +146,9 @@ class ScoreDifference(Method):
     def noised(self, x0: Tensor, batch: Batch, low: float = 0.0, high: float = 1.0) -> tuple[Tensor, Tensor]:
         """x0 at times of the method's law, per sample."""
         schedule = self.teacher.schedule
-        if self.lognormal:
-            t = lognormal_times(schedule, batch.rng.normal(len(x0)))
-        else:
-            t = schedule.draw_times(batch.rng.uniform(len(x0)), low, high)
+        law = EDM_LAW if self.lognormal else TimeLaw("uniform", low, high)
+        t = law.draw(schedule, batch.rng, len(x0))
         return schedule.add_noise(x0, batch.rng.normal_like(x0), t), t
-
-
-def lognormal_times(schedule: Schedule, normal: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """Unit normals (B,) -> times (B,) with ``ln(sigma / alpha) ~ N(mean, std^2)`` (EDM, arXiv 2206.00364, table 1)."""
-    log_ratio = mean + std * normal.double()
-    t = schedule.t_from_log_snr(-2 * log_ratio).clamp(schedule.t_min, schedule.t_max)
-    return t.round() if isinstance(schedule, VP) else t
 
 
 @register("diff_instruct")

@@ -9,9 +9,9 @@ arXiv 2505.12674, with a GAN on the critic's encoder SiDA (arXiv 2410.14919).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,189 +20,15 @@ from torch import Tensor
 from .. import objectives
 from ..cond import Cond
 from ..denoiser import Denoiser
-from ..discriminator import tap_features
+from ..discriminator import check_taps, tap_features
 from ..errors import RecipeError
-from ..rng import Rng
-from ..schedules import EDM, VP, Flow, Schedule, expand
-from ..student import Student, check_times, uniform_times
-from .base import Batch, Method, Phase, Progress, register
-
-START = 2.5  # sigma / alpha of the first input: EDM's 2.5, t = 625 of Stable Diffusion's table
-Kind = Literal["native", "x0", "eps", "v", "flow", "edm"]
+from ..schedules import Flow
+from ..student import Student
+from ..times import TimeLaw, student_times
+from .base import Batch, Method, Phase, Progress, check_options, register
+from .live_scores import Kind, critic_denoising, drop_captions, made_by, through_networks
 
 
-# ------------------------------------------------------------------------------------------ shared with its relatives
-@dataclass
-class TimeLaw:
-    """Which times a loss is taken at.
-
-    Attributes:
-        kind: "uniform" over a part of the schedule (on EDM: of its rho = 7 grid); "log_normal":
-            ``log(sigma / alpha) ~ N(mean, std^2)``, which is EDM's law and, on a flow, the logit-normal one; "auto"
-            is the published law of the schedule: uniform 20..980 on VP; on EDM log-normal (-1.2, 1.2) for the critic
-            and the noisiest fifth of the grid left out for the student; log-normal (log 2, 1.6) on a flow.
-        low, high: of "uniform", as fractions of the schedule. mean, std: of "log_normal".
-    """
-
-    kind: Literal["auto", "uniform", "log_normal"] = "auto"
-    low: float = 0.02
-    high: float = 0.98
-    mean: float = 0.0
-    std: float = 1.0
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    def __post_init__(self):
-        if not 0 <= self.low < self.high <= 1:
-            raise RecipeError(f"low: {self.low}: expected 0 <= low < high <= 1 (high is {self.high})")
-        if not self.std > 0:
-            raise RecipeError(f"std: {self.std}: expected a positive number; published ones are 1.2 and 1.6")
-        ranged, shaped = (self.low, self.high) != (0.02, 0.98), (self.mean, self.std) != (0.0, 1.0)
-        if (ranged and self.kind != "uniform") or (shaped and self.kind != "log_normal"):
-            wanted = "uniform, which reads low and high" if ranged else "log_normal, which reads mean and std"
-            raise RecipeError(
-                f"kind: {self.kind!r}: expected {wanted}; set it, or leave them at their defaults"
-            )
-
-    def on(self, schedule: Schedule, critic: bool) -> TimeLaw:
-        """Itself, or what "auto" means on a schedule."""
-        if self.kind != "auto":
-            return self
-        if isinstance(schedule, EDM):
-            return TimeLaw("log_normal", mean=-1.2, std=1.2) if critic else TimeLaw("uniform", 0.0, 0.8)
-        if isinstance(schedule, Flow):
-            return TimeLaw("log_normal", mean=math.log(2), std=1.6)
-        return TimeLaw("uniform")
-
-    def draw(self, schedule: Schedule, rng: Rng, count: int) -> Tensor:
-        """Times (count,), float64; whole numbers on a discrete schedule."""
-        if self.kind == "uniform":
-            return schedule.draw_times(rng.uniform(count), self.low, self.high)
-        log_ratio = self.mean + self.std * rng.normal(count).double()
-        t = schedule.t_from_log_snr(-2 * log_ratio).clamp(schedule.t_min, schedule.t_max)
-        return t.round() if isinstance(schedule, VP) else t
-
-
-def student_times(
-    schedule: Schedule, num_steps: int, start: float | None = None, times: Sequence[float] | None = None
-) -> list[float]:
-    """The given times, or equal strides from ``start``, by default sigma / alpha = 2.5 (a flow: its end).
-
-    On a discrete schedule the stride is whole, so that a stock scheduler meets the grid: 625 for one step of Stable
-    Diffusion, 623, 467, 311, 155 for four (the paper's 625, 468, 312, 156 has no such stride; give it as ``times``).
-
-    Raises:
-        RecipeError: start or times do not fit the schedule.
-    """
-    if times is None and start is None:
-        level = schedule.t_from_log_snr(torch.tensor(-2 * math.log(START), dtype=torch.float64)).item()
-        start = schedule.t_max if isinstance(schedule, Flow) else min(level, schedule.t_max)
-        if isinstance(schedule, VP):
-            start = max(1, round((start + 1) / num_steps)) * num_steps - 1
-            start = start if start <= schedule.t_max else start - num_steps
-    try:
-        if times is None and isinstance(schedule, VP):
-            times = uniform_times(num_steps, start)
-        elif times is None:
-            times = [
-                schedule.t_min + (start - schedule.t_min) * (1 - k / num_steps) for k in range(num_steps)
-            ]
-            times[0] = start
-        check_times(times, schedule)
-    except RecipeError as error:
-        raise RecipeError(f"method.{'start' if start is not None else 'times'}: {error}") from None
-    return list(times)
-
-
-def through_networks(
-    make: Callable[[], Tensor],
-    noised: Callable[[Tensor], Tensor],
-    networks: Sequence[Callable[[Tensor], Tensor]],
-    loss: Callable[..., Tensor],
-    lean: bool,
-) -> Tensor:
-    """``loss(x0, *[network(noised(x0)) for network in networks])`` with the gradient through everything.
-
-    Lean holds the activations of one network at a time: values first, then the loss as a function of them, one
-    vector-Jacobian product per network, and the student's own forward again. The same gradient for one more forward
-    of each. A sample whose gradient is not finite is left out.
-
-    Args:
-        make: the student's x0 (B, ...), the same at every call. noised: x0 -> x_t. networks: x_t -> (B, ...).
-    """
-
-    def clean(gradient: Tensor) -> Tensor:
-        return torch.where(expand(objectives.finite_rows(gradient), gradient).bool(), gradient, 0.0)
-
-    if not lean:
-        x0 = make()
-        if x0.requires_grad:
-            x0.register_hook(clean)
-        x_t = noised(x0)
-        return loss(x0, *(network(x_t) for network in networks))
-    with torch.no_grad():
-        x0 = make()
-        outputs = [network(noised(x0)) for network in networks]
-    leaves = [value.detach().requires_grad_() for value in (x0, *outputs)]
-    with torch.enable_grad():
-        value = loss(*leaves)
-        gradient, *cotangents = torch.autograd.grad(value, leaves)
-        for network, cotangent in zip(networks, cotangents):
-            leaf = x0.detach().requires_grad_()
-            gradient = gradient + torch.autograd.grad(network(noised(leaf)), leaf, cotangent)[0]
-    made = make()
-    finite = torch.where(expand(objectives.finite_rows(made), made).bool(), made, 0.0)
-    return value.detach() + ((finite - finite.detach()) * clean(gradient)).sum()
-
-
-def exit_step(batch: Batch, student: Student) -> int:
-    """The step that is trained, drawn once per iteration: the same on all ranks, for critic and student."""
-    if "exit" not in batch.carry:
-        batch.carry["exit"] = torch.tensor(batch.shared.integer(student.num_steps))
-    return int(batch.carry["exit"])
-
-
-def made_by(student: Student, batch: Batch) -> Callable[[], Tensor]:
-    """What the student makes of fresh noise in the step of this iteration; earlier steps carry no gradient."""
-    step = exit_step(batch, student)
-    x = student.inputs(batch.rng.normal(*batch.shape), batch.cond, batch.rng.normal_like, step)
-    return lambda: student.x0(x, step, batch.cond)
-
-
-def error_weight(critic: Denoiser, kind: Kind, t: Tensor) -> Tensor:
-    """Weight (B,) of the critic's squared x0 error; "edm" is EDM's lambda with a data spread of 0.5."""
-    if kind == "edm":
-        ratio = critic.schedule.sigma(t) / critic.schedule.alpha(t)
-        return (ratio**2 + 0.25) / (0.5 * ratio) ** 2
-    if kind == "native":
-        kind = getattr(critic, "prediction", "x0")
-    return critic.schedule.error_weight(kind, t)
-
-
-def critic_denoising(
-    critic: Denoiser, kind: Kind, x0: Tensor, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0
-) -> Tensor:
-    """Regression of the (guided) critic on samples of the student; samples that are not finite are left out."""
-    keep = objectives.finite_rows(x0)
-    x0, x_t = (torch.where(expand(keep, v).bool(), v, 0.0) for v in (x0, x_t))
-    weight = error_weight(critic, kind, t) * keep
-    return objectives.denoising(critic.x0(x_t, t, cond, guidance=guidance), x0, weight)
-
-
-def drop_captions(cond: Cond, null: Cond | None, rng: Rng, rate: float) -> Cond:
-    """Each row replaced by the null condition with this probability."""
-    if null is None or not len(cond) or rate == 0:
-        return cond
-    dropped, null = rng.uniform(len(cond)) < rate, null.expand(len(cond))
-    return Cond(
-        {
-            name: torch.where(expand(dropped, value).bool(), null[name].to(value), value)
-            for name, value in cond.tensors.items()
-        }
-    )
-
-
-# -------------------------------------------------------------------------------------------------------- the method
 @register("sid")
 class SiD(Method):
     """Score identity distillation: critic and student in turn, the critic first."""
@@ -273,25 +99,23 @@ class SiD(Method):
         gan_schedule: tuple[int, int] = (100_000, 200_000)
 
         def __post_init__(self):
-            checks = {
-                "num_steps": (self.num_steps >= 1, "at least 1"),
-                "critic_steps": (self.critic_steps >= 1, "at least 1; published runs have 1"),
-                "alpha": (math.isfinite(self.alpha), "a number; 1 and 1.2 are the published ones"),
-                "caption_dropout": (0 <= self.caption_dropout < 1, "0 <= rate < 1; published is 0.1"),
-                "gan_weight": (self.gan_weight >= 0, "0 or more; 0 is data-free, 1e-4 is SiDA's"),
-                "discriminator_weight": (self.discriminator_weight > 0, "a positive number; SiDA has 1"),
-                "gan_schedule": (
+            check_options(
+                self,
+                num_steps=(self.num_steps >= 1, "at least 1"),
+                critic_steps=(self.critic_steps >= 1, "at least 1; published runs have 1"),
+                alpha=(math.isfinite(self.alpha), "a number; 1 and 1.2 are the published ones"),
+                caption_dropout=(0 <= self.caption_dropout < 1, "0 <= rate < 1; published is 0.1"),
+                gan_weight=(self.gan_weight >= 0, "0 or more; 0 is data-free, 1e-4 is SiDA's"),
+                discriminator_weight=(self.discriminator_weight > 0, "a positive number; SiDA has 1"),
+                gan_schedule=(
                     0 <= self.gan_schedule[0] <= self.gan_schedule[1],
                     "0 <= first <= second; SiDA has 100000, 200000",
                 ),
-                "guidance_scale": (
+                guidance_scale=(
                     self.guidance != "zero_cfg" or self.guidance_scale == 1.0,
                     "1 with guidance zero_cfg, which reads no scale; drop it or choose another guidance",
                 ),
-            }
-            for name, (fine, expected) in checks.items():
-                if not fine:
-                    raise RecipeError(f"method.{name}: {getattr(self, name)}: expected {expected}")
+            )
 
         @property
         def kappas(self) -> tuple[float, float, float, float]:
@@ -332,12 +156,7 @@ class SiD(Method):
                     "with; leave guidance_scale at 1"
                 )
         if config.gan_weight > 0:
-            blocks = dict(critic.net.named_modules()) if hasattr(critic, "net") else {}
-            if config.tap not in blocks:
-                known = ", ".join(n for n in blocks if n and "." not in n)
-                raise RecipeError(
-                    f"method.tap: {config.tap!r}: expected a block of the network, e.g. {known}"
-                )
+            check_taps(critic, [config.tap], "tap")
 
     @classmethod
     def needs(cls, config: SiD.Config) -> tuple[str, ...]:
@@ -380,7 +199,7 @@ class SiD(Method):
         """Half of both cross-entropies, logits (B, n); SiDA weighs them as it does the critic's error on EDM."""
         both = (F.softplus(fake) + F.softplus(-real)).mean(1) / 2
         edm = self.config.critic_loss == "edm"
-        weight = error_weight(self.critic, "edm", t) if edm else torch.ones_like(both)
+        weight = objectives.denoising_weight("edm", self.critic.schedule, t) if edm else torch.ones_like(both)
         both = torch.where(keep, both, 0.0) * weight.to(both)
         return self.config.discriminator_weight / self.pixels * both.mean()
 

@@ -17,8 +17,9 @@ from .. import objectives
 from ..denoiser import Denoiser
 from ..errors import RecipeError
 from ..student import Student
-from .base import Batch, Method, Phase, Progress, register
-from .sid import Kind, TimeLaw, critic_denoising, made_by, student_times, through_networks
+from ..times import TimeLaw, student_times
+from .base import Batch, Method, Phase, Progress, check_options, register
+from .live_scores import Kind, critic_denoising, made_by, through_networks
 
 
 @register("sim")
@@ -58,14 +59,12 @@ class SIM(Method):
         lean: bool = False
 
         def __post_init__(self):
-            checks = {
-                "num_steps": (self.num_steps >= 1, "at least 1"),
-                "critic_steps": (self.critic_steps >= 1, "at least 1; published runs have 1"),
-                "c": (self.c > 0, "a positive number; 0.01 normalises all but the smallest differences"),
-            }
-            for name, (fine, expected) in checks.items():
-                if not fine:
-                    raise RecipeError(f"method.{name}: {getattr(self, name)}: expected {expected}")
+            check_options(
+                self,
+                num_steps=(self.num_steps >= 1, "at least 1"),
+                critic_steps=(self.critic_steps >= 1, "at least 1; published runs have 1"),
+                c=(self.c > 0, "a positive number; 0.01 normalises all but the smallest differences"),
+            )
 
     def __init__(
         self,

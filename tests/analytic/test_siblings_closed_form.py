@@ -16,7 +16,7 @@ from fewstep.methods import Batch, Progress
 from fewstep.methods.disback import DisBack
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.fdistill import FDistill
-from fewstep.methods.score_difference import DiffInstruct, SwiftBrush, lognormal_times
+from fewstep.methods.score_difference import EDM_LAW, DiffInstruct, SwiftBrush
 from fewstep.recipe import DataConfig, Recipe, TeacherConfig, from_dict, to_dict
 from fewstep.rng import Rng
 from fewstep.roles import RoleConfig
@@ -260,7 +260,7 @@ def test_diff_instruct_is_uniform_in_time_for_a_vp_teacher(ring, fitted):
 
 def test_lognormal_times_mean_the_same_ratio_on_every_path():
     normal = Rng(0).normal(1000)
-    t = lognormal_times(SD, normal)
+    t = EDM_LAW.draw(SD, Rng(0), 1000)
     assert torch.equal(t, t.round())
     ratio = (SD.sigma(t) / SD.alpha(t)).log()
     inside = (t > 20) & (t < 980)  # below, one step of the table is a large part of the ratio

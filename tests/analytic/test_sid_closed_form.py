@@ -18,13 +18,15 @@ from fewstep.distributed import Process
 from fewstep.errors import RecipeError
 from fewstep.export import student_scheduler
 from fewstep.methods import Progress
-from fewstep.methods.sid import SiD, TimeLaw, error_weight, exit_step, student_times, through_networks
+from fewstep.methods.live_scores import critic_denoising, exit_step, through_networks
+from fewstep.methods.sid import SiD
 from fewstep.recipe import DataConfig, Recipe, TeacherConfig, from_dict, to_dict
 from fewstep.rng import Rng
 from fewstep.roles import RoleConfig
 from fewstep.run import build
 from fewstep.schedules import EDM, VP, Flow
 from fewstep.teachers.analytic import GaussianMixture
+from fewstep.times import TimeLaw, student_times
 from fewstep.trainer import TrainConfig, Trainer
 
 DOUBLE = {"dtype": torch.float64}
@@ -546,14 +548,21 @@ def test_the_weight_of_the_critic():
     class Critic:
         schedule, prediction = SD, "eps"
 
-    sigma = torch.tensor([0.5, 2.0])
+        def x0(x_t, t, cond, guidance):
+            return 3 * torch.ones_like(x_t)
+
+    def weight(kind, t):  # of a squared error of 4
+        return critic_denoising(Critic, kind, torch.ones(1, 2), torch.zeros(1, 2), t, NONE).item() / 4
+
     Critic.schedule = EDM()
-    torch.testing.assert_close(
-        error_weight(Critic, "edm", sigma).float(), (sigma**2 + 0.25) / (0.5 * sigma) ** 2
-    )
-    Critic.schedule, t = SD, torch.tensor([100, 900])
-    torch.testing.assert_close(error_weight(Critic, "native", t), (SD.alpha(t) / SD.sigma(t)) ** 2)
-    torch.testing.assert_close(error_weight(Critic, "x0", t), torch.ones(2, **DOUBLE))
+    for sigma in (0.5, 2.0):
+        expected = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+        assert weight("edm", torch.tensor([sigma], **DOUBLE)) == pytest.approx(expected)
+    Critic.schedule = SD
+    for t in (100, 900):
+        time = torch.tensor([t])
+        assert weight("native", time) == pytest.approx(((SD.alpha(time) / SD.sigma(time)) ** 2).item())
+        assert weight("x0", time) == pytest.approx(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ guidance
@@ -714,7 +723,10 @@ def test_options_that_do_not_fit_the_teacher_are_refused(ring, fitted):
         ({"times": [100, 200]}, "method.times: .*falling"),
         ({"guidance_scale": 2.0}, "method.kappa1: 2: expected 1"),
         ({"guidance": "teacher_only", "guidance_scale": 2.0}, "method.kappa4: 2: expected 1"),
-        ({"gan_weight": 1e-3}, "method.tap: 'mid_block': expected a block of the network, e.g. layers"),
+        (
+            {"gan_weight": 1e-3},
+            "method.tap: 'mid_block' is no block of the network; top-level blocks: layers",
+        ),
     ]:
         with pytest.raises(RecipeError, match=words):
             toy(ring, fitted, **options)

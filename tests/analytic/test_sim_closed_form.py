@@ -25,9 +25,9 @@ from toys import NONE, Mlp, distance
 from fewstep import objectives
 from fewstep.errors import RecipeError
 from fewstep.methods import Progress
-from fewstep.methods.sid import TimeLaw
 from fewstep.methods.sim import SIM
 from fewstep.recipe import DataConfig, Recipe, TeacherConfig, from_dict, to_dict
+from fewstep.times import TimeLaw
 from fewstep.trainer import TrainConfig
 
 C = 0.3

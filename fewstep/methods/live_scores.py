@@ -1,0 +1,98 @@
+"""What methods share whose gradient passes through the networks of teacher and critic (SiD, SIM)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import objectives
+from ..cond import Cond
+from ..denoiser import Denoiser
+from ..rng import Rng
+from ..schedules import expand
+from ..student import Student
+from .base import Batch
+
+Kind = Literal["native", "x0", "eps", "v", "flow", "edm"]
+
+
+def through_networks(
+    make: Callable[[], Tensor],
+    noised: Callable[[Tensor], Tensor],
+    networks: Sequence[Callable[[Tensor], Tensor]],
+    loss: Callable[..., Tensor],
+    lean: bool,
+) -> Tensor:
+    """``loss(x0, *[network(noised(x0)) for network in networks])`` with the gradient through everything.
+
+    Lean holds the activations of one network at a time: values first, then the loss as a function of them, one
+    vector-Jacobian product per network, and the student's own forward again. The same gradient for one more forward
+    of each. A sample whose gradient is not finite is left out.
+
+    Args:
+        make: the student's x0 (B, ...), the same at every call. noised: x0 -> x_t. networks: x_t -> (B, ...).
+    """
+
+    def clean(gradient: Tensor) -> Tensor:
+        return torch.where(expand(objectives.finite_rows(gradient), gradient).bool(), gradient, 0.0)
+
+    if not lean:
+        x0 = make()
+        if x0.requires_grad:
+            x0.register_hook(clean)
+        x_t = noised(x0)
+        return loss(x0, *(network(x_t) for network in networks))
+    with torch.no_grad():
+        x0 = make()
+        outputs = [network(noised(x0)) for network in networks]
+    leaves = [value.detach().requires_grad_() for value in (x0, *outputs)]
+    with torch.enable_grad():
+        value = loss(*leaves)
+        gradient, *cotangents = torch.autograd.grad(value, leaves)
+        for network, cotangent in zip(networks, cotangents):
+            leaf = x0.detach().requires_grad_()
+            gradient = gradient + torch.autograd.grad(network(noised(leaf)), leaf, cotangent)[0]
+    made = make()
+    finite = torch.where(expand(objectives.finite_rows(made), made).bool(), made, 0.0)
+    return value.detach() + ((finite - finite.detach()) * clean(gradient)).sum()
+
+
+def exit_step(batch: Batch, student: Student) -> int:
+    """The step that is trained, drawn once per iteration: the same on all ranks, for critic and student."""
+    if "exit" not in batch.carry:
+        batch.carry["exit"] = torch.tensor(batch.shared.integer(student.num_steps))
+    return int(batch.carry["exit"])
+
+
+def made_by(student: Student, batch: Batch) -> Callable[[], Tensor]:
+    """What the student makes of fresh noise in the step of this iteration; earlier steps carry no gradient."""
+    step = exit_step(batch, student)
+    x = student.inputs(batch.rng.normal(*batch.shape), batch.cond, batch.rng.normal_like, step)
+    return lambda: student.x0(x, step, batch.cond)
+
+
+def critic_denoising(
+    critic: Denoiser, kind: Kind, x0: Tensor, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0
+) -> Tensor:
+    """Regression of the (guided) critic on samples of the student; samples that are not finite are left out."""
+    keep = objectives.finite_rows(x0)
+    x0, x_t = (torch.where(expand(keep, v).bool(), v, 0.0) for v in (x0, x_t))
+    kind = getattr(critic, "prediction", "x0") if kind == "native" else kind
+    weight = objectives.denoising_weight(kind, critic.schedule, t) * keep
+    return objectives.denoising(critic.x0(x_t, t, cond, guidance=guidance), x0, weight)
+
+
+def drop_captions(cond: Cond, null: Cond | None, rng: Rng, rate: float) -> Cond:
+    """Each row replaced by the null condition with this probability."""
+    if null is None or not len(cond) or rate == 0:
+        return cond
+    dropped, null = rng.uniform(len(cond)) < rate, null.expand(len(cond))
+    return Cond(
+        {
+            name: torch.where(expand(dropped, value).bool(), null[name].to(value), value)
+            for name, value in cond.tensors.items()
+        }
+    )
