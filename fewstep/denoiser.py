@@ -15,15 +15,20 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .cond import Cond
-from .schedules import Schedule, change_schedule
+from .schedules import Schedule, change_schedule, expand, solve
+
+Guidance = float | Tensor
 
 
 class Denoiser(Protocol):
-    """``x0`` is the posterior mean ``E[x0 | x_t, cond]``; ``guidance`` g means ``u + g (c - u)``, everywhere."""
+    """``x0`` is the posterior mean ``E[x0 | x_t, cond]``; ``guidance`` g means ``u + g (c - u)``, everywhere.
+
+    Guidance is one number, or one per sample, (B,).
+    """
 
     schedule: Schedule
 
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor: ...
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor: ...
 
 
 ATTENTION = {
@@ -70,25 +75,32 @@ class NetDenoiser:
             net, self.schedule, self.prediction, self.call, self.null, self.autocast, self.attention
         )
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
         """The native prediction, fp32, shape of x_t. Condition and null run in one batch.
 
         Args:
             x_t: (B, C, H, W). t: (B,). cond: B rows. guidance: 1 is a single conditional forward, 0 a single
-                unconditional one.
+                unconditional one; (B,) is a scale for each sample.
         """
-        if guidance == 1.0:
+        mixed = isinstance(guidance, Tensor)
+        if not mixed and guidance == 1.0:
             return self._forward(x_t, t, cond)
         if self.null is None:
             raise ValueError(f"guidance {guidance} needs a null condition, and this denoiser has none")
         null = self.null.to(x_t.device).expand(len(x_t))
-        if guidance == 0.0:
+        if not mixed and guidance == 0.0:
             return self._forward(x_t, t, null)
         both = self._forward(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat(null, cond))
         unconditional, conditional = both.chunk(2)
-        return torch.lerp(unconditional, conditional, guidance)
+        return torch.lerp(unconditional, conditional, expand(guidance, x_t) if mixed else guidance)
 
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
+    def exact(self) -> NetDenoiser:
+        """The same network without autocast and with the attention kernel that has forward-mode derivatives."""
+        view = self.with_net(self.net)
+        view.autocast, view.attention = None, "math"
+        return view
+
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
         """Predicted clean sample, fp32, shape of x_t. Guidance mixes before the conversion, which is linear."""
         prediction = self.predict(x_t, t, cond, guidance=guidance)
         return self.schedule.convert(prediction, x_t, t, self.prediction, "x0")
@@ -108,6 +120,28 @@ class ScheduleView:
     def __init__(self, denoiser: Denoiser, schedule: Schedule):
         self.denoiser, self.schedule = denoiser, schedule
 
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
-        x, s = change_schedule(x_t, t, self.schedule, self.denoiser.schedule)
-        return self.denoiser.x0(x, s, cond, guidance=guidance)
+    def predict(self, kind: str, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
+        """A prediction of any kind on this path, by one solve from what the denoiser gives natively.
+
+        x0 and eps are the same on both paths, so a flow seen as TrigFlow stays finite at both ends: there is no way
+        over x0, which at small noise would be divided by sin t (SANA-Sprint, arXiv 2503.09641, prop. 3.1).
+        """
+        source = self.denoiser.schedule
+        x, s = change_schedule(x_t, t, self.schedule, source)
+        native = getattr(self.denoiser, "prediction", "x0")
+        predict = getattr(self.denoiser, "predict", self.denoiser.x0)
+        return solve(
+            predict(x, s, cond, guidance=guidance),
+            x_t,
+            (self.schedule.alpha(t), self.schedule.sigma(t)),
+            source.coefficients(native, s),
+            self.schedule.coefficients(kind, t),
+        )
+
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
+        return self.predict("x0", x_t, t, cond, guidance=guidance)
+
+    def exact(self) -> ScheduleView:
+        """The view of :meth:`NetDenoiser.exact`; a closed-form denoiser is exact already."""
+        exact = getattr(self.denoiser, "exact", lambda: self.denoiser)
+        return ScheduleView(exact(), self.schedule)

@@ -70,6 +70,16 @@ def gan_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
 
 
+def hinge_generator(fake_logits: Tensor) -> Tensor:
+    """``-mean D(fake)`` (LADD, arXiv 2403.12015; SANA-Sprint, arXiv 2503.09641, eq. 14)."""
+    return -fake_logits.mean()
+
+
+def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """``mean relu(1 - D(real)) + mean relu(1 + D(fake))``; 2 where D is 0."""
+    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+
+
 IDENTITY_WEIGHTS = (
     "l1",
     "one",

@@ -195,7 +195,7 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
     recipe = _validate(Recipe, {**data, "method": config}, "")
     networks = method.networks_for(config)
     families = (n.rstrip("0123456789").rstrip("_") for n in networks)
-    known = list(dict.fromkeys([*networks, *families, "discriminator"]))
+    known = list(dict.fromkeys([*networks, *families, *method.extras]))
     for role in recipe.roles:
         if role not in known:
             raise RecipeError(
@@ -294,7 +294,7 @@ def override(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
         head, dot, rest = name.partition(".")
         if not dot:
             name = SHORT.get(name, name)
-        elif head in ("student", "critic", "discriminator"):
+        elif head in ("student", "critic", "discriminator", "weighting"):
             name = f"roles.{head}.{rest}"
         # A folder may be called 2026.
         _set(plain, name.split("."), value if name == "output" else _parse(value), name)

@@ -208,7 +208,8 @@ class Session:
             pairs = load_pairs(recipe.data.pairs)
             check_pairs(pairs, self.teacher, recipe.method.guidance_scale)
             pair_conditions = encode_prompts(self.teacher, pairs.prompts, quiet=quiet)
-            self.method.distance = distance_of(recipe.method.regression, self.teacher)
+            if hasattr(recipe.method, "regression"):
+                self.method.distance = distance_of(recipe.method.regression, self.teacher)
         if process.main:
             process.barrier()
         self.preview = Preview(recipe, self.teacher, self.method, self.experts, prompts, self.folder)

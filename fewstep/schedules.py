@@ -27,6 +27,25 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
     return coefficient.reshape(shape).to(like.device, like.dtype)
 
 
+Pair = tuple[Tensor, Tensor]
+
+
+def solve(prediction: Tensor, x_t: Tensor, path: Pair, source: Pair, target: Pair) -> Tensor:
+    """A prediction of one kind as another: ``A x_t + B prediction`` from one 2x2 solve.
+
+    Solving ``x_t = alpha x0 + sigma eps`` and ``prediction = c1 x0 + c2 eps`` for (x0, eps) and inserting in
+    ``k1 x0 + k2 eps`` gives, with ``det = alpha c2 - sigma c1``, ``A = (k1 c2 - k2 c1) / det`` and
+    ``B = (k2 alpha - k1 sigma) / det``.
+
+    Args:
+        prediction, x_t: (B, ...). path: (alpha, sigma) of x_t. source, target: (c1, c2) and (k1, k2); all (B,).
+    """
+    (a, s), (c1, c2), (k1, k2) = path, source, target
+    det = a * c2 - s * c1
+    of_x_t, of_prediction = (k1 * c2 - k2 * c1) / det, (k2 * a - k1 * s) / det
+    return expand(of_x_t, x_t) * x_t + expand(of_prediction, x_t) * prediction
+
+
 class Schedule:
     """A noise path. Subclasses give ``alpha``, ``sigma``, their derivatives and ``t_from_log_snr``.
 
@@ -54,6 +73,13 @@ class Schedule:
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def time_at(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The time at which ``sigma(t) / alpha(t)`` is that of the given pair, float64.
+
+        Where the path has a closed form for it, exact and differentiable at the ends too, where log-SNR is infinite.
+        """
+        return self.t_from_log_snr(2 * (torch.log(_f64(alpha)) - torch.log(_f64(sigma))))
+
     def log_snr(self, t: Tensor) -> Tensor:
         """``log(alpha^2 / sigma^2)``, float64; +-inf at the ends of a flow."""
         return 2 * (torch.log(self.alpha(t)) - torch.log(self.sigma(t)))
@@ -76,20 +102,16 @@ class Schedule:
         raise ValueError(f"prediction kind {kind!r}: expected one of {KINDS}")
 
     def convert(self, prediction: Tensor, x_t: Tensor, t: Tensor, source: str, target: str) -> Tensor:
-        """A prediction of one kind as another: ``A x_t + B prediction`` from one 2x2 solve.
-
-        Solving ``x_t = alpha x0 + sigma eps`` and ``prediction = c1 x0 + c2 eps`` for (x0, eps) and inserting in
-        ``k1 x0 + k2 eps`` gives, with ``det = alpha c2 - sigma c1``, ``A = (k1 c2 - k2 c1) / det`` and
-        ``B = (k2 alpha - k1 sigma) / det``.
-        """
+        """A prediction of one kind as another, see :func:`solve`."""
         if source == target:
             return prediction
-        a, s = self.alpha(t), self.sigma(t)
-        c1, c2 = self.coefficients(source, t)
-        k1, k2 = self.coefficients(target, t)
-        det = a * c2 - s * c1
-        of_x_t, of_prediction = (k1 * c2 - k2 * c1) / det, (k2 * a - k1 * s) / det
-        return expand(of_x_t, x_t) * x_t + expand(of_prediction, x_t) * prediction
+        return solve(
+            prediction,
+            x_t,
+            (self.alpha(t), self.sigma(t)),
+            self.coefficients(source, t),
+            self.coefficients(target, t),
+        )
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """``alpha(t) x0 + sigma(t) eps``; shapes of x0."""
@@ -255,6 +277,9 @@ class Flow(Schedule):
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-_f64(log_snr) / 2)
 
+    def time_at(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return _f64(sigma) / (_f64(alpha) + _f64(sigma))
+
 
 class EDM(Schedule):
     """Variance-exploding path of EDM (arXiv 2206.00364): ``x_t = x0 + t eps``, t is sigma in [0.002, 80]."""
@@ -286,6 +311,9 @@ class EDM(Schedule):
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         return torch.exp(-_f64(log_snr) / 2)
 
+    def time_at(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return _f64(sigma) / _f64(alpha)
+
 
 class TrigFlow(Schedule):
     """``x_t = cos(t) x0 + sin(t) eps``, t in [0, pi/2] (sCM, arXiv 2410.11081, for data of unit scale)."""
@@ -307,6 +335,9 @@ class TrigFlow(Schedule):
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         return torch.atan(torch.exp(-_f64(log_snr) / 2))
 
+    def time_at(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return torch.atan2(_f64(sigma), _f64(alpha))
+
 
 def change_schedule(x_t: Tensor, t: Tensor, source: Schedule, target: Schedule) -> tuple[Tensor, Tensor]:
     """The same noisy sample seen on another path: equal SNR, rescaled x.
@@ -316,6 +347,6 @@ def change_schedule(x_t: Tensor, t: Tensor, source: Schedule, target: Schedule) 
     Returns:
         (x on the target path, t of the target path): any teacher can be viewed as TrigFlow, EDM, flow or VP.
     """
-    s = target.t_from_log_snr(source.log_snr(t)).clamp(target.t_min, target.t_max)
+    s = target.time_at(source.alpha(t), source.sigma(t)).clamp(target.t_min, target.t_max)
     scale = torch.hypot(target.alpha(s), target.sigma(s)) / torch.hypot(source.alpha(t), source.sigma(t))
     return expand(scale, x_t) * x_t, s

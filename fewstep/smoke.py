@@ -37,7 +37,7 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
     )
     few_turns = {name: value for name, value in FEW.items() if hasattr(recipe.method, name)}
     method = dataclasses.replace(recipe.method, **few_turns)
-    names = (*recipe.method_class.networks_for(method), "discriminator")
+    names = (*recipe.method_class.networks_for(method), *recipe.method_class.extras)
     roles = {n: dataclasses.replace(recipe.role(n), rank=min(RANK, recipe.role(n).rank)) for n in names}
     train = dataclasses.replace(
         recipe.train, steps=4, batch_size=2, accumulate=1, log_every=1, sample_every=2, checkpoint_every=2

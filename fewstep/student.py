@@ -34,6 +34,16 @@ def uniform_times(num_steps: int, start: float) -> list[int]:
     return [stride * k - 1 for k in range(num_steps, 0, -1)]
 
 
+def times_at(schedule: Schedule, angles: Sequence[float]) -> list[float]:
+    """TrigFlow's times in [0, pi/2] as those of a schedule: equal noise level, the nearest integers of a discrete one.
+
+    ``times_at(Flow(), [pi / 2, 1.3]) == [1.0, 0.783]``. An angle beyond the noisiest level is that level.
+    """
+    angle = torch.tensor(list(angles), dtype=torch.float64)
+    times = schedule.time_at(angle.cos(), angle.sin()).clamp(schedule.t_min, schedule.t_max)
+    return times.round().tolist() if isinstance(schedule, VP) else times.tolist()
+
+
 def check_times(times: Sequence[float], schedule: Schedule) -> None:
     """Refuses times that are empty, not falling, or outside the schedule.
 
@@ -62,6 +72,7 @@ class Student:
         noise: how the next level is reached: "fresh" noise (LCM, DMD2), the "fixed" first noise at every level, or
             "ddim", the noise that the prediction implies (deterministic; Euler for flow).
         roles: names of the trained roles behind the steps, one per step.
+        also: further lists of times at which the same student may be sampled, each of another length.
     """
 
     def __init__(
@@ -70,14 +81,25 @@ class Student:
         times: Sequence[float],
         noise: Literal["fresh", "fixed", "ddim"] = "fresh",
         roles: Sequence[str] | None = None,
+        also: Sequence[Sequence[float]] = (),
     ):
         self.times, self.noise = list(times), noise
+        self.grids = {len(grid): list(grid) for grid in (times, *also)}
         several = isinstance(denoiser, (list, tuple))
         self.denoisers = list(denoiser) if several else [denoiser] * len(self.times)
         self.roles = list(roles or ["student"] * len(self.times))
         if not len(self.denoisers) == len(self.roles) == len(self.times):
             raise ValueError("a student needs one denoiser, one role and one time per step")
-        check_times(times, self.schedule)
+        if len(self.grids) != 1 + len(also) or (also and len(set(self.roles)) > 1):
+            raise ValueError(
+                "a student of several numbers of steps needs one network and one list of times for each"
+            )
+        for grid in self.grids.values():
+            check_times(grid, self.schedule)
+
+    def at(self, num_steps: int) -> Student:
+        """The same student at another of its numbers of steps."""
+        return Student(self.denoiser, self.grids[num_steps], self.noise, [self.roles[0]] * num_steps)
 
     @property
     def num_steps(self) -> int:

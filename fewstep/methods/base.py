@@ -59,6 +59,10 @@ class Batch:
     carry: dict[str, Tensor] = field(default_factory=dict)
     log: dict[str, Tensor] = field(default_factory=dict)
 
+    def clean(self, synthetic: bool) -> tuple[Tensor, Cond]:
+        """Latents to be noised and their conditions: real ones, or those that a teacher made (its pairs)."""
+        return (self.pairs[1], self.pair_cond) if synthetic else (self.real, self.real_cond)
+
     def note_health(self, x0: Tensor, real: Tensor, fake: Tensor) -> None:
         """Vital signs of a student with a critic, for the log and the report.
 
@@ -117,7 +121,7 @@ class Method:
 
     Attributes:
         networks: the trainable copies of the teacher that this method needs; where that depends on the options,
-            :meth:`networks_for` says so.
+            :meth:`networks_for` says so. extras: names that :meth:`heads` may have.
         critic: the denoiser that learns what the student makes, where there is one.
         Config: dataclass of its options; the paper's values are the defaults.
         needs: data it cannot run without, given its configuration: any of "prompts", "images", "pairs".
@@ -126,6 +130,7 @@ class Method:
     name: ClassVar[str]
     summary: ClassVar[str]
     networks: ClassVar[tuple[str, ...]] = ("student",)
+    extras: ClassVar[tuple[str, ...]] = ("discriminator",)
     Config: ClassVar[type]
     student: Student
     critic: Denoiser | None = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cond import Cond
+from ..denoiser import Guidance
 from ..rng import Rng
 from ..schedules import Schedule, expand
 
@@ -62,12 +63,13 @@ class GaussianMixture:
         log_joint, posterior = self._components(x_t, t, cond, null)
         return (log_joint.softmax(-1)[..., None] * posterior).sum(1)
 
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
         """Exact posterior mean, (B, D), differentiable in x_t."""
         conditional = self._x0(x_t, t, cond, null=False)
-        if guidance == 1.0:
+        if not isinstance(guidance, Tensor) and guidance == 1.0:
             return conditional
-        return torch.lerp(self._x0(x_t, t, cond, null=True), conditional, guidance)
+        weight = expand(guidance, x_t) if isinstance(guidance, Tensor) else guidance
+        return torch.lerp(self._x0(x_t, t, cond, null=True), conditional, weight)
 
     def log_prob(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """``log p_t(x_t | cond)``, (B,)."""

@@ -1,0 +1,176 @@
+"""LADD: latent adversarial diffusion distillation (Sauer et al. 2024, arXiv 2403.12015)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .. import objectives
+from ..cond import Cond
+from ..consistency import angles
+from ..denoiser import Denoiser, NetDenoiser
+from ..discriminator import Discriminator
+from ..errors import RecipeError
+from ..rng import Rng
+from ..student import Student, times_at
+from .base import Batch, Method, Phase, Progress, register
+
+
+@dataclass
+class AdversarialOptions:
+    """Options of the discriminator; defaults are LADD's.
+
+    Attributes:
+        taps: blocks of the frozen teacher whose features the heads see, several of them.
+        noise_mean, noise_std: of the log-normal law of the noise on what the discriminator sees, ``sigma / alpha =
+            exp(mean + std n)``, the logit-normal law of a flow's time. Much noise judges structure, little texture.
+        misaligned: real images under the captions of others count as fakes too (SANA-Sprint's published code).
+        student_every: iterations per student update; the discriminator is trained in each.
+        synthetic: the teacher's own samples (``fewstep pairs``) as "real" in place of real images.
+    """
+
+    taps: list[str] = field(default_factory=lambda: ["mid_block"])
+    noise_mean: float = 1.0
+    noise_std: float = 1.0
+    misaligned: bool = False
+    student_every: int = 1
+    synthetic: bool = False
+
+    def __post_init__(self):
+        if not self.noise_std > 0:
+            raise RecipeError(f"method.noise_std: {self.noise_std}: expected a positive number")
+        if self.student_every < 1:
+            raise RecipeError(f"method.student_every: {self.student_every}: expected at least 1")
+        if not self.taps:
+            raise RecipeError("method.taps: []: expected names of the teacher's blocks")
+
+
+class Adversary:
+    """Heads on the frozen teacher's features of noisy samples, with the hinge loss.
+
+    The teacher's weights want no gradient, its input does: that is how the student learns.
+    """
+
+    def __init__(self, config: AdversarialOptions, teacher: NetDenoiser, latent_shape: Sequence[int]):
+        self.config, self.teacher = config, teacher
+        self.discriminator = Discriminator(teacher, config.taps, latent_shape)
+
+    def student_loss(self, fake: Tensor, cond: Cond, rng: Rng) -> Tensor:
+        return objectives.hinge_generator(self.judge(fake, cond, *self.noise(fake, rng)))
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor, cond: Cond, rng: Rng) -> Tensor:
+        """Real and fake behind the same noise at the same levels (SANA-Sprint, alg. 2), in one forward."""
+        seen, conds = [real, fake], [cond, cond]
+        if self.config.misaligned and len(real) > 1:
+            seen, conds = [*seen, real.roll(1, 0)], [*conds, cond]
+        t, eps = self.noise(real, rng)
+        many = len(seen)
+        logits = self.judge(torch.cat(seen), Cond.cat(*conds), t.repeat(many), torch.cat([eps] * many))
+        real_logits, fake_logits = logits[: len(real)], logits[len(real) :]
+        return objectives.hinge_discriminator(real_logits, fake_logits)
+
+    def noise(self, x0: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+        """The teacher's times (B,) of the discriminator's law, and noise."""
+        schedule, c = self.teacher.schedule, self.config
+        angle = angles(rng.normal(len(x0)), c.noise_mean, c.noise_std, 1.0)
+        t = schedule.time_at(angle.cos(), angle.sin()).clamp(schedule.t_min, schedule.t_max)
+        return t, rng.normal_like(x0)
+
+    def judge(self, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:
+        """Logits (B, n) of x0 (B, ...) noised with eps to the teacher's times t (B,)."""
+        x_t = self.teacher.schedule.add_noise(x0, eps, t)
+        return self.discriminator.logits(self.teacher, x_t, t, cond)
+
+
+@register("ladd")
+class LADD(Method):
+    """A student that learns from a discriminator alone, which sees through the teacher's eyes."""
+
+    summary = "adversarial, on the frozen teacher's features, hinge loss; 1 to 4 steps"
+
+    @dataclass
+    class Config(AdversarialOptions):
+        """Options beside those of :class:`AdversarialOptions`.
+
+        Attributes:
+            levels: noise levels ``sigma / (alpha + sigma)`` at which the student is called, noisy to clean.
+            proposals: how often each is trained. early_proposals: the same in the first ``early`` student updates; the
+                paper begins with the cleaner half, where the teacher's weights are nearly right already.
+            early: student updates; not published, ours.
+            steps: numbers of steps, each a regular choice of ``levels`` from the noisiest on; the first one is shown
+                while training.
+            guidance_scale: with which the synthetic samples were made.
+        """
+
+        levels: list[float] = field(default_factory=lambda: [1.0, 0.75, 0.5, 0.25])
+        proposals: list[float] = field(default_factory=lambda: [0.7, 0.1, 0.1, 0.1])
+        early_proposals: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.5, 0.5])
+        early: int = 500
+        steps: list[int] = field(default_factory=lambda: [4])
+        guidance_scale: float = 1.0
+
+        def __post_init__(self):
+            super().__post_init__()
+            for name in ("proposals", "early_proposals"):
+                given = getattr(self, name)
+                if len(given) != len(self.levels) or min(given) < 0 or not math.isclose(sum(given), 1.0):
+                    raise RecipeError(
+                        f"method.{name}: {given}: expected a probability for each of the {len(self.levels)} levels, "
+                        "1 in all"
+                    )
+            for steps in self.steps or [0]:
+                if steps < 1 or len(self.levels) % steps:
+                    raise RecipeError(
+                        f"method.steps: {self.steps}: expected divisors of the number of levels, {len(self.levels)}"
+                    )
+
+    def __init__(
+        self, config: LADD.Config, teacher: Denoiser, latent_shape: Sequence[int], *, student: Denoiser
+    ):
+        self.config = config
+        self.times = times_at(student.schedule, [math.atan2(s, 1 - s) for s in config.levels])
+        first, *rest = (self.times[:: len(self.times) // steps] for steps in config.steps)
+        self.student = Student(student, first, also=rest)
+        self.adversary = Adversary(config, teacher, latent_shape)
+
+    @classmethod
+    def needs(cls, config: LADD.Config) -> tuple[str, ...]:
+        return ("prompts", "pairs" if config.synthetic else "images")
+
+    def heads(self) -> dict[str, nn.Module]:
+        return {"discriminator": self.adversary.discriminator}
+
+    def phases(self) -> list[Phase]:
+        return [
+            Phase("student", ("student",), self.student_loss, every=self.config.student_every),
+            Phase("discriminator", ("discriminator",), self.discriminator_loss),
+        ]
+
+    def student_loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        _, cond = batch.clean(self.config.synthetic)
+        return {"adversarial": self.adversary.student_loss(self.generate(batch, progress), cond, batch.rng)}
+
+    def discriminator_loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        real, cond = batch.clean(self.config.synthetic)
+        with torch.no_grad():
+            fake = self.generate(batch, progress)
+        batch.log["latent_std"] = fake.std()
+        return {"hinge": self.adversary.discriminator_loss(real, fake, cond, batch.rng)}
+
+    def generate(self, batch: Batch, progress: Progress) -> Tensor:
+        """x0 of noised latents at one of the levels, drawn for each sample; the noisiest input is pure noise."""
+        c = self.config
+        x0, cond = batch.clean(c.synthetic)
+        early = progress.iteration < c.early * c.student_every
+        chances = torch.tensor(c.early_proposals if early else c.proposals, dtype=torch.float64).cumsum(0)
+        level = torch.searchsorted(chances.to(x0.device), batch.rng.uniform(len(x0)), right=True)
+        level = level.clamp(max=len(chances) - 1)
+        t = torch.tensor(self.times, dtype=torch.float64, device=x0.device)[level]
+        noise, denoiser = batch.rng.normal_like(x0), self.student.denoiser
+        x_t = denoiser.schedule.add_noise(x0, noise, t)
+        first = (level == 0).view(-1, *[1] * (x0.ndim - 1))
+        return denoiser.x0(torch.where(first, noise, x_t), t, cond)

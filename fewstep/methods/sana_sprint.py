@@ -1,0 +1,137 @@
+"""SANA-Sprint: sCM and LADD together, for one to four steps (Chen et al. 2025, arXiv 2503.09641)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..cond import Cond
+from ..denoiser import Denoiser
+from ..embedding import with_scalar
+from ..errors import RecipeError
+from ..rng import Rng
+from ..schedules import TrigFlow
+from .base import Batch, Method, Phase, Progress, register
+from .ladd import AdversarialOptions, Adversary
+from .scm import Consistency, ConsistencyOptions, angle_range, student_of
+
+
+@register("sana_sprint")
+class SanaSprint(Method):
+    """Consistency keeps every step near the teacher's ODE, the discriminator keeps it sharp."""
+
+    summary = "sCM plus LADD, one student for 1, 2 and 4 steps"
+    extras = ("weighting", "discriminator")
+
+    @dataclass
+    class Config(AdversarialOptions, ConsistencyOptions):
+        """Options beside those of the two losses. Defaults are the paper's, or its code's where that is said.
+
+        Attributes:
+            angles: the paper's searched times for 1, 2 and 4 steps (table 7); the first of several is arctan(200 / 0.5).
+            guidance_scales: of the teacher, drawn for each sample. guidance_scale: the one to sample with.
+            guidance_embedding: the student is told the scale of its sample, ``0.1 w`` through an embedding of its own
+                beside that of time; without it, guidance_scale alone is distilled in.
+            adversarial_weight: lambda.
+            max_time: how often the adversarial terms see the student at the noisiest level, where one step starts.
+            time_mean: 0.0 in the paper, 0.2 in its code. prior: "1/tan" in its code, nothing in its formula.
+            warmup: student updates. The published counter runs over both phases, so its 4,000 are 2,000 of ours.
+        """
+
+        angles: list[list[float]] = field(
+            default_factory=lambda: [[math.pi / 2], [1.5683, 1.3], [1.5683, 1.3, 1.1, 0.6]]
+        )
+        guidance_scales: list[float] = field(default_factory=lambda: [4.0, 4.5, 5.0])
+        guidance_scale: float = 4.5
+        guidance_embedding: bool = True
+        adversarial_weight: float = 0.5
+        max_time: float = 0.5
+        time_mean: float = 0.2
+        time_std: float = 1.6
+        warmup: int = 2000
+        prior: Literal["one", "1/tan"] = "1/tan"
+        taps: list[str] = field(default_factory=lambda: [f"transformer_blocks.{i}" for i in (2, 8, 14, 19)])
+        noise_mean: float = -0.6 + math.log(2)
+        misaligned: bool = True
+
+        def __post_init__(self):
+            ConsistencyOptions.__post_init__(self)
+            AdversarialOptions.__post_init__(self)
+            if not 0 <= self.max_time <= 1:
+                raise RecipeError(f"method.max_time: {self.max_time}: expected a probability")
+            trained = self.guidance_scales
+            if self.guidance_embedding and not (
+                trained and min(trained) <= self.guidance_scale <= max(trained)
+            ):
+                raise RecipeError(
+                    f"method.guidance_scale: {self.guidance_scale}: expected a scale within those that are trained, "
+                    f"guidance_scales {trained}"
+                )
+
+    def __init__(
+        self, config: SanaSprint.Config, teacher: Denoiser, latent_shape: Sequence[int], *, student: Denoiser
+    ):
+        if config.guidance_embedding:
+            student = with_scalar(student, "guidance", config.guidance_scale)
+        self.config, self.student = config, student_of(student, config.angles)
+        self.term = Consistency(config, teacher, student)
+        self.term.check(latent_shape)
+        self.adversary = Adversary(config, teacher, latent_shape)
+        self.noisiest = angle_range(student.schedule)[1]
+
+    @classmethod
+    def needs(cls, config: SanaSprint.Config) -> tuple[str, ...]:
+        return ("prompts", "pairs" if config.synthetic else "images")
+
+    def heads(self) -> dict[str, nn.Module]:
+        return {"weighting": self.term.weighting, "discriminator": self.adversary.discriminator}
+
+    def phases(self) -> list[Phase]:
+        return [
+            Phase("student", ("student", "weighting"), self.student_loss, every=self.config.student_every),
+            Phase("discriminator", ("discriminator",), self.discriminator_loss),
+        ]
+
+    def student_loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        c = self.config
+        x0, cond = batch.clean(c.synthetic)
+        scale = self.guidance(batch.rng, len(x0))
+        updates = progress.iteration // c.student_every
+        told = self.told(cond, scale)
+        losses = self.term.losses(batch, told, scale, min(1.0, updates / max(1, c.warmup)))
+        fake = self.generate(x0, told, batch.rng)
+        adversarial = self.adversary.student_loss(fake, cond, batch.rng)
+        return {**losses, "adversarial": c.adversarial_weight * adversarial}
+
+    def discriminator_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
+        x0, cond = batch.clean(self.config.synthetic)
+        with torch.no_grad():
+            fake = self.generate(x0, self.told(cond, self.guidance(batch.rng, len(x0))), batch.rng)
+        return {"hinge": self.adversary.discriminator_loss(x0, fake, cond, batch.rng)}
+
+    # ----------------------------------------------------------------------------------------------- sampling
+    def guidance(self, rng: Rng, rows: int) -> Tensor:
+        """A scale (B,) for each sample, the same for its teacher and its student."""
+        if not self.config.guidance_embedding:
+            return torch.full((rows,), self.config.guidance_scale, device=rng.device)
+        scales = torch.tensor(self.config.guidance_scales, device=rng.device)
+        return scales[(rng.uniform(rows) * len(scales)).long()]
+
+    def told(self, cond: Cond, scale: Tensor) -> Cond:
+        if not self.config.guidance_embedding:
+            return cond
+        return Cond({**cond.tensors, "guidance": scale})
+
+    def generate(self, x0: Tensor, cond: Cond, rng: Rng) -> Tensor:
+        """x0 of noised latents; for a part of the samples, of pure noise at the noisiest level (section 3.3)."""
+        t, noise = self.term.draw(rng.normal(len(x0))), rng.normal_like(x0)
+        first = rng.uniform(len(x0)) < self.config.max_time
+        t = torch.where(first, self.noisiest, t)
+        x_t = TrigFlow().add_noise(x0, noise, t)
+        x_t = torch.where(first.view(-1, *[1] * (x0.ndim - 1)), noise, x_t)
+        return self.term.student.x0(x_t, t, cond)

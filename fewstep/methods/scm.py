@@ -1,0 +1,190 @@
+"""sCM: continuous-time consistency distillation in TrigFlow (Lu and Song 2024, arXiv 2410.11081)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import consistency as scm
+from ..cond import Cond
+from ..denoiser import Denoiser, Guidance, ScheduleView
+from ..errors import RecipeError
+from ..schedules import Schedule, TrigFlow
+from ..student import Student, times_at
+from .base import Batch, Method, Phase, Progress, register
+
+
+@dataclass
+class ConsistencyOptions:
+    """Options of the consistency loss; defaults are those of the sCM paper for ImageNet 64.
+
+    Attributes:
+        angles: TrigFlow times in (0, pi/2] at which the student is called, a list for each number of steps; the first
+            one is shown while training. The paper's second step is at 1.1.
+        guidance_scale: of the teacher, distilled in.
+        time_mean, time_std: of the log-normal law of the noise level in training (CIFAR-10: -1, 1.4).
+        sigma_data: scale that papers give the data; latents here are of unit scale, so it enters the law of the noise
+            level and the tangent's size beside ``tangent_constant`` only.
+        warmup: student updates over which the tangent's unstable half fades in (10,000; SANA-Sprint 4,000).
+        tangent_constant: c of the normalisation ``g / (|g| + c)``.
+        prior: a further weight of the squared error, "1/tan" as in SANA-Sprint's published code; see
+            :func:`fewstep.consistency.consistency`.
+        tangent: "forward" is forward-mode differentiation; "difference" needs two plain forwards instead.
+        difference: half the distance of these two in TrigFlow time. 1e-3 suits a teacher that ``fewstep prepare`` has
+            been over; on a network that sees 1000 t, 1e-4 (measured).
+        synthetic: noise the teacher's own samples (``fewstep pairs``) in place of real images.
+    """
+
+    angles: list[list[float]] = field(default_factory=lambda: [[math.pi / 2]])
+    guidance_scale: float = 1.0
+    time_mean: float = -1.0
+    time_std: float = 1.6
+    sigma_data: float = 0.5
+    warmup: int = 10_000
+    tangent_constant: float = 0.1
+    prior: Literal["one", "1/tan"] = "one"
+    tangent: Literal["forward", "difference"] = "forward"
+    difference: float = 1e-3
+    synthetic: bool = False
+
+    def __post_init__(self):
+        for grid in self.angles or [[]]:
+            if not grid or not all(0 < a <= math.pi / 2 + 1e-4 for a in grid):
+                raise RecipeError(f"method.angles: {self.angles}: expected lists of times in (0, pi/2]")
+        if len({len(grid) for grid in self.angles}) < len(self.angles):
+            raise RecipeError(f"method.angles: {self.angles}: expected one list for each number of steps")
+        for name in ("sigma_data", "time_std", "tangent_constant", "difference"):
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"method.{name}: {getattr(self, name)}: expected a positive number")
+
+
+class Consistency:
+    """The consistency loss on one batch, for sCM and for what builds on it.
+
+    Raises:
+        RecipeError: the tangent cannot be computed on this network.
+    """
+
+    LEAST = 1e-3  # radians; keeps 1/tan(t) finite
+
+    def __init__(self, config: ConsistencyOptions, teacher: Denoiser, student: Denoiser):
+        self.config = config
+        self.teacher, self.student = ScheduleView(teacher, TrigFlow()), ScheduleView(student, TrigFlow())
+        self.exact = self.student.exact()
+        self.low, self.high = angle_range(student.schedule)
+        self.weighting = scm.LogWeight()
+
+    def check(self, latent_shape: Sequence[int]) -> None:
+        """Tries the tangent once, so that a network that has none is refused before training."""
+        net = getattr(self.student.denoiser, "net", None)
+        weight = next(net.parameters())
+        if weight.dtype != torch.float32:
+            raise RecipeError(
+                f"teacher.dtype: {str(weight.dtype)[6:]}: the tangent needs the student's weights in fp32; set "
+                "teacher.dtype float32, or roles.student.kind full, which trains a copy in fp32"
+            )
+        x = torch.zeros(1, *latent_shape, device=weight.device)
+        t = torch.ones(1, dtype=torch.float64, device=weight.device)
+        cond = (self.student.denoiser.null or Cond({})).to(weight.device)
+        try:
+            self.derivative(x, t, torch.ones_like(x), cond)
+        except (RuntimeError, NotImplementedError) as error:
+            raise RecipeError(
+                f"method.tangent: {self.config.tangent}: {type(net).__name__} cannot be differentiated in forward mode "
+                f"({str(error).splitlines()[0]}); set method.tangent difference"
+            ) from error
+
+    def draw(self, normal: Tensor) -> Tensor:
+        """Times (B,) of the proposal, within what the teacher's schedule covers."""
+        c = self.config
+        t = scm.angles(normal, c.time_mean, c.time_std, c.sigma_data)
+        return t.clamp(max(self.low, self.LEAST) + c.difference, self.high - c.difference)
+
+    @torch.no_grad()
+    def derivative(self, x_t: Tensor, t: Tensor, ode: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """F and ``cos sin dF/dt`` of the student along the ODE, in fp32."""
+
+        def velocity(x: Tensor, time: Tensor) -> Tensor:
+            return self.exact.predict("v", x, time, cond)
+
+        with torch.autocast(x_t.device.type, enabled=False):
+            if self.config.tangent == "forward":
+                return scm.forward_mode(velocity, x_t, t, ode)
+            return scm.central_difference(velocity, x_t, t, ode, self.config.difference)
+
+    def losses(
+        self,
+        batch: Batch,
+        student_cond: Cond | None = None,
+        guidance: Guidance | None = None,
+        warmup: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """Terms of one batch.
+
+        Args:
+            student_cond: what the student is given where it is more than the teacher's condition. guidance: the
+                teacher's scale, default the configuration's. warmup: r in [0, 1].
+        """
+        c = self.config
+        x0, cond = batch.clean(c.synthetic)
+        student_cond = student_cond or cond
+        t = self.draw(batch.rng.normal(len(x0)))
+        x_t = TrigFlow().add_noise(x0, batch.rng.normal_like(x0), t)
+        with torch.no_grad():
+            ode = self.teacher.predict(
+                "v", x_t, t, cond, guidance=c.guidance_scale if guidance is None else guidance
+            )
+            velocity, derivative = self.derivative(x_t, t, ode, student_cond)
+            g = scm.tangent(x_t, t, ode, velocity, derivative, warmup)
+            batch.log |= {"tangent": g.square().mean().sqrt(), "latent_std": x0.std()}
+            g = scm.normalized(g, c.tangent_constant / c.sigma_data)
+        prior = 1.0 if c.prior == "one" else 1 / (c.sigma_data * torch.tan(t))
+        velocity = self.student.predict("v", x_t, t, student_cond)
+        return scm.consistency(velocity, g, self.weighting(t), prior)
+
+
+def angle_range(schedule: Schedule) -> tuple[float, float]:
+    """The TrigFlow times that a schedule covers: (0, pi/2) of a flow, (0.029, 1.503) of Stable Diffusion."""
+    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
+    low, high = torch.atan2(schedule.sigma(ends), schedule.alpha(ends)).tolist()
+    return low, high
+
+
+def student_of(denoiser: Denoiser, angles: Sequence[Sequence[float]]) -> Student:
+    """A student that is called at these TrigFlow times."""
+    first, *rest = (times_at(denoiser.schedule, grid) for grid in angles)
+    return Student(denoiser, first, also=rest)
+
+
+@register("scm")
+class SCM(Method):
+    """One network, no critic, no target network: the target is the student itself and its tangent."""
+
+    summary = "continuous-time consistency with TrigFlow tangents; one or more steps"
+    extras = ("weighting",)
+    Config = ConsistencyOptions
+
+    def __init__(
+        self, config: ConsistencyOptions, teacher: Denoiser, latent_shape: Sequence[int], *, student: Denoiser
+    ):
+        self.config, self.student = config, student_of(student, config.angles)
+        self.term = Consistency(config, teacher, student)
+        self.term.check(latent_shape)
+
+    @classmethod
+    def needs(cls, config: ConsistencyOptions) -> tuple[str, ...]:
+        return ("prompts", "pairs" if config.synthetic else "images")
+
+    def heads(self) -> dict[str, nn.Module]:
+        return {"weighting": self.term.weighting}
+
+    def phases(self) -> list[Phase]:
+        return [Phase("student", ("student", "weighting"), self.loss)]
+
+    def loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        return self.term.losses(batch, warmup=min(1.0, progress.iteration / max(1, self.config.warmup)))
