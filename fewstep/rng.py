@@ -8,6 +8,7 @@ come from a stream without a micro-batch index.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +35,15 @@ class Rng:
         """In [0, 1), float64."""
         numbers = torch.rand(shape, generator=self.generator, dtype=torch.float64)
         return numbers.to(self.device, non_blocking=True)
+
+    def choice(self, rows: int, values: Sequence[float], chances: Sequence[float] | None = None) -> Tensor:
+        """(rows,) of values with these probabilities, default equal ones; float64."""
+        u, edge = self.uniform(rows), 0.0
+        chosen = torch.full_like(u, values[0])
+        for value, chance in zip(values[1:], chances or [1 / len(values)] * len(values)):
+            edge += chance
+            chosen = torch.where(u >= edge, value, chosen)  # no table of values to bring to the device
+        return chosen
 
     def integer(self, below: int) -> int:
         return int(torch.randint(below, (), generator=self.generator))

@@ -16,6 +16,7 @@ from ..denoiser import Denoiser, NetDenoiser
 from ..discriminator import Discriminator
 from ..errors import RecipeError
 from ..rng import Rng
+from ..schedules import expand
 from ..student import Student, times_at
 from .base import Batch, Method, Phase, Progress, register
 
@@ -166,11 +167,8 @@ class LADD(Method):
         c = self.config
         x0, cond = batch.clean(c.synthetic)
         early = progress.iteration < c.early * c.student_every
-        chances = torch.tensor(c.early_proposals if early else c.proposals, dtype=torch.float64).cumsum(0)
-        level = torch.searchsorted(chances.to(x0.device), batch.rng.uniform(len(x0)), right=True)
-        level = level.clamp(max=len(chances) - 1)
-        t = torch.tensor(self.times, dtype=torch.float64, device=x0.device)[level]
+        t = batch.rng.choice(len(x0), self.times, c.early_proposals if early else c.proposals)
         noise, denoiser = batch.rng.normal_like(x0), self.student.denoiser
-        x_t = denoiser.schedule.add_noise(x0, noise, t)
-        first = (level == 0).view(-1, *[1] * (x0.ndim - 1))
-        return denoiser.x0(torch.where(first, noise, x_t), t, cond)
+        first = expand(t == self.times[0], x0).bool()
+        x_t = torch.where(first, noise, denoiser.schedule.add_noise(x0, noise, t))
+        return denoiser.x0(x_t, t, cond)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..cond import Cond
-from ..denoiser import Denoiser
+from ..denoiser import Denoiser, Guidance
 from ..embedding import with_scalar
 from ..errors import RecipeError
 from ..rng import Rng
-from ..schedules import TrigFlow
+from ..schedules import TrigFlow, expand
 from .base import Batch, Method, Phase, Progress, register
 from .ladd import AdversarialOptions, Adversary
 from .scm import Consistency, ConsistencyOptions, angle_range, student_of
@@ -33,7 +33,7 @@ class SanaSprint(Method):
         """Options beside those of the two losses. Defaults are the paper's, or its code's where that is said.
 
         Attributes:
-            angles: the paper's searched times for 1, 2 and 4 steps (table 7); the first of several is arctan(200 / 0.5).
+            angles: the paper's searched times for 1, 2 and 4 steps (table 7); 1.5683 is arctan(200 / 0.5).
             guidance_scales: of the teacher, drawn for each sample. guidance_scale: the one to sample with.
             guidance_embedding: the student is told the scale of its sample, ``0.1 w`` through an embedding of its own
                 beside that of time; without it, guidance_scale alone is distilled in.
@@ -103,7 +103,7 @@ class SanaSprint(Method):
         scale = self.guidance(batch.rng, len(x0))
         updates = progress.iteration // c.student_every
         told = self.told(cond, scale)
-        losses = self.term.losses(batch, told, scale, min(1.0, updates / max(1, c.warmup)))
+        losses = self.term.losses(x0, cond, told, scale, updates, batch)
         fake = self.generate(x0, told, batch.rng)
         adversarial = self.adversary.student_loss(fake, cond, batch.rng)
         return {**losses, "adversarial": c.adversarial_weight * adversarial}
@@ -115,23 +115,20 @@ class SanaSprint(Method):
         return {"hinge": self.adversary.discriminator_loss(x0, fake, cond, batch.rng)}
 
     # ----------------------------------------------------------------------------------------------- sampling
-    def guidance(self, rng: Rng, rows: int) -> Tensor:
-        """A scale (B,) for each sample, the same for its teacher and its student."""
+    def guidance(self, rng: Rng, rows: int) -> Guidance:
+        """A scale (B,) for each sample, the same for its teacher and its student; one number where it is not told."""
         if not self.config.guidance_embedding:
-            return torch.full((rows,), self.config.guidance_scale, device=rng.device)
-        scales = torch.tensor(self.config.guidance_scales, device=rng.device)
-        return scales[(rng.uniform(rows) * len(scales)).long()]
+            return self.config.guidance_scale
+        return rng.choice(rows, self.config.guidance_scales)
 
-    def told(self, cond: Cond, scale: Tensor) -> Cond:
-        if not self.config.guidance_embedding:
-            return cond
-        return Cond({**cond.tensors, "guidance": scale})
+    def told(self, cond: Cond, scale: Guidance) -> Cond:
+        """The student's condition: the teacher's and the scale."""
+        return Cond({**cond.tensors, "guidance": scale}) if isinstance(scale, Tensor) else cond
 
     def generate(self, x0: Tensor, cond: Cond, rng: Rng) -> Tensor:
         """x0 of noised latents; for a part of the samples, of pure noise at the noisiest level (section 3.3)."""
         t, noise = self.term.draw(rng.normal(len(x0))), rng.normal_like(x0)
         first = rng.uniform(len(x0)) < self.config.max_time
         t = torch.where(first, self.noisiest, t)
-        x_t = TrigFlow().add_noise(x0, noise, t)
-        x_t = torch.where(first.view(-1, *[1] * (x0.ndim - 1)), noise, x_t)
+        x_t = torch.where(expand(first, x0).bool(), noise, TrigFlow().add_noise(x0, noise, t))
         return self.term.student.x0(x_t, t, cond)

@@ -118,34 +118,25 @@ class Consistency:
             return scm.central_difference(velocity, x_t, t, ode, self.config.difference)
 
     def losses(
-        self,
-        batch: Batch,
-        student_cond: Cond | None = None,
-        guidance: Guidance | None = None,
-        warmup: float = 1.0,
+        self, x0: Tensor, cond: Cond, told: Cond, guidance: Guidance, updates: int, batch: Batch
     ) -> dict[str, Tensor]:
-        """Terms of one batch.
+        """Terms of one batch of latents x0 (B, ...).
 
         Args:
-            student_cond: what the student is given where it is more than the teacher's condition. guidance: the
-                teacher's scale, default the configuration's. warmup: r in [0, 1].
+            cond: the teacher's condition. told: the student's. guidance: the teacher's. updates: of the student so
+                far, for the warm-up. batch: gives randomness, and takes the log.
         """
         c = self.config
-        x0, cond = batch.clean(c.synthetic)
-        student_cond = student_cond or cond
         t = self.draw(batch.rng.normal(len(x0)))
         x_t = TrigFlow().add_noise(x0, batch.rng.normal_like(x0), t)
         with torch.no_grad():
-            ode = self.teacher.predict(
-                "v", x_t, t, cond, guidance=c.guidance_scale if guidance is None else guidance
-            )
-            velocity, derivative = self.derivative(x_t, t, ode, student_cond)
-            g = scm.tangent(x_t, t, ode, velocity, derivative, warmup)
+            ode = self.teacher.predict("v", x_t, t, cond, guidance=guidance)
+            velocity, derivative = self.derivative(x_t, t, ode, told)
+            g = scm.tangent(x_t, t, ode, velocity, derivative, min(1.0, updates / max(1, c.warmup)))
             batch.log |= {"tangent": g.square().mean().sqrt(), "latent_std": x0.std()}
             g = scm.normalized(g, c.tangent_constant / c.sigma_data)
-        prior = 1.0 if c.prior == "one" else 1 / (c.sigma_data * torch.tan(t))
-        velocity = self.student.predict("v", x_t, t, student_cond)
-        return scm.consistency(velocity, g, self.weighting(t), prior)
+        prior = 1.0 if c.prior == "one" else (1 / (c.sigma_data * torch.tan(t))).to(x0)
+        return scm.consistency(self.student.predict("v", x_t, t, told), g, self.weighting(t), prior)
 
 
 def angle_range(schedule: Schedule) -> tuple[float, float]:
@@ -187,4 +178,5 @@ class SCM(Method):
         return [Phase("student", ("student", "weighting"), self.loss)]
 
     def loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        return self.term.losses(batch, warmup=min(1.0, progress.iteration / max(1, self.config.warmup)))
+        x0, cond = batch.clean(self.config.synthetic)
+        return self.term.losses(x0, cond, cond, self.config.guidance_scale, progress.iteration, batch)

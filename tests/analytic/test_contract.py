@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import SD, Mlp, Rows, fit, toy
+from toys import SD, Mlp, Rows, fit, toy, view
 
 from fewstep.methods import METHODS
 from fewstep.rng import Rng
@@ -14,8 +14,11 @@ OPTIONS = {
     "phased_dmd": {"num_steps": 4, "critic_steps": 2},
     "fdistill": {"num_steps": 1, "start": 999, "critic_steps": 2, **GAN},
     "swiftbrush": {"guidance_scale": 1.0, "null_probability": 0.0},
+    "ladd": {"taps": ["layers.0", "layers.2"]},
+    "sana_sprint": {"taps": ["layers.0", "layers.2"], "guidance_embedding": False, "guidance_scale": 1.0},
     "disback": {"nodes": 2, "record_steps": 2, "backtrack_steps": 2, "critic_steps": 1},
 }
+JUDGES = {"ladd", "sana_sprint"}  # they see through the teacher's own network
 STEPS = 8
 
 
@@ -34,7 +37,8 @@ def trainer_of(name, ring, fitted):
     method = METHODS[name]
     config = method.Config(**OPTIONS.get(name, {}))
     real = ring.sample(64, Rng("real")) if "images" in method.needs(config) else None
-    trainer = toy(method, config, ring, fitted, steps=STEPS, batch_size=16, real=real)
+    teacher = view(fitted) if name in JUDGES else ring
+    trainer = toy(method, config, teacher, fitted, steps=STEPS, batch_size=16, real=real)
     if "pairs" in method.needs(config):
         trainer.data.pairs = Rows(64, noise=Rng("n").normal(64, 2), x0=ring.sample(64, Rng("p")))
         trainer.data.pair_conditions = Rows(64, id=torch.arange(64))

@@ -34,12 +34,15 @@ class Rows:
 
 
 class Mlp(nn.Module):
-    """A network of ``x (B, dim)``, the log-SNR of its time, and a label (-1 is the null one) where there are labels."""
+    """A network of ``x (B, dim)``, its time, and a label (-1 is the null one) where there are labels.
 
-    def __init__(self, width=128, dim=2, labels=0):
+    ``smooth`` 8 leaves one turn of its fastest sinusoid over all times, as a prepared teacher has it.
+    """
+
+    def __init__(self, width=128, dim=2, labels=0, smooth=1):
         super().__init__()
         self.dim, self.labels = dim, labels
-        self.register_buffer("frequency", torch.tensor([1.0, 2, 4, 8]) * math.pi / 1000)
+        self.register_buffer("frequency", torch.tensor([1.0, 2, 4, 8]) * math.pi / (1000 * smooth))
         sizes = [dim + 8 + (labels + 1 if labels else 0), width, width, width]
         hidden = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(width, dim))
@@ -91,6 +94,7 @@ def fit(teacher, net, steps=300, lr=2e-3, prediction="v", seed=0):
         optimizer.zero_grad()
         error.square().mean().backward()
         optimizer.step()
+    optimizer.zero_grad()
     return net.requires_grad_(False)
 
 
@@ -107,11 +111,13 @@ def toy(
     student=None,
     critic=None,
     labels=None,
+    heads=None,
 ):
     """A trainer of any method on a closed-form teacher; every network starts as a full copy of ``net``.
 
     Args:
-        config: the method's. student, critic: RoleConfigs, "student" for every role of that first name.
+        config: the method's. student, critic: RoleConfigs, "student" for every role of that first name. heads: of
+            the method's own modules.
         labels: (N,) conditions the batches are drawn from, for conditional teachers.
     """
     shared = {"kind": "full", "weight_decay": 0.0, "decay": steps}
@@ -129,7 +135,7 @@ def toy(
         torch.manual_seed(0)  # heads start equal, as in a real run
         method = method(config, teacher, (dim,), **views)
     for name, head in method.heads().items():
-        roles[name] = Role(name, head, RoleConfig(kind="full"))
+        roles[name] = Role(name, head, heads or RoleConfig(kind="full"))
     conditions = Rows(1000, id=torch.arange(1000)) if labels is None else Rows(len(labels), label=labels)
     method.prepare(conditions)
     data = Batches(
