@@ -340,7 +340,7 @@ def converge(method, config, ring, fitted, steps, teacher=None):
 
 @pytest.mark.slow
 def test_scm_reaches_the_ring_in_one_step(ring, fitted):
-    reached, pairwise = converge(SCM, SCM.Config(warmup=150, time_mean=-0.4), ring, fitted, 500)
+    reached, pairwise = converge(SCM, SCM.Config(warmup=150, time_mean=-0.4), ring, fitted, 700)
     assert reached < 0.03 and pairwise < 0.45
 
 
@@ -353,9 +353,10 @@ def test_scm_with_ladd_reaches_the_ring_in_one_step(ring, fitted):
         "time_mean": -0.4,
         "prior": "one",
         "misaligned": False,
+        "noise_mean": -1.0,
     }
     reached, pairwise = converge(
-        SanaSprint, SanaSprint.Config(**options), ring, fitted, 500, flow_view(fitted)
+        SanaSprint, SanaSprint.Config(**options), ring, fitted, 700, flow_view(fitted)
     )
     assert reached < 0.03 and pairwise < 0.5
 
