@@ -19,12 +19,17 @@ from .errors import RecipeError
 
 @dataclass
 class Process:
-    """This process among its equals. ``mesh`` is None where there is only one."""
+    """This process among its equals. ``mesh`` and ``control`` are None where there is only one.
+
+    Attributes:
+        mesh: (replicate, shard). control: a group on the CPU, for decisions that must not wait for a GPU.
+    """
 
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: object | None = None
+    control: object | None = None
 
     @property
     def main(self) -> bool:
@@ -34,8 +39,8 @@ class Process:
         """True on all ranks if it is on one."""
         if self.world == 1:
             return flag
-        tensor = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        tensor = torch.tensor(float(flag))
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
         return bool(tensor.item())
 
     def mean(self, values: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ def start(device: str = "auto", shard: int = 1) -> Process:
 
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     mesh = init_device_mesh(state.device.type, (world // shard, shard), mesh_dim_names=("replicate", "shard"))
-    return Process(state.process_index, world, state.device, mesh)
+    return Process(state.process_index, world, state.device, mesh, dist.new_group(backend="gloo"))
 
 
 def distribute(module: nn.Module, process: Process) -> None:
@@ -95,6 +100,13 @@ def settle(module: nn.Module) -> None:
     """Frees gathered weights, so that a write to the shards or a frozen toggle is seen by the next forward."""
     if hasattr(module, "reshard"):
         module.reshard()
+
+
+def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """To the device without waiting for it: from pinned memory, so that a GPU's queue is not drained first."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def whole(tensor: Tensor) -> Tensor:

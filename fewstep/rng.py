@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .distributed import upload
+
 
 class Rng:
     """A generator seeded by a tuple of integers and words.
@@ -26,15 +28,14 @@ class Rng:
         self.device = torch.device(device)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.device, non_blocking=True)
+        return upload(torch.randn(shape, generator=self.generator), self.device)
 
     def normal_like(self, x: Tensor) -> Tensor:
         return self.normal(*x.shape)
 
     def uniform(self, *shape: int) -> Tensor:
         """In [0, 1), float64."""
-        numbers = torch.rand(shape, generator=self.generator, dtype=torch.float64)
-        return numbers.to(self.device, non_blocking=True)
+        return upload(torch.rand(shape, generator=self.generator, dtype=torch.float64), self.device)
 
     def choice(self, rows: int, values: Sequence[float], chances: Sequence[float] | None = None) -> Tensor:
         """(rows,) of values with these probabilities, default equal ones; float64."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cond import Cond
+from ..distributed import upload
 from ..methods.base import Batch
 from ..rng import Rng
 from .cache import Store
@@ -50,17 +51,17 @@ class Batches:
         real = real_cond = None
         if self.latents is not None:
             index = self._index("images", position, len(self.latents))
-            real = self.latents.rows(index)["latents"].to(self.device)
-            real_cond = Cond(self.captions.rows(index)).to(self.device)
+            real = self._upload(self.latents.rows(index))["latents"]
+            real_cond = Cond(self._upload(self.captions.rows(index)))
         pairs = pair_cond = None
         if self.pairs is not None:
             index = self._index("pairs", position, len(self.pairs))
-            rows = self.pairs.rows(index)
-            pairs = (rows["noise"].to(self.device), rows["x0"].to(self.device))
-            pair_cond = Cond(self.pair_conditions.rows(index)).to(self.device)
+            rows = self._upload(self.pairs.rows(index))
+            pairs = (rows["noise"], rows["x0"])
+            pair_cond = Cond(self._upload(self.pair_conditions.rows(index)))
         index = self._index("prompts", position, len(self.conditions))
         return Batch(
-            cond=Cond(self.conditions.rows(index)).to(self.device),
+            cond=Cond(self._upload(self.conditions.rows(index))),
             shape=self.shape,
             rng=Rng(self.seed, "micro", iteration, micro, device=self.device),
             shared=Rng(self.seed, "shared", iteration),
@@ -70,9 +71,12 @@ class Batches:
             pair_cond=pair_cond,
         )
 
+    def _upload(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: upload(value, self.device) for name, value in rows.items()}
+
     def _index(self, stream: str, position: int, length: int) -> Tensor:
         places = [divmod(position + i, length) for i in range(self.shape[0])]
-        return torch.tensor([int(_order(self.seed, stream, epoch, length)[place]) for epoch, place in places])
+        return torch.stack([_order(self.seed, stream, epoch, length)[place] for epoch, place in places])
 
 
 @lru_cache(maxsize=8)

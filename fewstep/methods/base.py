@@ -56,7 +56,7 @@ class Batch:
     real_cond: Cond | None = None
     pairs: tuple[Tensor, Tensor] | None = None
     pair_cond: Cond | None = None
-    carry: dict[str, Tensor] = field(default_factory=dict)
+    carry: dict[str, Any] = field(default_factory=dict)
     log: dict[str, Tensor] = field(default_factory=dict)
 
     def clean(self, synthetic: bool) -> tuple[Tensor, Cond]:

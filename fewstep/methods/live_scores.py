@@ -63,8 +63,8 @@ def through_networks(
 def exit_step(batch: Batch, student: Student) -> int:
     """The step that is trained, drawn once per iteration: the same on all ranks, for critic and student."""
     if "exit" not in batch.carry:
-        batch.carry["exit"] = torch.tensor(batch.shared.integer(student.num_steps))
-    return int(batch.carry["exit"])
+        batch.carry["exit"] = batch.shared.integer(student.num_steps)
+    return batch.carry["exit"]
 
 
 def made_by(student: Student, batch: Batch) -> Callable[[], Tensor]:
