@@ -44,5 +44,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str):
     if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
+        value = getattr(import_module(_EXPORTS[name]), name)
+        globals()[name] = value  # importing fewstep.run has put the module of that name here
+        return value
     raise AttributeError(f"module 'fewstep' has no attribute {name!r}")

@@ -128,6 +128,21 @@ def _pairs(args, rest) -> int:
     return 0
 
 
+def _convert(args, _rest) -> int:
+    """Published checkpoints as a pipeline folder that recipes take as their teacher."""
+    from .teachers import hushed
+    from .teachers.ar import CHECKPOINTS
+
+    options = {name: value for name in ("top_k", "top_p") if (value := getattr(args, name)) is not None}
+    if args.tokens and args.family == "llamagen":
+        options["tokens"] = args.tokens
+    pipe = CHECKPOINTS[args.family](args.transformer, args.tokenizer, **options)
+    with hushed():
+        pipe.save_pretrained(args.to)
+    print(args.to)
+    return 0
+
+
 def _export(args, _rest) -> int:
     """Exports the newest checkpoint of a run again, e.g. in another dtype or with Kohya keys."""
     from . import recipe as recipes
@@ -223,10 +238,20 @@ def parser() -> argparse.ArgumentParser:
     pairs.add_argument("recipe")
     pairs.add_argument("--out", type=Path, help="folder; default the recipe's data.pairs")
     pairs.add_argument("--num", type=int, default=10_000)
-    pairs.add_argument("--solver", choices=["ddim", "euler", "dpm++", "unipc"], default="ddim")
-    pairs.add_argument("--steps", type=int, default=50)
+    pairs.add_argument("--solver", help="ddim, euler, dpm++ or unipc; midpoint, heun or euler for tokens")
+    pairs.add_argument("--steps", type=int, help="of the solver; default 50, or 10 for tokens")
     pairs.add_argument("--seed", type=int, default=0)
     pairs.add_argument("--batch-size", type=int, default=32)
+    convert = command(
+        "convert", _convert, "published weights of an autoregressive model as a teacher's folder"
+    )
+    convert.add_argument("family", choices=["llamagen", "var"])
+    convert.add_argument("--transformer", required=True, help=".safetensors, .pt or .pth")
+    convert.add_argument("--tokenizer", required=True, help=".safetensors, .pt or .pth")
+    convert.add_argument("--tokens", type=int, help="of an image of LlamaGen: 256 at 256 px, 576 at 384 px")
+    convert.add_argument("--top-k", type=int)
+    convert.add_argument("--top-p", type=float)
+    convert.add_argument("--to", type=Path, required=True, help="folder")
     add_eval(commands)
     recipes = command("recipes", _recipes, "list the recipes, or copy one to change it")
     recipes.add_argument("action", nargs="?", choices=["list", "copy"], default="list")

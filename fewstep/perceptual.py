@@ -36,23 +36,17 @@ class _Decoded:
     def __init__(self, teacher: Teacher, maps):
         self.teacher, self.maps = teacher, maps
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images in [-1, 1]."""
-        vae = self.teacher.pipe.vae
-        unscaled = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-        return vae.decode(unscaled, return_dict=False)[0].clamp(-1, 1)
-
     def features(self, latents: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = self.maps(self.decode(target))
-        found = self.maps(self.decode(latents))
+            wanted = self.maps(self.teacher.decode_pixels(target))
+        found = self.maps(self.teacher.decode_pixels(latents))
         return sum((a - b).pow(2).sum(1).mean() for a, b in zip(found, wanted)) / len(wanted)
 
     def compare(self, metric: Distance) -> Distance:
         def distance(latents: Tensor, target: Tensor) -> Tensor:
             with torch.no_grad():
-                wanted = self.decode(target)
-            return metric(self.decode(latents), wanted)
+                wanted = self.teacher.decode_pixels(target)
+            return metric(self.teacher.decode_pixels(latents), wanted)
 
         return distance
 

@@ -15,7 +15,6 @@ from .recipe import Recipe
 from .report import image_grid
 from .rng import Rng
 from .roles import Role, averaged
-from .solvers import ddim
 from .teachers.base import Teacher
 
 CHUNK = 8  # samples drawn at once
@@ -60,13 +59,18 @@ class Preview:
             torch.zeros(len(latents), dtype=torch.float64, device=latents.device)
         ).round(decimals=0 if schedule.t_max > 100 else 6)
         x_t = schedule.add_noise(latents, rng.normal_like(latents), t)
-        rows = [latents, self.teacher.denoiser.x0(x_t, t, cond, guidance=self.guidance)]
-        rows.append(self.method.critic.x0(x_t, t, cond))
+        rows = [latents]
+        for denoiser, guidance in ((self.teacher.denoiser, self.guidance), (self.method.critic, 1.0)):
+            # Denoisers of tokens also know what came before each; others have their condition only.
+            known = (
+                denoiser.context(latents, cond, guidance=guidance) if hasattr(denoiser, "context") else cond
+            )
+            rows.append(denoiser.x0(x_t, t, known, guidance=guidance))
         self._save(name, torch.cat(rows), write, self.folder.parent / "health", len(latents))
 
     def _teach(self, noise: Tensor, cond: Cond) -> Tensor:
         steps = self.config.teacher_steps
-        return ddim(self.teacher.denoiser, noise, cond, steps, guidance=self.guidance)
+        return self.teacher.sample(noise, cond, steps, self.guidance)
 
     def _chunked(self, sample: Callable[[Tensor, Cond], Tensor], noise: Tensor) -> Tensor:
         starts = range(0, len(noise), CHUNK)

@@ -147,6 +147,20 @@ def shell(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
+@torch.no_grad()
+def hand_over(source: nn.Module, target: nn.Module) -> None:
+    """Copies weights between modules of equal structure; what shells share is left alone.
+
+    It runs before the first forward of an iteration and reads a module that this iteration does not train, so doing
+    it for every micro-batch, or again after a resume, changes nothing.
+    """
+    settle(source)
+    settle(target)
+    for theirs, mine in zip(source.parameters(), target.parameters(), strict=True):
+        if mine is not theirs:
+            mine.copy_(theirs)
+
+
 def build_role(name: str, base: nn.Module, config: RoleConfig, seed: int = 0) -> Role:
     """A role initialised from a frozen network: its LoRA shell or its full copy in fp32.
 

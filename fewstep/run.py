@@ -33,7 +33,7 @@ from .recipe import Recipe
 from .report import write_report
 from .roles import Role, averaged, build_role
 from .router import RoutedStudent
-from .teachers import load_teacher, pipeline_class_of
+from .teachers import adapters, load_teacher, pipeline_class_of
 from .teachers.base import Teacher
 from .trainer import Interrupted, Trainer
 
@@ -167,6 +167,12 @@ def _check_class(recipe: Recipe) -> None:
             f"teacher.path: {recipe.teacher.path} is a {found}, but this recipe was written for a {expected}; choose "
             "another recipe, or set teacher.pipeline_class null"
         )
+    kind, wanted = adapters()[found].kind, recipe.method_class.teacher_kind
+    if kind != wanted:
+        raise RecipeError(
+            f"method.name: {recipe.method_class.name} distills {wanted} teachers, and {recipe.teacher.path} is "
+            f"{kind} ({found}); choose another method or teacher"
+        )
 
 
 def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
@@ -192,7 +198,7 @@ class Session:
         self.roles, self.method = build(recipe, self.teacher, process)
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
         for role in self.experts:
-            export.check_exportable(self.method.student, role.config, self.teacher.pipe.scheduler)
+            export.check_exportable(self.method.student, role.config, self.teacher)
         _check_space(self.folder, self.roles, recipe)
         if not process.main:
             process.barrier()  # the first rank encodes, the others find the cache
@@ -223,7 +229,7 @@ class Session:
             seed=recipe.train.seed,
             latents=latents,
             captions=captions,
-            pairs=pairs and pairs.store,
+            pairs=pairs,
             pair_conditions=pair_conditions,
             device=process.device,
         )
@@ -311,7 +317,9 @@ def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str,
     roles: dict[str, Role] = {}
     for name in cls.networks_for(recipe.method):
         try:
-            roles[name] = build_role(name, teacher.net, recipe.role(name), recipe.train.seed)
+            roles[name] = build_role(
+                name, cls.network(recipe.method, teacher, name), recipe.role(name), recipe.train.seed
+            )
         except RecipeError as error:
             raise RecipeError(f"roles.{error}") from None
         if recipe.teacher.gradient_checkpointing:

@@ -7,6 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
+from .data.prompts import CLASSES
 from .recipe import EvalConfig, Recipe, SampleConfig
 
 RANK = 4
@@ -32,10 +33,14 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
     few = _few_emoji(folder)
     data = dataclasses.replace(
         data,
-        prompts=data.prompts if Path(data.prompts).is_file() else str(few / "prompts.txt"),
+        prompts=data.prompts
+        if data.prompts == CLASSES or Path(data.prompts).is_file()
+        else str(few / "prompts.txt"),
         images=data.images if data.images is None or Path(data.images).is_dir() else str(few),
     )
     few_turns = {name: value for name, value in FEW.items() if hasattr(recipe.method, name)}
+    if getattr(recipe.method, "regression", None) == "lpips":
+        few_turns["regression"] = "features"  # whose weights come with fewstep
     method = dataclasses.replace(recipe.method, **few_turns)
     names = (*recipe.method_class.networks_for(method), *recipe.method_class.extras)
     roles = {n: dataclasses.replace(recipe.role(n), rank=min(RANK, recipe.role(n).rank)) for n in names}

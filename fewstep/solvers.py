@@ -44,6 +44,43 @@ def ddim(
 
 
 @torch.no_grad()
+def ode(
+    denoiser: Denoiser,
+    noise: Tensor,
+    cond: Cond,
+    num_steps: int,
+    *,
+    solver: str = "midpoint",
+    end: float,
+    guidance: float = 1.0,
+) -> Tensor:
+    """The probability-flow ODE from ``t_max`` to ``end`` on an even grid of times: x at ``end``, not a prediction.
+
+    Args:
+        noise: unit noise (B, ...). solver: "euler" (one prediction a step), "midpoint" or "heun" (two).
+        end: above ``t_min``, and above every time at which the network cannot be called.
+    """
+    schedule = denoiser.schedule
+    times = torch.linspace(schedule.t_max, end, num_steps + 1, dtype=torch.float64, device=noise.device)
+    x = noise
+
+    def slope(x: Tensor, t: Tensor) -> Tensor:
+        return schedule.convert(denoiser.x0(x, t, cond, guidance=guidance), x, t, "x0", "flow")
+
+    for t, s in zip(times[:-1].repeat(len(x), 1).T, times[1:].repeat(len(x), 1).T):
+        step = (s[0] - t[0]).to(x)
+        first = slope(x, t)
+        if solver == "midpoint":
+            first = slope(x + step / 2 * first, (t + s) / 2)
+        elif solver == "heun":
+            first = (first + slope(x + step * first, s)) / 2
+        elif solver != "euler":
+            raise ValueError(f"solver {solver!r}: expected euler, midpoint or heun")
+        x = x + step * first
+    return x
+
+
+@torch.no_grad()
 def scheduler_sample(
     denoiser: NetDenoiser, scheduler, noise: Tensor, cond: Cond, num_steps: int, *, guidance: float = 1.0
 ) -> Tensor:

@@ -57,7 +57,7 @@ class Batches:
         if self.pairs is not None:
             index = self._index("pairs", position, len(self.pairs))
             rows = self._upload(self.pairs.rows(index))
-            pairs = (rows["noise"], rows["x0"])
+            pairs = (rows["noise"], rows["tokens" if "tokens" in rows else "x0"])
             pair_cond = Cond(self._upload(self.pair_conditions.rows(index)))
         index = self._index("prompts", position, len(self.conditions))
         return Batch(

@@ -2,7 +2,7 @@
 
     pairs.json            teacher, guidance, solver, steps, seed, count
     prompts.txt           prompt of each pair, one per line
-    000000000.safetensors noise and x0 of the first rows, and so on
+    000000000.safetensors noise and x0 of the first rows, or their tokens, and so on
 
 Making them can be interrupted at any time and goes on where it stopped; several processes take turns with the files.
 """
@@ -10,10 +10,11 @@ Making them can be interrupted at any time and goes on where it stopped; several
 from __future__ import annotations
 
 import json
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..cond import Cond
@@ -21,7 +22,6 @@ from ..distributed import Process
 from ..errors import FewstepError, RecipeError
 from ..files import write, write_json, write_tensors
 from ..rng import Rng
-from ..solvers import FLOOR, ddim, scheduler_sample
 from ..teachers.base import Teacher
 from .cache import Store, encode_prompts, identity, shard_path
 
@@ -29,7 +29,7 @@ SHARD = 256  # rows of one file
 
 
 class Pairs:
-    """Pairs on disk: ``rows(index)`` gives noise and x0; prompts[i] is the prompt of pair i."""
+    """Pairs on disk; prompts[i] is the prompt of pair i."""
 
     def __init__(self, folder: Path):
         self.about = json.loads((folder / "pairs.json").read_text())
@@ -38,6 +38,19 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.store)
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]:
+        """(k,) numbers of pairs -> ``noise`` and ``x0`` or ``tokens`` (int64), k rows each."""
+        rows = self.store.rows(index)
+        if "tokens" in rows:
+            rows["tokens"] = rows["tokens"].long()
+            rows["noise"] = noise_of(self.about["seed"], index.tolist(), self.about["latent_shape"])
+        return rows
+
+
+def noise_of(seed: int, rows: Iterable[int], shape: Sequence[int]) -> Tensor:
+    """The noise of pairs, a function of the seed and their numbers: (k, *shape)."""
+    return torch.stack([Rng(seed, "pair", i).normal(*shape) for i in rows])
 
 
 def load_pairs(source: str | None, recipe_name: str = "RECIPE") -> Pairs:
@@ -86,8 +99,8 @@ def make_pairs(
     prompts: list[str],
     *,
     num: int,
-    solver: str = "ddim",
-    steps: int = 50,
+    solver: str | None = None,
+    steps: int | None = None,
     guidance: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
@@ -96,12 +109,15 @@ def make_pairs(
     """Writes ``num`` pairs; pair i is the same whatever the batch size, the number of processes or interruptions.
 
     Args:
-        solver: one of ``fewstep.solvers.FLOOR``, all deterministic. guidance: as the student's run has it.
+        solver, steps: deterministic, one of those the teacher takes; default its own. guidance: as the student's run
+            has it.
 
     Raises:
         FewstepError: the folder holds pairs made otherwise.
     """
     process = process or Process()
+    solver, steps = solver or teacher.solver[0], steps or teacher.solver[1]
+    name, make = teacher.pair_maker(solver, steps, guidance)
     about = {
         "num": num,
         "teacher": identity(teacher)[0],
@@ -120,22 +136,20 @@ def make_pairs(
     teacher.drop_encoders()
     starts = list(range(0, num, SHARD))[process.rank :: process.world]
     missing = [start for start in starts if not shard_path(folder, start).exists()]
-    if solver == "ddim":  # ours: diffusers' steps to the wrong time where steps do not divide 1000
-        sample = partial(ddim, teacher.denoiser)
-    else:
-        sample = partial(scheduler_sample, teacher.denoiser, FLOOR[solver](teacher.pipe.scheduler))
     with tqdm(total=len(missing) * SHARD, desc="pairs", disable=not process.main or not missing) as bar:
         for start in missing:
             rows = range(start, min(start + SHARD, num))
-            noise = torch.stack([Rng(seed, "pair", i).normal(*teacher.latent_shape) for i in rows])
+            noise = noise_of(seed, rows, teacher.latent_shape)
             made = []
             for i in range(0, len(rows), batch_size):
                 part = torch.arange(start + i, min(start + i + batch_size, rows.stop))
                 cond = Cond(conditions.rows(part)).to(teacher.device)
                 x = noise[i : i + batch_size].to(teacher.device)
-                made.append(sample(x, cond, steps, guidance=guidance).cpu())
+                made.append(make(x, cond).cpu())
                 bar.update(len(part))
-            write_tensors(shard_path(folder, start), {"noise": noise, "x0": torch.cat(made)})
+            # The noise of tokens is many times as large as they are, and a function of the seed.
+            kept = {} if name == "tokens" else {"noise": noise}
+            write_tensors(shard_path(folder, start), {**kept, name: torch.cat(made)})
     process.barrier()
     return folder
 

@@ -7,9 +7,12 @@ from pathlib import Path
 from ..errors import RecipeError
 from . import emoji
 
+CLASSES = "builtin:imagenet-classes"  # the labels 0 to 999, for teachers that are conditioned on them
+
 
 def load_prompts(source: str, name: str = "data.prompts") -> list[str]:
-    """Prompts of a UTF-8 text file, one per line (blank ones are skipped), or of ``builtin:emoji[-names|-groups]``.
+    """Prompts of a UTF-8 text file, one per line (blank ones are skipped), or of ``builtin:emoji[-names|-groups]``;
+    ``builtin:imagenet-classes`` are the labels "0" to "999".
 
     Prompts are data: no path, no markup, no variable in them means anything.
 
@@ -21,6 +24,8 @@ def load_prompts(source: str, name: str = "data.prompts") -> list[str]:
     """
     if (built_in := emoji.prompts(source)) is not None:
         return built_in
+    if source == CLASSES:
+        return [str(label) for label in range(1000)]
     path = Path(source).expanduser()
     if not path.is_file():
         raise RecipeError(

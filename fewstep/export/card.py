@@ -31,6 +31,16 @@ ENCODED = {"pooled": "encoded[2][0]", "embeds": "encoded[0][0].mean(0)"}
 def snippet(record: Mapping[str, Any], folder: str = ".") -> str:
     """Code that samples the student with stock diffusers, as it stands."""
     call = ", ".join(f"{name}={value!r}" for name, value in record["call"].items())
+    if "student" in record:  # of tokens
+        return "\n".join(
+            [
+                f"from fewstep.token_pipeline import {record['pipeline_class']}",
+                "",
+                f"pipe = {record['pipeline_class']}.from_pretrained({os.path.join(folder, 'pipeline')!r})",
+                f"image = pipe({record.get('prompt', '207')!r}, {call}).images[0]",
+                "image.save('image.png')",
+            ]
+        )
     builtin = str(record["teacher"]).startswith("builtin:")
     teacher = "resolve(" + repr(record["teacher"]) + ")" if builtin else repr(record["teacher"])
     scheduler, experts, parts = record["scheduler"], record.get("experts"), record.get("parts")
@@ -87,6 +97,15 @@ def snippet(record: Mapping[str, Any], folder: str = ".") -> str:
     return "\n".join(lines)
 
 
+def _about_scheduler(record: Mapping[str, Any]) -> str:
+    if "scheduler" not in record:
+        return ""
+    return (
+        f" Trained timesteps {record['timesteps']}. The scheduler's configuration is complete: load it with "
+        f"`{record['scheduler']}.from_pretrained`, not with `from_config` of another scheduler."
+    )
+
+
 def model_card(record: Mapping[str, Any]) -> str:
     """README.md with the front matter the hub reads."""
     steps = record["num_steps"]
@@ -124,9 +143,8 @@ def model_card(record: Mapping[str, Any]) -> str:
             snippet(record),
             "```",
             "",
-            f"Trained timesteps {record['timesteps']}; no guidance at sampling (the teacher's, "
-            f"{record.get('guidance_scale', 1.0)}, is distilled in). The scheduler's configuration is complete: load "
-            f"it with `{record['scheduler']}.from_pretrained`, not with `from_config` of another scheduler.",
+            f"No guidance at sampling (the teacher's, {record.get('guidance_scale', 1.0)}, is distilled in)."
+            + _about_scheduler(record),
             "",
         ]
     )

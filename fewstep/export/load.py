@@ -11,7 +11,7 @@ import torch
 
 from ..errors import FewstepError
 from ..router import RoutedPipeline, Router
-from ..teachers import hushed, load_pipeline
+from ..teachers import hushed, load_pipeline, pipeline_type
 from .weights import LORA_FILE, adapters
 
 
@@ -39,7 +39,7 @@ def load_exported(
         if lora:
             pipe = load_pipeline(teacher or record["teacher"], dtype)
         else:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
+            pipe = pipeline_type(record["pipeline_class"]).from_pretrained(
                 folder / "pipeline", torch_dtype=getattr(torch, dtype)
             )
         if upcast:

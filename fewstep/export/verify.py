@@ -59,7 +59,7 @@ def stock_sample(
     call = {
         **stock_call(pipe, record, []),
         **size,
-        "latents": noise.to(pipe.unet.dtype),
+        "latents": noise.to(getattr(pipe, teacher.network).dtype),
         "generator": generator,
     }
     if record.get("noise") == "fixed":  # every step draws the first noise again

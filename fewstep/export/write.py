@@ -20,6 +20,7 @@ from ..student import Student
 from ..teachers.base import Teacher
 from .card import model_card
 from .scheduler import student_scheduler
+from .tokens import save_token_student
 from .weights import lora_state_dict, save_kohya, save_lora, save_pipeline
 
 
@@ -47,6 +48,8 @@ def export_student(
             ``fewstep.json`` and the model card.
     """
     precision = getattr(torch, dtype)
+    if teacher.kind == "autoregressive":
+        return _export_tokens(folder, teacher, student, weights, about=about, dtype=dtype)
     scheduler, call = student_scheduler(teacher.pipe.scheduler, student.times, student.noise)
     experts = student.roles if len(weights) > 1 else None
     record = {
@@ -80,6 +83,34 @@ def export_student(
     return folder
 
 
+def _export_tokens(
+    folder: Path,
+    teacher: Teacher,
+    student: Student,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    *,
+    about: Mapping[str, Any],
+    dtype: str,
+) -> Path:
+    (tensors,) = weights.values()
+    with replacing(folder) as part:
+        made = save_token_student(teacher, student, tensors, getattr(torch, dtype), part / "pipeline")
+        record = {
+            "fewstep": __version__,
+            **about,
+            "teacher": teacher.source,
+            "pipeline_class": teacher.pipeline_class,
+            "kind": "full",
+            "num_steps": student.num_steps,
+            "resolution": teacher.resolution,
+            "latent_shape": list(teacher.latent_shape),
+            "dtype": dtype,
+            **made,
+        }
+        _describe(part, record)
+    return folder
+
+
 def export_routed(
     folder: Path,
     teacher: Teacher,
@@ -104,9 +135,16 @@ def export_routed(
     return folder
 
 
-def check_exportable(student: Student | RoutedStudent, role: RoleConfig, teacher_scheduler) -> None:
-    """Refuses, before training, what no stock pipeline could sample."""
-    student_scheduler(teacher_scheduler, student.times, student.noise)
+def check_exportable(student: Student | RoutedStudent, role: RoleConfig, teacher: Teacher) -> None:
+    """Refuses, before training, what no pipeline could sample."""
+    if teacher.kind == "autoregressive":
+        if role.kind != "full":
+            raise RecipeError(
+                f"roles.student.kind: {role.kind}: the student of an autoregressive teacher has layers that the "
+                "teacher lacks, so it is no adapter of it; use full"
+            )
+        return
+    student_scheduler(teacher.pipe.scheduler, student.times, student.noise)
     if len(set(student.roles)) > 1 and role.kind != "lora":
         raise RecipeError(
             f"roles.student.kind: {role.kind}: several students share one pipeline as LoRAs that are switched; use lora"

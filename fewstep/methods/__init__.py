@@ -1,6 +1,8 @@
 """Distillation methods, one file each."""
 
 from . import (  # noqa: F401  (each registers itself)
+    dd1,
+    dd2,
     disback,
     dmd,
     dmd2,

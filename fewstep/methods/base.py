@@ -43,7 +43,7 @@ class Batch:
         real, real_cond: latents (B, C, H, W) of real images and their own conditions, or None when data-free.
         shape: (B, C, H, W) of what the student makes.
         rng: randomness of this micro-batch. shared: randomness all ranks and micro-batches agree on.
-        pairs: a teacher's own noise and the x0 it made of it, or None. pair_cond: their conditions.
+        pairs: a teacher's own noise and the x0, or tokens, it made of it, or None. pair_cond: their conditions.
         carry: what one phase leaves for the next ones of the same iteration.
         log: numbers worth a curve that are no part of the loss.
     """
@@ -123,6 +123,7 @@ class Method:
         networks: the trainable copies of the teacher that this method needs; where that depends on the options,
             :meth:`networks_for` says so. extras: names that :meth:`heads` may have.
         critic: the denoiser that learns what the student makes, where there is one.
+        teacher_kind: "diffusion", or "autoregressive" for methods of token models.
         Config: dataclass of its options; the paper's values are the defaults.
         needs: data it cannot run without, given its configuration: any of "prompts", "images", "pairs".
     """
@@ -131,6 +132,7 @@ class Method:
     summary: ClassVar[str]
     networks: ClassVar[tuple[str, ...]] = ("student",)
     extras: ClassVar[tuple[str, ...]] = ("discriminator",)
+    teacher_kind: ClassVar[str] = "diffusion"
     Config: ClassVar[type]
     student: Student
     critic: Denoiser | None = None
@@ -158,6 +160,11 @@ class Method:
     @classmethod
     def networks_for(cls, config: Any) -> tuple[str, ...]:
         return cls.networks
+
+    @classmethod
+    def network(cls, config: Any, teacher: Any, name: str) -> nn.Module:
+        """What a trainable network starts from: the teacher's own, unless the student is built otherwise."""
+        return teacher.net
 
     @classmethod
     def needs(cls, config: Any) -> tuple[str, ...]:

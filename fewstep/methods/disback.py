@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from .. import objectives
 from ..cond import Cond
 from ..denoiser import Denoiser, NetDenoiser
-from ..distributed import settle
 from ..errors import RecipeError
+from ..roles import hand_over
 from .base import Batch, Method, Phase, Progress, register
 from .dmd2 import DMD2
 
@@ -177,20 +177,6 @@ class DisBack(Method):
             hand_over(self.nodes[-1].net, self.critic.net)
         self.target.index = self.target_index(progress)
         return self.host.generator_loss(batch, progress)
-
-
-@torch.no_grad()
-def hand_over(source: nn.Module, target: nn.Module) -> None:
-    """Copies weights between modules of equal structure; what shells share is left alone.
-
-    It runs before the first forward of an iteration and reads a module that this iteration does not train, so doing
-    it for every micro-batch, or again after a resume, changes nothing.
-    """
-    settle(source)
-    settle(target)
-    for theirs, mine in zip(source.parameters(), target.parameters(), strict=True):
-        if mine is not theirs:
-            mine.copy_(theirs)
 
 
 def _check_equal(denoisers: dict[str, NetDenoiser]) -> None:

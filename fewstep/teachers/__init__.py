@@ -16,9 +16,20 @@ BUILTIN = {"builtin:emoji-xl": ASSETS / "emoji-xl"}
 
 def adapters() -> dict[str, type[Teacher]]:
     """Pipeline class -> adapter."""
+    from .ar import PIPELINES, Autoregressive
     from .sd import StableDiffusion, StableDiffusionXL
 
-    return {cls.pipeline_class: cls for cls in (StableDiffusion, StableDiffusionXL)}
+    stock = {cls.pipeline_class: cls for cls in (StableDiffusion, StableDiffusionXL)}
+    return stock | dict.fromkeys(PIPELINES, Autoregressive)
+
+
+def pipeline_type(name: str):
+    """The class of a pipeline: one of ours by name, or diffusers' loader, which finds the class itself."""
+    from diffusers import DiffusionPipeline
+
+    from .ar import PIPELINES
+
+    return PIPELINES.get(name, DiffusionPipeline)
 
 
 def resolve(source: str) -> str:
@@ -76,15 +87,16 @@ def hushed() -> Iterator[None]:
 def load_pipeline(source: str, dtype: str = "float32"):
     """The stock pipeline of a path, hub id or built-in name; weights from safetensors only."""
     import torch
-    from diffusers import DiffusionPipeline
 
     pipeline_class = pipeline_class_of(source)
-    # A safety checker is no part of distillation, and most folders lack it.
-    options = {"safety_checker": None, "requires_safety_checker": False}
-    extra = options if pipeline_class == "StableDiffusionPipeline" else {"add_watermarker": False}
+    extra = {
+        # A safety checker is no part of distillation, and most folders lack it.
+        "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
+        "StableDiffusionXLPipeline": {"add_watermarker": False},
+    }.get(pipeline_class, {})
     try:
         with hushed():
-            pipe = DiffusionPipeline.from_pretrained(
+            pipe = pipeline_type(pipeline_class).from_pretrained(
                 resolve(source), torch_dtype=getattr(torch, dtype), use_safetensors=True, **extra
             )
     except Exception as error:  # a file missing or damaged: each loader raises its own kinds
@@ -115,7 +127,7 @@ def load_teacher(
     import torch
 
     pipe = load_pipeline(source, dtype)
-    with hushed():
-        pipe.vae.to(torch.float32)
     cls = adapters()[type(pipe).__name__]
+    with hushed():
+        getattr(pipe, cls.autoencoder).to(torch.float32)
     return cls(pipe, source, resolution, getattr(torch, autocast) if autocast else None, attention)

@@ -80,3 +80,55 @@ class GaussianMixture:
         weights = self._log_weights(cond, count, null=False).exp()
         chosen = torch.multinomial(weights, 1, generator=rng.generator)[:, 0]
         return self.means[chosen] + self.variances[chosen].sqrt() * rng.normal(count, self.means.shape[1])
+
+
+class KnownJoint:
+    """A known joint law of n tokens, as an autoregressive network: every conditional is a sum over a table.
+
+    Args:
+        joint: probabilities (V, ..., V) with one axis per token. It has no condition: ``Cond({})`` will do.
+    """
+
+    def __init__(self, joint: Tensor):
+        self.joint = joint / joint.sum()
+        self.groups = (1,) * joint.ndim
+
+    @classmethod
+    def random(cls, tokens: int, codes: int, rng: Rng, sharpness: float = 2.0) -> KnownJoint:
+        """Random logits: the larger the sharpness, the more a token says about the others."""
+        return cls((sharpness * rng.normal(*[codes] * tokens)).flatten().softmax(0).view(*[codes] * tokens))
+
+    def marginal(self, tokens: int) -> Tensor:
+        """Of the first tokens, (V, ..., V)."""
+        later = tuple(range(tokens, self.joint.ndim))
+        return self.joint.sum(later) if later else self.joint
+
+    def __call__(self, tokens: Tensor, cond: Cond) -> Tensor:
+        """Logits (B, n, V)."""
+        return torch.stack([self._next(tokens[:, :i]) for i in range(self.joint.ndim)], 1)
+
+    def _next(self, prefix: Tensor) -> Tensor:
+        marginal = self.marginal(prefix.shape[1] + 1)
+        rows = marginal[tuple(prefix.T)] if prefix.shape[1] else marginal.expand(len(prefix), -1)
+        return rows.clamp(min=1e-30).log()
+
+    def start(self, cond: Cond, prefix: Tensor | None = None) -> tuple[Tensor, list]:
+        # Without a condition nothing says how many rows there are; one broadcasts.
+        prefix = torch.empty(1, 0, dtype=torch.long) if prefix is None else prefix
+        return self._next(prefix)[:, None], [prefix]
+
+    def step(self, tokens: Tensor, group: int, cond: Cond, cache: list) -> Tensor:
+        cache[0] = torch.cat([cache[0].expand(len(tokens), -1), tokens], 1)
+        return self._next(cache[0])[:, None]
+
+    def frequencies(self, tokens: Tensor) -> Tensor:
+        """How often each cell occurs among tokens (N, n), as the joint is laid out."""
+        sizes = self.joint.shape
+        flat = torch.zeros(len(tokens), dtype=torch.long)
+        for i, size in enumerate(sizes):
+            flat = flat * size + tokens[:, i]
+        return flat.bincount(minlength=self.joint.numel()).view(sizes) / len(tokens)
+
+    def total_variation(self, tokens: Tensor) -> float:
+        """Half the L1 distance between the frequencies of tokens (N, n) and the joint."""
+        return 0.5 * (self.frequencies(tokens) - self.joint).abs().sum().item()

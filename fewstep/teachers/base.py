@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from ..cond import Cond
 from ..denoiser import NetDenoiser
 from ..errors import FewstepError
 from ..schedules import Schedule
+from ..solvers import FLOOR, ddim, scheduler_sample
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 
@@ -22,13 +24,17 @@ class Teacher:
     """Adapter of one pipeline class. Subclasses say how it encodes, how it calls its network, and its schedule.
 
     Attributes:
-        pipeline_class: name in ``model_index.json``. network: component that is distilled.
+        pipeline_class: name in ``model_index.json``. network: component that is distilled. kind: "diffusion", or
+            "autoregressive" for token models. solver: of pairs and their steps, by default.
         pipe: the stock pipeline, frozen. denoiser: its network as a :class:`~fewstep.denoiser.NetDenoiser`.
         latent_shape: (C, H, W) of one sample.
     """
 
     pipeline_class: ClassVar[str]
     network: ClassVar[str] = "unet"
+    autoencoder: ClassVar[str] = "vae"
+    kind: ClassVar[str] = "diffusion"
+    solver: ClassVar[tuple[str, int]] = ("ddim", 50)
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
 
     def __init__(
@@ -92,16 +98,35 @@ class Teacher:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Scaled latents (B, C, h, w) -> uint8 images (B, H, W, 3)."""
-        vae = self.pipe.vae
-        unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-        unscaled = unscaled + (vae.config.get("shift_factor") or 0.0)
-        images = [vae.decode(z, return_dict=False)[0].float() for z in unscaled.split(self._at_once())]
+        images = [self.decode_pixels(z.to(self.device)) for z in latents.split(self._at_once())]
         pixels = ((torch.cat(images) / 2 + 0.5).clamp(0, 1) * 255).round().byte()
         return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """Scaled latents -> images (B, 3, H, W) in [-1, 1], fp32, differentiable."""
+        vae = self.pipe.vae
+        unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        return vae.decode(unscaled, return_dict=False)[0].float().clamp(-1, 1)
 
     def _at_once(self) -> int:
         """Images that the VAE takes at a time: four at 1024 px need some 16 GB in fp32."""
         return max(1, 4 * 1024**2 // self.resolution**2)
+
+    # -------------------------------------------------------------------------------------------------- samples
+    def sample(self, noise: Tensor, cond: Cond, steps: int, guidance: float) -> Tensor:
+        """The teacher's own latents of some noise, by a deterministic solver."""
+        return ddim(self.denoiser, noise, cond, steps, guidance=guidance)
+
+    def pair_maker(
+        self, solver: str, steps: int, guidance: float
+    ) -> tuple[str, Callable[[Tensor, Cond], Tensor]]:
+        """What a pair holds beside its noise, "x0" or "tokens", and the function from noise and conditions to it."""
+        if solver == "ddim":  # ours: diffusers' steps to the wrong time where steps do not divide 1000
+            return "x0", lambda noise, cond: self.sample(noise, cond, steps, guidance)
+        if solver not in FLOOR:
+            raise FewstepError(f"--solver {solver}: a diffusion teacher takes {', '.join(FLOOR)}")
+        scheduler = FLOOR[solver](self.pipe.scheduler)
+        return "x0", partial(scheduler_sample, self.denoiser, scheduler, num_steps=steps, guidance=guidance)
 
     # --------------------------------------------------------------------------------------------------- memory
     def to(self, device: torch.device | str) -> Teacher:

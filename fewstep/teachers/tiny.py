@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import FewstepError
 
+TOKENS = ("LlamaGenPipeline", "VARPipeline")
 SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
 
@@ -23,8 +24,10 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **unet
     import torch
 
     builders = {"StableDiffusionPipeline": _sd, "StableDiffusionXLPipeline": _sdxl}
+    if pipeline_class in TOKENS:
+        return _write_tokens(pipeline_class, Path(folder), seed)
     if pipeline_class not in builders:
-        raise FewstepError(f"no tiny stand-in for {pipeline_class}; known: {', '.join(builders)}")
+        raise FewstepError(f"no tiny stand-in for {pipeline_class}; known: {', '.join([*builders, *TOKENS])}")
     prediction = unet_options.pop("prediction_type", "epsilon")
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
@@ -145,3 +148,46 @@ def _sdxl(tokenizer, scheduler, options):
         scheduler=scheduler,
         add_watermarker=False,
     )
+
+
+def tiny_tokens(pipeline_class: str):
+    """LlamaGen or VAR with the published number of tokens at 256 px and 1000 classes, and few weights."""
+    from ..token_pipeline import LlamaGenPipeline, VARPipeline
+    from .llamagen import GPT, LlamaGenVQ
+    from .var import PATCHES, VAR, MultiScaleVQ
+
+    convolutions = {"ch": 32, "ch_mult": (1,) * 5, "blocks": 1}
+    if pipeline_class == "LlamaGenPipeline":
+        gpt = GPT(vocab_size=64, dim=32, n_layer=2, n_head=2, block_size=256, multiple_of=16)
+        _randomise(gpt)
+        return LlamaGenPipeline(gpt, LlamaGenVQ(64, 8, z_channels=32, **convolutions), top_k=50)
+    var = VAR(64, 8, depth=2, width=32, heads=2, patch_nums=PATCHES, num_codes=64)
+    vq = MultiScaleVQ(64, 8, patch_nums=PATCHES, **convolutions)
+    var.pyramid.take(vq.quantize)
+    _randomise(var)
+    return VARPipeline(var, vq, top_k=50, top_p=0.95)
+
+
+def _randomise(net) -> None:
+    """Logits that differ: fresh transformers predict nothing."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(
+                    torch.randn_like(parameter) * (1.0 if "output" in name or "head" in name else 0.2)
+                )
+
+
+def _write_tokens(pipeline_class: str, folder: Path, seed: int) -> Path:
+    import torch
+
+    from . import hushed
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = tiny_tokens(pipeline_class)
+    with hushed():
+        pipe.save_pretrained(folder)
+    return folder

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from token_toys import known_pairs, known_teacher, token_toy
 from toys import SD, Mlp, Rows, fit, toy, view
 
 from fewstep.methods import METHODS
@@ -16,6 +17,8 @@ OPTIONS = {
     "swiftbrush": {"guidance_scale": 1.0, "null_probability": 0.0},
     "ladd": {"taps": ["layers.0", "layers.2"]},
     "sana_sprint": {"taps": ["layers.0", "layers.2"], "guidance_embedding": False, "guidance_scale": 1.0},
+    "dd1": {"entries": [0, 2], "split": 2},
+    "dd2": {"critic_steps": 2, "initial_share": 0.25, "regression_share": 0.25, "head_width": 16},
     "disback": {"nodes": 2, "record_steps": 2, "backtrack_steps": 2, "critic_steps": 1},
 }
 JUDGES = {"ladd", "sana_sprint"}  # they see through the teacher's own network
@@ -36,6 +39,9 @@ def fitted(ring):
 def trainer_of(name, ring, fitted):
     method = METHODS[name]
     config = method.Config(**OPTIONS.get(name, {}))
+    if method.teacher_kind == "autoregressive":
+        teacher = known_teacher()
+        return token_toy(method, config, teacher, STEPS, 16, known_pairs(teacher, 64))
     real = ring.sample(64, Rng("real")) if "images" in method.needs(config) else None
     teacher = view(fitted) if name in JUDGES else ring
     trainer = toy(method, config, teacher, fitted, steps=STEPS, batch_size=16, real=real)

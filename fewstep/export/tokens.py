@@ -1,0 +1,32 @@
+"""Export of an autoregressive teacher's student: a pipeline folder; no stock pipeline draws all tokens at once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..student import EntryStudent, Student
+from ..teachers import hushed
+from ..teachers.base import Teacher
+
+
+def save_token_student(
+    teacher: Teacher, student: Student, weights: Mapping[str, Tensor], dtype: torch.dtype, folder: Path
+) -> dict[str, Any]:
+    """The teacher's pipeline with the student in place of its transformer; returns what ``fewstep.json`` says of it."""
+    net = copy.deepcopy(getattr(student.denoiser, "net", student.denoiser)).cpu().float()
+    net.load_state_dict(
+        {**dict(net.named_buffers()), **{n: v.float() for n, v in weights.items()}}, strict=False
+    )
+    config = {name: teacher.pipe.config[name] for name in ("temperature", "top_k", "top_p")}
+    if isinstance(student, EntryStudent):
+        config["entries"] = student.entries
+    parts = {**teacher.pipe.components, "transformer": net.to(dtype)}
+    with hushed():
+        type(teacher.pipe)(**parts, **config).save_pretrained(folder)
+    return {"student": type(net).__name__, "call": {"num_inference_steps": student.num_steps}}

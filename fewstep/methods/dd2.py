@@ -1,0 +1,198 @@
+"""DD2: conditional score distillation of autoregressive image models (Liu et al., NeurIPS 2025, arXiv 2510.21003).
+
+The teacher's probabilities give the exact score of the next token's embedding, noised, under any prefix. A one-step
+generator is trained such that, at every position, the score of its own conditional law equals the teacher's; a critic
+tracks the former. What is distilled is a law, not a map, so pairs serve only to initialise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import objectives
+from ..cond import Cond
+from ..errors import RecipeError
+from ..roles import hand_over
+from ..student import Student
+from ..token_students import CausalStudent, Generator
+from ..tokens import CodebookDenoiser
+from .base import Batch, Method, Phase, Progress, register
+
+
+@register("dd2")
+class DD2(Method):
+    """Stage 1: the critic learns the teacher's own scores, and the generator starts from it. Stage 2: distillation."""
+
+    summary = "autoregressive teachers: score distillation at every position; one step"
+    networks = ("student", "critic")
+    extras = ()
+    teacher_kind = "autoregressive"
+
+    @dataclass
+    class Config:
+        """Defaults are the published ones where the paper gives any; those marked * are ours.
+
+        Attributes:
+            guidance_scale: of the teacher, ``u + g (c - u)``.
+            critic_steps: critic updates per generator update (5; 2 after alignment).
+            matching: "sid", the paper's score identity loss, or "dmd", the gradient of the KL divergence.
+            alpha: of "sid" (1).
+            time_range: noise levels of the generator's loss*. critic_time_range: of the critic's*.
+            copies, critic_copies: noise levels per token that share one prefix (the critic's is that of MAR, 4)*.
+            initial_share: of the run, for stage 1 (published: 330k of some 400k iterations, on teacher samples).
+            regression_share: of the run after stage 1, in which the generator learns DD1's map first; 0 is none, as in
+                the paper*.
+            prefix: what teacher and critic are conditioned on: "nearest" codes of what the generator made, which needs
+                no change of the teacher*, or "continuous" embeddings, which the teacher must read (published, after a
+                fine-tuning that makes LlamaGen read them).
+            head_width, head_depth: of the flow head (3 blocks of 1024).
+        """
+
+        guidance_scale: float = 1.0
+        critic_steps: int = 5
+        matching: Literal["sid", "dmd"] = "sid"
+        alpha: float = 1.0
+        time_range: tuple[float, float] = (0.02, 0.98)
+        critic_time_range: tuple[float, float] = (0.005, 1.0)
+        copies: int = 1
+        critic_copies: int = 4
+        initial_share: float = 0.3
+        regression_share: float = 0.0
+        prefix: Literal["nearest", "continuous"] = "nearest"
+        head_width: int = 1024
+        head_depth: int = 3
+
+        def __post_init__(self):
+            for name in ("time_range", "critic_time_range"):
+                low, high = getattr(self, name)
+                if not 0 < low < high <= 1:
+                    raise RecipeError(f"method.{name}: {(low, high)}: expected 0 < low < high <= 1")
+            for name in ("critic_steps", "copies", "critic_copies", "head_width", "head_depth"):
+                if getattr(self, name) < 1:
+                    raise RecipeError(f"method.{name}: {getattr(self, name)}: expected at least 1")
+            if not 0 < self.initial_share <= self.initial_share + self.regression_share < 1:
+                raise RecipeError(
+                    f"method.initial_share: {self.initial_share} with regression_share {self.regression_share}: "
+                    "expected a positive share, and something left of the run after both"
+                )
+
+    def __init__(
+        self,
+        config: DD2.Config,
+        teacher: CodebookDenoiser,
+        latent_shape: Sequence[int],
+        *,
+        student: CausalStudent,
+        critic: CausalStudent,
+    ):
+        self.config, self.teacher, self.critic, self.net = config, teacher, critic, student
+        if config.prefix == "continuous" and not getattr(teacher.net, "reads_codes", False):
+            raise RecipeError(
+                "method.prefix: continuous: this teacher reads token indices only; use nearest, or a teacher whose "
+                "transformer reads embeddings"
+            )
+        self.student = Student(Generator(student), [student.schedule.t_max])
+
+    @classmethod
+    def network(cls, config: DD2.Config, teacher, name: str) -> nn.Module:
+        options = {"head_width": config.head_width, "head_depth": config.head_depth}
+        return CausalStudent.of(teacher.net, teacher.denoiser.codes, **options)
+
+    @classmethod
+    def needs(cls, config: DD2.Config) -> tuple[str, ...]:
+        return ("prompts", "pairs")
+
+    def phases(self) -> list[Phase]:
+        c = self.config
+        begin = c.initial_share + c.regression_share
+        regression = Phase("regression", ("student",), self.regression_loss, share=(c.initial_share, begin))
+        return [
+            Phase("initial", ("critic",), self.initial_loss, share=(0.0, c.initial_share)),
+            *([regression] if c.regression_share else []),
+            Phase("generator", ("student",), self.generator_loss, every=c.critic_steps, share=(begin, 1.0)),
+            Phase("critic", ("critic",), self.critic_loss, share=(c.initial_share, 1.0)),
+        ]
+
+    # ------------------------------------------------------------------------------------------------- stage 1
+    def initial_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
+        """The critic learns the teacher's velocity at the teacher's own samples (GTS): the exact conditional mean takes
+        the place of the drawn target, which has the same minimiser and far less variance."""
+        tokens = batch.pairs[1]
+        q = self.teacher.codes[tokens]
+        real = self.teacher.context(tokens, batch.pair_cond, guidance=self.config.guidance_scale)
+        fake = self.critic.context(q, batch.pair_cond)
+        return {"score": self._denoising(q, fake, batch, real)}
+
+    def regression_loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """DD1's map by mean squared error."""
+        self._begin(self.phases()[1], progress)
+        noise, tokens = batch.pairs
+        made = self.student.x0(noise, 0, batch.pair_cond)
+        return {"regression": (made - self.teacher.codes[tokens]).square().mean()}
+
+    def _begin(self, phase: Phase, progress: Progress) -> None:
+        if progress.iteration == phase.span(progress)[0]:
+            hand_over(self.critic, self.net)
+
+    # ------------------------------------------------------------------------------------------------- stage 2
+    def generator_loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """The gradient reaches a token through its own noisy version only; prefixes are given."""
+        c = self.config
+        if not c.regression_share:
+            self._begin(next(p for p in self.phases() if p.name == "generator"), progress)
+        q = self._generate(batch)
+        batch.carry["x0"] = q.detach()
+        with torch.no_grad():
+            prefix = self._prefix(q)
+            given = self.teacher.context(prefix, batch.cond, guidance=c.guidance_scale)
+            seen = self.critic.context(prefix, batch.cond)
+        loss = 0.0
+        for _ in range(c.copies):
+            x_t, t = self._noised(q, batch, *c.time_range)
+            with torch.set_grad_enabled(c.matching == "sid"):
+                real, fake = self.teacher.x0(x_t, t, given), self.critic.x0(x_t, t, seen)
+            loss = loss + self._matching(*(v.flatten(0, 1) for v in (q, real, fake, t))) / c.copies
+        batch.note_health(q, real, fake)
+        return {c.matching: loss}
+
+    def critic_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
+        """Flow matching on what the generator makes, which then stands for itself as the target (FCS)."""
+        if "x0" not in batch.carry:
+            with torch.no_grad():
+                batch.carry["x0"] = self._generate(batch)
+        q = batch.carry["x0"]
+        return {"denoising": self._denoising(q, self.critic.context(self._prefix(q), batch.cond), batch)}
+
+    def _matching(self, q: Tensor, real: Tensor, fake: Tensor, t: Tensor) -> Tensor:
+        """Every token is a sample of its own: (B n, C). SiD's normaliser is per token, and floored (0.05 is ours)."""
+        weight = objectives.identity_weight("l1", q, real, self.teacher.schedule, t[:, 0], floor=0.05)
+        if self.config.matching == "dmd":
+            return objectives.distribution_matching(q, real, fake, weight)
+        return objectives.score_identity(q, real, fake, weight, self.config.alpha)
+
+    def _denoising(self, q: Tensor, context: Cond, batch: Batch, real: Cond | None = None) -> Tensor:
+        """Squared error of the critic's velocity at several noise levels per token, towards q or the teacher's mean."""
+        loss = 0.0
+        for _ in range(self.config.critic_copies):
+            x_t, t = self._noised(q, batch, *self.config.critic_time_range)
+            target = q if real is None else self.teacher.x0(x_t, t, real)
+            weight = self.critic.schedule.error_weight("flow", t).flatten()
+            prediction = self.critic.x0(x_t, t, context)
+            loss = loss + objectives.denoising(prediction.flatten(0, 1), target.flatten(0, 1), weight)
+        return loss / self.config.critic_copies
+
+    def _generate(self, batch: Batch) -> Tensor:
+        return self.student.x0(batch.rng.normal(*batch.shape), 0, batch.cond)
+
+    def _prefix(self, q: Tensor) -> Tensor:
+        return self.critic.quantised(q.detach()) if self.config.prefix == "nearest" else q.detach()
+
+    def _noised(self, q: Tensor, batch: Batch, low: float, high: float) -> tuple[Tensor, Tensor]:
+        """At a time per token (B, n, 1)."""
+        t = self.teacher.schedule.draw_times(batch.rng.uniform(*q.shape[:2], 1), low, high)
+        return self.teacher.schedule.add_noise(q, batch.rng.normal_like(q), t), t
