@@ -22,13 +22,20 @@ class _LastTap(Exception):
     """Ends a forward once every wanted feature is there; the decoder half would be wasted work."""
 
 
+def _image_of(output) -> Tensor:
+    """A UNet's block returns its map and a tuple of skips, Stable Diffusion 3's the text's tokens and the image's."""
+    if not isinstance(output, tuple):
+        return output
+    return output[1] if len(output) > 1 and isinstance(output[1], Tensor) else output[0]
+
+
 @contextmanager
 def _taps(net: nn.Module, names: Sequence[str], stop: bool) -> Iterator[dict[str, Tensor]]:
     features: dict[str, Tensor] = {}
 
     def keep(name: str):
         def hook(_module, _inputs, output):
-            features[name] = (output[0] if isinstance(output, tuple) else output).float()
+            features[name] = _image_of(output).float()
             if stop and len(features) == len(names):
                 raise _LastTap
 

@@ -109,7 +109,9 @@ class EvalConfig:
     prompts: str | None = None
     named: int = 0
     floor_steps: list[int] = field(default_factory=list)
-    floor_solvers: list[Literal["ddim", "euler", "dpm++", "unipc"]] = field(default_factory=lambda: ["dpm++"])
+    floor_solvers: list[Literal["ddim", "euler", "heun", "dpm++", "unipc"]] = field(
+        default_factory=lambda: ["dpm++"]
+    )
     teacher_steps: int = 50
     teacher_guidance: float = 1.0
     batch_size: int = 32

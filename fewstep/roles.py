@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -35,6 +35,23 @@ UNET_TARGETS = [
     "upsamplers.0.conv",
     "time_emb_proj",
 ]
+# Attention and feed-forward of every block, the text's own stream (SD 3) and SANA's convolutions included.
+TRANSFORMER_TARGETS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+    "ff.conv_inverted",
+    "ff.conv_point",
+]
 
 
 @dataclass
@@ -44,7 +61,7 @@ class RoleConfig:
     Attributes:
         kind: "lora" trains an adapter on the shared frozen base, "full" a deep copy in fp32.
         rank, alpha: of the adapter; its strength is ``alpha / rank`` (DMD2: 64 and 8).
-        targets: names of adapted layers, matched from the end.
+        targets: names of adapted layers, matched from the end; null takes the list of the network's class.
         lr, betas, eps, weight_decay: of AdamW. warmup: iterations of linear warm-up. decay: iterations of
             linear decay to zero at the end of the run.
         ema: decay of a moving average of the trained weights after each of this role's updates; 0 for none.
@@ -53,7 +70,7 @@ class RoleConfig:
     kind: Literal["lora", "full"] = "lora"
     rank: int = 64
     alpha: float = 64.0
-    targets: list[str] = field(default_factory=lambda: list(UNET_TARGETS))
+    targets: list[str] | None = None
     lr: float = 5e-5
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -171,10 +188,11 @@ def build_role(name: str, base: nn.Module, config: RoleConfig, seed: int = 0) ->
         module = copy.deepcopy(base).float().requires_grad_(True)
         return Role(name, module, config, base)
     module = shell(base)
+    config = replace(config, targets=config.targets or default_targets(base))
     _check_lora(name, module, config)
     from peft import LoraConfig, inject_adapter_in_model
 
-    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets))
+    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=config.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(lora, module, adapter_name="default")
@@ -182,6 +200,11 @@ def build_role(name: str, base: nn.Module, config: RoleConfig, seed: int = 0) ->
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return Role(name, module, config, base)
+
+
+def default_targets(module: nn.Module) -> list[str]:
+    """Layers that are adapted unless a recipe says otherwise: DMD2's for UNets, attention and feed-forward else."""
+    return list(UNET_TARGETS if "UNet" in type(module).__name__ else TRANSFORMER_TARGETS)
 
 
 def lora_targets(module: nn.Module, targets: list[str]) -> dict[str, nn.Module]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .cond import Cond
 from .denoiser import Denoiser, NetDenoiser
+from .schedules import Flow
 
 
 @torch.no_grad()
@@ -23,6 +24,8 @@ def ddim(
 ) -> Tensor:
     """Probability-flow ODE by first-order exponential steps on an even grid of times (DDIM, arXiv 2010.02502).
 
+    For a flow this is Euler's method, on a grid that is even before the shift.
+
     Args:
         noise: unit noise (B, ...). num_steps: network calls, doubled by guidance. start: first time, default t_max.
 
@@ -32,6 +35,8 @@ def ddim(
     schedule = denoiser.schedule
     start = schedule.t_max if start is None else start
     times = torch.linspace(start, schedule.t_min, num_steps + 1, dtype=torch.float64, device=noise.device)
+    if isinstance(schedule, Flow):  # even before the shift
+        times = schedule.shifted(times / start * schedule.fraction_above(start))
     x = noise
     for now, following in zip(times[:-1].tolist(), times[1:].tolist()):
         t, s = (
@@ -93,18 +98,29 @@ def scheduler_sample(
         x0 (B, ...), fp32.
     """
     scheduler.set_timesteps(num_steps, device=noise.device)
-    x = noise * scheduler.init_noise_sigma
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for time in scheduler.timesteps:
-        t = time.expand(len(x)).to(torch.float64)
-        prediction = denoiser.predict(scheduler.scale_model_input(x, time), t, cond, guidance=guidance)
+        t = time.expand(len(x)).to(torch.float64) / denoiser.schedule.time_scale
+        scaled = scheduler.scale_model_input(x, time) if hasattr(scheduler, "scale_model_input") else x
+        prediction = denoiser.predict(scaled, t, cond, guidance=guidance)
         x = scheduler.step(prediction, time, x, return_dict=False)[0]
     return x.float()
 
 
-def _make(name: str, **options) -> Callable:
+def _make(name: str, flow: str | None = None, **options) -> Callable:
+    """A scheduler of this class on the table of another; ``flow`` is its class for a flow, where that is another."""
+
     def build(scheduler):
         import diffusers
 
+        from .teachers.base import is_flow, schedule_of
+
+        if is_flow(scheduler):
+            steps, shift = scheduler.config.num_train_timesteps, schedule_of(scheduler).shift
+            if flow:
+                return getattr(diffusers, flow)(num_train_timesteps=steps, shift=shift)
+            path = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+            return getattr(diffusers, name)(num_train_timesteps=steps, **path, **options)
         # Only what defines the noise table is taken over: defaults of one scheduler are wrong for another
         # (DDIM clips samples unless told not to).
         keys = (
@@ -121,10 +137,12 @@ def _make(name: str, **options) -> Callable:
     return build
 
 
-# Training-free samplers in diffusers; each takes a pipeline's scheduler and gives one on the same noise table.
+# Training-free samplers in diffusers; each takes a pipeline's scheduler and gives one on the same noise table or flow.
+# FlowMap is Euler on an even grid before the shift; FlowMatchEuler's own grid spends its last step on 0.001.
 FLOOR: dict[str, Callable] = {
-    "ddim": _make("DDIMScheduler", clip_sample=False, set_alpha_to_one=True),
-    "euler": _make("EulerDiscreteScheduler"),
+    "ddim": _make("DDIMScheduler", "FlowMapEulerDiscreteScheduler", clip_sample=False, set_alpha_to_one=True),
+    "euler": _make("EulerDiscreteScheduler", "FlowMapEulerDiscreteScheduler"),
+    "heun": _make("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
     "dpm++": _make("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", lower_order_final=True),
     "unipc": _make("UniPCMultistepScheduler"),
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 from .cond import Cond
 from .denoiser import Denoiser
 from .errors import RecipeError
-from .schedules import VP, Schedule
+from .schedules import VP, Flow, Schedule
 
 Draw = Callable[[Tensor], Tensor]  # fresh unit noise of the shape of its argument
 
@@ -42,6 +42,29 @@ def times_at(schedule: Schedule, angles: Sequence[float]) -> list[float]:
     angle = torch.tensor(list(angles), dtype=torch.float64)
     times = schedule.time_at(angle.cos(), angle.sin()).clamp(schedule.t_min, schedule.t_max)
     return times.round().tolist() if isinstance(schedule, VP) else times.tolist()
+
+
+def even_times(schedule: Schedule, num_steps: int, start: float | None = None) -> list[float]:
+    """K times from ``start`` (default: the noisiest) down in equal strides of the time that the schedule's solvers use.
+
+    A table takes :func:`uniform_times`. A flow takes equal strides of the time before its shift, so that with shift 3
+    four steps are at 1, 0.9, 0.75 and 0.5 (Euler's grid of stock pipelines, without the step that they waste at 0.001).
+
+    Raises:
+        RecipeError: a start outside the schedule, or one that no table has a grid for.
+    """
+    start = schedule.t_max if start is None else start
+    if isinstance(schedule, VP):
+        return uniform_times(num_steps, start)
+    if num_steps < 1 or not schedule.t_min < start <= schedule.t_max:
+        raise RecipeError(
+            f"student times: {num_steps} steps from {start:g}: expected at least one step from a start within "
+            f"({schedule.t_min:g}, {schedule.t_max:g}] of the teacher's schedule"
+        )
+    if isinstance(schedule, Flow):
+        first = schedule.fraction_above(start)
+        return [start, *(schedule.shifted(first * (1 - k / num_steps)) for k in range(1, num_steps))]
+    return [start, *(start - (start - schedule.t_min) * k / num_steps for k in range(1, num_steps))]
 
 
 def check_times(times: Sequence[float], schedule: Schedule) -> None:

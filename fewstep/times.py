@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import RecipeError
 from .rng import Rng
 from .schedules import EDM, VP, Flow, Schedule
-from .student import check_times, uniform_times
+from .student import check_times, even_times
 
 START = 2.5  # sigma / alpha of the first input: EDM's 2.5, t = 625 of Stable Diffusion's table
 
@@ -69,6 +69,22 @@ class TimeLaw:
         return t.round() if isinstance(schedule, VP) else t
 
 
+def chosen_times(
+    schedule: Schedule, num_steps: int, start: float | None = None, times: Sequence[float] | None = None
+) -> list[float]:
+    """The given times, or equal strides from ``start``, by default the noisiest time.
+
+    Raises:
+        RecipeError: start or times do not fit the schedule; it names the field.
+    """
+    try:
+        chosen = even_times(schedule, num_steps, start) if times is None else list(times)
+        check_times(chosen, schedule)
+    except RecipeError as error:
+        raise RecipeError(f"method.{'start' if times is None else 'times'}: {error}") from None
+    return chosen
+
+
 def student_times(
     schedule: Schedule, num_steps: int, start: float | None = None, times: Sequence[float] | None = None
 ) -> list[float]:
@@ -86,15 +102,4 @@ def student_times(
         if isinstance(schedule, VP):
             start = max(1, round((start + 1) / num_steps)) * num_steps - 1
             start = start if start <= schedule.t_max else start - num_steps
-    try:
-        if times is None and isinstance(schedule, VP):
-            times = uniform_times(num_steps, start)
-        elif times is None:
-            times = [
-                schedule.t_min + (start - schedule.t_min) * (1 - k / num_steps) for k in range(num_steps)
-            ]
-            times[0] = start
-        check_times(times, schedule)
-    except RecipeError as error:
-        raise RecipeError(f"method.{'start' if start is not None else 'times'}: {error}") from None
-    return list(times)
+    return chosen_times(schedule, num_steps, start, times)

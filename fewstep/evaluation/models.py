@@ -10,9 +10,15 @@ from typing import Any
 import torch
 
 from fewstep.errors import FewstepError
+from fewstep.teachers.base import is_flow, network_of, size_options
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-SOLVERS = ("own", "lcm", "ddim", "euler", "dpm++", "unipc")
+SOLVERS = ("own", "lcm", "ddim", "euler", "heun", "dpm++", "unipc")
+STEPPING = (
+    "num_inference_steps",
+    "timesteps",
+    "sigmas",
+)  # the part of a call that says where the network is called
 
 
 @dataclass
@@ -35,7 +41,7 @@ class Model:
     @property
     def network(self) -> torch.nn.Module:
         """The denoiser, whose evaluations are counted."""
-        return self.pipe.unet if getattr(self.pipe, "unet", None) is not None else self.pipe.transformer
+        return network_of(self.pipe)
 
     @property
     def device(self) -> torch.device:
@@ -64,15 +70,16 @@ class Model:
 
         call: dict[str, Any] = {"num_inference_steps": steps}
         scheduler = self.scheduler
-        if solver != "own" and not hasattr(scheduler, "alphas_cumprod"):
+        flow = is_flow(scheduler)
+        if solver != "own" and not flow and not hasattr(scheduler, "alphas_cumprod"):
             raise FewstepError(
                 f"--solver {solver}: {type(scheduler).__name__} of {self.about['pipeline']} has no noise table "
                 "of alphas; use --solver own"
             )
         if solver == "lcm":
-            from diffusers import LCMScheduler
+            from diffusers import FlowMatchLCMScheduler, LCMScheduler
 
-            scheduler = LCMScheduler.from_config(scheduler.config)
+            scheduler = (FlowMatchLCMScheduler if flow else LCMScheduler).from_config(scheduler.config)
         elif solver in FLOOR:
             scheduler = FLOOR[solver](scheduler)
         elif solver != "own":
@@ -97,15 +104,17 @@ class Model:
                 f"{self.record['num_steps']} steps only"
             )
         from fewstep.export import student_scheduler
-        from fewstep.student import uniform_times
+        from fewstep.student import even_times
+        from fewstep.teachers.base import schedule_of
 
         try:
-            times = uniform_times(steps, self.record["timesteps"][0])
+            times = even_times(schedule_of(self.scheduler), steps, self.record["timesteps"][0])
         except FewstepError as error:
             raise FewstepError(f"--steps {steps}: {error}") from None
         noise = {"noise": "ddim"} if self.record.get("noise") == "ddim" else {}
         scheduler, call = student_scheduler(self.scheduler, times, **noise)
-        return scheduler, {**call, "guidance_scale": self.record["call"]["guidance_scale"]}
+        kept = {k: v for k, v in self.record["call"].items() if k not in STEPPING}
+        return scheduler, {**call, **kept}
 
     @property
     def _switches(self) -> bool:
@@ -113,6 +122,8 @@ class Model:
 
     def arguments(self, call: dict[str, Any], generators: list[torch.Generator]) -> dict[str, Any]:
         """The call for one batch: a student of experts or of fixed noise acts between its steps."""
+        if "use_resolution_binning" in inspect.signature(self.pipe.__call__).parameters:
+            call = {**size_options(self.pipe), **call}
         if not self._switches or self.pipe.scheduler is not self.scheduler:
             return call
         from fewstep.export import stock_call
@@ -217,7 +228,7 @@ def _attach_lora(pipe: Any, file: Path) -> None:
 def _replace_network(pipe: Any, file: Path) -> None:
     from safetensors.torch import load_file
 
-    module = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
+    module = network_of(pipe)
     try:
         if file.suffix == ".safetensors":
             state = load_file(file)

@@ -26,6 +26,7 @@ from ..report import image_grid
 from ..rng import Rng
 from ..solvers import FLOOR
 from ..teachers import load_pipeline
+from ..teachers.base import size_options
 from .evaluate import evaluate_images
 from .images import open_images
 from .statistics import table
@@ -136,7 +137,7 @@ def _rows(recipe, folder, teacher, images, asked: Asked) -> Iterator[tuple[str, 
     """(name, kind, network evaluations per image, function from prompts to images) of every row."""
     config, guidance = recipe.evaluation, recipe.evaluation.teacher_guidance
     guided = 2 if guidance != 1 else 1
-    size = {"height": teacher.resolution, "width": teacher.resolution}
+    size = size_options(teacher.pipe, teacher.resolution)
 
     def sampler(pipe, call: dict[str, Any] | Callable) -> Callable:
         pipe.to(teacher.device)
@@ -177,8 +178,10 @@ def _rows(recipe, folder, teacher, images, asked: Asked) -> Iterator[tuple[str, 
     for steps in config.floor_steps:
         for solver in config.floor_solvers:
             pipe.scheduler = FLOOR[solver](original)
+            pipe.scheduler.set_timesteps(steps)  # Heun's solver calls the network twice a step
+            calls = guided * len(pipe.scheduler.timesteps)
             call = {"num_inference_steps": steps, "guidance_scale": guidance}
-            yield f"floor, {steps} x {solver}", "floor", guided * steps, sampler(pipe, call)
+            yield f"floor, {steps} x {solver}", "floor", calls, sampler(pipe, call)
 
 
 def _numbers(real: Any, pictures: np.ndarray, asked: Asked, extractor: str) -> dict[str, float]:

@@ -44,6 +44,7 @@ def snippet(record: Mapping[str, Any], folder: str = ".") -> str:
     builtin = str(record["teacher"]).startswith("builtin:")
     teacher = "resolve(" + repr(record["teacher"]) + ")" if builtin else repr(record["teacher"])
     scheduler, experts, parts = record["scheduler"], record.get("experts"), record.get("parts")
+    without = "".join(f", {name}=None" for name in record.get("absent", []))
     lora, fixed = record["kind"] == "lora", record["noise"] == "fixed"
     lines = ["import torch"] if fixed else ["import json", ""] if parts else []
     lines += [f"from diffusers import DiffusionPipeline{f', {scheduler}' if lora else ''}"]
@@ -53,14 +54,16 @@ def snippet(record: Mapping[str, Any], folder: str = ".") -> str:
         lines.append("from safetensors.torch import load_file")
     lines.append("")
     if lora:
-        lines.append(f"pipe = DiffusionPipeline.from_pretrained({teacher})")
+        lines.append(f"pipe = DiffusionPipeline.from_pretrained({teacher}{without})")
         for name in adapters(record):
             where = os.path.join(folder, name) if name else folder
             adapter = f", adapter_name={name!r}" if name else ""
             lines.append(f"pipe.load_lora_weights({where!r}, weight_name={LORA_FILE!r}{adapter})")
         lines.append(f"pipe.scheduler = {scheduler}.from_pretrained({folder!r}, subfolder='scheduler')")
     else:
-        lines.append(f"pipe = DiffusionPipeline.from_pretrained({os.path.join(folder, 'pipeline')!r})")
+        lines.append(
+            f"pipe = DiffusionPipeline.from_pretrained({os.path.join(folder, 'pipeline')!r}{without})"
+        )
     if experts:
         lines += [
             "",

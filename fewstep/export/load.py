@@ -12,6 +12,7 @@ import torch
 from ..errors import FewstepError
 from ..router import RoutedPipeline, Router
 from ..teachers import hushed, load_pipeline, pipeline_type
+from ..teachers.base import network_of
 from .weights import LORA_FILE, adapters
 
 
@@ -40,7 +41,9 @@ def load_exported(
             pipe = load_pipeline(teacher or record["teacher"], dtype)
         else:
             pipe = pipeline_type(record["pipeline_class"]).from_pretrained(
-                folder / "pipeline", torch_dtype=getattr(torch, dtype)
+                folder / "pipeline",
+                torch_dtype=getattr(torch, dtype),
+                **dict.fromkeys(record.get("absent", [])),
             )
         if upcast:
             pipe.to(torch.float32)
@@ -80,7 +83,7 @@ def stock_call(pipe, record: Mapping[str, Any], generators: list[torch.Generator
         pipe.set_adapters(experts[0])
     if again:
         latents = [torch.randn(1, *record["latent_shape"], generator=g) for g in generators]
-        call["latents"] = torch.cat(latents).to(pipe.device, pipe.unet.dtype)
+        call["latents"] = torch.cat(latents).to(pipe.device, network_of(pipe).dtype)
         rewind()
     if experts or again:
         call["callback_on_step_end"] = after

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import FewstepError
+from ..generate import bind_noise
 from ..router import RoutedStudent
 from ..student import Student
 from ..teachers import hushed
-from ..teachers.base import Teacher
+from ..teachers.base import Teacher, size_options
 from .load import load_exported, stock_call
 
 
@@ -55,13 +56,13 @@ def stock_sample(
     """The same latents from a stock pipeline: one ordinary call."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(prompts), *teacher.latent_shape, generator=generator)
-    size = {"height": teacher.resolution, "width": teacher.resolution}
     call = {
         **stock_call(pipe, record, []),
-        **size,
+        **size_options(pipe, teacher.resolution),
         "latents": noise.to(getattr(pipe, teacher.network).dtype),
         "generator": generator,
     }
+    bind_noise(pipe, generator)
     if record.get("noise") == "fixed":  # every step draws the first noise again
         generator.manual_seed(seed)
         call["callback_on_step_end"] = lambda _pipe, _step, _time, kwargs: (

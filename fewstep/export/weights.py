@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..files import write_tensors
 from ..roles import RoleConfig
@@ -30,6 +30,22 @@ def lora_state_dict(weights: Mapping[str, Tensor], config: RoleConfig) -> dict[s
         value = value.float() * scale if ".lora_B." in name else value.float()
         folded[name.replace(".default.", ".")] = value.contiguous()
     return folded
+
+
+def has_lora_files(teacher: Teacher) -> bool:
+    """Whether diffusers reads a LoRA of this pipeline; PixArt's students are exported as merged weights instead."""
+    return hasattr(type(teacher.pipe), "save_lora_weights")
+
+
+def merged(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All weights of the network with a folded LoRA added to them, fp32: ``W + B A``, for convolutions as well."""
+    weights = {name: value.detach().cpu().float() for name, value in net.named_parameters()}
+    for name in (n for n in state if ".lora_A." in n):
+        down, up = state[name].cpu(), state[name.replace(".lora_A.", ".lora_B.")].cpu()
+        target = name.split(".lora_A.")[0] + ".weight"
+        delta = up.flatten(1) @ down.flatten(1)
+        weights[target] = weights[target] + delta.view_as(weights[target])
+    return weights
 
 
 def save_lora(
@@ -59,8 +75,8 @@ def save_pipeline(
 ) -> None:
     """The stock pipeline with the student's network and scheduler in place of the teacher's."""
     net = copy.deepcopy(teacher.net).cpu().float()
-    buffers = dict(net.named_buffers())  # never trained, so they stay the teacher's
-    net.load_state_dict({**buffers, **{name: value.float() for name, value in weights.items()}})
+    # Buffers are never trained, so they stay the teacher's.
+    net.load_state_dict({**net.state_dict(), **{name: value.float() for name, value in weights.items()}})
     parts = {**teacher.pipe.components, teacher.network: net.to(dtype), "scheduler": scheduler}
     type(teacher.pipe)(**parts, **_options(teacher.pipe)).save_pretrained(folder)
 

@@ -17,11 +17,11 @@ from ..files import replacing, write, write_json
 from ..roles import RoleConfig
 from ..router import RoutedStudent
 from ..student import Student
-from ..teachers.base import Teacher
+from ..teachers.base import Teacher, size_options
 from .card import model_card
 from .scheduler import student_scheduler
 from .tokens import save_token_student
-from .weights import lora_state_dict, save_kohya, save_lora, save_pipeline
+from .weights import has_lora_files, lora_state_dict, merged, save_kohya, save_lora, save_pipeline
 
 
 def _describe(folder: Path, record: Mapping[str, Any]) -> None:
@@ -51,17 +51,18 @@ def export_student(
     if teacher.kind == "autoregressive":
         return _export_tokens(folder, teacher, student, weights, about=about, dtype=dtype)
     scheduler, call = student_scheduler(teacher.pipe.scheduler, student.times, student.noise)
+    kind = role.kind if has_lora_files(teacher) else "full"
     experts = student.roles if len(weights) > 1 else None
     record = {
         "fewstep": __version__,
         **about,
         "teacher": teacher.source,
         "pipeline_class": teacher.pipeline_class,
-        "kind": role.kind,
+        "kind": kind,
         "num_steps": len(student.times),
-        "timesteps": [int(t) for t in student.times],
+        "timesteps": [int(t) if t == int(t) > 1 else t for t in student.times],
         "noise": student.noise,
-        "call": call,
+        "call": call | size_options(teacher.pipe, teacher.resolution),
         "scheduler": type(scheduler).__name__,
         "resolution": teacher.resolution,
         "latent_shape": list(teacher.latent_shape),
@@ -69,15 +70,20 @@ def export_student(
     }
     if experts:
         record["experts"] = experts
+    absent = [name for name, part in teacher.pipe.components.items() if part is None]
+    if absent:
+        record["absent"] = absent
     with replacing(folder) as part:
         scheduler.save_pretrained(part / "scheduler")
         for name, tensors in weights.items():
-            if role.kind == "lora":
+            if kind == "lora":
                 state, target = lora_state_dict(tensors, role), part / name if experts else part
                 save_lora(teacher, state, role, precision, target)
                 if kohya:
                     save_kohya(teacher, state, precision, target / "kohya" / "fewstep.safetensors")
             else:
+                if role.kind == "lora":
+                    tensors = merged(teacher.net, lora_state_dict(tensors, role))
                 save_pipeline(teacher, tensors, scheduler, precision, part / "pipeline")
         _describe(part, record)
     return folder
@@ -145,6 +151,11 @@ def check_exportable(student: Student | RoutedStudent, role: RoleConfig, teacher
             )
         return
     student_scheduler(teacher.pipe.scheduler, student.times, student.noise)
+    if len(set(student.roles)) > 1 and not has_lora_files(teacher):
+        raise RecipeError(
+            f"method: several students share one pipeline as LoRAs that are switched, and {teacher.pipeline_class} "
+            "loads none; choose a method with one student"
+        )
     if len(set(student.roles)) > 1 and role.kind != "lora":
         raise RecipeError(
             f"roles.student.kind: {role.kind}: several students share one pipeline as LoRAs that are switched; use lora"

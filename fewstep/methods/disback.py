@@ -75,7 +75,7 @@ class DisBack(Method):
         backtrack_steps: int = 1000
         guide_nodes: bool = False
         num_steps: int = 1
-        start: int | None = None
+        start: int | float | None = None
         times: list[int] | None = None
         guidance_scale: float = 1.0
         critic_steps: int = 1

@@ -39,7 +39,7 @@ class DMD(Method):
             critic_loss: kind of prediction whose squared error the critic minimises; "native" is the network's own.
         """
 
-        start: int | None = None
+        start: int | float | None = None
         guidance_scale: float = 1.0
         regression_weight: float = 0.25
         regression: Literal["l2", "features", "lpips"] = "l2"

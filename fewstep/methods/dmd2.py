@@ -20,6 +20,7 @@ from ..denoiser import Denoiser, NetDenoiser
 from ..discriminator import Discriminator
 from ..errors import RecipeError
 from ..student import Student, uniform_times
+from ..times import chosen_times
 from .base import Batch, Method, Phase, Progress, register
 
 
@@ -55,8 +56,8 @@ class DMD2(Method):
         """
 
         num_steps: int = 4
-        start: int | None = None
-        times: list[int] | None = None
+        start: int | float | None = None
+        times: list[int | float] | None = None
         guidance_scale: float = 1.0
         critic_steps: int = 5
         weight: Literal["l1", "kl", "vsd", "one"] = "l1"
@@ -81,7 +82,7 @@ class DMD2(Method):
                 raise RecipeError(
                     "method.critic_on_student_turn: false with critic_steps 1 never trains the critic"
                 )
-            if self.times is None and self.start is not None:
+            if self.times is None and self.start is not None and self.start > 1:  # an index of a table
                 uniform_times(self.num_steps, self.start)
 
     def __init__(
@@ -94,8 +95,8 @@ class DMD2(Method):
         critic: Denoiser,
     ):
         self.config, self.teacher, self.critic = config, teacher, critic
-        start = student.schedule.t_max if config.start is None else config.start
-        self.student = Student(student, config.times or uniform_times(config.num_steps, start))
+        times = chosen_times(student.schedule, config.num_steps, config.start, config.times)
+        self.student = Student(student, times)
         self.critic_kind = config.critic_loss
         if self.critic_kind == "native":
             self.critic_kind = getattr(critic, "prediction", "x0")

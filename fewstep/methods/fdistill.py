@@ -49,7 +49,7 @@ class FDistill(Method):
         logit_limit: float = 10.0
         time_bins: int = 10
         num_steps: int = 4
-        start: int | None = None
+        start: int | float | None = None
         times: list[int] | None = None
         guidance_scale: float = 1.0
         critic_steps: int = 5

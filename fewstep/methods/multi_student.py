@@ -53,7 +53,7 @@ class MultiStudent(Method):
         """
 
         parts: int = 4
-        start: int | None = None
+        start: int | float | None = None
         guidance_scale: float = 1.0
         critic_steps: int = 5
         weight: Literal["l1", "kl", "vsd", "one"] = "l1"

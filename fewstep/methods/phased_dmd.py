@@ -17,7 +17,8 @@ from torch import Tensor
 from .. import objectives
 from ..denoiser import Denoiser
 from ..errors import RecipeError
-from ..student import Student, uniform_times
+from ..student import Student
+from ..times import chosen_times
 from .base import Batch, Method, Phase, Progress, register
 
 
@@ -45,7 +46,7 @@ class PhasedDMD(Method):
 
         num_steps: int = 4
         phases: int = 2
-        start: int | None = None
+        start: int | float | None = None
         times: list[float] | None = None
         guidance_scale: float = 1.0
         critic_steps: int = 5
@@ -86,8 +87,7 @@ class PhasedDMD(Method):
     ):
         self.config, self.teacher, self.critic = config, teacher, critic
         self.schedule = teacher.schedule
-        start = self.schedule.t_max if config.start is None else config.start
-        times = config.times or uniform_times(config.num_steps, start)
+        times = chosen_times(self.schedule, config.num_steps, config.start, config.times)
         self.per_phase = len(times) // config.phases
         names = [f"student_{i // self.per_phase + 1}" for i in range(len(times))]
         self.student = Student([experts[n] for n in names], times, "ddim", names)

@@ -18,8 +18,10 @@ def adapters() -> dict[str, type[Teacher]]:
     """Pipeline class -> adapter."""
     from .ar import PIPELINES, Autoregressive
     from .sd import StableDiffusion, StableDiffusionXL
+    from .transformers import PixArtAlpha, PixArtSigma, Sana, StableDiffusion3
 
-    stock = {cls.pipeline_class: cls for cls in (StableDiffusion, StableDiffusionXL)}
+    known = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Sana, PixArtAlpha, PixArtSigma)
+    stock = {cls.pipeline_class: cls for cls in known}
     return stock | dict.fromkeys(PIPELINES, Autoregressive)
 
 
@@ -84,12 +86,27 @@ def hushed() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+def absent_parts(path: str | Path) -> dict[str, None]:
+    """Parts that a pipeline was saved without, e.g. the third encoder of Stable Diffusion 3.
+
+    Its class may want them named all the same when it is loaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    config = DiffusionPipeline.load_config(path)
+    return {
+        name: None
+        for name, value in config.items()
+        if isinstance(value, (list, tuple)) and list(value) == [None, None]
+    }
+
+
 def load_pipeline(source: str, dtype: str = "float32"):
     """The stock pipeline of a path, hub id or built-in name; weights from safetensors only."""
     import torch
 
     pipeline_class = pipeline_class_of(source)
-    extra = {
+    extra = absent_parts(resolve(source)) | {
         # A safety checker is no part of distillation, and most folders lack it.
         "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
         "StableDiffusionXLPipeline": {"add_watermarker": False},

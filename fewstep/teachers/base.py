@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,14 +15,52 @@ from torch import Tensor, nn
 from ..cond import Cond
 from ..denoiser import NetDenoiser
 from ..errors import FewstepError
-from ..schedules import Schedule
+from ..schedules import VP, Flow, Schedule
 from ..solvers import FLOOR, ddim, scheduler_sample
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 
 
+def is_flow(scheduler: Any) -> bool:
+    """Asked before any noise table: a DPM-Solver of a flow holds a table too, which means nothing."""
+    if type(scheduler).__name__.startswith(("FlowM", "SCM")):
+        return True
+    return getattr(scheduler, "config", {}).get("prediction_type") == "flow_prediction"
+
+
+def schedule_of(scheduler: Any) -> Schedule:
+    """The noise path of a diffusers scheduler; a flow's shift is the scheduler's.
+
+    Raises:
+        FewstepError: a shift that depends on the size of the image.
+    """
+    config = scheduler.config
+    if not is_flow(scheduler):
+        return VP.from_scheduler(scheduler)
+    if config.get("use_dynamic_shifting"):
+        raise FewstepError(
+            f"{type(scheduler).__name__}: use_dynamic_shifting: true: expected a fixed shift; set it false and shift "
+            "to the value for your resolution (SD3: 3) in scheduler/scheduler_config.json"
+        )
+    return Flow(config.get("shift", config.get("flow_shift", 1.0)), config.num_train_timesteps)
+
+
+def network_of(pipe: Any) -> nn.Module:
+    """The denoiser of a stock pipeline."""
+    return pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
+
+
+def size_options(pipe: Any, resolution: int | None = None) -> dict[str, Any]:
+    """Arguments of the stock pipeline's call for square images of this many pixels, by default its own."""
+    size = resolution or network_of(pipe).config.sample_size * pipe.vae_scale_factor
+    options = {"height": size, "width": size}
+    if "use_resolution_binning" in inspect.signature(pipe.__call__).parameters:
+        options["use_resolution_binning"] = False  # it would round to a size of the published models
+    return options
+
+
 class Teacher:
-    """Adapter of one pipeline class. Subclasses say how it encodes, how it calls its network, and its schedule.
+    """Adapter of one pipeline class. Subclasses say how it encodes and how it calls its network.
 
     Attributes:
         pipeline_class: name in ``model_index.json``. network: component that is distilled. kind: "diffusion", or
@@ -46,6 +85,8 @@ class Teacher:
         attention: str = "auto",
     ):
         self.pipe, self.source = pipe, source
+        # Stable Diffusion 3 runs without its third encoder.
+        self.encoders = tuple(n for n in self.encoders if getattr(pipe, n, None) is not None)
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -59,26 +100,24 @@ class Teacher:
         self.resolution = size
         self.latent_shape = (self.net.config.in_channels, size // factor, size // factor)
         kind = pipe.scheduler.config.get("prediction_type", "epsilon")
+        kind = "flow_prediction" if is_flow(pipe.scheduler) else kind
         if kind not in PREDICTIONS:
             raise FewstepError(
                 f"{source}: scheduler prediction_type {kind!r}: expected one of {sorted(PREDICTIONS)}"
             )
-        schedule = self.make_schedule()
+        schedule = schedule_of(pipe.scheduler)
         self.denoiser = NetDenoiser(
             self.net, schedule, PREDICTIONS[kind], type(self).call, self.null(), autocast, attention
         )
 
     # ------------------------------------------------------------------------------ what differs between pipelines
-    def make_schedule(self) -> Schedule:
-        raise NotImplementedError
-
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditions of prompts, exactly as the stock pipeline computes them; len(prompts) rows."""
         raise NotImplementedError
 
     def null(self) -> Cond:
-        """One row of the unconditional branch, by the stock pipeline's own rule."""
-        raise NotImplementedError
+        """One row of the unconditional branch, by the stock pipeline's own rule: mostly the empty prompt."""
+        return self.encode([""])
 
     @staticmethod
     def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
@@ -88,10 +127,14 @@ class Teacher:
     # -------------------------------------------------------------------------------------------------- latents
     @torch.no_grad()
     def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """uint8 images (B, H, W, 3) -> scaled latents (B, C, h, w): a draw of the VAE's posterior."""
+        """uint8 images (B, H, W, 3) -> scaled latents (B, C, h, w): a draw of the VAE's posterior, if it has one."""
         vae = self.pipe.vae
         pixels = images.to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
-        parts = [vae.encode(p).latent_dist.sample(generator=generator) for p in pixels.split(self._at_once())]
+        encoded = [vae.encode(p) for p in pixels.split(self._at_once())]
+        parts = [
+            e.latent_dist.sample(generator=generator) if hasattr(e, "latent_dist") else e.latent
+            for e in encoded
+        ]
         sample = torch.cat(parts)
         return (sample - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
 
@@ -142,9 +185,7 @@ class Teacher:
     def drop_encoders(self) -> None:
         """Prompts are cached: the text encoders leave the device."""
         for name in self.encoders:
-            encoder = getattr(self.pipe, name, None)
-            if encoder is not None:
-                encoder.to("cpu")
+            getattr(self.pipe, name).to("cpu")
 
     @property
     def lora_prefix(self) -> str:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ..cond import Cond
-from ..schedules import VP
 from .base import Teacher
 
 
@@ -17,16 +16,10 @@ class StableDiffusion(Teacher):
 
     pipeline_class = "StableDiffusionPipeline"
 
-    def make_schedule(self) -> VP:
-        return VP.from_scheduler(self.pipe.scheduler)
-
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
         embeds, _ = self.pipe.encode_prompt(list(prompts), self.pipe.text_encoder.device, 1, False)
         return Cond({"embeds": embeds.float()})
-
-    def null(self) -> Cond:
-        return self.encode([""])
 
     @staticmethod
     def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
@@ -39,9 +32,6 @@ class StableDiffusionXL(Teacher):
 
     pipeline_class = "StableDiffusionXLPipeline"
     encoders = ("text_encoder", "text_encoder_2")
-
-    def make_schedule(self) -> VP:
-        return VP.from_scheduler(self.pipe.scheduler)
 
     def time_ids(self, rows: int) -> Tensor:
         size = float(self.resolution)

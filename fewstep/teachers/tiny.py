@@ -14,34 +14,30 @@ TOKENS = ("LlamaGenPipeline", "VARPipeline")
 SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
 
-def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **unet_options) -> Path:
+def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **options) -> Path:
     """A randomly initialised pipeline of a class fewstep knows, written by ``save_pretrained``.
 
     Args:
-        unet_options: override the UNet's configuration, e.g. ``prediction_type`` goes to the scheduler.
+        options: override the configuration of the network (UNets only); ``prediction_type`` goes to the scheduler.
     """
-    import diffusers
     import torch
 
-    builders = {"StableDiffusionPipeline": _sd, "StableDiffusionXLPipeline": _sdxl}
+    builders = {
+        "StableDiffusionPipeline": _sd,
+        "StableDiffusionXLPipeline": _sdxl,
+        "StableDiffusion3Pipeline": _sd3,
+        "SanaPipeline": _sana,
+        "PixArtAlphaPipeline": _pixart,
+        "PixArtSigmaPipeline": _pixart,
+    }
     if pipeline_class in TOKENS:
         return _write_tokens(pipeline_class, Path(folder), seed)
     if pipeline_class not in builders:
         raise FewstepError(f"no tiny stand-in for {pipeline_class}; known: {', '.join([*builders, *TOKENS])}")
-    prediction = unet_options.pop("prediction_type", "epsilon")
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = _tokenizer(folder / "tokenizer_files")
-        scheduler = diffusers.EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type=prediction,
-            timestep_spacing="leading",
-            steps_offset=1,
-        )
-        pipe = builders[pipeline_class](tokenizer, scheduler, unet_options)
+        pipe = builders[pipeline_class](_tokenizer(folder / "tokenizer_files"), pipeline_class, options)
     from . import hushed
 
     with hushed():
@@ -81,7 +77,20 @@ def _text_config(tokenizer, width: int = 16, **options):
     )
 
 
-def _vae():
+def _euler(options):
+    from diffusers import EulerDiscreteScheduler
+
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=options.pop("prediction_type", "epsilon"),
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+
+
+def _vae(**options):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -92,7 +101,7 @@ def _vae():
         norm_num_groups=4,
         layers_per_block=1,
         sample_size=32,
-        scaling_factor=0.18215,
+        **{"scaling_factor": 0.18215, **options},
     )
 
 
@@ -112,10 +121,11 @@ def _unet(cross: int, **options):
     )
 
 
-def _sd(tokenizer, scheduler, options):
+def _sd(tokenizer, _pipeline_class, options):
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextModel
 
+    scheduler = _euler(options)
     return StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=CLIPTextModel(_text_config(tokenizer)),
@@ -128,10 +138,11 @@ def _sd(tokenizer, scheduler, options):
     )
 
 
-def _sdxl(tokenizer, scheduler, options):
+def _sdxl(tokenizer, _pipeline_class, options):
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+    scheduler = _euler(options)
     sdxl = {
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
@@ -191,3 +202,115 @@ def _write_tokens(pipeline_class: str, folder: Path, seed: int) -> Path:
     with hushed():
         pipe.save_pretrained(folder)
     return folder
+
+
+def _sd3(tokenizer, _pipeline_class, _options):
+    """Without T5, as many run it: zeros stand in its place."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    encoders = [CLIPTextModelWithProjection(_text_config(tokenizer, projection_dim=16)) for _ in range(2)]
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            pooled_projection_dim=32,
+            pos_embed_max_size=16,
+            qk_norm="rms_norm",
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def _sana(_tokenizer, _pipeline_class, _options):
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    symbols = [*special, *(chr(i) for i in range(32, 127)), "\u2581"]
+    tokenizer = GemmaTokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[], model_max_length=300)
+    vae = {
+        f"{half}_{name}": value
+        for half in ("encoder", "decoder")
+        for name, value in {
+            "block_types": "ResBlock",
+            "block_out_channels": (8, 8),
+            "layers_per_block": (1, 1),
+            "qkv_multiscales": ((), ()),
+        }.items()
+    }
+    return SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=Gemma2Model(
+            Gemma2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                head_dim=8,
+                bos_token_id=special.index("<bos>"),
+                eos_token_id=special.index("<eos>"),
+                pad_token_id=special.index("<pad>"),
+            )
+        ),
+        vae=AutoencoderDC(latent_channels=4, scaling_factor=0.41407, **vae),
+        transformer=SanaTransformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=16,
+        ),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
+
+
+def _pixart(_tokenizer, pipeline_class, _options):
+    import diffusers
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(chr(i) for i in range(33, 127))]
+    tokenizer = T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0)
+    encoder = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return getattr(diffusers, pipeline_class)(
+        tokenizer=tokenizer,
+        text_encoder=T5EncoderModel(encoder),
+        vae=_vae(scaling_factor=0.13025),
+        transformer=diffusers.PixArtTransformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=8,  # the second half is the learned variance
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=16,
+            use_additional_conditions=False,
+        ),
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            beta_start=0.0001, beta_end=0.02, beta_schedule="linear"
+        ),
+    )

@@ -1,0 +1,116 @@
+"""Pipelines whose network is a transformer: Stable Diffusion 3, SANA, PixArt-alpha and PixArt-Sigma."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cond import Cond
+from .base import Teacher
+
+
+class StableDiffusion3(Teacher):
+    """SD 3 and 3.5: a flow; two CLIP encoders and T5, whose place zeros take where it is left out."""
+
+    pipeline_class = "StableDiffusion3Pipeline"
+    network = "transformer"
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            list(prompts), None, None, self.pipe.text_encoder.device, do_classifier_free_guidance=False
+        )
+        return Cond({"embeds": embeds.float(), "pooled": pooled.float()})
+
+    @staticmethod
+    def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        return net(
+            x_t,
+            timestep=time.to(x_t.dtype),
+            encoder_hidden_states=cond["embeds"],
+            pooled_projections=cond["pooled"],
+            return_dict=False,
+        )[0]
+
+
+class _Masked(Teacher):
+    """One text encoder whose padding is masked."""
+
+    network = "transformer"
+    max_tokens: int  # default of the stock pipeline's call
+
+    def _encode(self, prompts: Sequence[str], **options: Any) -> Cond:
+        # Padding is masked, so a tokenizer with a shorter limit of its own saves work and changes nothing.
+        length = min(self.max_tokens, self.pipe.tokenizer.model_max_length)
+        device = self.pipe.text_encoder.device
+        embeds, mask, _, _ = self.pipe.encode_prompt(
+            list(prompts), False, device=device, max_sequence_length=length, **options
+        )
+        return Cond({"embeds": embeds.float(), "mask": mask})
+
+
+class Sana(_Masked):
+    """SANA: a flow; the prompt goes behind the pipeline's instruction to its language model, the null does not."""
+
+    pipeline_class = "SanaPipeline"
+    max_tokens = 300
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        default = inspect.signature(type(self.pipe).__call__).parameters["complex_human_instruction"].default
+        return self._encode(prompts, complex_human_instruction=default)
+
+    @torch.no_grad()
+    def null(self) -> Cond:
+        return self._encode([""])
+
+    @staticmethod
+    def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        return net(
+            x_t,
+            encoder_hidden_states=cond["embeds"],
+            encoder_attention_mask=cond["mask"],
+            timestep=time.to(x_t.dtype) * net.config.timestep_scale,
+            return_dict=False,
+        )[0]
+
+
+class PixArtAlpha(_Masked):
+    """PixArt-alpha: eps and a learned variance, which is left out; the size is a condition at 1024 px."""
+
+    pipeline_class = "PixArtAlphaPipeline"
+    max_tokens = 120
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        cond = self._encode(prompts, clean_caption=True)
+        if not self.net.use_additional_conditions:
+            return cond
+        rows, device = len(cond), cond["embeds"].device
+        size = torch.tensor([[float(self.resolution)] * 2], device=device).expand(rows, -1)
+        ratio = torch.ones(rows, 1, device=device)
+        return Cond({**cond.tensors, "resolution": size.contiguous(), "aspect_ratio": ratio})
+
+    @staticmethod
+    def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        added = {name: cond.tensors.get(name) for name in ("resolution", "aspect_ratio")}
+        return net(
+            x_t,
+            encoder_hidden_states=cond["embeds"],
+            encoder_attention_mask=cond["mask"],
+            timestep=time.to(x_t.dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+
+
+class PixArtSigma(PixArtAlpha):
+    """PixArt-Sigma: as alpha, without the size."""
+
+    pipeline_class = "PixArtSigmaPipeline"
+    max_tokens = 300

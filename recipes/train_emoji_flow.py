@@ -1,0 +1,328 @@
+"""Train ``builtin:emoji-flow``, the small SANA pipeline (flow matching, transformer) that ships with fewstep.
+
+    python recipes/train_emoji_flow.py --run runs/emoji-flow      # all stages; Ctrl-C and rerun to continue
+    python recipes/train_emoji_flow.py --run runs/emoji-flow --stage transformer --steps 9000
+
+Its latents are those of ``builtin:emoji-xl``, so its parts can be trained one beside the other. Stages: ``text`` (a
+Gemma text encoder that learns the features of emoji-xl's CLIP encoders, then frozen), ``transformer``
+(rectified flow), ``vae`` (a deep-compression autoencoder 64x64x3 <-> 8x8x16 onto those latents), ``save`` (a stock
+``SanaPipeline`` folder, fp16 weights).
+Hardware, duration, loss curves and samples of the shipped run: ``eval/results/teacher_emoji_flow.md``.
+"""
+
+import argparse
+import inspect
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from train_emoji_xl import Run, latents_of, reconstruction_terms, to_unit
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+from fewstep import Cond, load_teacher
+from fewstep.data import emoji
+from fewstep.schedules import Flow, change_schedule
+
+MAX_TOKENS = 24
+WIDTH = 128  # hidden size of the text encoder
+WINDOW = 16  # tokens that a layer of the text encoder sees
+GROUPED = 0.4  # share of samples whose caption is that of their group
+INSTRUCTION = "\n".join(
+    inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+)
+
+
+# ------------------------------------------------------------------------------------------------- the networks
+def make_vae() -> AutoencoderDC:
+    widths, none = (16, 32, 64, 128), ((),) * 4
+    return AutoencoderDC(
+        latent_channels=16,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=(1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        encoder_qkv_multiscales=none,
+        decoder_qkv_multiscales=none,
+        downsample_block_type="pixel_unshuffle",
+        upsample_block_type="pixel_shuffle",
+        scaling_factor=1.0,
+    )
+
+
+def make_transformer() -> SanaTransformer2DModel:
+    return SanaTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=6,
+        num_attention_heads=8,
+        attention_head_dim=32,
+        num_cross_attention_heads=8,
+        cross_attention_head_dim=32,
+        cross_attention_dim=256,
+        caption_channels=WIDTH,
+        mlp_ratio=2.5,
+        interpolation_scale=1,
+        qk_norm="rms_norm_across_heads",
+        timestep_scale=0.001,  # the network sees t in [0, 1]: an embedding that is smooth in t, as sCM needs it
+    )
+
+
+def make_tokenizer(texts: list[str], folder: Path) -> GemmaTokenizer:
+    """A BPE with Gemma's marks, trained on the captions and on the instruction that SANA's pipeline prepends."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend.train_from_iterator(
+        [*texts, *[INSTRUCTION] * 3],
+        trainers.BpeTrainer(vocab_size=2048, special_tokens=special, show_progress=False),
+    )
+    model = json.loads(backend.to_str())["model"]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    tokenizer = GemmaTokenizer(vocab=model["vocab"], merges=merges, model_max_length=MAX_TOKENS)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    return GemmaTokenizer.from_pretrained(folder)
+
+
+def make_text_encoder(tokenizer: GemmaTokenizer) -> Gemma2Model:
+    layers = 3
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=3 * WIDTH,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=WIDTH // 4,
+            query_pre_attn_scalar=WIDTH // 4,
+            max_position_embeddings=1024,
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention"] * layers,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler()
+
+
+# ----------------------------------------------------------------------------------------------------- training
+@cache
+def source():
+    """The teacher whose latents are used, the images and the unit-scale latents."""
+    teacher = load_teacher("builtin:emoji-xl")
+    images = to_unit(emoji.load()[0])
+    vae = teacher.pipe.vae
+    return teacher, images, latents_of(vae, images) * vae.config.scaling_factor
+
+
+def captions() -> list[str]:
+    """Both captions of every image, as SANA's pipeline sees them."""
+    return [text.lower() for text in (*emoji.load()[1], *emoji.groups())]
+
+
+@torch.no_grad()
+def clip_features() -> torch.Tensor:
+    """What emoji-xl's two text encoders make of each caption, standardised (2, N, 352): mean token and pooled."""
+    teacher = source()[0]
+    parts = []
+    for start in range(0, len(captions()), 64):
+        cond = teacher.encode(captions()[start : start + 64])
+        parts.append(torch.cat([cond["embeds"].mean(1), cond["pooled"]], 1))
+    features = torch.cat(parts)
+    return ((features - features.mean(0)) / features.std(0)).view(2, len(features) // 2, -1)
+
+
+def train_text(folder: Path, steps: int, batch: int = 48) -> None:
+    """Regression of the features of emoji-xl's text encoders from the mean of a caption's tokens."""
+    features = clip_features()
+    tokenizer = make_tokenizer(captions(), folder / "tokenizer")
+    texts = tokenizer([INSTRUCTION + text for text in captions()])
+    # Tokens further back are out of reach of the windows of all layers.
+    reach = 3 * WINDOW + MAX_TOKENS
+    ids = torch.full((len(texts.input_ids), reach), tokenizer.pad_token_id)
+    own = torch.zeros(ids.shape)
+    prefix = len(tokenizer.encode(INSTRUCTION)) - 1
+    for row, tokens in enumerate(texts.input_ids):
+        kept = tokens[prefix - 3 * WINDOW :][:reach]
+        ids[row, : len(kept)] = torch.tensor(kept)
+        own[row, 3 * WINDOW : len(kept)] = 1
+    ids, own = ids.view(2, -1, reach), own.view(2, -1, reach)
+    torch.manual_seed(0)
+    encoder = make_text_encoder(tokenizer)
+    model = torch.nn.ModuleDict({"encoder": encoder, "head": torch.nn.Linear(WIDTH, features.shape[-1])})
+    run = Run(folder, "text", model, model.parameters(), lr=2e-3, ema=0.99)
+
+    def loss():
+        i = torch.randint(0, ids.shape[1], (batch,))
+        kind = (torch.rand(batch) < 0.2).long()  # names are twenty times as many
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model["encoder"](ids[kind, i], attention_mask=torch.ones(batch, reach)).last_hidden_state
+        weight = own[kind, i][..., None]
+        mean = (hidden.float() * weight).sum(1) / weight.sum(1)
+        return {"mse": (model["head"](mean) - features[kind, i]).pow(2).mean()}
+
+    run.train(steps, cooldown=steps // 2, loss_of=loss)
+
+
+def load_text_encoder(folder: Path) -> tuple[GemmaTokenizer, Gemma2Model]:
+    tokenizer = GemmaTokenizer.from_pretrained(folder / "tokenizer")
+    encoder = make_text_encoder(tokenizer).eval()
+    weights = torch.load(folder / "text.pt", weights_only=True)["ema"]
+    own = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
+    encoder.load_state_dict(own)
+    return tokenizer, encoder
+
+
+@torch.no_grad()
+def conditions(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (2, N, L, D) and mask (2, N, L) of both captions, and the null condition as one last row of each."""
+    if (folder / "conditions.pt").exists():
+        return torch.load(folder / "conditions.pt", weights_only=True)
+    pipe = pipeline(folder, make_transformer(), make_vae())
+    options = {"max_sequence_length": MAX_TOKENS}
+    instruction = INSTRUCTION.split("\n")
+    texts, parts = captions(), []
+    for start in range(0, len(texts), 64):
+        chunk = texts[start : start + 64]
+        parts.append(pipe.encode_prompt(chunk, False, complex_human_instruction=instruction, **options)[:2])
+    null = pipe.encode_prompt("", False, complex_human_instruction=None, **options)[:2]
+    rows = []
+    for k in range(2):
+        both = torch.cat([part[k] for part in parts]).view(2, len(texts) // 2, *null[k].shape[1:])
+        rows.append(torch.cat([both, null[k].expand(2, *null[k].shape)], 1))
+    torch.save((rows[0], rows[1]), folder / "conditions.pt")
+    return rows[0], rows[1]
+
+
+def train_transformer(folder: Path, steps: int, cooldown: int, batch: int = 32) -> None:
+    """Flow matching; where a caption leaves much open, the target is the expectation that emoji-xl has learned.
+
+    For names the target is the image itself. For kinds and for the null condition it is the posterior mean of
+    ``builtin:emoji-xl`` at the same noise level, which has the same expectation and much less variance.
+    """
+    teacher, _, latents = source()
+    embeds, mask = conditions(folder)
+    names, groups = emoji.load()[1], emoji.groups()
+    old = [
+        Cond.cat(*(teacher.encode(texts[i : i + 64]) for i in range(0, len(texts), 64)))
+        for texts in (names, groups)
+    ]
+    old_null = teacher.denoiser.null
+    teacher.denoiser.autocast, teacher.denoiser.attention = torch.bfloat16, "math"
+    torch.manual_seed(0)
+    model = make_transformer()
+    torch.nn.init.zeros_(model.proj_out.weight)
+    print(f"transformer {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    schedule, count = Flow(), len(latents)
+    run = Run(folder, "transformer", model, model.parameters(), lr=1e-3, ema=0.999)
+
+    def loss():
+        i = torch.randint(0, count, (batch,))
+        t = torch.sigmoid(0.3 + 1.2 * torch.randn(batch)).double()
+        x0, eps = latents[i], torch.randn_like(latents[i])
+        x_t = schedule.add_noise(x0, eps, t)
+        share = torch.rand(batch)
+        name, null = share < 0.9 * (1 - GROUPED), share >= 0.9
+        kind = (~name).long()
+        row = torch.where(null, count, i)
+        target = x0.clone()
+        with torch.no_grad():
+            group = ~name & ~null
+            cond = Cond.cat(old[1].rows(i[group]), old_null.expand(int(null.sum())))
+            open_ = torch.cat([group.nonzero()[:, 0], null.nonzero()[:, 0]])
+            view, time = change_schedule(x_t[open_], t[open_], schedule, teacher.denoiser.schedule)
+            target[open_] = teacher.denoiser.x0(view, time, cond)
+        velocity = schedule.convert(target, x_t, t.clamp(min=0.02), "x0", "flow")
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(
+                x_t,
+                encoder_hidden_states=embeds[kind, row],
+                encoder_attention_mask=mask[kind, row],
+                timestep=t.float(),
+                return_dict=False,
+            )[0].float()
+        error = (output - velocity).pow(2).mean((1, 2, 3))
+        return {"flow": error.mean()}
+
+    run.train(steps, cooldown, loss)
+
+
+def train_vae(folder: Path, steps: int, cooldown: int, batch: int = 16) -> None:
+    """The encoder learns the latents of emoji-xl, the decoder to draw from them; one does not wait for the other."""
+    _, images, latents = source()
+    vae = make_vae()
+    run = Run(folder, "vae", vae, vae.parameters(), lr=2e-3, ema=0.998)
+
+    def loss():
+        i = torch.randint(0, len(images), (batch,))
+        z = latents[i] + 0.05 * torch.randn_like(latents[i])  # what a student makes is never exact
+        with torch.autocast("cpu", torch.bfloat16):
+            encoded = vae.encode(images[i]).latent.float()
+            output = vae.decode(z).sample.float()
+        return {
+            **reconstruction_terms(output, images[i]),
+            "latents": 0.1 * (encoded - latents[i]).pow(2).mean(),
+        }
+
+    run.train(steps, cooldown, loss)
+
+
+# --------------------------------------------------------------------------------------------------------- saving
+def pipeline(folder: Path, transformer: SanaTransformer2DModel, vae: AutoencoderDC) -> SanaPipeline:
+    tokenizer, encoder = load_text_encoder(folder)
+    return SanaPipeline(
+        tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=transformer, scheduler=scheduler()
+    )
+
+
+def save_pipeline(folder: Path, target: Path) -> None:
+    """Everything as one stock pipeline folder; transformer and VAE in fp16 to stay small, loaded as fp32 by default."""
+    parts = {"transformer": make_transformer(), "vae": make_vae()}
+    for name, module in parts.items():
+        module.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True)["ema"])
+        module.eval().half()
+    pipe = pipeline(folder, **parts)
+    pipe.save_pretrained(target)
+    size = sum(p.stat().st_size for p in target.rglob("*.safetensors"))
+    print(f"{target}: {size / 1e6:.1f} MB of safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints and logs")
+    parser.add_argument("--stage", choices=["all", "text", "transformer", "vae", "save"], default="all")
+    parser.add_argument("--steps", type=int, help="steps of the chosen stage")
+    parser.add_argument("--cooldown", type=int, default=4000, help="steps of falling learning rate")
+    parser.add_argument("--to", type=Path, help="where `save` writes the pipeline (default RUN/pipeline)")
+    args = parser.parse_args()
+    args.run.mkdir(parents=True, exist_ok=True)
+    wanted = ["text", "transformer", "vae", "save"] if args.stage == "all" else [args.stage]
+    if "text" in wanted:
+        train_text(args.run, args.steps or 600)
+    if "transformer" in wanted:
+        train_transformer(args.run, args.steps or 9000, args.cooldown)
+    if "vae" in wanted:
+        train_vae(args.run, args.steps or 4000, args.cooldown)
+    if "save" in wanted:
+        save_pipeline(args.run, args.to or args.run / "pipeline")
+
+
+if __name__ == "__main__":
+    main()
