@@ -144,6 +144,8 @@ class Recipe:
         return get_method(_method_name(self.method))
 
     def role(self, name: str) -> RoleConfig:
+        if name in self.method_class.followers:
+            return dataclasses.replace(self.role("student"), ema=0.0)
         family = name.rstrip("0123456789").rstrip("_")
         return self.roles.get(name) or self.roles.get(family) or RoleConfig()
 

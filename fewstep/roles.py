@@ -126,6 +126,13 @@ class Role:
             value.copy_(self.weights[name])
 
     @torch.no_grad()
+    def follow(self, other: Role, decay: float) -> None:
+        """``decay`` times its own weights plus the rest of another role's, which is built alike."""
+        for role in (self, other):
+            settle(role.module)
+        torch._foreach_lerp_(list(self.weights.values()), list(other.weights.values()), 1 - decay)
+
+    @torch.no_grad()
     def update_average(self, updates: int) -> None:
         """After the ``updates``-th update; the first ones use a shorter memory, so the start is soon forgotten."""
         if self.average is not None:

@@ -31,6 +31,7 @@ from .perceptual import distance_of
 from .preview import Preview
 from .recipe import Recipe
 from .report import write_report
+from .reward import load_reward, of_latents
 from .roles import Role, averaged, build_role
 from .router import RoutedStudent
 from .teachers import adapters, load_teacher, pipeline_class_of
@@ -216,6 +217,9 @@ class Session:
             pair_conditions = encode_prompts(self.teacher, pairs.prompts, quiet=quiet)
             if hasattr(recipe.method, "regression"):
                 self.method.distance = distance_of(recipe.method.regression, self.teacher)
+        if getattr(recipe.method, "reward", None):
+            reward = load_reward(recipe.method.reward, str(process.device))
+            self.method.reward = of_latents(reward, self.teacher, prompts)
         if process.main:
             process.barrier()
         self.preview = Preview(recipe, self.teacher, self.method, self.experts, prompts, self.folder)

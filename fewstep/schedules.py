@@ -52,11 +52,13 @@ class Schedule:
     Attributes:
         t_min, t_max: the range of t; at t_max a sample is (nearly) noise.
         time_scale: what a diffusers network is given is ``t * time_scale``.
+        clean: the time that stands for the clean sample itself, where sigma is exactly 0.
     """
 
     t_min: float
     t_max: float
     time_scale: float = 1.0
+    clean: float = 0.0
 
     def alpha(self, t: Tensor) -> Tensor:
         raise NotImplementedError
@@ -159,6 +161,17 @@ class Schedule:
         """
         return self.t_min + (low + (high - low) * _f64(u)) * (self.t_max - self.t_min)
 
+    def at(self, fraction: Tensor) -> Tensor:
+        """Times at fractions of the way from clean (0) to noisiest (1), float64: the even grid of few-step samplers.
+
+        k / K for k = K..1 gives the times of a K-step student (999, 749, 499, 249 for SD), and 0 is ``clean``.
+        """
+        u = _f64(fraction)
+        return torch.where(u > 0, self._spaced(u), self.clean)
+
+    def _spaced(self, u: Tensor) -> Tensor:
+        return self.draw_times(u)
+
     def fraction_above(self, t: float) -> float:
         """The ``low`` with which :meth:`draw_times` draws above t only."""
         return (t - self.t_min) / (self.t_max - self.t_min)
@@ -178,8 +191,11 @@ def _f64(t: Tensor) -> Tensor:
 class VP(Schedule):
     """Variance-preserving path from a diffusers scheduler's table; t in [0, T-1], fractions interpolated.
 
-    Between two entries log-SNR is linear in t, so at integers the table is met exactly.
+    Between two entries log-SNR is linear in t, so at integers the table is met exactly. Time -1 is the clean sample,
+    as it is for diffusers' schedulers.
     """
+
+    clean = -1.0
 
     def __init__(self, alphas_cumprod: Tensor | Sequence[float]):
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
@@ -208,7 +224,7 @@ class VP(Schedule):
 
     def log_snr(self, t: Tensor) -> Tensor:
         start, slope, fraction = self._interval(t)
-        return start + slope * fraction
+        return torch.where(_f64(t) < 0, torch.inf, start + slope * fraction)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.sigmoid(self.log_snr(t)).sqrt()
@@ -228,6 +244,9 @@ class VP(Schedule):
         steps = len(self.table)
         first, last = round(low * steps), min(round(high * steps), steps - 1)
         return first + torch.floor(_f64(u) * (last - first + 1))
+
+    def _spaced(self, u: Tensor) -> Tensor:
+        return (torch.round(u * len(self.table)) - 1).clamp(min=0)
 
     def fraction_above(self, t: float) -> float:
         return (math.floor(t) + 1) / len(self.table)

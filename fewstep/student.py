@@ -93,20 +93,23 @@ class Student:
         denoiser: the trained network's denoiser, or one per step (experts).
         times: (K,) noisy to clean, checked.
         noise: how the next level is reached: "fresh" noise (LCM, DMD2), the "fixed" first noise at every level, or
-            "ddim", the noise that the prediction implies (deterministic; Euler for flow).
+            "ddim", the noise that the prediction implies (deterministic; Euler for flow), or "tcd", down to
+            ``(1 - eta)`` times the next time by that noise and up again by fresh one (TCD, arXiv 2402.19159, alg. 2).
         roles: names of the trained roles behind the steps, one per step.
         also: further lists of times at which the same student may be sampled, each of another length.
+        eta: of "tcd", in [0, 1]: 0 is "ddim", 1 is "fresh" (gamma in the paper).
     """
 
     def __init__(
         self,
         denoiser: Denoiser | Sequence[Denoiser],
         times: Sequence[float],
-        noise: Literal["fresh", "fixed", "ddim"] = "fresh",
+        noise: Literal["fresh", "fixed", "ddim", "tcd"] = "fresh",
         roles: Sequence[str] | None = None,
         also: Sequence[Sequence[float]] = (),
+        eta: float = 0.0,
     ):
-        self.times, self.noise = list(times), noise
+        self.times, self.noise, self.eta = list(times), noise, eta
         self.grids = {len(grid): list(grid) for grid in (times, *also)}
         several = isinstance(denoiser, (list, tuple))
         self.denoisers = list(denoiser) if several else [denoiser] * len(self.times)
@@ -122,7 +125,8 @@ class Student:
 
     def at(self, num_steps: int) -> Student:
         """The same student at another of its numbers of steps."""
-        return Student(self.denoiser, self.grids[num_steps], self.noise, [self.roles[0]] * num_steps)
+        roles = [self.roles[0]] * num_steps
+        return Student(self.denoiser, self.grids[num_steps], self.noise, roles, eta=self.eta)
 
     @property
     def num_steps(self) -> int:
@@ -157,6 +161,12 @@ class Student:
         """From the prediction of one step to level t."""
         if self.noise == "ddim":
             return self.schedule.ddim_step(x_t, x0, self._time(step, x_t), t)
+        if self.noise == "tcd":
+            # The exported table has no noise at time 0, so a whole step down is the prediction itself.
+            s = torch.floor((1 - self.eta) * t)
+            s = torch.where(s > 0, s, self.schedule.clean)
+            x_s = self.schedule.ddim_step(x_t, x0, self._time(step, x_t), s)
+            return self.schedule.renoise(x_s, draw(x0), s, t) if self.eta else x_s
         return self.schedule.add_noise(x0, noise if self.noise == "fixed" else draw(x0), t)
 
     def rollout(self, noise: Tensor, cond: Cond, draw: Draw, exit_step: int) -> Tensor:

@@ -179,6 +179,11 @@ class Trainer:
     def turn(self, phase: Phase, batches: list[Batch]) -> dict[str, Tensor]:
         """One update of one phase; only its roles want gradients meanwhile."""
         trained = [self.roles[name] for name in phase.train]
+        if phase.follows:
+            source, decay = phase.follows
+            for role in trained:
+                role.follow(self.roles[source], decay)
+            return {}
         for role in self.roles.values():
             role.requires_grad_(role.name in phase.train)
         totals: dict[str, Tensor] = {}

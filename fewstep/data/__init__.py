@@ -69,6 +69,7 @@ class Batches:
             real_cond=real_cond,
             pairs=pairs,
             pair_cond=pair_cond,
+            index=index,
         )
 
     def _upload(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:

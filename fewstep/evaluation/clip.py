@@ -45,6 +45,7 @@ class Clip(Extractor):
         self._preprocess(self.model.config.vision_config.image_size, *_normalisation(folder))
 
     def _preprocess(self, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean, self.std = mean, std
         self.size, self.resize = size, f"pil-bicubic-shortest-{size}, center-crop"
         self.prepare = partial(normalised, crop=partial(shortest_side_crop, size=size), mean=mean, std=std)
 
@@ -57,7 +58,7 @@ class Clip(Extractor):
     def features(self, prepared: Tensor) -> Tensor:
         """Not normalised."""
         with full_precision():
-            return _pooled(self.model.get_image_features(pixel_values=prepared.to(self.device))).float().cpu()
+            return pooled(self.model.get_image_features(pixel_values=prepared.to(self.device))).float().cpu()
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> Tensor:
@@ -70,7 +71,7 @@ class Clip(Extractor):
             features = self.model.get_text_features(
                 input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
             )
-        return _pooled(features).float().cpu()
+        return pooled(features).float().cpu()
 
     def cosines(self, prepared: Tensor, captions: Sequence[str]) -> Tensor:
         """Cosine (B,) of each prepared image and its caption."""
@@ -154,7 +155,7 @@ def folder_sha256(folder: Path) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def _pooled(output: Any) -> Tensor:
+def pooled(output: Any) -> Tensor:
     """The projected features: transformers 4 gives them as they are, transformers 5 inside an object."""
     return output if isinstance(output, Tensor) else output.pooler_output
 

@@ -1,12 +1,14 @@
 """Distillation methods, one file each."""
 
 from . import (  # noqa: F401  (each registers itself)
+    boot,
     dd1,
     dd2,
     disback,
     dmd,
     dmd2,
     fdistill,
+    hyper_sd,
     ladd,
     multi_student,
     phased_dmd,

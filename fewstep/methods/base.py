@@ -44,6 +44,7 @@ class Batch:
         shape: (B, C, H, W) of what the student makes.
         rng: randomness of this micro-batch. shared: randomness all ranks and micro-batches agree on.
         pairs: a teacher's own noise and the x0, or tokens, it made of it, or None. pair_cond: their conditions.
+        index: rows of ``cond`` in the list of prompts, on the CPU.
         carry: what one phase leaves for the next ones of the same iteration.
         log: numbers worth a curve that are no part of the loss.
     """
@@ -56,6 +57,7 @@ class Batch:
     real_cond: Cond | None = None
     pairs: tuple[Tensor, Tensor] | None = None
     pair_cond: Cond | None = None
+    index: Tensor | None = None
     carry: dict[str, Any] = field(default_factory=dict)
     log: dict[str, Tensor] = field(default_factory=dict)
 
@@ -92,15 +94,18 @@ class Phase:
     Attributes:
         share: (begin, end) as fractions of the run; learning rates warm up and decay within it.
         fresh: roles that start again from the teacher, optimiser and all, when the share begins.
+        follows: (role, decay) instead of a loss: the weights become ``decay`` times their own plus the rest of that
+            role's; 0 copies them.
     """
 
     name: str
     train: tuple[str, ...]
-    loss: Callable[[Batch, Progress], dict[str, Tensor]]
+    loss: Callable[[Batch, Progress], dict[str, Tensor]] | None
     every: int = 1
     when: Callable[[Progress], bool] = always
     share: tuple[float, float] = (0.0, 1.0)
     fresh: tuple[str, ...] = ()
+    follows: tuple[str, float] | None = None
 
     def span(self, progress: Progress) -> tuple[int, int]:
         """First iteration and the one after the last."""
@@ -122,6 +127,7 @@ class Method:
     Attributes:
         networks: the trainable copies of the teacher that this method needs; where that depends on the options,
             :meth:`networks_for` says so. extras: names that :meth:`heads` may have.
+        followers: those networks that only follow the student, and are built as it is.
         critic: the denoiser that learns what the student makes, where there is one.
         teacher_kind: "diffusion", or "autoregressive" for methods of token models.
         Config: dataclass of its options; the paper's values are the defaults.
@@ -133,6 +139,7 @@ class Method:
     networks: ClassVar[tuple[str, ...]] = ("student",)
     extras: ClassVar[tuple[str, ...]] = ("discriminator",)
     teacher_kind: ClassVar[str] = "diffusion"
+    followers: ClassVar[tuple[str, ...]] = ()
     Config: ClassVar[type]
     student: Student
     critic: Denoiser | None = None

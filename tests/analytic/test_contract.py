@@ -3,7 +3,7 @@
 import pytest
 import torch
 from token_toys import known_pairs, known_teacher, token_toy
-from toys import SD, Mlp, Rows, fit, toy, view
+from toys import SD, Mlp, Rows, TimedMlp, fit, toy, view
 
 from fewstep.methods import METHODS
 from fewstep.rng import Rng
@@ -15,6 +15,7 @@ OPTIONS = {
     "phased_dmd": {"num_steps": 4, "critic_steps": 2},
     "fdistill": {"num_steps": 1, "start": 999, "critic_steps": 2, **GAN},
     "swiftbrush": {"guidance_scale": 1.0, "null_probability": 0.0},
+    "hyper_sd": {"segments": [4, 1], "stage_teacher": "previous", "solver_steps": 8, "score_length": 1.0},
     "ladd": {"taps": ["layers.0", "layers.2"]},
     "sana_sprint": {"taps": ["layers.0", "layers.2"], "guidance_embedding": False, "guidance_scale": 1.0},
     "dd1": {"entries": [0, 2], "split": 2},
@@ -38,6 +39,9 @@ def fitted(ring):
 
 def trainer_of(name, ring, fitted):
     method = METHODS[name]
+    if name == "boot":
+        torch.manual_seed(0)
+        fitted = TimedMlp().requires_grad_(False)
     config = method.Config(**OPTIONS.get(name, {}))
     if method.teacher_kind == "autoregressive":
         teacher = known_teacher()

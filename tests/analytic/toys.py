@@ -5,6 +5,7 @@ import math
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.models.embeddings import TimestepEmbedding
 from torch import nn
 
 from fewstep.cond import Cond
@@ -53,6 +54,29 @@ class Mlp(nn.Module):
         if self.labels:
             inputs.append(nn.functional.one_hot(label + 1, self.labels + 1).float())
         return self.layers(torch.cat(inputs, 1))
+
+
+class TimedMlp(nn.Module):
+    """The same with its time embedding apart, by the names that diffusers' UNets have."""
+
+    def __init__(self, width=128, dim=2, labels=0):
+        super().__init__()
+        self.dim, self.labels = dim, labels
+        self.entry = nn.Linear(dim + (labels + 1 if labels else 0), width)
+        self.time_proj, self.time_embedding = Phases(), TimestepEmbedding(8, width)
+        hidden = [m for _ in range(2) for m in (nn.SiLU(), nn.Linear(width, width))]
+        self.layers = nn.Sequential(*hidden, nn.SiLU(), nn.Linear(width, dim))
+
+    def forward(self, x, t, label=None):
+        if self.labels:
+            x = torch.cat([x, nn.functional.one_hot(label + 1, self.labels + 1).float()], 1)
+        return self.layers(self.entry(x) + self.time_embedding(self.time_proj(t)))
+
+
+class Phases(nn.Module):
+    def forward(self, t):
+        phase = t.float()[:, None] * torch.tensor([1.0, 2, 4, 8]) * (math.pi / 1000)
+        return torch.cat([phase.sin(), phase.cos()], 1)
 
 
 def call(net, x, t, cond):
@@ -126,14 +150,15 @@ def toy(
         "critic": critic or RoleConfig(lr=2e-3, **shared),
     }
     names = method.networks_for(config)
-    roles = {
-        n: build_role(n, net, configs["student" if n.startswith("student") else "critic"]) for n in names
-    }
+    students = [n for n in names if n.startswith("student") or n in method.followers]
+    roles = {n: build_role(n, net, configs["student" if n in students else "critic"]) for n in names}
     dim = net.dim
     views = {n: view(r.module, teacher.schedule, prediction) for n, r in roles.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # heads start equal, as in a real run
         method = method(config, teacher, (dim,), **views)
+    for role in roles.values():
+        role.collect()  # a method may have added to its network
     for name, head in method.heads().items():
         roles[name] = Role(name, head, heads or RoleConfig(kind="full"))
     conditions = Rows(1000, id=torch.arange(1000)) if labels is None else Rows(len(labels), label=labels)
