@@ -1,8 +1,11 @@
 """Checkpoints: trained weights, averages, optimiser moments and the iteration, as safetensors and JSON.
 
+    state.safetensors  trained weights, moving averages, optimiser moments, whole: any number of processes resumes
+    state.json         the iteration, updates done, means since the last record, what was best
+    SHA256SUMS         checksums of both
+
 Randomness and the position in the data are functions of the iteration (see :mod:`fewstep.rng`), so nothing else
-has a state. Files are written beside and renamed, so a checkpoint is whole or absent; tensors are stored whole,
-so a run may resume on another number of processes.
+has a state. A checkpoint is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,8 +22,10 @@ from torch import Tensor
 
 from .distributed import Process, assign, whole
 from .errors import FewstepError
-from .files import replacing, write_json, write_tensors
+from .files import replacing, write, write_json, write_tensors
 from .roles import Role
+
+MANIFEST = "SHA256SUMS"  # as ``sha256sum -c`` reads it
 
 Optimizers = Mapping[str, torch.optim.Optimizer]
 
@@ -62,7 +68,9 @@ def save(
     if process.main:
         with replacing(folder) as part:
             write_tensors(part / "state.safetensors", tensors)
-            write_json(part / "state.json", {**state, "sha256": digest(part / "state.safetensors")})
+            write_json(part / "state.json", state)
+            sums = [f"{digest(part / name)}  {name}\n" for name in ("state.safetensors", "state.json")]
+            write(part / MANIFEST, "".join(sums))
     process.barrier()
 
 
@@ -85,37 +93,99 @@ def load(folder: Path, roles: Mapping[str, Role], optimizers: Optimizers) -> dic
                 f"{folder}: holds other weights than this recipe trains, e.g. {odd}; resume its own run"
             )
         for role in roles.values():
+            optimizers[role.name].state.clear()
             for name, weight in role.weights.items():
                 assign(weight, file.get_tensor(f"{role.name}/weight/{name}"))
                 if role.average is not None:
                     assign(role.average[name], file.get_tensor(f"{role.name}/average/{name}"))
-                moments = optimizers[role.name].state[weight]
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     stored = f"{role.name}/optimizer/{key}/{name}"
                     if stored in names:
-                        moments[key] = torch.zeros(()) if key == "step" else torch.zeros_like(weight)
-                        assign(moments[key], file.get_tensor(stored))
+                        # The fused kernel reads the step where the weights are.
+                        like = (
+                            torch.zeros((), device=weight.device)
+                            if key == "step"
+                            else torch.zeros_like(weight)
+                        )
+                        assign(like, file.get_tensor(stored))
+                        optimizers[role.name].state[weight][key] = like
     return state
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint can be trusted: its files are there and their checksum is right."""
+def fault(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None: every file is there and has its checksum."""
     try:
-        record = json.loads((folder / "state.json").read_text())
-        return record["sha256"] == digest(folder / "state.safetensors")
-    except (OSError, ValueError, KeyError):
-        return False
+        lines = (folder / MANIFEST).read_text().splitlines()
+        for sha256, name in (line.split("  ", 1) for line in lines):
+            if digest(folder / name) != sha256:
+                return f"{name} is damaged"
+        return None if lines else f"{MANIFEST} is empty"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name}: {error.strerror}"
+    except ValueError:
+        return f"{MANIFEST} is damaged"
 
 
-def newest(checkpoints: Path) -> Path | None:
-    """The newest whole checkpoint; damaged ones are named and passed over."""
-    for folder in sorted(checkpoints.glob("step_*[0-9]"), reverse=True):
-        if is_whole(folder):
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def every(checkpoints: Path) -> list[Path]:
+    """From the oldest to the newest, whole or not."""
+    return sorted(checkpoints.glob("step_*[0-9]"))
+
+
+def newest(checkpoints: Path, sound: bool = False) -> Path | None:
+    """The newest whole checkpoint; damaged ones are named and passed over. None where there is none at all.
+
+    Args:
+        sound: pass over those written while gradients were not finite, too.
+
+    Raises:
+        FewstepError: there are checkpoints, and all are damaged.
+    """
+    found, faults = every(checkpoints), 0
+    for folder in reversed(found):
+        if reason := fault(folder):
+            faults += 1
+            print(f"fewstep: checkpoint {folder}: {reason}; using the one before it", file=sys.stderr)
+        elif not (sound and any(json.loads((folder / "state.json").read_text())["skipped"].values())):
             return folder
-        print(f"fewstep: checkpoint {folder} is damaged; using the one before it")
+    if found and faults == len(found):
+        raise FewstepError(
+            f"{checkpoints}: none of its {faults} checkpoints is whole; put back a good copy, or remove that folder to "
+            "begin again"
+        )
     return None
 
 
-def rotate(checkpoints: Path, keep: int) -> None:
-    for folder in sorted(checkpoints.glob("step_*[0-9]"))[:-keep]:
-        shutil.rmtree(folder, ignore_errors=True)
+def at(checkpoints: Path, step: str, best: dict) -> Path:
+    """The checkpoint of a step, or of the "best" one.
+
+    Raises:
+        FewstepError: it is not there, or damaged.
+    """
+    if step == "best" and not best:
+        raise FewstepError(
+            f"{checkpoints}: no best one is known; set train.best before training, or give a step"
+        )
+    wanted = checkpoints / f"step_{int(best['step'] if step == 'best' else step):08d}"
+    kept = ", ".join(str(step_of(folder)) for folder in every(checkpoints))
+    if wanted not in every(checkpoints):
+        raise FewstepError(f"{checkpoints}: no checkpoint of step {step}; there are those of {kept}")
+    if reason := fault(wanted):
+        raise FewstepError(f"{wanted}: {reason}; choose another of {kept}")
+    return wanted
+
+
+def rotate(checkpoints: Path, keep: int, best: int | None = None) -> None:
+    """Removes all but the newest and the one of step ``best``."""
+    for folder in every(checkpoints)[:-keep]:
+        if step_of(folder) != best:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def drop_after(checkpoints: Path, step: int) -> None:
+    for folder in every(checkpoints):
+        if step_of(folder) > step:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from .errors import FewstepError
+from .errors import FewstepError, TrainingError, tell
 from .files import replacing, write
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -60,15 +60,17 @@ def _train(args, rest) -> int:
     return 0
 
 
-def _resume(args, _rest) -> int:
-    from .run import Interrupted, resume
+def _resume(args, rest) -> int:
+    from .run import resume
 
-    try:
-        resume(args.run_folder)
-    except Interrupted as stop:
-        print(f"fewstep: {stop}; continue with: fewstep resume {args.run_folder}", file=sys.stderr)
-        return 128 + stop.signal
+    resume(args.run_folder, rest)
     return 0
+
+
+def _replay(args, _rest) -> int:
+    from .run import replay
+
+    return TrainingError.code if replay(args.run_folder) else 0
 
 
 def _sample(args, _rest) -> int:
@@ -144,14 +146,12 @@ def _convert(args, _rest) -> int:
 
 
 def _export(args, _rest) -> int:
-    """Exports the newest checkpoint of a run again, e.g. in another dtype or with Kohya keys."""
-    from . import recipe as recipes
+    """Exports a checkpoint of a run again, e.g. in another dtype or with Kohya keys."""
     from .run import reexport
 
     rest = [word for name, value in (("dtype", args.dtype), ("kohya", args.kohya)) if value
             for word in (f"--export.{name}", str(value).lower())]  # fmt: skip
-    recipe = recipes.override(recipes.load(args.run_folder / "recipe.yaml"), rest)
-    reexport(recipe, args.run_folder)
+    reexport(args.run_folder, rest, args.step)
     return 0
 
 
@@ -197,6 +197,12 @@ def _bench(args, rest) -> int:
     return 0
 
 
+def _step(text: str) -> str:
+    if text not in ("newest", "best") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected newest, best, or the number of a step")
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     from . import __version__
     from .evaluation.cli import add_parser as add_eval
@@ -216,8 +222,10 @@ def parser() -> argparse.ArgumentParser:
         "train", _train, "run a recipe: name, script or recipe.yaml; --a.b VALUE overrides, --smoke tries"
     )
     train.add_argument("recipe")
-    resume = command("resume", _resume, "continue an interrupted run, exactly")
+    resume = command("resume", _resume, "continue an interrupted run, exactly; --a.b VALUE changes it")
     resume.add_argument("run_folder", type=Path, metavar="RUN")
+    replay = command("replay", _replay, "repeat the step at which a run gave up, from its snapshot")
+    replay.add_argument("run_folder", type=Path, metavar="RUN")
     sample = command("sample", _sample, "images from an exported student, by stock diffusers")
     sample.add_argument("export", type=Path, metavar="EXPORT", help="export folder, or the run that holds it")
     sample.add_argument("--prompt", action="append", help="may be given several times")
@@ -228,8 +236,9 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--scale", type=int, default=1, help="integer enlargement")
     sample.add_argument("--device", default="cpu")
     sample.add_argument("--out", type=Path, default=Path("sample.png"))
-    export = command("export", _export, "export the newest checkpoint of a run again")
+    export = command("export", _export, "export a checkpoint of a run again")
     export.add_argument("run_folder", type=Path, metavar="RUN")
+    export.add_argument("--step", default="newest", type=_step, help="newest (default), best, or a step")
     export.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     export.add_argument("--kohya", action="store_true", help="also keys for ComfyUI and A1111")
     pairs = command(
@@ -266,16 +275,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input (one message), 130/143 interrupted and saved."""
+    """Exit codes: 0 done; what else there is, :func:`fewstep.errors.tell` says."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     args, rest = parser().parse_known_args(words)
-    if rest and args.command not in ("train", "bench", "pairs"):
+    if rest and args.command not in ("train", "resume", "bench", "pairs"):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.function(args, rest) if hasattr(args, "function") else args.run(args)
-    except FewstepError as error:
-        print(f"fewstep: {error}", file=sys.stderr)
-        return error.code
+    except BaseException as error:
+        return tell(error)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,14 @@ class Process:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
         return bool(tensor.item())
 
+    def agree(self, number: int) -> int:
+        """The first rank's number, on all ranks."""
+        if self.world == 1:
+            return number
+        tensor = torch.tensor(number)
+        dist.broadcast(tensor, 0, group=self.control)
+        return int(tensor.item())
+
     def mean(self, values: Tensor) -> Tensor:
         if self.world > 1:
             dist.all_reduce(values)
@@ -107,6 +115,21 @@ def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+class Download:
+    """Numbers on their way from the device; reading them waits only where they have not arrived."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.arrived = tensor.detach().to("cpu", non_blocking=True), None  # into pinned memory
+        if tensor.device.type == "cuda":
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> list:
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.tensor.tolist()
 
 
 def whole(tensor: Tensor) -> Tensor:

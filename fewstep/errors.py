@@ -1,8 +1,14 @@
-"""Errors that a user can act on.
+"""Errors that a user can act on, and what a command ends with.
 
 Every message names the field or file, the value, what was expected and the remedy, and is raised before
 expensive work starts. The command line prints the message alone, without a traceback.
 """
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
 
 
 class FewstepError(ValueError):
@@ -17,3 +23,59 @@ class FewstepError(ValueError):
 
 class RecipeError(FewstepError):
     """A recipe that cannot run; the message starts with the dotted path of the field."""
+
+
+class TrainingError(FewstepError):
+    """The numbers went wrong while they were made: not finite, nothing learnt, not what was trained."""
+
+    code = 3
+
+
+class LostProcess(FewstepError):
+    """Another process of the run has ended, or cannot be reached."""
+
+    code = 5
+
+
+class Interrupted(FewstepError):
+    """The run was asked to stop by a signal, and its state is saved."""
+
+    def __init__(self, number: int, step: int, folder: Path | None):
+        how = f"; continue with: fewstep resume {folder}" if folder else ""
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}, saved{how}")
+        self.code = 128 + number
+
+
+def why(error: BaseException) -> str | None:
+    """What the operating system says, where it was the system that refused; safetensors wraps it in words."""
+    if isinstance(error, OSError) and error.errno:
+        return error.strerror or str(error)
+    if type(error).__name__ == "SafetensorError" and "os error" in str(error):
+        return str(error)
+    return None
+
+
+def tell(error: BaseException) -> int:
+    """Prints what ended a command, in one message, and returns the exit code.
+
+    0 done; 2 bad input; 3 the numbers went wrong (not finite, nothing learnt, an export that is off); 4 a file cannot
+    be read or written; 5 another process was lost; 128 + N signal N, and the run is saved (130 SIGINT, 138 SIGUSR1,
+    143 SIGTERM).
+
+    Raises:
+        BaseException: the error itself, where it is a fault of ours and wants its traceback.
+    """
+    if isinstance(error, FewstepError):
+        message, code = str(error), error.code
+    elif isinstance(error, KeyboardInterrupt):
+        message, code = (
+            "stopped; a run goes on from its last checkpoint with fewstep resume",
+            128 + signal.SIGINT,
+        )
+    elif reason := why(error):
+        name = getattr(error, "filename", None) or "a file"
+        message, code = f"{name}: {reason}; mend that and run the command again", 4
+    else:
+        raise error
+    print(f"fewstep: {message}", file=sys.stderr)
+    return code

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import FewstepError
+from .errors import FewstepError, why
 
 HOST = re.sub(r"\W", "_", platform.node())
 
@@ -114,15 +114,6 @@ def _alive(pid: int) -> bool:
 def _part(path: Path) -> Path:
     """A hidden name beside, which no reader looks for; its end is kept, for the suffix decides the format."""
     return path.with_name(f".part-{HOST}-{os.getpid()}-{path.name}")
-
-
-def why(error: BaseException) -> str | None:
-    """What the operating system says, where it was the system that refused; safetensors wraps it in words."""
-    if isinstance(error, OSError) and error.errno:
-        return error.strerror or str(error)
-    if type(error).__name__ == "SafetensorError" and "os error" in str(error):
-        return str(error)
-    return None
 
 
 def _put(part: Path, path: Path) -> None:

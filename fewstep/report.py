@@ -22,10 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .files import write
+from .files import WriteError, write
+from .health import sign_of, warnings
 
 MAX_FRAMES = 24  # sample grids embedded in a report; evenly chosen from all that exist
 MAX_PIXELS, MAX_BYTES = 1600, 400_000  # above these an image is embedded as a smaller JPEG
+MAX_WARNINGS = 20
 MAX_POINTS = 180  # of a curve as drawn; a long run has thousands
 
 # Words of a metric's name that tell which way is better. A name with none of them is never ranked.
@@ -115,12 +117,20 @@ class MetricsLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             self._write_all(read_metrics(self.path))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._open()
+
+    def _open(self) -> None:
+        self._file = self.path.open("ab", buffering=0)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes one line at once. 0-d arrays and tensors become numbers; NaN and infinities become null."""
-        self._file.write(_json_line(record))
-        self._file.flush()
+        line = _json_line(record).encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            reason = f"{error.strerror}; free some space, then resume"
+            raise WriteError(f"{self.path}: cannot be written: {reason}") from error
 
     def truncate_after(self, step: int) -> None:
         """Drops records with `step` above the given one, atomically.
@@ -132,7 +142,7 @@ class MetricsLog:
         if len(kept) < len(records):
             self._file.close()
             self._write_all(kept)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._open()
 
     def close(self) -> None:
         """Closes the file; calling it twice is fine."""
@@ -292,7 +302,7 @@ def _tiles(run: dict, rows: list[dict], records: list[dict]) -> str:
     student, tiles = _best_student(rows), []
     teachers = [row for row in rows if row["kind"] == "teacher"]
     teacher = max(teachers, key=lambda row: _finite(row.get("nfe")) or 0, default={})
-    for key in (k for k in _columns(rows) if k == "nfe" or _direction(k)):
+    for key in (k for k in _columns(rows) if k == "nfe" or direction(k)):
         value, reference = _finite(student.get(key)), _finite(teacher.get(key))
         if value is None:
             continue
@@ -316,11 +326,11 @@ def _tiles(run: dict, rows: list[dict], records: list[dict]) -> str:
 def _table(rows: list[dict]) -> str:
     """The evaluation, one line per sampler; the best value of each ranked column is marked."""
     columns, best, lines = _columns(rows), {}, ""
-    for key in filter(_direction, columns):
+    for key in filter(direction, columns):
         # A reference, such as the autoencoder's reconstructions, is a ceiling and wins nothing.
         values = [_finite(row.get(key)) for row in rows if row["kind"] != "reference"]
         values = [value for value in values if value is not None]
-        best[key] = (max if _direction(key) > 0 else min)(values) if len(values) > 1 else None
+        best[key] = (max if direction(key) > 0 else min)(values) if len(values) > 1 else None
     for row in rows:
         cells = ""
         for key in columns:
@@ -332,7 +342,7 @@ def _table(rows: list[dict]) -> str:
     for key in columns:
         name, _, space = key.partition("(")
         below = f"<br><small>{escape(space.rstrip(')'))}</small>" if space else ""
-        head += f"<th>{escape(name)}{arrow[_direction(key)]}{below}</th>"
+        head += f"<th>{escape(name)}{arrow[direction(key)]}{below}</th>"
     return f'<div class="scroll"><table><tr><th></th>{head}</tr>{lines}</table></div>' if rows else ""
 
 
@@ -369,27 +379,20 @@ def _film(folder: Path) -> str:
     )
 
 
-# What is normal, for every curve of the health section.
-NORMAL = {
-    "critic_lag": "0 where the critic knows the student; within ±0.5 while training. Drifting off: raise critic_steps "
-    "or the critic's lr, or lower the student's",
-    "latent_mean": "near that of real latents; a drift is a colour cast",
-    "latent_std": "near 1, up to about 1.3 under guidance; falling is collapse, growing is saturation",
-}
-
-
 def _health(folder: Path, records: list[dict]) -> str:
-    """Vital signs with their normal ranges, and the student as teacher and critic see it."""
+    """Warnings, vital signs with their normal ranges, and the student as teacher and critic see it."""
     keys = {"step", "seconds"}
     curves = _curves([{k: v for k, v in r.items() if k in keys or k.startswith("health/")} for r in records])
     found = sorted((folder / "health").glob("step_*.png"))
     pictures = (
         _figure(_load(found[-1]), "student; teacher and critic behind noise", "student") if found else ""
     )
-    if not curves and not pictures:
-        return ""
-    notes = "".join(f"<li><b>{escape(name)}</b>: {escape(text)}</li>" for name, text in NORMAL.items())
-    return f"{pictures}{curves}<ul>{notes}</ul>" if curves else pictures
+    shown = {sign.name: sign for r in records for key in r if (sign := sign_of(key))}
+    notes = "".join(
+        f"<li><b>{name}</b>: normal is {escape(sign.normal)}</li>" for name, sign in shown.items()
+    )
+    worries = "".join(f"<li><b>{escape(line)}</b></li>" for line in warnings(records)[:MAX_WARNINGS])
+    return f"<ul>{worries}</ul>" * bool(worries) + f"{pictures}{curves}" + f"<ul>{notes}</ul>" * bool(curves)
 
 
 def _curves(records: list[dict]) -> str:
@@ -538,7 +541,7 @@ def _value(row: dict, key: str) -> str:
     return _text(row.get(key)) + (f" ± {error:.2g}" if error else "")
 
 
-def _direction(metric: str) -> int:
+def direction(metric: str) -> int:
     """1 when higher is better, -1 when lower is, 0 when the name does not tell."""
     words = set(re.findall("[a-z]+", metric.lower()))
     if words & NOT_RANKED:
@@ -548,9 +551,9 @@ def _direction(metric: str) -> int:
 
 def _best_student(rows: list[dict]) -> dict:
     """The student that is best by the first ranked column; {} without students."""
-    key = next(filter(_direction, _columns(rows)), "")
+    key = next(filter(direction, _columns(rows)), "")
     worst = -math.inf
-    score = lambda row: worst if (v := _finite(row.get(key))) is None else v * _direction(key)  # noqa: E731
+    score = lambda row: worst if (v := _finite(row.get(key))) is None else v * direction(key)  # noqa: E731
     return max((row for row in rows if row["kind"] == "student"), key=score, default={})
 
 

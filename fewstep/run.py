@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from . import __version__, export
+from . import __version__, checkpoint, export
 from . import recipe as recipes
 from .data import Batches
 from .data.cache import encode_images, encode_prompts
@@ -24,8 +26,8 @@ from .data.images import CaptionedImages, load_images
 from .data.pairs import check_pairs, load_pairs
 from .data.prompts import load_prompts
 from .distributed import Process, distribute, start, whole
-from .errors import FewstepError, RecipeError
-from .files import write, write_json
+from .errors import FewstepError, LostProcess, RecipeError, TrainingError, tell
+from .files import WriteError, write, write_json
 from .methods import Method
 from .perceptual import distance_of
 from .preview import Preview
@@ -36,7 +38,7 @@ from .roles import Role, averaged, build_role
 from .router import RoutedStudent
 from .teachers import adapters, load_teacher, pipeline_class_of
 from .teachers.base import Teacher
-from .trainer import Interrupted, Trainer
+from .trainer import Trainer
 
 
 def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> Path:
@@ -47,7 +49,7 @@ def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> Path:
             seconds, with a tiny random teacher of the right class where the real one is not given.
 
     Returns:
-        The run directory. Bad input and interruption exit with one message (codes 2 and 130/143).
+        The run directory. Whatever goes wrong exits with one message, see :func:`fewstep.errors.tell`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     smoke = "--smoke" in words
@@ -61,35 +63,67 @@ def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> Path:
                 recipe, keep_teacher=any(w.split("=")[0] in ("--teacher", "--teacher.path") for w in words)
             )
         return execute(recipe)
-    except FewstepError as error:
-        raise SystemExit(_fail(error)) from None
-    except Interrupted as stop:
-        print(f"fewstep: {stop}; continue with: fewstep resume {recipe.output}", file=sys.stderr)
-        raise SystemExit(128 + stop.signal) from None
+    except BaseException as error:
+        raise SystemExit(tell(error)) from None
 
 
-def _fail(error: Exception) -> int:
-    print(f"fewstep: {error}", file=sys.stderr)
-    return 2
+def resume(folder: str | Path, arguments: Sequence[str] = ()) -> Path:
+    """Continues a run from its last whole checkpoint, exactly; or not quite, with options such as a lower rate."""
+    recipe = _recipe_of(Path(folder))
+    return execute(recipes.override(recipe, arguments), resuming=True)
 
 
-def resume(folder: str | Path) -> Path:
-    """Continues an interrupted run from its last whole checkpoint, exactly."""
-    folder = Path(folder)
+def _recipe_of(folder: Path) -> Recipe:
     if not (folder / "recipe.yaml").is_file():
         raise FewstepError(f"{folder} is no run (no recipe.yaml in it); expected the output folder of a run")
-    recipe = dataclasses.replace(recipes.load(folder / "recipe.yaml"), output=str(folder))
-    return execute(recipe, resuming=True)
+    return dataclasses.replace(recipes.load(folder / "recipe.yaml"), output=str(folder))
 
 
-def reexport(recipe: Recipe, folder: str | Path) -> Path:
-    """Exports the newest checkpoint of a run again, with the recipe's present export options."""
-    recipe = dataclasses.replace(recipe, output=str(folder))
+def reexport(folder: str | Path, arguments: Sequence[str] = (), step: str = "newest") -> Path:
+    """Exports a checkpoint of a run again, with other export options or from an earlier step.
+
+    Args:
+        step: "newest", "best" (see ``train.best``) or a number.
+
+    Raises:
+        FewstepError: no such checkpoint, or a damaged one.
+    """
+    folder = Path(folder)
+    recipe = recipes.override(_recipe_of(folder), arguments)
     session = Session(recipe, *check_data(recipe), start("cpu"))
     if not session.trainer.restore():
         raise FewstepError(f"{folder}: no checkpoint to export; train it first")
+    if step != "newest":
+        session.trainer.restore(checkpoint.at(folder / "checkpoints", step, session.trainer.best))
     session.export()
-    return Path(folder) / "export"
+    return folder / "export"
+
+
+def replay(folder: str | Path) -> bool:
+    """The iteration at which a run gave up, from its snapshot: says again what was not finite.
+
+    Returns:
+        Whether it fails again.
+    """
+    folder = Path(folder)
+    snapshot = folder / "diverged"
+    if not snapshot.is_dir():
+        raise FewstepError(
+            f"{folder}: holds no snapshot of a failure (no folder diverged in it); nothing to replay"
+        )
+    if reason := checkpoint.fault(snapshot):
+        raise FewstepError(f"{snapshot}: {reason}; nothing to replay")
+    recipe = _recipe_of(folder)
+    trainer = Session(recipe, *check_data(recipe), start(recipe.train.device, recipe.train.shard)).trainer
+    trainer.restore(snapshot)
+    trainer.folder = None  # leaves everything as it is
+    try:
+        trainer.iterate()
+    except TrainingError as error:
+        print(f"fewstep: again: {error}")
+        return True
+    print(f"fewstep: step {trainer.progress.iteration - 1} went well this time")
+    return False
 
 
 def execute(recipe: Recipe, resuming: bool = False) -> Path:
@@ -105,8 +139,16 @@ def execute(recipe: Recipe, resuming: bool = False) -> Path:
     if process.main:
         _claim(folder, recipe, session)
     process.barrier()
-    session.train(resuming)
-    session.export()
+    try:
+        session.train(resuming)
+        session.export()
+    except RuntimeError as error:  # gloo has no class of its own for a connection that broke
+        if process.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise LostProcess(
+            f"another of the {process.world} processes has ended or cannot be reached; its own message says why. "
+            f"Continue from the last checkpoint with: torchrun ... -m fewstep resume {folder}"
+        ) from error
     if process.main:
         if recipe.evaluation.num:
             from .evaluation.students import evaluate_run
@@ -179,7 +221,7 @@ def _check_class(recipe: Recipe) -> None:
 def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
     """The run directory comes into being when everything is known to fit together."""
     write(folder / "recipe.yaml", recipes.dump(recipe))
-    session.write_summary()
+    session.write_summary(report=False)
 
 
 # ----------------------------------------------------------------------------------------------------------- session
@@ -248,19 +290,19 @@ class Session:
         )
 
     def train(self, resuming: bool) -> None:
-        if resuming and self.trainer.restore() and self.process.main:
-            print(f"fewstep: resuming at step {self.trainer.progress.iteration}")
-        begin = [_digest_of(role) for role in self.experts] if not resuming else None
+        if resuming:
+            found, main = self.trainer.restore(), self.process.main
+            if main and found:
+                print(f"fewstep: resuming at step {self.trainer.progress.iteration}")
+            elif main:
+                print("fewstep: no checkpoint yet, beginning again", file=sys.stderr)
         try:
             self.trainer.train()
-        finally:
-            if self.process.main:
+        except BaseException:
+            with contextlib.suppress(WriteError):  # the first fault is the one to tell
                 self.write_summary()
-                write_report(self.folder)
-        if begin and any(then == _digest_of(role) for then, role in zip(begin, self.experts)):
-            raise FewstepError(
-                "the student's weights have not changed; check roles.student.lr and method.critic_steps"
-            )
+            raise
+        self.write_summary()
 
     def export(self) -> None:
         recipe, experts = self.recipe, self.experts
@@ -299,7 +341,9 @@ class Session:
             "prompt": self.export_prompts[0],
         }
 
-    def write_summary(self) -> None:
+    def write_summary(self, report: bool = True) -> None:
+        if not self.process.main:
+            return
         trainer = getattr(self, "trainer", None)
         summary = {
             "name": self.folder.name,
@@ -313,6 +357,8 @@ class Session:
             "versions": versions(),
         }
         write_json(self.folder / "run.json", summary)
+        if report:
+            write_report(self.folder)
 
 
 def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str, Role], Method]:
@@ -351,10 +397,6 @@ def _check_gain(method: Method, teacher: Teacher) -> None:
             f"by {gain:.1f}; an earlier method.start (399 for one-step SDXL) is gentler",
             file=sys.stderr,
         )
-
-
-def _digest_of(role: Role) -> float:
-    return float(sum(whole(w).double().abs().sum() for w in role.weights.values()))
 
 
 def hardware(process: Process) -> str:

@@ -10,19 +10,23 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from . import checkpoint
-from .distributed import Process, sync_gradients
-from .errors import FewstepError, RecipeError
+from .distributed import Download, Process, sync_gradients, whole
+from .errors import Interrupted, RecipeError, TrainingError
+from .files import sweep
+from .health import Watch
+from .means import Means
 from .methods.base import Batch, Method, Phase, Progress
-from .report import MetricsLog, StatusLine
+from .report import MetricsLog, StatusLine, direction, read_metrics
+from .rng import Rng
 from .roles import Role
 
 
@@ -34,7 +38,10 @@ class TrainConfig:
         steps: iterations. batch_size: samples of one micro-batch on one process.
         accumulate: micro-batches per update on each process.
         clip_norm: of the gradient of each phase (DMD2: 10).
-        sample_every, checkpoint_every: iterations; 0 for never. keep: checkpoints kept.
+        sample_every, checkpoint_every: iterations; 0 for never. keep: newest checkpoints kept.
+        best: a number of the log, e.g. "generator/dm"; the checkpoint before which its mean was best is kept too.
+        rollbacks: how often a run without finite gradients returns to its newest checkpoint and goes on with learning
+            rates times ``rollback_lr``, instead of stopping.
         device: "auto", "cpu" or "cuda". shard: processes over which trained weights are split.
     """
 
@@ -47,6 +54,9 @@ class TrainConfig:
     sample_every: int = 500
     checkpoint_every: int = 500
     keep: int = 2
+    best: str | None = None
+    rollbacks: int = 0
+    rollback_lr: float = 0.5
     device: str = "auto"
     shard: int = 1
 
@@ -54,6 +64,12 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "log_every", "keep", "shard"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"train.{name}: {getattr(self, name)}: expected at least 1")
+        for name in ("sample_every", "checkpoint_every", "rollbacks"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"train.{name}: {getattr(self, name)}: expected 0 or more")
+        for name in ("clip_norm", "rollback_lr"):
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"train.{name}: {getattr(self, name)}: expected a number above 0")
         if self.device not in ("auto", "cpu", "cuda"):
             raise RecipeError(f"train.device: {self.device!r}: expected auto, cpu or cuda")
 
@@ -64,12 +80,8 @@ class Data(Protocol):
     def batch(self, iteration: int, micro: int) -> Batch: ...
 
 
-class Interrupted(Exception):
-    """The run was asked to stop; its state is saved. ``signal`` says by what."""
-
-    def __init__(self, signal_number: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} at step {step}, saved")
-        self.signal = signal_number
+# Slurm's warning before the time is up is what --signal asks for, by custom USR1.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Trainer:
@@ -82,6 +94,14 @@ class Trainer:
     """
 
     MAX_SKIPPED = 10  # updates in a row without a finite gradient before the run gives up
+    STATE = (
+        "seconds",
+        "updates",
+        "skipped",
+        "rolled_back",
+        "best",
+        "begun",
+    )  # beside weights, optimisers and Progress
 
     def __init__(
         self,
@@ -103,21 +123,19 @@ class Trainer:
         self.optimizers = {name: self._optimizer(role) for name, role in roles.items()}
         self.updates = dict.fromkeys(roles, 0)
         self.skipped = dict.fromkeys((phase.name for phase in self.phases), 0)
-        self.seconds = 0.0
-        self.window: list[dict[str, Tensor]] = []
+        self.seconds, self.rolled_back = 0.0, 0
+        self.window, self.judged = Means(), Means()
+        self.best: dict[str, float] = {}
+        self.begun: dict[str, float] = {}  # what the weights were, to see that they changed
+        self.finite: dict[str, Tensor] = {}  # of this iteration's updates, by phase, on the device
+        self.last = Outcome()
         self.stop_signal: int | None = None
+        self.status = StatusLine(config.steps, quiet=self.quiet)
 
     def _optimizer(self, role: Role) -> torch.optim.Optimizer:
         c = role.config
-        # One fused kernel per update where the weights are plain tensors; shards take the foreach kernels.
-        fused = not any(hasattr(w, "device_mesh") for w in role.weights.values())
         return torch.optim.AdamW(
-            role.weights.values(),
-            lr=c.lr,
-            betas=c.betas,
-            eps=c.eps,
-            weight_decay=c.weight_decay,
-            fused=fused or None,
+            role.weights.values(), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True
         )
 
     # ------------------------------------------------------------------------------------------------- the loop
@@ -125,49 +143,73 @@ class Trainer:
         """Runs to ``config.steps``; resumes from wherever :meth:`restore` left the state.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; the run is saved. FewstepError: no finite gradient any more.
+            Interrupted: a signal came; the run is saved. TrainingError: no finite gradient any more, or the student
+                has not changed. WriteError: an output cannot be written; the last checkpoint is whole.
         """
-        log = MetricsLog(self.folder / "metrics.jsonl") if self.folder and self.process.main else None
-        if log:
-            log.truncate_after(self.progress.iteration)
-        status = StatusLine(self.config.steps, self.progress.iteration, quiet=self.quiet)
-        begin = time.perf_counter() - self.seconds
-        if self.progress.iteration == 0:
-            self._sample()
-        with self._signals():
+        with self._signals(), self._log() as log:
+            self.status = StatusLine(self.config.steps, self.progress.iteration, quiet=self.quiet)
+            watch = Watch(read_metrics(log.path) if log else ())
+            begin = time.perf_counter() - self.seconds
+            if self.progress.iteration == 0:
+                self.begun = {name: _digest(role) for name, role in self.roles.items()}
+                self._sample()
             while self.progress.iteration < self.config.steps:
-                self.iterate()
+                try:
+                    self.iterate()
+                    if self.progress.iteration == self.config.steps:
+                        self.settle()
+                except TrainingError as error:
+                    self._roll_back(error, log)
+                    continue
                 step = self.progress.iteration
                 self.seconds = time.perf_counter() - begin
                 if step % self.config.log_every == 0 or step == self.config.steps:
                     record = self._record()
                     if log:
                         log.append({"step": step, "seconds": round(self.seconds, 3), **record})
-                    status.update(step, record)
+                    self.status.update(step, record)
+                    for line in watch.read(record):
+                        self._say(f"warning: {line}")
                 stop = self.process.any(self.stop_signal is not None)
                 if _every(step, self.config.sample_every) or step == self.config.steps:
                     self._sample()
                 if stop or _every(step, self.config.checkpoint_every) or step == self.config.steps:
                     self.save()
                 if stop and step < self.config.steps:
-                    status.close()
-                    raise Interrupted(self.stop_signal or signal.SIGTERM, step)
-        status.close()
+                    self.status.close()
+                    raise Interrupted(self.stop_signal or signal.SIGTERM, step, self.folder)
+        self.status.close()
+        self._check_changed()
 
     def iterate(self) -> None:
-        """One iteration: the phases that are due, in order, each on the same micro-batches."""
-        count, world = self.config.accumulate, self.process.world
-        batches = [
-            self.data.batch(self.progress.iteration, i * world + self.process.rank) for i in range(count)
-        ]
+        """One iteration: the phases that are due, in order, each on the same micro-batches.
+
+        Raises:
+            TrainingError: the iteration before was the last of too many in a row without a finite gradient.
+        """
+        iteration = self.progress.iteration
+        batches = self._batches(iteration)
         metrics: dict[str, Tensor] = {}
         for phase in self.phases:
-            if phase.fresh and phase.span(self.progress)[0] == self.progress.iteration:
+            if phase.fresh and phase.span(self.progress)[0] == iteration:
+                self.settle()
                 self.restart(phase.fresh)
             if phase.due(self.progress):
                 metrics.update(self.turn(phase, batches))
-        self.window.append(metrics)
+        self.window.add(metrics)
         self.progress.iteration += 1
+        # Whether updates were finite is read one iteration later: by then the answer has come without waiting.
+        before, self.last = self.last, Outcome.of(iteration, self.finite)
+        self.finite = {}
+        self.look_back(before)
+        if any(self.skipped[name] == self.MAX_SKIPPED - 1 for name in self.last.names) and any(
+            self.skipped[name] == self.MAX_SKIPPED - 1 for name in self.last.bad()
+        ):
+            self.save("diverged")  # the next failure is the last; from here it shows again
+
+    def _batches(self, iteration: int) -> list[Batch]:
+        count, world, rank = self.config.accumulate, self.process.world, self.process.rank
+        return [self.data.batch(iteration, i * world + rank) for i in range(count)]
 
     def restart(self, names: tuple[str, ...]) -> None:
         """Roles begin again: the teacher's weights, an empty optimiser."""
@@ -186,48 +228,125 @@ class Trainer:
             return {}
         for role in self.roles.values():
             role.requires_grad_(role.name in phase.train)
-        totals: dict[str, Tensor] = {}
-        health: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
-            for role in trained:
-                sync_gradients(role.module, i == len(batches) - 1)
-            terms = phase.loss(batch, self.progress)
-            self.backward(sum(terms.values()) / len(batches))
-            for sums, values in ((totals, terms), (health, batch.log)):
-                for name, value in values.items():
-                    sums[name] = sums.get(name, 0) + value.detach() / len(batches)
-            batch.log.clear()
+            self._add(sums, phase, batch, trained, i == len(batches) - 1, len(batches))
         norm = self.update(phase, trained)
-        named = {f"{phase.name}/{k}": v for k, v in totals.items()}
-        return {**named, f"{phase.name}/grad_norm": norm, **{f"health/{k}": v for k, v in health.items()}}
+        return {**sums, f"{phase.name}/grad_norm": norm}
+
+    def _add(self, sums, phase: Phase, batch: Batch, roles: list[Role], sync: bool, count: int) -> None:
+        """One of ``count`` micro-batches: gradients to the weights, numbers to the sums."""
+        for role in roles:
+            sync_gradients(role.module, sync)
+        terms = phase.loss(batch, self.progress)
+        self.backward(sum(terms.values()) / count)
+        named = {f"{phase.name}/{k}": v for k, v in terms.items()}
+        for name, value in {**named, **{f"health/{k}": v for k, v in batch.log.items()}}.items():
+            sums[name] = sums.get(name, 0) + value.detach() / count
+        batch.log.clear()
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        # A loss that is not finite makes no finite gradient, so that the norm tells, on every rank, at no extra cost.
+        loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan).to(loss))
 
     def update(self, phase: Phase, roles: list[Role]) -> Tensor:
-        """Clip jointly, step, average, clear; an update without a finite gradient is skipped by all ranks."""
-        weights = [w for role in roles for w in role.weights.values()]
-        norm = torch.nn.utils.clip_grad_norm_(weights, self.config.clip_norm)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if torch.isfinite(norm):
-            self.skipped[phase.name] = 0
-            for role in roles:
-                optimizer = self.optimizers[role.name]
-                optimizer.param_groups[0]["lr"] = self.learning_rate(role, phase)
-                optimizer.step()
-                self.updates[role.name] += 1
-                role.update_average(self.updates[role.name])
-        else:
-            self.skipped[phase.name] += 1
-            if self.skipped[phase.name] >= self.MAX_SKIPPED:
-                raise FewstepError(
-                    f"step {self.progress.iteration}: the gradient of {' and '.join(phase.train)} was not finite "
-                    f"{self.MAX_SKIPPED} times in a row; lower the lr, or resume from the last checkpoint with "
-                    "train.clip_norm 1"
-                )
+        """Clip jointly, step, average, clear; an update without a finite gradient is skipped by all ranks.
+
+        The fused kernel itself leaves weights and moments alone where ``found_inf`` is 1, so the host need not know.
+
+        Returns:
+            The norm of the joint gradient over all ranks, before clipping.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(_weights(roles), self.config.clip_norm, foreach=True)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).detach()
+        self.finite[phase.name] = torch.isfinite(norm)
+        found_inf = 1 - self.finite[phase.name].float()
         for role in roles:
-            self.optimizers[role.name].zero_grad(set_to_none=True)
-        return norm.detach()
+            optimizer = self.optimizers[role.name]
+            optimizer.found_inf = found_inf
+            optimizer.param_groups[0]["lr"] = self.learning_rate(role, phase)
+            optimizer.step()
+            self.updates[role.name] += 1
+            role.update_average(self.updates[role.name])
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    # --------------------------------------------------------------------------------- gradients that were not finite
+    def settle(self) -> None:
+        """Looks back at the last iteration now."""
+        before, self.last = self.last, Outcome()
+        self.look_back(before)
+
+    def look_back(self, outcome: Outcome) -> None:
+        """Makes up for the updates that an iteration skipped; all ranks do the same, for the norm is of them all.
+
+        Raises:
+            TrainingError: nothing was finite in a phase for the :data:`MAX_SKIPPED`-th time in a row.
+        """
+        bad = outcome.bad()
+        for name in outcome.names:
+            self.skipped[name] = self.skipped[name] if name in bad else 0
+        if not bad:
+            return
+        now, self.progress.iteration = self.progress.iteration, outcome.iteration
+        try:
+            for phase in self.phases:
+                if phase.name in bad and not self.rescue(phase):
+                    self._count(phase)
+        finally:
+            self.progress.iteration, self.finite = now, {}
+
+    def rescue(self, phase: Phase) -> bool:
+        """A turn again, one sample at a time, without those whose gradient is not finite.
+
+        Returns:
+            Whether anything was left to learn from.
+        """
+        roles = [self.roles[name] for name in phase.train]
+        for role in self.roles.values():
+            role.requires_grad_(role in roles)
+        weights, step = _weights(roles), self.progress.iteration
+        kept: list[Tensor | None] = [None] * len(weights)
+        means, lost, count = Means(), [], 0
+        for k, batch in enumerate(self._batches(step)):
+            for i in range(batch.shape[0]):
+                key = (self.config.seed, "rescue", step, phase.name, k, i, self.process.rank)
+                one, sums = batch.row(i, Rng(*key, device=batch.rng.device)), {}
+                for before in self.phases[: self.phases.index(phase)]:  # leave what this phase takes over
+                    if before.due(self.progress):
+                        before.loss(one, self.progress)
+                one.log.clear()
+                self._add(sums, phase, one, roles, True, 1)
+                gradients = [w.grad for w in weights]
+                if _finite(gradients):
+                    count += 1
+                    means.add(sums)
+                    kept = [g if k is None else k if g is None else k + g for k, g in zip(kept, gradients)]
+                else:
+                    odd = [name for name, value in sums.items() if not value.isfinite()]
+                    lost.append(f"micro-batch {k} sample {i}" + (f" ({', '.join(odd)})" if odd else ""))
+                for role in roles:
+                    self.optimizers[role.name].zero_grad(set_to_none=True)
+        what = f"{len(lost)} of {len(lost) + count} samples left out" if count else "update left out"
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        self._say(f"step {step}: {phase.name}: {what}, not finite: {', '.join(lost[:3])}{more}")
+        dropped = torch.tensor(float(len(lost)), device=self.process.device)
+        self.window.add({**means.means(), f"{phase.name}/dropped": dropped})
+        if count:
+            for weight, gradient in zip(weights, kept):
+                weight.grad = None if gradient is None else gradient / count
+            self.update(phase, roles)
+        return count > 0
+
+    def _count(self, phase: Phase) -> None:
+        self.skipped[phase.name] += 1
+        if self.skipped[phase.name] >= self.MAX_SKIPPED:
+            where = f"; `fewstep replay {self.folder}` shows it again" if self.folder else ""
+            raise TrainingError(
+                f"step {self.progress.iteration}: the gradient of {' and '.join(phase.train)} was not finite "
+                f"{self.MAX_SKIPPED} times in a row{where}. Resume from the last checkpoint with a lower lr or with "
+                "--train.clip_norm 1, or set train.rollbacks"
+            )
 
     def learning_rate(self, role: Role, phase: Phase) -> float:
         """Linear warm-up, constant, linear decay to zero within the phase's share; counted in iterations."""
@@ -235,47 +354,124 @@ class Trainer:
         begin, end = phase.span(self.progress)
         warm = (done - begin + 1) / c.warmup if c.warmup else 1.0
         left = (end - done) / c.decay if c.decay else 1.0
-        return c.lr * min(1.0, warm, left)
+        return c.lr * self.config.rollback_lr**self.rolled_back * min(1.0, warm, left)
 
     # --------------------------------------------------------------------------------------------- side effects
+    @contextlib.contextmanager
+    def _log(self):
+        """The run's log on the first rank, without what a killed run wrote after its last checkpoint."""
+        if self.folder is None or not self.process.main:
+            yield None
+            return
+        sweep(self.folder)
+        log = MetricsLog(self.folder / "metrics.jsonl")
+        try:
+            log.truncate_after(self.progress.iteration)
+            yield log
+        finally:
+            log.close()
+
     def _record(self) -> dict[str, float | None]:
         """Means over the window since the last record; the only place where numbers leave the device."""
-        names = sorted({name for metrics in self.window for name in metrics})
-        if not names:
+        means = self.window.means()
+        self.window = Means()
+        if not means:
             return {}
-        means = [torch.stack([m[name].float() for m in self.window if name in m]).mean() for name in names]
-        self.window = []
-        values = self.process.mean(torch.stack(means)).tolist()
-        return {name: value if math.isfinite(value) else None for name, value in zip(names, values)}
+        self.judged.add({name: value for name, value in means.items() if name == self.config.best})
+        values = self.process.mean(torch.stack([means[name] for name in sorted(means)])).tolist()
+        return {name: value if math.isfinite(value) else None for name, value in zip(sorted(means), values)}
 
     def _sample(self) -> None:
         if self.on_sample and self.config.sample_every:
             self.on_sample(self.progress.iteration)
 
-    def save(self) -> None:
-        """Writes a checkpoint of this moment; keeps the newest ``config.keep``."""
+    def _say(self, text: str) -> None:
+        self.status.write(f"fewstep: {text}")
+
+    def _roll_back(self, error: TrainingError, log: MetricsLog | None) -> None:
+        """Back to the newest checkpoint with a lower rate, as often as the recipe allows; all ranks alike."""
+        done, allowed = self.rolled_back, self.config.rollbacks
+        if done >= allowed or not self.restore(sound=True):
+            self.status.close()
+            raise error
+        self.rolled_back = done + 1
+        step = self.progress.iteration
+        if log:
+            log.truncate_after(step)
+            checkpoint.drop_after(self.folder / "checkpoints", step)
+        scale = self.config.rollback_lr**self.rolled_back
+        self._say(f"{error}\nfewstep: back to step {step}, learning rates times {scale:g}")
+
+    def _check_changed(self) -> None:
+        same = [r for r in self.method.student.roles if self.begun.get(r) == _digest(self.roles[r])]
+        if same:
+            raise TrainingError(
+                f"the weights of {' and '.join(dict.fromkeys(same))} have not changed in {self.config.steps} steps; "
+                "look at roles.student.lr and targets, and at how often its phase is due (method.critic_steps)"
+            )
+
+    def _judge(self) -> None:
+        """Whether the checkpoint that is about to be written is the best."""
+        name, step = self.config.best, self.progress.iteration
+        due = _every(step, self.config.checkpoint_every) or step == self.config.steps
+        if name is None or not due:  # a checkpoint because of a signal changes nothing
+            return
+        means = self.judged.means()
+        self.judged = Means()
+        if name not in means:
+            self._say(
+                f"warning: train.best: no {name!r} was logged since the last checkpoint; see metrics.jsonl"
+            )
+            return
+        value = self.process.mean(means[name]).item()
+        better = direction(name) or -1  # a loss where the name does not tell
+        if math.isfinite(value) and (not self.best or better * value > better * self.best["value"]):
+            self.best = {"step": step, "value": value}
+
+    def save(self, name: str | None = None) -> None:
+        """Writes a checkpoint of this moment; keeps the newest ``config.keep`` and the best.
+
+        Args:
+            name: of a snapshot beside the checkpoints instead, which is kept apart.
+        """
         if self.folder is None:
             return
-        checkpoints = self.folder / "checkpoints"
-        step = self.progress.iteration
-        state = {"iteration": step, "seconds": self.seconds, "updates": self.updates, "skipped": self.skipped}
-        checkpoint.save(checkpoints / f"step_{step:08d}", self.roles, self.optimizers, state, self.process)
-        if self.process.main:
-            checkpoint.rotate(checkpoints, self.config.keep)
+        if name is None:
+            self._judge()
+        checkpoints, step = self.folder / "checkpoints", self.progress.iteration
+        state = {field: getattr(self, field) for field in self.STATE}
+        state |= {"iteration": step} | {
+            k: getattr(self, k).floats(self.process) for k in ("window", "judged")
+        }
+        where = self.folder / name if name else checkpoints / f"step_{step:08d}"
+        checkpoint.save(where, self.roles, self.optimizers, state, self.process)
+        if self.process.main and name is None:
+            checkpoint.rotate(checkpoints, self.config.keep, self.best.get("step"))
 
-    def restore(self) -> bool:
-        """Continues from the newest whole checkpoint of the run directory, if there is one."""
-        found = checkpoint.newest(self.folder / "checkpoints") if self.folder else None
-        if found is None:
+    def restore(self, folder: Path | None = None, sound: bool = False) -> bool:
+        """Continues from a checkpoint, by default the newest whole one of the run directory, if there is one.
+
+        Args:
+            sound: pass over those written while gradients were not finite.
+        """
+        if folder is None and self.folder:
+            where = self.folder / "checkpoints"
+            found = checkpoint.newest(where, sound) if self.process.main else None
+            step = self.process.agree(checkpoint.step_of(found) if found else -1)
+            folder = where / f"step_{step:08d}" if step >= 0 else None
+        if folder is None:
             return False
-        state = checkpoint.load(found, self.roles, self.optimizers)
-        self.progress.iteration, self.seconds = state["iteration"], state["seconds"]
-        self.updates, self.skipped = state["updates"], state["skipped"]
+        state = checkpoint.load(folder, self.roles, self.optimizers)
+        for field in self.STATE:
+            setattr(self, field, state[field])
+        self.progress.iteration, self.last = state["iteration"], Outcome.of(**state["last"])
+        for name in ("window", "judged"):
+            setattr(self, name, Means.of(state[name], self.process.device))
         return True
 
     @contextlib.contextmanager
     def _signals(self):
-        """SIGINT and SIGTERM end the run after the iteration in progress; a second one ends it at once."""
+        """A signal of :data:`SIGNALS` ends the run after the iteration in progress; a second one ends it at once."""
 
         def note(number, _frame):
             if self.stop_signal is not None:
@@ -283,7 +479,7 @@ class Trainer:
             self.stop_signal = number
 
         try:
-            before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+            before = {s: signal.signal(s, note) for s in SIGNALS}
         except ValueError:  # not the main thread, e.g. a notebook's worker
             before = {}
         try:
@@ -291,6 +487,42 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class Outcome:
+    """Which updates of an iteration were finite; known on the host once the device has got there."""
+
+    def __init__(self, iteration: int = 0, names: tuple[str, ...] = (), flags: Download | None = None):
+        self.iteration, self.names, self.flags = iteration, names, flags
+
+    @classmethod
+    def of(cls, iteration: int, finite: Mapping[str, Tensor | bool]) -> Outcome:
+        flags = [torch.as_tensor(flag) for flag in finite.values()]
+        return cls(iteration, tuple(finite), Download(torch.stack(flags)) if flags else None)
+
+    def bad(self) -> list[str]:
+        """Phases that were not; waits where the device is not there yet."""
+        return [name for name, fine in self.plain()["finite"].items() if not fine]
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "iteration": self.iteration,
+            "finite": dict(zip(self.names, self.flags.read() if self.flags else ())),
+        }
+
+
+def _finite(gradients: list[Tensor | None]) -> bool:
+    norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+    return bool(torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+
+
+def _weights(roles: list[Role]) -> list[Tensor]:
+    return [w for role in roles for w in role.weights.values()]
+
+
+def _digest(role: Role) -> float:
+    """Tells whether weights have changed; a collective on sharded roles."""
+    return float(sum(whole(w).double().abs().sum() for w in role.weights.values()))
 
 
 def _every(step: int, period: int) -> bool:

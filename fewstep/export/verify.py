@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FewstepError
+from ..errors import TrainingError
 from ..generate import bind_noise
 from ..router import RoutedStudent
 from ..student import Student
@@ -18,7 +18,7 @@ from ..teachers.base import Teacher, size_options
 from .load import load_exported, stock_call
 
 
-class ExportError(FewstepError):
+class ExportError(TrainingError):
     """The export does not reproduce the trainer's own sample."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -64,6 +64,22 @@ class Batch:
     def clean(self, synthetic: bool) -> tuple[Tensor, Cond]:
         """Latents to be noised and their conditions: real ones, or those that a teacher made (its pairs)."""
         return (self.pairs[1], self.pair_cond) if synthetic else (self.real, self.real_cond)
+
+    def row(self, i: int, rng: Rng) -> Batch:
+        """Sample i as a micro-batch of its own, with randomness of its own and nothing carried over."""
+        one = slice(i, i + 1)
+        return replace(
+            self,
+            cond=self.cond.rows(one),
+            shape=(1, *self.shape[1:]),
+            rng=rng,
+            real=None if self.real is None else self.real[one],
+            real_cond=None if self.real_cond is None else self.real_cond.rows(one),
+            pairs=None if self.pairs is None else (self.pairs[0][one], self.pairs[1][one]),
+            pair_cond=None if self.pair_cond is None else self.pair_cond.rows(one),
+            carry={},
+            log={},
+        )
 
     def note_health(self, x0: Tensor, real: Tensor, fake: Tensor) -> None:
         """Vital signs of a student with a critic, for the log and the report.

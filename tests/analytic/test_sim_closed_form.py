@@ -197,7 +197,7 @@ def test_turns_roles_and_logs(ring, fitted):  # noqa: F811
     assert seen == [("critic", ["critic"]), ("generator", ["student"]), ("critic", ["critic"])]
     health = {"health/critic_lag", "health/latent_mean", "health/latent_std"}
     logged = {"critic/denoising", "critic/grad_norm", "generator/sim", "generator/grad_norm"} | health
-    assert set(trainer.window[0]) == logged
+    assert set(trainer.window.sums) == logged
     assert trainer.method.student.times == [625]
     assert SIM.needs(SIM.Config()) == ("prompts",)
 
