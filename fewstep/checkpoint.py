@@ -149,7 +149,7 @@ def newest(checkpoints: Path, sound: bool = False) -> Path | None:
         if reason := fault(folder):
             faults += 1
             print(f"fewstep: checkpoint {folder}: {reason}; using the one before it", file=sys.stderr)
-        elif not (sound and any(json.loads((folder / "state.json").read_text())["skipped"].values())):
+        elif not sound or _is_sound(json.loads((folder / "state.json").read_text())):
             return folder
     if found and faults == len(found):
         raise FewstepError(
@@ -176,6 +176,10 @@ def at(checkpoints: Path, step: str, best: dict) -> Path:
     if reason := fault(wanted):
         raise FewstepError(f"{wanted}: {reason}; choose another of {kept}")
     return wanted
+
+
+def _is_sound(state: dict) -> bool:
+    return not any(state["skipped"].values()) and all(state["last"]["finite"].values())
 
 
 def rotate(checkpoints: Path, keep: int, best: int | None = None) -> None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
-from importlib.metadata import PackageNotFoundError, version
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
 
-NEEDED = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "peft",
-    "accelerate",
-    "safetensors",
-    "numpy",
-    "pillow",
-    "pydantic",
-)
-EXTRAS = ("torchvision", "xformers", "clean-fid", "torchmetrics", "scipy")
+# Extras: package -> what it is for.
+EXTRAS = {
+    "torchvision": "published evaluation networks and other tools",
+    "xformers": "memory-efficient attention",
+    "clean-fid": "cross-checks of FID",
+    "torchmetrics": "cross-checks of FID",
+}
 
 
 def _version(package: str) -> str | None:
@@ -27,38 +23,73 @@ def _version(package: str) -> str | None:
         return None
 
 
+def needed() -> dict[str, str]:
+    """Package -> what versions of it fewstep supports, from its own metadata."""
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(line) for line in requires("fewstep") or ()]
+    return {r.name: str(r.specifier) for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})}
+
+
 def problems() -> list[str]:
     """One line per fault, with its remedy."""
-    found = [f"{p} is missing: pip install {p}" for p in NEEDED if _version(p) is None]
-    if importlib.util.find_spec("torchvision") is not None:
-        try:
-            import torchvision  # noqa: F401
-        except Exception as error:
+    return [*unmet("fewstep"), *(line for package in needed() for line in unmet(package)), *bad_pairs()]
+
+
+def unmet(package: str) -> list[str]:
+    """What an installed package declares to need and does not find, or finds in another version."""
+    from packaging.requirements import Requirement
+
+    found = []
+    for wanted in map(Requirement, requires(package) or () if _version(package) else ()):
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        have = _version(wanted.name)
+        if have is None or not wanted.specifier.contains(have, prereleases=True):
+            state = "is missing" if have is None else f"is {have}"
             found.append(
-                f"torchvision does not load beside this torch ({str(error).splitlines()[0]}), and breaks transformers, "
-                "diffusers and peft with it: uninstall it, or install the build that belongs to this torch"
+                f"{package} {_version(package)} needs {wanted.name}{wanted.specifier}, which {state}: "
+                f"pip install '{wanted.name}{wanted.specifier}'"
             )
     return found
+
+
+def bad_pairs() -> list[str]:
+    """Packages that come in builds for one torch each, and take others down with them beside another one."""
+    found = []
+    for package in ("torchvision", "xformers"):
+        if _version(package) and (reason := _does_not_load(package)):
+            found.append(
+                f"{package} {_version(package)} does not load beside torch {_version('torch')} ({reason}), and breaks "
+                "transformers, diffusers and peft with it: uninstall it, or install the build for this torch"
+            )
+    return found
+
+
+def _does_not_load(package: str) -> str | None:
+    """Tried in another process: a build for another torch can end this one."""
+    done = subprocess.run([sys.executable, "-c", f"import {package}"], capture_output=True, text=True)
+    lines = done.stderr.strip().splitlines()
+    return (lines[-1] if lines else f"exit code {done.returncode}") if done.returncode else None
 
 
 def report() -> tuple[str, bool]:
     """(text, healthy)."""
     lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
-    for package in (*NEEDED, *EXTRAS):
-        found = _version(package)
-        lines.append(
-            f"{package:14} {found or ('missing' if package in NEEDED else 'not installed (optional)')}"
-        )
+    for package, specifier in needed().items():
+        lines.append(f"{package:32} {_version(package) or 'missing'}   (needs {specifier})")
+    for package, purpose in EXTRAS.items():
+        lines.append(f"{package:32} {_version(package) or f'not installed (optional: {purpose})'}")
     if _version("torch"):
         import torch
 
-        if torch.cuda.is_available():
-            cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-            lines += [
-                f"cuda:{i}         {c.name}, {c.total_memory / 1e9:.0f} GB" for i, c in enumerate(cards)
-            ]
-        else:
-            lines.append(f"no CUDA device; {torch.get_num_threads()} CPU threads")
+        for i in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(i)
+            lines.append(f"{f'cuda:{i}':32} {card.name}, {card.total_memory / 1e9:.0f} GB")
+        if not torch.cuda.is_available():
+            built = torch.version.cuda or torch.version.hip
+            why = "no driver or device for it was found" if built else "this torch is built for the CPU"
+            lines.append(f"no CUDA device ({why}); {torch.get_num_threads()} CPU threads")
     faults = problems()
     lines += ["", *(f"PROBLEM: {fault}" for fault in faults)] if faults else ["", "no problem found"]
     return "\n".join(lines), not faults

@@ -202,10 +202,9 @@ class Trainer:
         before, self.last = self.last, Outcome.of(iteration, self.finite)
         self.finite = {}
         self.look_back(before)
-        if any(self.skipped[name] == self.MAX_SKIPPED - 1 for name in self.last.names) and any(
-            self.skipped[name] == self.MAX_SKIPPED - 1 for name in self.last.bad()
-        ):
-            self.save("diverged")  # the next failure is the last; from here it shows again
+        at_the_end = {name for name in self.last.names if self.skipped[name] == self.MAX_SKIPPED - 1}
+        if at_the_end and at_the_end & set(self.last.bad()):
+            self.save("diverged")  # from here the failure that ends the run shows again
 
     def _batches(self, iteration: int) -> list[Batch]:
         count, world, rank = self.config.accumulate, self.process.world, self.process.rank
@@ -284,15 +283,14 @@ class Trainer:
             TrainingError: nothing was finite in a phase for the :data:`MAX_SKIPPED`-th time in a row.
         """
         bad = outcome.bad()
-        for name in outcome.names:
-            self.skipped[name] = self.skipped[name] if name in bad else 0
+        self.skipped |= dict.fromkeys(set(outcome.names) - set(bad), 0)
         if not bad:
             return
         now, self.progress.iteration = self.progress.iteration, outcome.iteration
         try:
             for phase in self.phases:
-                if phase.name in bad and not self.rescue(phase):
-                    self._count(phase)
+                if phase.name in bad:
+                    self._count(phase, self.rescue(phase))
         finally:
             self.progress.iteration, self.finite = now, {}
 
@@ -338,8 +336,8 @@ class Trainer:
             self.update(phase, roles)
         return count > 0
 
-    def _count(self, phase: Phase) -> None:
-        self.skipped[phase.name] += 1
+    def _count(self, phase: Phase, rescued: bool) -> None:
+        self.skipped[phase.name] = 0 if rescued else self.skipped[phase.name] + 1
         if self.skipped[phase.name] >= self.MAX_SKIPPED:
             where = f"; `fewstep replay {self.folder}` shows it again" if self.folder else ""
             raise TrainingError(
@@ -440,9 +438,8 @@ class Trainer:
             self._judge()
         checkpoints, step = self.folder / "checkpoints", self.progress.iteration
         state = {field: getattr(self, field) for field in self.STATE}
-        state |= {"iteration": step} | {
-            k: getattr(self, k).floats(self.process) for k in ("window", "judged")
-        }
+        state |= {"iteration": step, "last": self.last.plain()}
+        state |= {k: getattr(self, k).floats(self.process) for k in ("window", "judged")}
         where = self.folder / name if name else checkpoints / f"step_{step:08d}"
         checkpoint.save(where, self.roles, self.optimizers, state, self.process)
         if self.process.main and name is None:

@@ -293,7 +293,7 @@ def train_unet(folder: Path, steps: int, cooldown: int, init: Path | None, batch
     torch.manual_seed(0)
     model = Denoiser(tokenizer)
     if init:
-        pipe = StableDiffusionXLPipeline.from_pretrained(init, add_watermarker=False)
+        pipe = StableDiffusionXLPipeline.from_pretrained(init, add_watermarker=False, use_safetensors=True)
         for name in ("unet", "text_encoder", "text_encoder_2"):
             getattr(model, name).load_state_dict(getattr(pipe, name).float().state_dict())
     print(f"UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.2f} M parameters", flush=True)

@@ -1,6 +1,7 @@
 """Options, a private cache, and tiny pipelines on disk that go through the loading code of the real ones."""
 
 import os
+from collections import Counter, defaultdict
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 # Tests compare runs bit for bit, some in child processes, and several workers share the cores: one thread each,
@@ -26,6 +27,54 @@ def pytest_collection_modifyitems(config, items):
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# ------------------------------------------------------------------------------------------ what the tests have tried
+@pytest.fixture
+def tally(request):
+    """Counts for the table at the end: ``tally("faults injected", 1)`` before the fault, "survived" after the proof."""
+
+    def add(what, count):
+        request.node.user_properties.append(("tally", [what, count]))
+
+    return add
+
+
+def tallies(reports):
+    """What the tests of these reports have counted; numbers are added, names are collected."""
+    numbers, names = Counter(), defaultdict(set)
+    for report in reports:
+        for key, value in report.user_properties:
+            if key == "tally" and isinstance(value[1], str):
+                names[value[0]].add(value[1])
+            elif key == "tally":
+                numbers[value[0]] += value[1]
+    return numbers, names
+
+
+def pytest_terminal_summary(terminalreporter):
+    kinds = ("passed", "failed")
+    numbers, names = tallies(
+        r for k in kinds for r in terminalreporter.stats.get(k, []) if getattr(r, "when", "") == "call"
+    )
+    rows = []
+    if faults := numbers["faults injected"]:
+        survived = numbers["survived"]
+        rows.append(f"faults injected {faults} | survived {survived} | data lost {faults - survived}")
+    if tried := numbers["inputs tried"]:
+        refused, good = numbers["refused with a clear error"], numbers["accepted, being good"]
+        lost = tried - refused - good
+        rows.append(
+            f"inputs tried {tried} | refused with a clear error {refused} | good {good} | tracebacks {lost}"
+        )
+    if methods := names["resume tried"]:
+        inexact = {variant.split("/")[0] for variant in methods - names["resumed bit-exact"]}
+        every = {variant.split("/")[0] for variant in methods}
+        rows.append(f"methods {len(every)} | bit-exact resume {len(every - inexact)} | not {sorted(inexact)}")
+    if rows:
+        terminalreporter.section("nothing lost, nothing silent")
+        for row in rows:
+            terminalreporter.write_line(f"| {row} |")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cond import Cond
-from ..files import write_tensors
+from ..files import sweep, write_tensors
 from ..teachers.base import Teacher
 from .images import CaptionedImages
 
@@ -128,9 +129,24 @@ def _store(
     folder = cache_root() / f"{kind}-{name}"
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, length, SHARD)
-    missing = [start for start in starts if not shard_path(folder, start).exists()]
+    sweep(folder)
+    missing = [start for start in starts if not _is_whole(shard_path(folder, start))]
     for start in tqdm(missing, desc=f"encoding {kind}", unit=f"x{SHARD}", disable=quiet or not missing):
         tensors = encode(start, min(start + SHARD, length))
         tensors = {n: v.to("cpu", dtype if v.is_floating_point() else v.dtype) for n, v in tensors.items()}
         write_tensors(shard_path(folder, start), tensors)
     return Store(folder, length)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a shard is there and as long as its header says; a damaged one is named and made again."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except FileNotFoundError:
+        return False
+    except (OSError, SafetensorError) as error:
+        print(f"fewstep: cached file {path} is damaged ({error}); encoding it again", file=sys.stderr)
+        return False

@@ -33,7 +33,10 @@ class CaptionedImages:
     def load(self, index: int, size: int) -> np.ndarray:
         """Centre crop to a square, then Lanczos to ``size``; transparent pixels become white."""
         item = self.files[index % len(self.files)]
-        image = Image.fromarray(item) if isinstance(item, np.ndarray) else _open(item)
+        try:
+            image = Image.fromarray(item) if isinstance(item, np.ndarray) else _open(item)
+        except Exception as error:  # it was fine when the run began
+            raise RecipeError(f"data.images: {item}: {error}; put it back and resume") from error
         return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
@@ -98,10 +101,10 @@ def _captions(folder: Path, files: Sequence[Path]) -> list[str]:
 
 def _fault(path: Path) -> str | None:
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as image:  # reads the header only
             if image.width * image.height > MAX_PIXELS:
                 return f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} in all"
-            image.load()
+        _open(path)
     except Exception as error:  # Pillow raises many kinds on hostile files
         return str(error).splitlines()[0][:80] or type(error).__name__
     return None

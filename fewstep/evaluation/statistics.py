@@ -1,7 +1,6 @@
 """Mean and covariance of features: accumulated in a stream, saved with their origin, refused when unlike."""
 
 import json
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,8 @@ class Statistics:
             with np.load(path, allow_pickle=False) as file:
                 mu, sigma = (torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma"))
                 meta = json.loads(str(file["meta"])) if "meta" in file else {}
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            number = int(meta.pop("n", 0))
+        except Exception as error:  # zip, zlib, numpy and JSON each raise their own kinds
             raise FewstepError(
                 f"{path} is no statistics file ({error}): expected an npz with mu (D,) and sigma (D, D); "
                 "`fewstep eval stats IMAGES -o FILE` writes one"
@@ -124,7 +124,7 @@ class Statistics:
             )
         if not (mu.isfinite().all() and sigma.isfinite().all()):
             raise FewstepError(f"{path}: mu or sigma has entries that are not finite: write the file again")
-        return cls(mu, sigma, int(meta.pop("n", 0)), {"dim": len(mu), **meta})
+        return cls(mu, sigma, number, {"dim": len(mu), **meta})
 
 
 def check_comparable(a: Statistics, b: Statistics, names: tuple[str, str] = ("first", "second")) -> None:

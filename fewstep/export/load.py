@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,46 @@ def load_exported(
         teacher: the base pipeline, if it moved. dtype: weights are rounded to. upcast: compute in fp32 all the same.
 
     Raises:
-        FewstepError: no export there.
+        FewstepError: no export there, or a damaged one.
     """
-    import diffusers
-
     folder = Path(folder)
     if not (folder / "fewstep.json").is_file():
         raise FewstepError(
             f"{folder} is no export (no fewstep.json in it); expected RUN/export of a finished run"
         )
-    record = json.loads((folder / "fewstep.json").read_text())
+    try:
+        return _load(folder, read_record(folder), teacher, dtype, upcast)
+    except FewstepError:
+        raise
+    except Exception as error:  # a file missing or damaged: each loader raises its own kinds
+        raise FewstepError(
+            f"{folder}: this export cannot be loaded: {error}; export the run again"
+        ) from error
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """``fewstep.json``, checked: it may come from anywhere, and names folders and a class.
+
+    Raises:
+        FewstepError: no JSON, something missing, or a name that leads out of the folder.
+    """
+    path = folder / "fewstep.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {"kind": str, "num_steps": int, "call": dict, "scheduler": str, "noise": str}
+        wrong = [key for key, kind in kinds.items() if not isinstance(record[key], kind)]
+        names = [*record.get("parts", ()), *record.get("experts", ())]
+        wrong += [name for name in names if not re.fullmatch(r"\w+", name)]
+        if wrong or record["kind"] not in ("lora", "full") or not record["scheduler"].endswith("Scheduler"):
+            raise ValueError(f"unexpected {', '.join(map(repr, wrong)) or 'kind or scheduler'}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FewstepError(f"{path}: is damaged ({error!r}); export the run again") from error
+    return record
+
+
+def _load(folder: Path, record: dict[str, Any], teacher: str | None, dtype: str, upcast: bool):
+    import diffusers
+
     lora = record["kind"] == "lora"
     with hushed():
         if lora:
@@ -43,6 +74,7 @@ def load_exported(
             pipe = pipeline_type(record["pipeline_class"]).from_pretrained(
                 folder / "pipeline",
                 torch_dtype=getattr(torch, dtype),
+                use_safetensors=True,
                 **dict.fromkeys(record.get("absent", [])),
             )
         if upcast:

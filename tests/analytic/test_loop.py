@@ -5,7 +5,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import SD, Mlp, fit, toy
 
-from fewstep.errors import FewstepError
 from fewstep.methods import METHODS
 from fewstep.rng import Rng
 from fewstep.teachers.analytic import GaussianMixture
@@ -74,20 +73,9 @@ def test_an_update_without_a_finite_gradient_changes_neither_weights_nor_moments
         w.grad = torch.full_like(w, float("inf"))
     trainer.update(phase, [student])
     assert all(a.equal(b) for a, b in zip(before, state()))
-    assert int(trainer.skipped["generator"]) == 1
+    assert not trainer.finite["generator"]
     for w in student.weights.values():
         w.grad = torch.ones_like(w)
     trainer.update(phase, [student])
     assert not any(a.equal(b) for a, b in zip(before, state()))
-    assert int(trainer.skipped["generator"]) == 0
-
-
-def test_a_run_gives_up_after_too_many_such_updates_in_a_row(ring):
-    trainer = trainer_of("dmd2", ring, {**GAN, "gan_weight": 0.0}, steps=8)
-    trainer.skipped["critic"] += trainer.MAX_SKIPPED - 1
-    assert trainer._record() == {}
-    trainer.skipped["critic"] += 1
-    with pytest.raises(
-        FewstepError, match="gradient of critic was not finite 10 times in a row; lower the lr"
-    ):
-        trainer._record()
+    assert trainer.finite["generator"]

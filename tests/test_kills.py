@@ -1,0 +1,132 @@
+"""SIGKILL at random moments of a real run, and a process of two that dies: nothing is lost, nobody waits for ever."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_end_to_end import tiny
+
+from fewstep.recipe import dump
+from fewstep.report import read_metrics
+from fewstep.run import execute, resume
+
+KILLS, STEPS = 20, 40
+WORDS = (
+    "--train.steps",
+    str(STEPS),
+    "--train.checkpoint_every",
+    "1",
+    "--train.keep",
+    "2",
+    "--train.sample_every",
+    "0",
+)
+WORDS = (*WORDS, "--samples.teacher_steps", "0", "--train.batch_size", "1", "--train.device", "cpu")
+
+
+def cpu_seconds(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def child_of(function):
+    """A fork that does one thing: what a new process does, without importing torch again."""
+    if child := os.fork():
+        return child
+    try:
+        function()
+        os._exit(0)
+    except BaseException as error:
+        print(f"child: {error!r}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="reads the seconds a process has used from /proc"
+)
+def test_twenty_kills_change_nothing(tiny_sd15, tmp_path, tally):
+    for name in ("straight", "killed"):
+        (tmp_path / name).mkdir()
+    straight = execute(tiny("sd15_dmd2_1step", tiny_sd15, tmp_path / "straight", *WORDS))
+    recipe = tiny("sd15_dmd2_1step", tiny_sd15, tmp_path / "killed", *WORDS)
+    run, chance, kills = Path(recipe.output), random.Random(0), 0
+    begun = child_of(lambda: execute(recipe))
+    while kills < KILLS:
+        # Seconds of its own work, so that a busy machine sees the same kills: while it loads, trains, writes.
+        until, code = chance.uniform(0.1, 1.6), None
+        while cpu_seconds(begun) < until and code is None:
+            time.sleep(0.002)
+            done, status = os.waitpid(begun, os.WNOHANG)
+            code = os.waitstatus_to_exitcode(status) if done else None
+        if code is not None:
+            assert code == 0, "the run failed by itself"
+            break
+        tally("faults injected", 1)
+        os.kill(begun, signal.SIGKILL)
+        os.waitpid(begun, 0)
+        kills += 1
+        tally("survived", 1)
+        begun = child_of(lambda: resume(run) if (run / "recipe.yaml").is_file() else execute(recipe))
+    else:
+        assert os.waitstatus_to_exitcode(os.waitpid(begun, 0)[1]) == 0
+    assert kills == KILLS, "the run was over too soon; give it more steps"
+    for name in (
+        f"checkpoints/step_{STEPS:08d}/state.safetensors",
+        "export/pytorch_lora_weights.safetensors",
+    ):
+        one, two = load_file(straight / name), load_file(run / name)
+        assert one.keys() == two.keys() and not [key for key in one if not one[key].equal(two[key])]
+    records = [[{**r, "seconds": 0} for r in read_metrics(f / "metrics.jsonl")] for f in (straight, run)]
+    assert records[0] == records[1] and len(records[0]) == STEPS
+    assert not list(run.rglob(".part-*"))
+
+
+@pytest.mark.slow
+def test_when_one_of_two_processes_dies_the_other_ends_with_an_error(tiny_sd15, tmp_path, tally):
+    tally("faults injected", 1)
+    recipe = tiny(
+        "sd15_dmd2_1step", tiny_sd15, tmp_path, *WORDS, "--train.steps", "2000", "--train.log_every", "1"
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump(recipe))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    # Without torchrun, which would end the other by itself.
+    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    two = [
+        subprocess.Popen(
+            [sys.executable, "-m", "fewstep", "train", str(path)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    try:
+        metrics, deadline = Path(recipe.output) / "metrics.jsonl", time.time() + 240
+        while not (metrics.exists() and len(read_metrics(metrics)) > 2):
+            assert time.time() < deadline and all(p.poll() is None for p in two), "it did not start"
+            time.sleep(0.1)
+        two[1].send_signal(signal.SIGKILL)
+        begin = time.time()
+        _, errors = two[0].communicate(timeout=120)
+        assert time.time() - begin < 60
+        assert two[0].returncode == 5, errors[-2000:]
+        assert (
+            "another of the 2 processes has ended" in errors and f"fewstep resume {recipe.output}" in errors
+        )
+    finally:
+        for process in two:
+            process.kill()
+    tally("survived", 1)
