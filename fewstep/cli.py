@@ -208,7 +208,11 @@ def parser() -> argparse.ArgumentParser:
     from .evaluation.cli import add_parser as add_eval
 
     main = argparse.ArgumentParser(
-        prog="fewstep", description="Distill diffusion image models into 1 to 8 steps."
+        prog="fewstep",
+        description="Distill diffusion image models into 1 to 8 steps.",
+        epilog="Exit codes: 0 done; 2 bad input; 3 the numbers went wrong; 4 a file cannot be read or written; "
+        "5 another process was lost; 130, 138, 143 stopped by SIGINT, SIGUSR1 (Slurm's --signal=B:USR1@120), SIGTERM, "
+        "with everything saved.",
     )
     main.add_argument("--version", action="version", version=__version__)
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")

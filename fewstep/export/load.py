@@ -53,10 +53,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         kinds = {"kind": str, "num_steps": int, "call": dict, "scheduler": str, "noise": str}
-        wrong = [key for key, kind in kinds.items() if not isinstance(record[key], kind)]
+        wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key, kind()), kind)]
         names = [*record.get("parts", ()), *record.get("experts", ())]
         wrong += [name for name in names if not re.fullmatch(r"\w+", name)]
-        if wrong or record["kind"] not in ("lora", "full") or not record["scheduler"].endswith("Scheduler"):
+        # A student of tokens has no scheduler.
+        stock = record.get("scheduler", "Scheduler").endswith("Scheduler")
+        if wrong or not stock or record["kind"] not in ("lora", "full") or record["num_steps"] < 1:
             raise ValueError(f"unexpected {', '.join(map(repr, wrong)) or 'kind or scheduler'}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FewstepError(f"{path}: is damaged ({error!r}); export the run again") from error
