@@ -51,21 +51,25 @@ def undisturbed(words: list[str], run: Path, log: Path) -> tuple[float, float]:
     return first, time.time() - begin
 
 
-def killed(words: list[str], run: Path, log: Path, kills: int, first: float, whole: float, rng) -> Counter:
-    """Kills and resumes until there were enough kills, then lets it end; counts where the kills fell."""
+def killed(words: list[str], run: Path, log: Path, kills: int, steps: int, times: tuple, rng) -> Counter:
+    """Kills and resumes until there were enough kills, then lets it end; counts where the kills fell.
+
+    Args:
+        times: seconds of the undisturbed run until its first step and until its end.
+    """
     where: Counter = Counter()
-    share = (whole - first) / kills
-    while sum(where.values()) < kills:
+    first, one_step = times[0], (times[1] - times[0]) / steps
+    while (left := kills - sum(where.values())) > 0:
         begun = (run / "recipe.yaml").exists()
         child = start(["resume", str(run)] if begun else [*words, "--output", str(run)], log)
-        done, begin = steps_done(run), time.time()
-        if rng.random() < 0.2:  # at any moment of its life
-            until = begin + rng.uniform(0, first + share)
-        else:  # once it trains again
-            while child.poll() is None and (not (run / "metrics.jsonl").exists() or steps_done(run) <= done):
-                done = min(done, steps_done(run))  # a resumed run drops what it will do again
+        if rng.random() < 0.2:  # at any moment of its start
+            until = time.time() + rng.uniform(0, first)
+        else:  # some steps later, so that all kills fall within the run
+            done = steps_done(run)
+            goal = done + rng.randint(1, max(1, 2 * (steps - done) // (left + 1)))
+            while child.poll() is None and steps_done(run) < min(goal, steps - 1):
                 time.sleep(0.02)
-            until = time.time() + rng.uniform(0, 1.6 * share)
+            until = time.time() + rng.uniform(0, one_step)
         while child.poll() is None and time.time() < until:
             time.sleep(0.002)
         if child.poll() is not None:
@@ -122,11 +126,10 @@ def main() -> int:
     rest = ["--train.checkpoint_every", "1", "--train.log_every", "1", "--train.keep", "2", *rest]
     words, rng = ["train", args.recipe, *rest], random.Random(args.seed)
     folder = Path(tempfile.mkdtemp(prefix="fewstep-kill-"))
-    first, whole = undisturbed(words, folder / "straight", folder / "straight.log")
-    begin = time.time()
-    where = killed(words, folder / "killed", folder / "killed.log", args.kills, first, whole, rng)
+    times = undisturbed(words, folder / "straight", folder / "straight.log")
+    begin, steps = time.time(), steps_done(folder / "straight")
+    where = killed(words, folder / "killed", folder / "killed.log", args.kills, steps, times, rng)
     odd, count = differences(folder / "straight", folder / "killed")
-    steps = steps_done(folder / "straight")
     lines = [
         f"# {args.recipe}: {sum(where.values())} times SIGKILL over {steps} steps",
         "",
@@ -138,7 +141,7 @@ def main() -> int:
         f"| tensors compared: weights, averages, moments, export | {count} |",
         f"| tensors that differ from the undisturbed run | {sum('.safetensors' in name for name in odd)} |",
         f"| records of metrics.jsonl, equal but for the seconds | {steps if 'metrics.jsonl' not in odd else 'no'} |",
-        f"| seconds, undisturbed and killed | {whole:.0f} and {time.time() - begin:.0f} |",
+        f"| seconds, undisturbed and killed | {times[1]:.0f} and {time.time() - begin:.0f} |",
         "",
         "Hardware: one of two cores of an x86-64 server without a GPU, one thread, shared with other work. Versions: "
         + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
