@@ -207,7 +207,8 @@ class StatusLine:
         if self.quiet or (now < self._due and step < self.total):
             return
         self._due = now + self._interval
-        text = "  ".join(f"{name} {float(value):.3g}" for name, value in (losses or {}).items())
+        numbers = {k: float("nan") if v is None else float(v) for k, v in (losses or {}).items()}
+        text = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)

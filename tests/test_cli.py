@@ -78,3 +78,25 @@ def test_bench_accounts_for_the_whole_step(capsys, tiny_sdxl, tmp_path):
     result = json.loads(capsys.readouterr().out)
     shares = [result[name] for name in ("forward", "backward", "optimiser", "outside")]
     assert sum(shares) == pytest.approx(1, abs=0.01) and min(shares) > 0
+
+
+def test_a_run_that_diverges_ends_with_3_and_its_snapshot_replays(tiny_sd15, tmp_path, monkeypatch, capsys):
+    from test_end_to_end import tiny
+
+    from fewstep.methods.dmd2 import DMD2
+    from fewstep.run import run
+
+    words = ("--train.steps", "14", "--train.sample_every", "0", "--samples.teacher_steps", "0")
+    recipe, loss = tiny("sd15_dmd2_1step", tiny_sd15, tmp_path, *words), DMD2.critic_loss
+    broken = lambda self, *turn: {k: v * float("nan") for k, v in loss(self, *turn).items()}  # noqa: E731
+    monkeypatch.setattr(DMD2, "critic_loss", broken)
+    with pytest.raises(SystemExit) as stop:
+        run(recipe, [])
+    said = capsys.readouterr().err
+    assert stop.value.code == 3 and f"`fewstep replay {recipe.output}` shows it again" in said
+    assert "critic: update left out, not finite: micro-batch 0 sample 0 (critic/denoising" in said
+    assert main(["replay", recipe.output]) == 3
+    assert "again: step 9: the gradient of critic and discriminator" in capsys.readouterr().out
+    monkeypatch.setattr(DMD2, "critic_loss", loss)
+    assert main(["replay", recipe.output]) == 0
+    assert main(["replay", str(tmp_path)]) == 2
