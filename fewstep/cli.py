@@ -145,6 +145,71 @@ def _convert(args, _rest) -> int:
     return 0
 
 
+def _floor(args, rest) -> int:
+    """What a teacher does in few steps without training, with the best schedule."""
+    import inspect
+
+    if args.teacher in recipe_files() or Path(args.teacher).suffix in (".py", ".yaml", ".yml"):
+        return _measured_floor(args, rest)
+    if rest:
+        raise FewstepError(f"floor: {' '.join(rest)}: options of a recipe, but {args.teacher} is a teacher")
+
+    from .data.prompts import load_prompts
+    from .evaluation.cli_sampling import device
+    from .evaluation.statistics import table
+    from .floor import calibrate, write_floor
+    from .teachers import load_teacher
+
+    prompts = load_prompts(args.prompts, "--prompts")
+    teacher = load_teacher(args.teacher, dtype=args.dtype, resolution=args.size).to(device(args.device))
+    own = inspect.signature(teacher.pipe.__call__).parameters["guidance_scale"].default
+    record = calibrate(
+        teacher,
+        prompts,
+        args.steps,
+        guidance=own if args.guidance is None else args.guidance,
+        num=args.num,
+        reference_steps=args.reference_steps,
+        solver=args.solver,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    write_floor(args.out, teacher.pipe.scheduler, {**record, "prompts": args.prompts})
+    found = record["schedules"].items()
+    names = list(dict.fromkeys(name for _, entry in found for name in entry["error"]))
+    rows = [
+        (n, *(f"{entry['error'][name]:.4f}" for name in names), entry.get("timesteps") or entry["sigmas"])
+        for n, entry in found
+    ]
+    print("Root mean square distance to the reference's samples of the same noise, on paths not searched:\n")
+    print(table(("steps", *names, "searched nodes"), rows))
+    print(args.out)
+    return 0
+
+
+def _measured_floor(args, rest) -> int:
+    """The rows of a recipe's evaluation that need no student: what it will have to beat."""
+    from . import recipe as recipes
+    from .evaluation.cli_sampling import device
+    from .evaluation.students import evaluate_run
+    from .run import check_data
+    from .teachers import load_teacher
+
+    recipe = recipes.override(load_recipe(args.teacher), [*rest, "--evaluation.floor_steps", str(args.steps)])
+    if not recipe.evaluation.num:
+        raise FewstepError("floor: this recipe has evaluation.num 0: give --evaluation.num 500")
+    if args.out.exists() and any(args.out.iterdir()):
+        raise FewstepError(f"--out {args.out} is not empty: give another folder")
+    prompts, images = check_data(recipe)
+    t = recipe.teacher
+    teacher = load_teacher(
+        t.path, dtype=t.dtype, resolution=t.resolution, autocast=t.autocast, attention=t.attention
+    )
+    evaluate_run(recipe, args.out, teacher.to(device(args.device)), prompts, images)
+    print(args.out / "eval.json")
+    return 0
+
+
 def _export(args, _rest) -> int:
     """Exports a checkpoint of a run again, e.g. in another dtype or with Kohya keys."""
     from .run import reexport
@@ -206,6 +271,7 @@ def _step(text: str) -> str:
 def parser() -> argparse.ArgumentParser:
     from . import __version__
     from .evaluation.cli import add_parser as add_eval
+    from .evaluation.cli_sampling import integers
 
     main = argparse.ArgumentParser(
         prog="fewstep",
@@ -265,6 +331,32 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--top-k", type=int)
     convert.add_argument("--top-p", type=float)
     convert.add_argument("--to", type=Path, required=True, help="folder")
+    floor = command(
+        "floor", _floor, "search a teacher's best schedule of few steps, which a student has to beat"
+    )
+    floor.add_argument(
+        "teacher",
+        help="pipeline folder, hub id or builtin:...; or a recipe, to measure its floors as its evaluation does",
+    )
+    floor.add_argument("--steps", type=integers, required=True, metavar="4,8")
+    floor.add_argument("--out", type=Path, required=True, help="folder for floor.json and scheduler/")
+    floor.add_argument(
+        "--prompts",
+        default="builtin:emoji",
+        metavar="F",
+        help="one a line, or a built-in name (default: %(default)s)",
+    )
+    floor.add_argument("--num", type=int, default=64, help="reference paths (default: 64)")
+    floor.add_argument("--guidance", type=float, help="scale (default: the pipeline's)")
+    floor.add_argument("--reference-steps", type=int, default=50, metavar="M", help="of a path (default: 50)")
+    floor.add_argument("--solver", choices=["dpm++", "euler"], help="default: dpm++, or euler for a flow")
+    floor.add_argument(
+        "--size", type=int, metavar="PIXELS", help="height and width (default: the pipeline's)"
+    )
+    floor.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    floor.add_argument("--device", help="default: cuda if there is one")
+    floor.add_argument("--seed", type=int, default=0)
+    floor.add_argument("--batch-size", type=int, default=16)
     add_eval(commands)
     recipes = command("recipes", _recipes, "list the recipes, or copy one to change it")
     recipes.add_argument("action", nargs="?", choices=["list", "copy"], default="list")
@@ -282,7 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done; what else there is, :func:`fewstep.errors.tell` says."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     args, rest = parser().parse_known_args(words)
-    if rest and args.command not in ("train", "resume", "bench", "pairs"):
+    if rest and args.command not in ("train", "resume", "bench", "pairs", "floor"):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.function(args, rest) if hasattr(args, "function") else args.run(args)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .cond import Cond
+from .data.images import CaptionedImages
 from .files import replacing
 from .methods import Method
 from .recipe import Recipe
@@ -31,15 +32,21 @@ class Preview:
         roles: Sequence[Role],
         prompts: list[str],
         folder: Path,
+        images: CaptionedImages | None = None,
     ):
         self.config, self.guidance = recipe.samples, getattr(recipe.method, "guidance_scale", 1.0)
         self.teacher, self.method, self.roles, self.folder = teacher, method, roles, folder / "samples"
         order = Rng(self.config.seed, "preview").permutation(len(prompts))[: self.config.count]
         self.prompts = self.config.prompts or [prompts[int(i)] for i in order]
         self.cond = teacher.encode(self.prompts).to(teacher.device)
+        self.distance = None
+        if self.config.distance:
+            from .evaluation.training import TrainingDistance
 
-    def draw(self, step: int, write: bool) -> None:
-        """One grid; every rank takes part in the forward passes, the first one writes."""
+            self.distance = TrainingDistance(recipe, teacher, prompts, images)
+
+    def draw(self, step: int, write: bool) -> dict[str, float]:
+        """One grid; every rank takes part in the forward passes, the first one writes and gives what it measured."""
         rng = Rng(self.config.seed, "noise", device=self.teacher.device)
         noise = rng.normal(len(self.prompts), *self.teacher.latent_shape)
         if step == 0 and self.config.teacher_steps:
@@ -47,9 +54,11 @@ class Preview:
         with averaged(*self.roles):
             student = self.method.student
             latents = self._chunked(lambda z, cond: student.sample(z, cond, rng.normal_like), noise)
+            measured = self.distance.measure(student) if self.distance else {}
         self._save(f"step_{step:06d}", latents, write)
         if self.method.critic is not None:
             self._health(f"step_{step:06d}", latents[:CHUNK], rng, write)
+        return measured
 
     @torch.no_grad()
     def _health(self, name: str, latents: Tensor, rng: Rng, write: bool) -> None:

@@ -67,6 +67,8 @@ class SampleConfig:
         prompts: shown from left to right; null takes some of ``data.prompts``.
         count: how many when ``prompts`` is null. teacher_steps: of the teacher's row. columns: of the grid.
         scale: integer enlargement of small images.
+        distance: so many samples of the student, beside each grid, for a Fréchet distance to ``data.images`` in
+            ``evaluation.extractor``'s features, by torchmetrics; 0 for none. A trend, biased by the small number.
     """
 
     prompts: list[str] | None = None
@@ -74,6 +76,7 @@ class SampleConfig:
     teacher_steps: int = 25
     columns: int = 8
     scale: int = 1
+    distance: int = 0
     seed: int = 1234
 
 
@@ -100,7 +103,8 @@ class EvalConfig:
         prompts: of these, a file or built-in name; null takes ``data.prompts``. With prompts that come more than once,
             the diversity within a prompt is measured too.
         named: further images per row, of prompts that caption exactly one real image; retrieval is measured on them.
-        floor_steps, floor_solvers: teacher rows at these few steps with diffusers' training-free solvers.
+        floor_steps, floor_solvers: teacher rows at these few steps, without training: diffusers' solvers, the "ays"
+            tables, or "search" for the best schedule that ``fewstep floor`` finds.
         teacher_steps, teacher_guidance: of the full teacher row; 0 steps leaves it out.
         batch_size: images generated at once. extractor: feature space.
     """
@@ -109,7 +113,7 @@ class EvalConfig:
     prompts: str | None = None
     named: int = 0
     floor_steps: list[int] = field(default_factory=list)
-    floor_solvers: list[Literal["ddim", "euler", "heun", "dpm++", "unipc"]] = field(
+    floor_solvers: list[Literal["ddim", "euler", "heun", "dpm++", "unipc", "ays", "search"]] = field(
         default_factory=lambda: ["dpm++"]
     )
     teacher_steps: int = 50

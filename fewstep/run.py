@@ -190,6 +190,8 @@ def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
     prompts = load_prompts(recipe.data.prompts)
     if recipe.evaluation.prompts:
         load_prompts(recipe.evaluation.prompts, "evaluation.prompts")
+    if recipe.samples.distance:
+        _check_distance(recipe)
     needs = recipe.method_class.needs(recipe.method)
     if "pairs" in needs:
         load_pairs(recipe.data.pairs, Path(recipe.output).name)
@@ -201,6 +203,17 @@ def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
             "images, or set method.gan_weight 0 to run data-free"
         )
     return prompts, load_images(recipe.data.images)
+
+
+def _check_distance(recipe: Recipe) -> None:
+    from .evaluation.training import check_torchmetrics
+
+    if recipe.samples.distance < 2 or recipe.data.images is None:
+        raise RecipeError(
+            f"samples.distance: {recipe.samples.distance} with data.images {recipe.data.images}: expected at least 2 "
+            "samples, and real images to compare them with"
+        )
+    check_torchmetrics()
 
 
 def _check_class(recipe: Recipe) -> None:
@@ -264,7 +277,15 @@ class Session:
             self.method.reward = of_latents(reward, self.teacher, prompts)
         if process.main:
             process.barrier()
-        self.preview = Preview(recipe, self.teacher, self.method, self.experts, prompts, self.folder)
+        self.preview = Preview(
+            recipe,
+            self.teacher,
+            self.method,
+            self.experts,
+            prompts,
+            self.folder,
+            images if process.main else None,
+        )
         self.export_prompts = [*self.preview.prompts[:2], *(prompts[i] for i in to_verify)]
         self.teacher.drop_encoders()
         data = Batches(

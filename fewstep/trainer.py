@@ -90,7 +90,8 @@ class Trainer:
     Args:
         method: whose phases run. roles: every trainable role by name, as the phases name them.
         data: where micro-batches come from. config: see :class:`TrainConfig`.
-        folder: run directory; None writes nothing. on_sample: called with the step when a grid is due.
+        folder: run directory; None writes nothing. on_sample: called with the step when a grid is due;
+            what it measured goes to the log.
     """
 
     MAX_SKIPPED = 10  # updates in a row without a finite gradient before the run gives up
@@ -112,7 +113,7 @@ class Trainer:
         *,
         folder: Path | None = None,
         process: Process | None = None,
-        on_sample: Callable[[int], None] | None = None,
+        on_sample: Callable[[int], Mapping[str, float]] | None = None,
         quiet: bool = False,
     ):
         self.method, self.roles, self.data, self.config = method, roles, data, config
@@ -152,7 +153,7 @@ class Trainer:
             begin = time.perf_counter() - self.seconds
             if self.progress.iteration == 0:
                 self.begun = {name: _digest(role) for name, role in self.roles.items()}
-                self._sample()
+                self._sample(log)
             while self.progress.iteration < self.config.steps:
                 try:
                     self.iterate()
@@ -172,7 +173,7 @@ class Trainer:
                         self._say(f"warning: {line}")
                 stop = self.process.any(self.stop_signal is not None)
                 if _every(step, self.config.sample_every) or step == self.config.steps:
-                    self._sample()
+                    self._sample(log)
                 if stop or _every(step, self.config.checkpoint_every) or step == self.config.steps:
                     self.save()
                 if stop and step < self.config.steps:
@@ -379,9 +380,11 @@ class Trainer:
         values = self.process.mean(torch.stack([means[name] for name in sorted(means)])).tolist()
         return {name: value if math.isfinite(value) else None for name, value in zip(sorted(means), values)}
 
-    def _sample(self) -> None:
+    def _sample(self, log: MetricsLog | None) -> None:
         if self.on_sample and self.config.sample_every:
-            self.on_sample(self.progress.iteration)
+            measured = self.on_sample(self.progress.iteration)
+            if log and measured:
+                log.append({"step": self.progress.iteration, "seconds": round(self.seconds, 3), **measured})
 
     def _say(self, text: str) -> None:
         self.status.write(f"fewstep: {text}")

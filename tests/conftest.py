@@ -18,9 +18,10 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    by_marker = "weights" in config.getoption("-m")  # `-m weights` is asking for them
     reasons = {
         "slow": None if config.getoption("--slow") else "needs --slow",
-        "weights": None if config.getoption("--weights") else "needs --weights",
+        "weights": None if config.getoption("--weights") or by_marker else "needs -m weights or --weights",
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
     }
     for item in items:

@@ -83,6 +83,7 @@ def test_the_recipe_itself_is_good(recipe, monkeypatch):
     [
         ("train.stpes: unknown field; did you mean steps?", ["--train.stpes", "3"]),
         ("train.steps: 'many'", ["--train.steps", "many"]),
+        ("samples.distance: 1 with data.images", ["--samples.distance", "1"]),
         ("train.batch_size: 0", ["--train.batch_size", "0"]),
         ("--train.steps: needs a value", ["--train.steps"]),
     ],

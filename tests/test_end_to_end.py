@@ -1,5 +1,6 @@
 """What a user does, on tiny random pipelines, through the code that loads the real ones."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -52,7 +53,10 @@ def tiny(recipe_name: str, teacher: Path, folder: Path, *words: str):
 @pytest.fixture(scope="module")
 def sdxl_run(tiny_sdxl, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdxl")
-    recipe = tiny("sdxl_dmd2_4step", tiny_sdxl, folder, "--export.kohya", "true", "--student.ema", "0.5")
+    words = ["--export.kohya", "true", "--student.ema", "0.5"]
+    if importlib.util.find_spec("torchmetrics"):
+        words += ["--samples.distance", "3", "--evaluation.extractor", "effnet-lite0@32"]
+    recipe = tiny("sdxl_dmd2_4step", tiny_sdxl, folder, *words)
     return execute(recipe), recipe
 
 
@@ -62,9 +66,20 @@ def test_a_run_directory_holds_everything(sdxl_run):
     assert {"recipe.yaml", "run.json", "metrics.jsonl", "report.html", "export/README.md"} <= files
     assert {"samples/teacher.png", "samples/step_000000.png", "samples/step_000004.png"} <= files
     assert recipes.load(folder / "recipe.yaml") == recipe
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "samples/FD(effnet-lite0@32)" not in r] == [1, 2, 3, 4]
     assert not list(folder.rglob("*.part"))
+
+
+def test_the_distance_to_real_images_is_logged_beside_the_grids(sdxl_run):
+    pytest.importorskip("torchmetrics")
+    folder, _ = sdxl_run
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    measured = {
+        r["step"]: r["samples/FD(effnet-lite0@32)"] for r in records if "samples/FD(effnet-lite0@32)" in r
+    }
+    assert list(measured) == [0, 2, 4] and all(value > 0 for value in measured.values())
+    assert "FD(effnet-lite0@32)" in (folder / "report.html").read_text()
 
 
 STOCK = """

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 from fewstep.discriminator import Discriminator
 from fewstep.errors import FewstepError
 from fewstep.export import export_student, load_exported, trainer_sample, verify
+from fewstep.floor import calibrate, floor_sampler, sample, write_floor
 from fewstep.generate import generate
 from fewstep.roles import RoleConfig, build_role, lora_targets
 from fewstep.schedules import VP, Flow
@@ -90,6 +91,29 @@ def test_our_sampler_reproduces_stock_sampling_with_the_same_scheduler(name, sol
         torch.testing.assert_close(
             ddim(teacher.denoiser, noise, cond, 3, guidance=2.0), own, rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_stock_flow_pipeline_walks_exactly_the_sigmas_of_the_searched_floor(name, teachers, tmp_path):
+    teacher = teachers(name)
+    noise, before = noise_for(teacher), teacher.pipe.scheduler
+    record = calibrate(teacher, PROMPTS, [3], guidance=2.0, num=2, reference_steps=6)
+    write_floor(tmp_path, before, record)
+    scheduler, call = floor_sampler(str(tmp_path), teacher.pipe, before, 3)
+    sigmas = record["schedules"]["3"]["sigmas"]
+    assert record["solver"] == "euler" and call == {"sigmas": sigmas} and sigmas[0] == 1.0
+    teacher.pipe.scheduler = scheduler
+    try:
+        made = stock(teacher, noise, guidance_scale=2.0, **call)
+    finally:
+        teacher.pipe.scheduler = before
+    assert scheduler.sigmas.tolist() == pytest.approx([*sigmas, 0.0])
+    own = sample(teacher.denoiser, noise, teacher.encode(PROMPTS), sigmas, order=1, guidance=2.0)[2]
+    torch.testing.assert_close(made, own, rtol=1e-4, atol=1e-4)
+    with pytest.raises(FewstepError, match=r"--solver dpm\+\+: no stock scheduler"):
+        calibrate(teacher, PROMPTS, [3], guidance=2.0, solver="dpm++")
+    with pytest.raises(FewstepError, match=f"no table for {name}"):
+        floor_sampler("ays", teacher.pipe, before, 4)
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SOLVERS = "own, lcm, ddim, euler, dpm++ or unipc"
+SOLVERS = "own, lcm, ddim, euler, heun, dpm++, unipc, ays, or a folder of `fewstep floor`"
 
 
 def add_sampling(command: Callable[..., argparse.ArgumentParser]) -> None:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from fewstep.errors import FewstepError
 from fewstep.evaluation import metrics as M
 from fewstep.evaluation.extractors import Extractor, Prepared, identity
 from fewstep.evaluation.features import BATCH, extract
-from fewstep.evaluation.images import ImageSource
+from fewstep.evaluation.images import ImageSource, open_images
 from fewstep.evaluation.lpips import find_lpips, lpips_diversity
 from fewstep.evaluation.preprocess import crop_and_resize
 from fewstep.evaluation.scores import Scorer
@@ -56,12 +57,12 @@ class Sides:
     @cached_property
     def x(self) -> Tensor:
         """Features of the real images (M, D), cached on disk."""
-        return extract(self.real, self.extractor, cached=True)
+        return extract(images_of(self.real), self.extractor, cached=True)
 
     @cached_property
     def y(self) -> Tensor:
         """Features of the fake images (N, D)."""
-        return extract(self.fake, self.extractor)
+        return extract(images_of(self.fake), self.extractor)
 
     @cached_property
     def moments(self) -> Moments:
@@ -151,8 +152,8 @@ def fd_inf(sides: Sides) -> Iterator[Number]:
 
 def patch_fd(sides: Sides) -> Iterator[Number]:
     """Fréchet distance of middle patches at full resolution, which sees detail that resizing hides."""
-    size = sides.extractor.size
-    small = [s.name for s in (sides.real, sides.fake) if max(max(shape) for shape in s.sizes) <= size]
+    size, both = sides.extractor.size, (images_of(sides.real), images_of(sides.fake))
+    small = [s.name for s in both if max(max(shape) for shape in s.sizes) <= size]
     if small:
         raise FewstepError(
             f"patch-fd takes the middle {size} x {size} pixels, "
@@ -161,20 +162,21 @@ def patch_fd(sides: Sides) -> Iterator[Number]:
     # Without the crop and resize of a protocol, which would take the detail away.
     base = sides.extractor.extractor if isinstance(sides.extractor, Prepared) else sides.extractor
     patch = Prepared(base, crop_and_resize("patch", None, size))
-    for number in fd(Sides(sides.real, sides.fake, patch)):
+    for number in fd(Sides(*both, patch)):
         yield Number("patch-FD", number.value, number.error, number.error_kind)
 
 
 def kid(sides: Sides) -> Iterator[Number]:
     """Kernel distance."""
-    yield Number("KID", *M.kid(sides.x, sides.y), "delete-one jackknife over both sets")
+    kind = "delete-one jackknife over both sets"
+    yield Number("KID", *M.kid(sides.x, sides.y), kind, {"n_real": len(sides.x)})
 
 
 def retrieval(sides: Sides) -> Iterator[Number]:
     """Share of fake images that look most like the real image they were asked to be."""
     if sides.prompted is None:
         return
-    same = M.duplicate_groups(torch.cat(list(sides.real.batches(1024))))
+    same = M.duplicate_groups(torch.cat(list(images_of(sides.real).batches(1024))))
     share = M.retrieval_accuracy(sides.y, sides.prompted, sides.x, same)
     error = (share * (1 - share) / len(sides.y)) ** 0.5
     yield Number("retrieval", share, error, "binomial", {"chance": 1 / len(sides.x)})
@@ -183,7 +185,8 @@ def retrieval(sides: Sides) -> Iterator[Number]:
 def prdc(sides: Sides) -> Iterator[Number]:
     """Precision, recall, density, coverage."""
     for name, (value, error) in M.precision_recall_density_coverage(sides.x, sides.y).items():
-        yield Number(name, value, error, "over images, the neighbourhoods held fixed")
+        kind = "over images, the neighbourhoods held fixed"
+        yield Number(name, value, error, kind, {"n_real": len(sides.x)})
 
 
 def vendi(sides: Sides) -> Iterator[Number]:
@@ -249,11 +252,24 @@ def measure(names: tuple[str, ...], sides: Sides) -> tuple[list[Number], list[st
     numbers, left_out = [], []
     for name in names:
         function, needed = MEASURES[name]
-        if any(isinstance(getattr(sides, side), Statistics) for side in needed):
+        if any(images_of(getattr(sides, side)) is None for side in needed):
             left_out.append(name)
         else:
             numbers += function(sides)
     return numbers, left_out
+
+
+def images_of(side: ImageSource | Statistics) -> ImageSource | None:
+    """The images of a side, also those that a statistics file holds beside its moments; None without any."""
+    if isinstance(side, Statistics):
+        return _opened(side.images) if side.images else None
+    return side
+
+
+@cache
+def _opened(path: Path) -> ImageSource:
+    """Checked once: a reference of 10,000 images has gigabytes."""
+    return open_images(path, at_least=2)
 
 
 def describe(side: Any) -> dict[str, Any]:

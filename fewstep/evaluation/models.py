@@ -10,15 +10,24 @@ from typing import Any
 import torch
 
 from fewstep.errors import FewstepError
+from fewstep.floor import RECORD, floor_sampler
 from fewstep.teachers.base import is_flow, network_of, size_options
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-SOLVERS = ("own", "lcm", "ddim", "euler", "heun", "dpm++", "unipc")
+SOLVERS = ("own", "lcm", "ddim", "euler", "heun", "dpm++", "unipc", "ays")
 STEPPING = (
     "num_inference_steps",
     "timesteps",
     "sigmas",
 )  # the part of a call that says where the network is called
+
+
+def check_solver(solver: str, field: str) -> None:
+    """Refuses what is neither one of `SOLVERS` nor a folder of `fewstep floor`."""
+    if solver not in SOLVERS and not (Path(solver) / RECORD).is_file():
+        raise FewstepError(
+            f"{field} {solver}: expected one of {', '.join(SOLVERS)}, or a folder that `fewstep floor` wrote"
+        )
 
 
 @dataclass
@@ -59,15 +68,13 @@ class Model:
         Args:
             steps: calls of the solver.
             solver: "own" keeps the pipeline's scheduler, which is the student's for an export; "lcm" is for
-                published few-step weights; the others are training-free solvers of the same noise table.
+                published few-step weights; the others, see `floor_sampler`, are training-free.
             guidance: None takes the export's or the pipeline's own.
             timesteps: where the network is called, `steps` falling numbers, if not where the scheduler would.
 
         Raises:
             FewstepError: a solver that the pipeline cannot have, or steps that the student's times cannot have.
         """
-        from fewstep.solvers import FLOOR
-
         call: dict[str, Any] = {"num_inference_steps": steps}
         scheduler = self.scheduler
         flow = is_flow(scheduler)
@@ -80,15 +87,14 @@ class Model:
             from diffusers import FlowMatchLCMScheduler, LCMScheduler
 
             scheduler = (FlowMatchLCMScheduler if flow else LCMScheduler).from_config(scheduler.config)
-        elif solver in FLOOR:
-            scheduler = FLOOR[solver](scheduler)
         elif solver != "own":
-            raise FewstepError(f"--solver {solver}: expected one of {', '.join(SOLVERS)}")
+            check_solver(solver, "--solver")
+            scheduler, call = floor_sampler(solver, self.pipe, scheduler, steps)
         elif self.record:
             scheduler, call = self._student(steps)
         if timesteps:
             call = {**call, "timesteps": list(timesteps)}
-            del call["num_inference_steps"]
+            call.pop("num_inference_steps", None)
         self.pipe.scheduler = scheduler
         own = inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default
         call.setdefault("guidance_scale", own)

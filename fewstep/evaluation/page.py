@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.evaluation.compare import cell
-from fewstep.evaluation.plot import Series, plot
+from fewstep.evaluation.plot import Series, legend, plot
 from fewstep.files import write
 from fewstep.report import image_grid
 
@@ -23,6 +23,8 @@ td, th { padding: .25rem .6rem; border-bottom: 1px solid #8884; text-align: righ
 td:first-child, th:first-child { text-align: left }
 .wide { overflow-x: auto } .plots { display: flex; flex-wrap: wrap; gap: 1rem }
 figure { margin: 0 0 1rem } figcaption { font-size: 13px } img { max-width: 100%; image-rendering: pixelated }
+.legend { columns: 18rem; list-style: none; padding: 0; font-size: 13px }
+.legend span { display: inline-block; width: 1.8rem; margin-right: .5rem; vertical-align: middle }
 svg { width: 23rem; font: 11px system-ui, sans-serif } svg text { fill: currentColor }
 """
 
@@ -79,12 +81,11 @@ def _plots(rows: list[dict[str, Any]], labels: list[str]) -> str:
         ("Guidance sweep", lambda r: r["guidance"], ("name", "solver", "steps")),
     ):
         sweep = title.startswith("Guidance")
-        drawn = "".join(
-            plot(label, _series(rows, label, x, keys, 2 if sweep else 1), logarithmic=not sweep)
-            for label in labels
-        )
+        lines = {label: _series(rows, label, x, keys, 2 if sweep else 1) for label in labels}
+        names = list(dict.fromkeys(line.name for series in lines.values() for line in series))
+        drawn = "".join(plot(label, series, names, logarithmic=not sweep) for label, series in lines.items())
         if drawn:
-            html += f'<h2>{title}</h2><div class="plots">{drawn}</div>'
+            html += f'<h2>{title}</h2>{legend(names)}<div class="plots">{drawn}</div>'
     return html
 
 

@@ -38,7 +38,7 @@ class Row:
     def folder(self) -> str:
         """Inside `samples/`."""
         guidance = "" if self.job.guidance is None else f"-g{self.job.guidance:g}"
-        return f"{slug(self.entry.name)}/{self.job.solver}{guidance}/{self.job.steps:03d}-steps"
+        return f"{slug(self.entry.name)}/{slug(self.job.solver)}{guidance}/{self.job.steps:03d}-steps"
 
 
 def rows_of(spec: Spec) -> list[Row]:

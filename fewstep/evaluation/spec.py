@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation.models import SOLVERS
+from fewstep.evaluation.models import check_solver
 
 WITHOUT_REAL = ("vendi", "diversity", "is")  # measures that need no real images
 
@@ -33,7 +33,7 @@ class Entry:
         ok = self.steps and all(type(k) is int and k > 0 for k in self.steps)
         _check(ok, f"models.{self.name}.steps is {list(self.steps)}", "numbers from 1 on")
         for solver in self.solver:
-            _check(solver in SOLVERS, f"models.{self.name}.solver is {solver!r}", f"of {', '.join(SOLVERS)}")
+            check_solver(solver, f"models.{self.name}.solver")
         ok = all(g is None or isinstance(g, int | float) for g in self.guidance)
         _check(
             ok,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import FewstepError
+from fewstep.evaluation.images import KEYS
 from fewstep.files import replacing
 
 IDENTITY = (
@@ -78,12 +79,14 @@ class Statistics:
         n: number of images, or 0 if a foreign file does not tell.
         meta: JSON-ready origin: `extractor`, `weights_sha256`, `resize`, `dim`, and whatever else is worth
             keeping.
+        images: file that holds images beside the moments, as ADM's references do, for what needs images.
     """
 
     mu: Tensor
     sigma: Tensor
     n: int
     meta: dict[str, Any] = field(default_factory=dict)
+    images: Path | None = None
 
     @classmethod
     def from_moments(cls, moments: Moments, meta: dict[str, Any]) -> "Statistics":
@@ -111,6 +114,7 @@ class Statistics:
             with np.load(path, allow_pickle=False) as file:
                 mu, sigma = (torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma"))
                 meta = json.loads(str(file["meta"])) if "meta" in file else {}
+                images = Path(path) if set(KEYS) & set(file) else None
             number = int(meta.pop("n", 0))
         except Exception as error:  # zip, zlib, numpy and JSON each raise their own kinds
             raise FewstepError(
@@ -124,7 +128,7 @@ class Statistics:
             )
         if not (mu.isfinite().all() and sigma.isfinite().all()):
             raise FewstepError(f"{path}: mu or sigma has entries that are not finite: write the file again")
-        return cls(mu, sigma, number, {"dim": len(mu), **meta})
+        return cls(mu, sigma, number, {"dim": len(mu), **meta}, images)
 
 
 def check_comparable(a: Statistics, b: Statistics, names: tuple[str, str] = ("first", "second")) -> None:

@@ -21,10 +21,10 @@ from ..data.images import CaptionedImages
 from ..data.prompts import load_prompts
 from ..export import load_exported, stock_call
 from ..files import replacing, write_json
+from ..floor import calibrate, floor_sampler, write_floor
 from ..generate import generate
 from ..report import image_grid
 from ..rng import Rng
-from ..solvers import FLOOR
 from ..teachers import load_pipeline
 from ..teachers.base import size_options
 from .evaluate import evaluate_images
@@ -39,11 +39,13 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Writes ``eval.json`` and one grid per row in ``eval/``; returns what was written.
 
+    Rows: the VAE's ceiling, the teacher, the student in ``folder/export`` if there is one, the training-free floor.
+
     With real images the rows carry FD, KID and, where asked for, retrieval and the diversity within a prompt.
     """
     config = recipe.evaluation
     asked = _asked(recipe, prompts, images)
-    real = _real_images(images, teacher.resolution)
+    real = real_images(images, teacher.resolution)
     # Written first, so that an interruption keeps the rows that are done.
     shown = [*asked.prompts[: GRID // 2], *asked.names[: GRID - GRID // 2]][:GRID]
     result: dict[str, Any] = {"prompts": shown, "rows": [], "notes": [_note(recipe, real)]}
@@ -165,23 +167,38 @@ def _rows(recipe, folder, teacher, images, asked: Asked) -> Iterator[tuple[str, 
             guided * config.teacher_steps,
             sampler(pipe, call),
         )
-    pipe, record = load_exported(folder / "export", recipe.teacher.path)
-    plural = "step" if record["num_steps"] == 1 else "steps"
-    yield (
-        f"student, {record['num_steps']} {plural}",
-        "student",
-        record["num_steps"],
-        sampler(pipe, partial(stock_call, pipe, record)),
-    )
+    if (folder / "export").is_dir():  # `fewstep floor` measures what a student will have to beat
+        pipe, record = load_exported(folder / "export", recipe.teacher.path)
+        plural = "step" if record["num_steps"] == 1 else "steps"
+        yield (
+            f"student, {record['num_steps']} {plural}",
+            "student",
+            record["num_steps"],
+            sampler(pipe, partial(stock_call, pipe, record)),
+        )
     pipe = load_pipeline(recipe.teacher.path)
     original = pipe.scheduler
+    if config.floor_steps and "search" in config.floor_solvers:
+        record = calibrate(
+            teacher,
+            asked.prompts,
+            config.floor_steps,
+            guidance=guidance,
+            num=max(2, min(64, config.num)),
+            reference_steps=max(config.teacher_steps or 50, 2 * max(config.floor_steps)),
+            seed=config.seed + 1,  # other noise than the rows have
+        )
+        write_floor(folder / "floor", original, record)
     for steps in config.floor_steps:
         for solver in config.floor_solvers:
-            pipe.scheduler = FLOOR[solver](original)
-            pipe.scheduler.set_timesteps(steps)  # Heun's solver calls the network twice a step
-            calls = guided * len(pipe.scheduler.timesteps)
-            call = {"num_inference_steps": steps, "guidance_scale": guidance}
-            yield f"floor, {steps} x {solver}", "floor", calls, sampler(pipe, call)
+            named = str(folder / "floor") if solver == "search" else solver
+            pipe.scheduler, call = floor_sampler(named, pipe, original, steps)
+            calls = steps
+            if "num_inference_steps" in call:  # Heun's solver calls the network twice a step
+                pipe.scheduler.set_timesteps(steps)
+                calls = len(pipe.scheduler.timesteps)
+            call = {**call, "guidance_scale": guidance}
+            yield f"floor, {steps} x {solver}", "floor", guided * calls, sampler(pipe, call)
 
 
 def _numbers(real: Any, pictures: np.ndarray, asked: Asked, extractor: str) -> dict[str, float]:
@@ -209,7 +226,7 @@ def _reconstructions(teacher, images: CaptionedImages, asked: Asked, seed: int) 
     return np.concatenate([teacher.decode(teacher.latents(p, generator)) for p in pixels.split(32)])
 
 
-def _real_images(images: CaptionedImages | None, size: int) -> Any:
+def real_images(images: CaptionedImages | None, size: int) -> Any:
     if images is None:
         return None
     if isinstance(images.files, np.ndarray) and images.files.shape[1] == size:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import weakref
 import zipfile
 from functools import partial
 
@@ -150,3 +151,20 @@ def test_subfolders_are_entered_if_the_folder_has_no_image_itself(folder, tmp_pa
     assert len(source) == 151 and [f.parent.name for f in source.files] == ["a"] * 150 + ["b"]
     Image.fromarray(pictures[0]).save(tmp_path / "classes" / "top.png")
     assert len(open_images(tmp_path / "classes")) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_streaming_keeps_no_batch_in_memory(folder, pool, workers, monkeypatch):
+    """Whatever the number of images: when one batch is looked at, those before it are gone."""
+    monkeypatch.setattr("fewstep.evaluation.features.BATCH", 10)
+    alive, most = weakref.WeakSet(), []
+    inner = pool.features
+
+    def watched(prepared):
+        alive.add(prepared)
+        most.append(len(alive))
+        return inner(prepared)
+
+    pool.features, pool.prepare = watched, squares
+    assert stream_moments(open_images(folder, workers=workers), pool).n == 150
+    assert len(most) == 15 and max(most) <= 2

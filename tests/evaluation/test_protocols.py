@@ -160,6 +160,25 @@ def test_foreign_statistics_must_be_declared_and_say_so(tmp_path):
         evaluate_images(tmp_path / "known.npz", pictures_of(64), declared=True, **options)
 
 
+def test_adm_references_hold_images_for_precision_and_recall(tmp_path):
+    """FID from the moments, of many images; precision and recall from the few images in the same file."""
+    many, few = pictures_of(16, 60), pictures_of(16, 12, seed=2)
+    real = stand_in(torch.from_numpy(many)).double()
+    moments = {"mu": real.mean(0).numpy(), "sigma": torch.cov(real.T).numpy()}
+    spatial = {"mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    np.savez(tmp_path / "adm.npz", **moments, **spatial, arr_0=few)
+    fake = pictures_of(16, 20, seed=3)
+    options = {"extractor": STAND_IN, "metrics": ["fd", "prdc"]}
+    result = evaluate_images(tmp_path / "adm.npz", fake, declared=True, **options)
+    metrics = {name.partition("(")[0]: m for name, m in result["metrics"].items()}
+    whole = evaluate_images(many, fake, **options)["metrics"]
+    some = evaluate_images(few, fake, **options)["metrics"]
+    assert metrics["FD"]["value"] == pytest.approx(whole[f"FD({STAND_IN})"]["value"], rel=1e-9)
+    assert (metrics["FD"]["n_real"], metrics["recall"]["n_real"]) == (0, 12)
+    for name in ("precision", "recall", "density", "coverage"):
+        assert metrics[name]["value"] == some[f"{name}({STAND_IN})"]["value"]
+
+
 def test_pickles_are_not_read(tmp_path):
     (tmp_path / "stats.pkl").write_bytes(b"x")
     with pytest.raises(FewstepError, match="pickled files can run code"):

@@ -12,7 +12,7 @@ from PIL import Image
 from fewstep.errors import FewstepError
 from fewstep.evaluation import run as run_module
 from fewstep.evaluation.cli import main
-from fewstep.evaluation.plot import Series, plot
+from fewstep.evaluation.plot import Series, legend, plot, style_of
 from fewstep.evaluation.run import rows_of, run_spec
 from fewstep.evaluation.spec import load_spec
 
@@ -152,7 +152,7 @@ def test_without_real_images_and_from_flags(tiny_sd15, tmp_path, capsys):
         (("title:", "titel:"), "unknown fields titel"),
         (("per_prompt: 2", "per_prompt: two"), "per_prompt is 'two', expected a number"),
         (("metrics: [fd", "metrics: [fid"), "metrics has 'fid'"),
-        (("solver: lcm", "solver: heun"), "solver is 'heun'"),
+        (("solver: lcm", "solver: midpoint"), "solver midpoint: expected one of own"),
         (("steps: 1\n", "steps: 0\n"), r"steps is \[0\]"),
         (("    steps: [1, 2]", "    step: [1, 2]"), r"unknown fields models\.step"),
         (("prompts:", "# prompts:"), "the fields prompts are missing"),
@@ -180,6 +180,16 @@ def test_rows_have_different_folders(spec_file):
 
 
 def test_plot_places_points_and_escapes():
-    svg = plot(EVIL, [Series(EVIL, [(1, 2.0, 0.5), (8, 1.0, 0.0)])], logarithmic=True)
-    assert EVIL not in svg and svg.count("<circle") == 3 and "nan" not in svg
-    assert plot("x", []) == "" and "nan" not in plot("x", [Series("one", [(3, 1.0, 0.0)])])
+    svg = plot(EVIL, [Series(EVIL, [(1, 2.0, 0.5), (8, 1.0, 0.0)])], [EVIL], logarithmic=True)
+    assert EVIL not in svg and svg.count("<circle") == 2 and "nan" not in svg
+    assert plot("x", [], []) == "" and "nan" not in plot("x", [Series("one", [(3, 1.0, 0.0)])], ["one"])
+    assert EVIL not in legend([EVIL]) and "1240" in plot("x", [Series("a", [(1, 1240.0, 0.0)])], ["a"])
+
+
+def test_lines_are_told_apart_and_look_alike_in_every_plot():
+    names = [f"line {i}" for i in range(21)]
+    assert len({style_of(i) for i in range(21)}) == 21
+    alone = plot("x", [Series("line 9", [(1, 2.0, 0.0), (2, 1.0, 0.0)])], names)
+    colour, style = style_of(9)
+    assert f'stroke="{colour}"' in alone and 'stroke-dasharray="6 3"' in alone
+    assert f"{style} {colour}" in legend(names)

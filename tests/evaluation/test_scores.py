@@ -258,6 +258,34 @@ def test_published_models_prefer_the_caption_that_is_true(spec, low, high):
     assert (true > false).all() and low < true.mean() < high
 
 
+@pytest.mark.weights
+def test_the_published_inception_tells_a_photograph_from_noise():
+    """The file is that of the hash, its classifier is sure of structure only, and a set has no distance to itself."""
+    extractor = get_extractor("inception-2015")
+    y, x = np.mgrid[:299, :299]
+    rings = np.stack([((np.hypot(y - 150, x - 150) / (5 + i)).astype(int) % 2 * 255) for i in range(4)])
+    noise = np.random.default_rng(0).integers(0, 256, (4, 299, 299, 3)).astype(np.uint8)
+    images = torch.from_numpy(np.concatenate([rings[..., None].repeat(3, 3).astype(np.uint8), noise]))
+    features = extractor(images)
+    assert features.shape == (8, 2048) and (features >= 0).all() and 0.2 < features.mean() < 0.8
+    same = evaluate_images(images.numpy(), images.numpy(), protocol="folder-clean", metrics=["fd"])["metrics"]
+    assert same["FID(folder-clean)"]["value"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.weights
+def test_published_dinov2_and_lpips_see_likeness():
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 256, (2, 7, 7, 3)).repeat(32, 1).repeat(32, 2).astype(np.uint8)
+    near = (base.astype(int) + rng.integers(-8, 9, base.shape)).clip(0, 255).astype(np.uint8)
+    dino = get_extractor("dinov2:facebook/dinov2-large")
+    a, b = dino(torch.from_numpy(base)), dino(torch.from_numpy(near))
+    assert dino.dim == 1024 and (cosine_similarity(a, b) > cosine_similarity(a, b.flip(0))).all()
+    distance = find_lpips()
+    assert distance is not None, f"torch.hub's cache lacks {BACKBONE}, or lpips is not installed"
+    x, y = (torch.from_numpy(z).permute(0, 3, 1, 2) / 127.5 - 1 for z in (base, near))
+    assert (distance(x, y).flatten() < distance(x, y.flip(0)).flatten()).all()
+
+
 def test_open_clip_from_a_file(images, tmp_path):
     open_clip = pytest.importorskip("open_clip")
     config = {
