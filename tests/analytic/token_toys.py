@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import torch
-from toys import Rows
+from toys import Rows, spread
 
 from fewstep.cond import Cond
 from fewstep.data import Batches
@@ -38,7 +38,9 @@ def known_pairs(teacher, count):
     return Rows(count, noise=noise, tokens=teacher.denoiser.flow(noise, label(count)))
 
 
-def token_toy(method, config, teacher, steps, batch_size, pairs, student=None, critic=None, accumulate=1):
+def token_toy(
+    method, config, teacher, steps, batch_size, pairs, student=None, critic=None, accumulate=1, process=None
+):
     """A trainer of a method of autoregressive teachers."""
     shared = {"kind": "full", "weight_decay": 0.0, "betas": (0.9, 0.95)}
     configs = {
@@ -51,11 +53,12 @@ def token_toy(method, config, teacher, steps, batch_size, pairs, student=None, c
             torch.manual_seed(1)
             roles[name] = build_role(name, method.network(config, teacher, name), configs[name])
     method = method(config, teacher.denoiser, teacher.latent_shape, **{n: r.module for n, r in roles.items()})
+    process = spread(roles, process)
     data = Batches(
         Rows(1000, label=torch.zeros(1000, dtype=torch.long)),
         teacher.latent_shape,
         batch_size=batch_size,
-        per_iteration=accumulate,
+        per_iteration=accumulate * process.world,
         pairs=pairs,
         pair_conditions=Rows(len(pairs), label=torch.zeros(len(pairs), dtype=torch.long)),
     )
@@ -64,6 +67,7 @@ def token_toy(method, config, teacher, steps, batch_size, pairs, student=None, c
         roles,
         data,
         TrainConfig(steps=steps, batch_size=batch_size, accumulate=accumulate),
+        process=process,
         quiet=True,
     )
 

@@ -11,6 +11,7 @@ from torch import nn
 from fewstep.cond import Cond
 from fewstep.data import Batches
 from fewstep.denoiser import NetDenoiser
+from fewstep.distributed import Process, distribute
 from fewstep.rng import Rng
 from fewstep.roles import Role, RoleConfig, averaged, build_role
 from fewstep.schedules import VP
@@ -122,6 +123,15 @@ def fit(teacher, net, steps=300, lr=2e-3, prediction="v", seed=0):
     return net.requires_grad_(False)
 
 
+def spread(roles, process):
+    """The roles over several processes, or this one."""
+    process = process or Process()
+    for role in roles.values():
+        distribute(role.module, process)
+        role.collect()
+    return process
+
+
 def toy(
     method,
     config,
@@ -136,13 +146,15 @@ def toy(
     critic=None,
     labels=None,
     heads=None,
+    process=None,
 ):
     """A trainer of any method on a closed-form teacher; every network starts as a full copy of ``net``.
 
     Args:
         config: the method's. student, critic: RoleConfigs, "student" for every role of that first name. heads: of
             the method's own modules.
-        labels: (N,) conditions the batches are drawn from, for conditional teachers.
+        labels: (N,) conditions the batches are drawn from, for conditional teachers; ``real`` has the first ones.
+        process: of several; trained weights are then sharded over them.
     """
     shared = {"kind": "full", "weight_decay": 0.0, "decay": steps}
     configs = {
@@ -163,16 +175,21 @@ def toy(
         roles[name] = Role(name, head, heads or RoleConfig(kind="full"))
     conditions = Rows(1000, id=torch.arange(1000)) if labels is None else Rows(len(labels), label=labels)
     method.prepare(conditions)
+    process = spread(roles, process)
+    captions = None
+    if real is not None:
+        n = len(real)
+        captions = Rows(n, id=5000 + torch.arange(n)) if labels is None else Rows(n, label=labels[:n])
     data = Batches(
         conditions,
         (dim,),
         batch_size=batch_size,
-        per_iteration=accumulate,
+        per_iteration=accumulate * process.world,
         latents=None if real is None else Rows(len(real), latents=real),
-        captions=None if real is None else Rows(len(real), id=5000 + torch.arange(len(real))),
+        captions=captions,
     )
     train = TrainConfig(steps=steps, batch_size=batch_size, accumulate=accumulate)
-    return Trainer(method, roles, data, train, quiet=True)
+    return Trainer(method, roles, data, train, process=process, quiet=True)
 
 
 def distance(trainer, teacher, count=3000):
