@@ -38,7 +38,7 @@ from .roles import Role, averaged, build_role
 from .router import RoutedStudent
 from .teachers import adapters, load_teacher, pipeline_class_of
 from .teachers.base import Teacher
-from .trainer import Trainer
+from .trainer import Trainer, check_length
 
 
 def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> Path:
@@ -252,6 +252,8 @@ class Session:
         if t.gradient_checkpointing:
             self.teacher.net.enable_gradient_checkpointing()
         self.roles, self.method = build(recipe, self.teacher, process)
+        train = recipe.train
+        check_length(self.method, train.steps, train.batch_size * train.accumulate * process.world)
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
         for role in self.experts:
             export.check_exportable(self.method.student, role.config, self.teacher)

@@ -84,6 +84,35 @@ class Data(Protocol):
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
+def check_length(method: Method, steps: int, per_iteration: int) -> None:
+    """Refuses a run that ends before one of its roles has learned anything.
+
+    Raises:
+        RecipeError: with the role, its phase and a number of steps that would do.
+    """
+    phases = method.phases()
+
+    def idle(steps: int) -> dict[str, str]:
+        """Roles that no phase trains, and the first phase that would."""
+        waiting: dict[str, str] = {}
+        for phase in phases:
+            waiting |= {role: phase.name for role in phase.train if role not in waiting}
+        progress = Progress(0, steps, per_iteration)
+        while waiting and progress.iteration < steps:
+            for phase in phases:
+                if phase.due(progress):
+                    waiting = {r: name for r, name in waiting.items() if r not in phase.train}
+            progress.iteration += 1
+        return waiting
+
+    for role, phase in idle(steps).items():
+        enough = next((f", e.g. {steps << k}" for k in range(1, 20) if not idle(steps << k)), "")
+        raise RecipeError(
+            f"train.steps: {steps}: {method.name} would end before its phase {phase} trains {role}; expected more "
+            f"steps{enough}, or shorter stages of the method"
+        )
+
+
 class Trainer:
     """Trains the roles of a method and keeps its run directory.
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from PIL import Image
 from fewstep import recipe as recipes
 from fewstep.cli import main
 from fewstep.data.images import load_images
+from fewstep.methods.disback import DisBack
 from fewstep.methods.dmd2 import DMD2
+from fewstep.methods.phased_dmd import PhasedDMD
+from fewstep.methods.sid import SiD
 from fewstep.recipe import DataConfig, Recipe, SampleConfig, TeacherConfig
 from fewstep.roles import RoleConfig
 from fewstep.run import run
@@ -231,3 +235,15 @@ def test_no_disk_space(refused, monkeypatch):
 def test_cuda_where_there_is_none(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused("no CUDA device", "--train.device", "cuda")
+
+
+def test_a_run_that_ends_before_its_stages_do(refused, recipe):
+    roles = recipe.roles | {"node": recipe.roles["critic"]}
+    disback = replace(recipe, method=DisBack.Config(nodes=2, record_steps=3, start=399), roles=roles)
+    refused("train.steps: 6: disback would end before its phase generator", "--steps", "6", recipe=disback)
+    sida = replace(recipe, method=SiD.Config(gan_weight=1e-4, gan_schedule=(8, 20)))
+    refused(
+        "before its phase generator trains student; expected more steps, e.g. 16", "--steps", "8", recipe=sida
+    )
+    phased = replace(recipe, method=PhasedDMD.Config(start=799))
+    refused("before its phase generator_1 trains student_1; expected more steps, e.g. 2", recipe=phased)
