@@ -2,7 +2,8 @@
 
     python recipes/emoji_multi_student_1step.py                       (or: fewstep train emoji_multi_student_1step)
 
-Hardware: two CPU cores, 4 GB of memory. The options of ``emoji_dmd2_1step``, for two students of half a batch each.
+Hardware: two CPU cores, 4 GB of memory. Result: ``eval/results/emoji_multi_student_1step.json``.
+The options of ``emoji_dmd2_1step``, for two students of half a batch each.
 """
 
 from fewstep.methods.multi_student import MultiStudent

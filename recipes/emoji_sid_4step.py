@@ -2,9 +2,9 @@
 
     python recipes/emoji_sid_4step.py    (or: fewstep train emoji_sid_4step)
 
-Hardware: two CPU cores, 4 GB of memory. Result: ``eval/results/emoji_sid_4step.json``. One of the four steps is trained in each
-iteration, on the student's own earlier ones (arXiv 2505.12674); learning rates are those that suit a small
-teacher and a short run.
+Hardware: two CPU cores, 4 GB of memory. Result: ``eval/results/emoji_sid_4step.json``. One of the four steps is
+trained in each iteration, on the student's own earlier ones (arXiv 2505.12674); learning rates are those that suit a
+small teacher and a short run.
 """
 
 from fewstep.methods.sid import SiD
