@@ -12,7 +12,14 @@ from .recipe import EvalConfig, Recipe, SampleConfig
 
 RANK = 4
 # Options by which four steps meet every kind of turn of a method.
-FEW = {"critic_steps": 2, "nodes": 2, "record_steps": 1, "backtrack_steps": 1, "gan_schedule": (2, 4)}
+FEW = {
+    "critic_steps": 2,
+    "nodes": 2,
+    "record_steps": 1,
+    "backtrack_steps": 1,
+    "gan_schedule": (2, 4),
+    "initial_share": 0.25,
+}
 
 
 def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
