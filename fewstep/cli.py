@@ -76,7 +76,7 @@ def _replay(args, _rest) -> int:
 def _sample(args, _rest) -> int:
     from functools import partial
 
-    from .export import load_exported, stock_call
+    from .export import at_steps, load_exported, stock_call
     from .generate import generate
     from .report import image_grid
 
@@ -84,11 +84,7 @@ def _sample(args, _rest) -> int:
         raise FewstepError("sample: give at least one --prompt")
     folder = args.export / "export" if (args.export / "export").is_dir() else args.export
     pipe, record = load_exported(folder, args.teacher)
-    if args.steps is not None and args.steps != record["num_steps"]:
-        raise FewstepError(
-            f"--steps {args.steps}: this student was trained for {record['num_steps']}; leave --steps out or distill "
-            "another one"
-        )
+    record = at_steps(record, args.steps)
     pipe.to(args.device)
     images, _ = generate(pipe, args.prompt * args.num, partial(stock_call, pipe, record), seed=args.seed)
     with replacing(args.out) as part:
@@ -210,6 +206,34 @@ def _measured_floor(args, rest) -> int:
     return 0
 
 
+def _prepare(args, _rest) -> int:
+    """A teacher whose time embedding is smooth, for sCM and SANA-Sprint."""
+    from .data.images import load_images
+    from .distributed import start
+    from .prepare import PrepareConfig, prepare
+    from .teachers import load_teacher
+    from .trainer import Interrupted
+
+    names = ("error", "stiffness", "steps", "check_every", "turns", "qk_norm", "lr", "batch_size", "seed")
+    config = PrepareConfig(**{name: getattr(args, name) for name in names})
+    if args.out.exists():
+        raise FewstepError(f"prepare: {args.out} is there already; give another --out")
+    images, process = load_images(args.images), start()
+    teacher = load_teacher(args.teacher, autocast=args.autocast, attention=args.attention).to(process.device)
+    try:
+        record = prepare(teacher, args.out, images, config)
+    except Interrupted as stop:
+        print(f"fewstep: {stop}; the same command goes on", file=sys.stderr)
+        return 128 + stop.signal
+    after, before = record["after"], record["before"]
+    words = "" if record["reached"] else f"; its bounds were not reached in {config.steps} steps"
+    print(
+        f"fewstep: {args.out}: error {after['error']:.4f}, stiffness {before['stiffness']:.2f} -> "
+        f"{after['stiffness']:.2f}, {after['step']} steps{words}"
+    )
+    return 0 if record["reached"] else 1
+
+
 def _export(args, _rest) -> int:
     """Exports a checkpoint of a run again, e.g. in another dtype or with Kohya keys."""
     from .run import reexport
@@ -306,6 +330,23 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--scale", type=int, default=1, help="integer enlargement")
     sample.add_argument("--device", default="cpu")
     sample.add_argument("--out", type=Path, default=Path("sample.png"))
+    prepare = command("prepare", _prepare, "a teacher with a smooth time embedding, which sCM needs")
+    prepare.add_argument("teacher", metavar="TEACHER", help="pipeline folder, hub id or builtin: name")
+    prepare.add_argument("--out", type=Path, required=True, help="folder of the prepared pipeline")
+    prepare.add_argument("--images", required=True, help="folder of captioned images, or builtin:emoji")
+    prepare.add_argument("--error", type=float, default=0.05, help="stop at this relative error, and")
+    prepare.add_argument("--stiffness", type=float, default=3.0, help="this ratio of |dF/dt| to |J_x v|")
+    prepare.add_argument("--steps", type=int, default=5000, help="at most")
+    prepare.add_argument("--check-every", type=int, default=250)
+    prepare.add_argument("--turns", type=float, default=1.0, help="of the fastest sinusoid that is kept")
+    prepare.add_argument("--qk-norm", action="store_true", help="normalise queries and keys (SANA, SD3)")
+    prepare.add_argument("--lr", type=float, default=2e-5)
+    prepare.add_argument("--batch-size", type=int, default=16)
+    prepare.add_argument("--seed", type=int, default=0)
+    prepare.add_argument("--autocast", choices=["bfloat16"])
+    prepare.add_argument(
+        "--attention", default="auto", choices=["auto", "math", "flash", "efficient", "cudnn"]
+    )
     export = command("export", _export, "export a checkpoint of a run again")
     export.add_argument("run_folder", type=Path, metavar="RUN")
     export.add_argument("--step", default="newest", type=_step, help="newest (default), best, or a step")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import copy
 from typing import Protocol
 
 import torch
@@ -68,6 +69,7 @@ class NetDenoiser:
     ):
         self.net, self.schedule, self.prediction = net, schedule, prediction
         self.call, self.null, self.autocast, self.attention = call, null, autocast, attention
+        self.scalars: dict[str, float] = {}  # see fewstep.embedding
 
     def with_net(self, net: nn.Module) -> NetDenoiser:
         """The same view of another network of this class: a student or a critic."""
@@ -96,7 +98,7 @@ class NetDenoiser:
 
     def exact(self) -> NetDenoiser:
         """The same network without autocast and with the attention kernel that has forward-mode derivatives."""
-        view = self.with_net(self.net)
+        view = copy(self)
         view.autocast, view.attention = None, "math"
         return view
 

@@ -99,6 +99,7 @@ def with_scalar(denoiser: NetDenoiser, name: str, default: float, scale: float =
     mlp.register_forward_hook(embedding.hook)
     view = denoiser.with_net(denoiser.net)
     view.call = _ScalarCall(denoiser.call, name, default, scale)
+    view.scalars = {**denoiser.scalars, name: default}
     return view
 
 

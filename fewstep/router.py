@@ -188,6 +188,9 @@ class RoutedStudent:
     def num_steps(self) -> int:
         return len(self.times)
 
+    def variants(self) -> list[RoutedStudent]:
+        return [self]
+
     @property
     def schedule(self) -> Schedule:
         return self.students[0].schedule

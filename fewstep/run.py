@@ -332,7 +332,10 @@ class Session:
         for name in self.teacher.encoders:
             getattr(self.teacher.pipe, name).to(self.process.device)
         with averaged(*experts):
-            own = export.trainer_sample(self.method.student, self.teacher, self.export_prompts)
+            own = {
+                student.num_steps: export.trainer_sample(student, self.teacher, self.export_prompts)
+                for student in self.method.student.variants()
+            }
         weights = {
             role.name: {name: whole(value) for name, value in role.final_weights().items()}
             for role in experts
@@ -351,7 +354,10 @@ class Session:
             kohya=recipe.export.kohya,
         )
         args = (recipe.export.tolerance, recipe.export.dtype, recipe.teacher.dtype)
-        difference = export.verify(folder, own, self.teacher, self.export_prompts, *args)
+        difference = max(
+            export.verify(folder, sample, self.teacher, self.export_prompts, *args, steps)
+            for steps, sample in own.items()
+        )
         print(f"fewstep: export {folder} verified in stock diffusers, largest difference {difference:.1e}")
 
     def _about(self) -> dict[str, Any]:

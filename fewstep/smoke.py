@@ -48,6 +48,11 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
     few_turns = {name: value for name, value in FEW.items() if hasattr(recipe.method, name)}
     if getattr(recipe.method, "regression", None) == "lpips":
         few_turns["regression"] = "features"  # whose weights come with fewstep
+    if any(tap.startswith("transformer_blocks.") for tap in getattr(recipe.method, "taps", ())):
+        few_turns["taps"] = [
+            "transformer_blocks.0",
+            "transformer_blocks.1",
+        ]  # more than these a tiny one has not
     method = dataclasses.replace(recipe.method, **few_turns)
     names = (*recipe.method_class.networks_for(method), *recipe.method_class.extras)
     roles = {n: dataclasses.replace(recipe.role(n), rank=min(RANK, recipe.role(n).rank)) for n in names}

@@ -123,6 +123,10 @@ class Student:
         for grid in self.grids.values():
             check_times(grid, self.schedule)
 
+    def variants(self) -> list[Student]:
+        """The student at each of its numbers of steps, itself first."""
+        return [self, *(self.at(steps) for steps in self.grids if steps != self.num_steps)]
+
     def at(self, num_steps: int) -> Student:
         """The same student at another of its numbers of steps."""
         roles = [self.roles[0]] * num_steps

@@ -102,14 +102,15 @@ class Model:
 
     def _student(self, steps: int) -> tuple[Any, dict[str, Any]]:
         """Scheduler and call of an export: its own times, or an even grid of another number of steps."""
-        if steps == self.record["num_steps"]:
-            return self.scheduler, dict(self.record["call"])
+        from fewstep.export import at_steps, student_scheduler
+
+        if steps == self.record["num_steps"] or str(steps) in self.record.get("steps", {}):
+            return self.scheduler, dict(at_steps(self.record, steps)["call"])
         if self._switches:
             raise FewstepError(
                 f"--steps {steps}: a student of several experts or of fixed noise runs at its "
                 f"{self.record['num_steps']} steps only"
             )
-        from fewstep.export import student_scheduler
         from fewstep.student import even_times
         from fewstep.teachers.base import schedule_of
 

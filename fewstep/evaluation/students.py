@@ -19,7 +19,7 @@ import torch
 
 from ..data.images import CaptionedImages
 from ..data.prompts import load_prompts
-from ..export import load_exported, stock_call
+from ..export import at_steps, load_exported, stock_call
 from ..files import replacing, write_json
 from ..floor import calibrate, floor_sampler, write_floor
 from ..generate import generate
@@ -126,13 +126,19 @@ def gallery(results: Mapping[str, dict[str, Any]]) -> str:
     for result in results.values():
         rows |= {row["name"]: row for row in result["rows"] if row["kind"] != "student"}
     for name, result in results.items():
-        for row in (row for row in result["rows"] if row["kind"] == "student"):
-            rows[name] = {**row, "name": f"`{name}`", "distilled in s": float(result["seconds"])}
+        students = [row for row in result["rows"] if row["kind"] == "student"]
+        for row in students:
+            label = f"`{name}`" if len(students) == 1 else f"`{name}`, {_steps(row['nfe'])}"
+            rows[label] = {**row, "name": label, "distilled in s": float(result["seconds"])}
     rank = {"reference": 0, "teacher": 1, "floor": 2, "student": 3}
     ordered = sorted(rows.values(), key=lambda row: (rank[row["kind"]], row["nfe"], row["name"]))
     return results_table(
         {"rows": [{k: v for k, v in row.items() if k != "seconds per image"} for row in ordered]}
     )
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def _rows(recipe, folder, teacher, images, asked: Asked) -> Iterator[tuple[str, str, int, Callable]]:
@@ -169,13 +175,9 @@ def _rows(recipe, folder, teacher, images, asked: Asked) -> Iterator[tuple[str, 
         )
     if (folder / "export").is_dir():  # `fewstep floor` measures what a student will have to beat
         pipe, record = load_exported(folder / "export", recipe.teacher.path)
-        plural = "step" if record["num_steps"] == 1 else "steps"
-        yield (
-            f"student, {record['num_steps']} {plural}",
-            "student",
-            record["num_steps"],
-            sampler(pipe, partial(stock_call, pipe, record)),
-        )
+        for steps in map(int, record.get("steps", [record["num_steps"]])):
+            call = partial(stock_call, pipe, at_steps(record, steps))
+            yield f"student, {_steps(steps)}", "student", steps, sampler(pipe, call)
     pipe = load_pipeline(recipe.teacher.path)
     original = pipe.scheduler
     if config.floor_steps and "search" in config.floor_solvers:

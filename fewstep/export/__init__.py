@@ -11,7 +11,7 @@ a part of the prompts, are a folder ``part_k/`` of this kind each, and a router 
 """
 
 from .card import model_card, snippet
-from .load import load_exported, stock_call
+from .load import at_steps, load_exported, stock_call
 from .scheduler import student_scheduler
 from .verify import ExportError, stock_sample, trainer_sample, verify
 from .weights import LORA_FILE, lora_state_dict
@@ -20,6 +20,7 @@ from .write import check_exportable, export_routed, export_student
 __all__ = [
     "LORA_FILE",
     "ExportError",
+    "at_steps",
     "check_exportable",
     "export_routed",
     "export_student",

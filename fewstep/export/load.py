@@ -92,6 +92,22 @@ def _load(folder: Path, record: dict[str, Any], teacher: str | None, dtype: str,
     return pipe, record
 
 
+def at_steps(record: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
+    """The record of a student of several numbers of steps at one of them; None is its first.
+
+    Raises:
+        FewstepError: it was not trained for that many.
+    """
+    if steps is None or steps == record["num_steps"]:
+        return dict(record)
+    known = record.get("steps", {str(record["num_steps"]): {}})
+    if str(steps) not in known:
+        raise FewstepError(
+            f"--steps {steps}: this student was trained for {', '.join(known)}; leave it out or distill another one"
+        )
+    return {**record, "num_steps": steps, **known[str(steps)]}
+
+
 def stock_call(pipe, record: Mapping[str, Any], generators: list[torch.Generator]) -> dict[str, Any]:
     """Arguments of one call of the stock pipeline beside the prompts, as the model card's snippet has them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,12 +12,16 @@ from ..student import uniform_times
 from ..teachers.base import is_flow
 
 
-def student_scheduler(teacher_scheduler, times: list[float], noise: str = "fresh"):
+def student_scheduler(teacher_scheduler, times: list[float], noise: str = "fresh", explicit: bool = False):
     """A stock scheduler that samples as the student was trained, and the call it needs.
 
     A flow's are in :func:`flow_scheduler`. Else fresh (and fixed) noise is ``LCMScheduler``;
     ``original_inference_steps`` and the length of the table are set such that ``num_inference_steps=K`` alone gives the
     trained times, and only an uneven grid needs ``timesteps=`` at the call. Deterministic steps are ``DDIMScheduler``.
+
+    Args:
+        explicit: the call names the times even where they are an even grid, for a student of several numbers of steps,
+            whose scheduler's configuration can have the defaults of one only.
 
     Returns:
         (scheduler, call): call holds the arguments of the pipeline's ``__call__`` beside the prompt.
@@ -27,10 +32,14 @@ def student_scheduler(teacher_scheduler, times: list[float], noise: str = "fresh
     from diffusers import DDIMScheduler, LCMScheduler
 
     if is_flow(teacher_scheduler):
-        return flow_scheduler(times, noise, teacher_scheduler.config.num_train_timesteps)
+        return flow_scheduler(times, noise, teacher_scheduler.config.num_train_timesteps, explicit)
     config = teacher_scheduler.config
     steps, start = len(times), int(times[0])
-    even = (start + 1) % steps == 0 and list(times) == uniform_times(steps, start)
+    even = (
+        (noise == "ddim" or not explicit)
+        and (start + 1) % steps == 0
+        and list(times) == uniform_times(steps, start)
+    )
     table: dict[str, Any] = {
         key: config[key]
         for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")
@@ -65,7 +74,9 @@ def student_scheduler(teacher_scheduler, times: list[float], noise: str = "fresh
     return scheduler, call
 
 
-def flow_scheduler(times: list[float], noise: str = "fresh", num_train_timesteps: int = 1000):
+def flow_scheduler(
+    times: list[float], noise: str = "fresh", num_train_timesteps: int = 1000, explicit: bool = False
+):
     """``FlowMatchLCMScheduler`` adds fresh (or fixed) noise, ``FlowMatchEulerDiscreteScheduler`` steps straight.
 
     Both would spread K steps evenly from 1 to 0.001 and shift them twice, so the last one is wasted. Here the shift is
@@ -82,11 +93,38 @@ def flow_scheduler(times: list[float], noise: str = "fresh", num_train_timesteps
     even = [1 - (1 - last) * k / max(1, steps - 1) for k in range(steps)]
     options: dict[str, Any] = {"num_train_timesteps": num_train_timesteps, "shift": 1.0}
     call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 0.0}
-    if max(abs(a - b) for a, b in zip(times, even)) > 1e-6:
+    if explicit or max(abs(a - b) for a, b in zip(times, even)) > 1e-6:
         call = {"sigmas": [float(t) for t in times], "guidance_scale": 0.0}
     elif steps > 1:
         options["shift_terminal"] = last
     return cls(**options), call
+
+
+def scm_scheduler(times: list[float], guidance: float):
+    """``SCMScheduler`` and the call of ``SanaSprintPipeline`` at the times (K,) of a flow.
+
+    The scheduler has TrigFlow's angles. It takes ``intermediate_timesteps`` with two steps only, and spreads others
+    evenly from the first angle down; a list of its own (``timesteps``) the pipeline's call cannot hand on to it.
+
+    Raises:
+        RecipeError: three steps or more that are not even in the angle.
+    """
+    from diffusers import SCMScheduler
+
+    first, *rest = (math.atan2(t, 1 - t) for t in times)
+    even = [first * (1 - k / len(times)) for k in range(1, len(times))]
+    if len(times) > 2 and max(abs(a - b) for a, b in zip(rest, even)) > 1e-6:
+        raise RecipeError(
+            f"method.angles: {[round(a, 4) for a in (first, *rest)]}: SanaSprintPipeline takes more than two steps on "
+            f"an even grid only, {[round(a, 4) for a in (first, *even)]}; use that, or set method.guidance_embedding false"
+        )
+    call = {
+        "num_inference_steps": len(times),
+        "max_timesteps": first,
+        "intermediate_timesteps": rest[0] if len(rest) == 1 else None,
+        "guidance_scale": guidance,
+    }
+    return SCMScheduler(), call
 
 
 def _rescaled(config) -> bool:

@@ -15,7 +15,7 @@ from ..router import RoutedStudent
 from ..student import Student
 from ..teachers import hushed
 from ..teachers.base import Teacher, size_options
-from .load import load_exported, stock_call
+from .load import at_steps, load_exported, stock_call
 
 
 class ExportError(TrainingError):
@@ -79,11 +79,13 @@ def verify(
     tolerance: float,
     dtype: str,
     base_dtype: str = "float32",
+    steps: int | None = None,
 ) -> float:
     """Loads the export in stock diffusers and compares its latents with the trainer's own, both in fp32.
 
     Args:
         own: of :func:`trainer_sample`. dtype: of the exported weights. base_dtype: of the teacher's while training.
+        steps: of a student of several numbers of steps.
 
     Returns:
         The largest absolute difference.
@@ -93,6 +95,7 @@ def verify(
     """
     pipe, record = load_exported(folder, teacher.source, base_dtype, upcast=True)
     pipe.to(teacher.device)
+    record = at_steps(record, steps)
     difference = (stock_sample(pipe, record, teacher, prompts) - own).abs().max().item()
     limit = tolerance if dtype == "float32" else max(tolerance, 0.05 * own.std().item() + tolerance)
     if not difference <= limit:

@@ -77,8 +77,35 @@ def save_pipeline(
     net = copy.deepcopy(teacher.net).cpu().float()
     # Buffers are never trained, so they stay the teacher's.
     net.load_state_dict({**net.state_dict(), **{name: value.float() for name, value in weights.items()}})
-    parts = {**teacher.pipe.components, teacher.network: net.to(dtype), "scheduler": scheduler}
-    type(teacher.pipe)(**parts, **_options(teacher.pipe)).save_pretrained(folder)
+    save_network(teacher, net.to(dtype), scheduler, folder)
+
+
+def save_network(
+    teacher: Teacher, net: nn.Module, scheduler, folder: Path, pipeline: type | None = None
+) -> None:
+    """The stock pipeline, or one of another class, with another network and scheduler in place of the teacher's."""
+    cls = pipeline or type(teacher.pipe)
+    parts = {**teacher.pipe.components, teacher.network: net, "scheduler": scheduler}
+    cls(**parts, **_options(teacher.pipe)).save_pretrained(folder)
+
+
+def save_sprint(
+    teacher: Teacher, weights: Mapping[str, Tensor], scheduler, dtype: torch.dtype, folder: Path
+) -> None:
+    """A SANA student that is told its guidance scale, as the stock ``SanaSprintPipeline``, whose class has that."""
+    from diffusers import SanaSprintPipeline, SanaTransformer2DModel
+
+    names = {
+        "guidance_embedding.embedder.": "time_embed.guidance_embedder.",
+        "time_embed.emb.": "time_embed.",
+    }
+    renamed = {}
+    for name, value in weights.items():
+        old = next((prefix for prefix in names if name.startswith(prefix)), "")
+        renamed[names.get(old, "") + name[len(old) :]] = value.float()
+    net = SanaTransformer2DModel.from_config({**teacher.net.config, "guidance_embeds": True})
+    net.load_state_dict({**net.state_dict(), **renamed})
+    save_network(teacher, net.to(dtype), scheduler, folder, SanaSprintPipeline)
 
 
 def _options(pipe) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..embedding import folded
 from ..errors import RecipeError
 from ..files import replacing, write, write_json
 from ..roles import RoleConfig
@@ -19,14 +20,44 @@ from ..router import RoutedStudent
 from ..student import Student
 from ..teachers.base import Teacher, size_options
 from .card import model_card
-from .scheduler import student_scheduler
+from .scheduler import scm_scheduler, student_scheduler
 from .tokens import save_token_student
-from .weights import has_lora_files, lora_state_dict, merged, save_kohya, save_lora, save_pipeline
+from .weights import (
+    has_lora_files,
+    lora_state_dict,
+    merged,
+    save_kohya,
+    save_lora,
+    save_pipeline,
+    save_sprint,
+)
 
 
 def _describe(folder: Path, record: Mapping[str, Any]) -> None:
     write_json(folder / "fewstep.json", record)
     write(folder / "README.md", model_card(record))
+
+
+def _numbers(times: Sequence[float]) -> list[float]:
+    """Times of a table as integers, of a flow as they are."""
+    return [int(t) if t == int(t) and t != 1 else t for t in times]
+
+
+def scalars_of(student: Student | RoutedStudent) -> dict[str, float]:
+    """What the student is told beside its condition, at the values it is exported with."""
+    return getattr(student.denoisers[0], "scalars", {})
+
+
+def samplers_of(teacher: Teacher, student: Student | RoutedStudent) -> dict[int, tuple[Any, dict[str, Any]]]:
+    """Scheduler and call for each number of steps; with several, every call names its times."""
+    told, variants = scalars_of(student), student.variants()
+    if "guidance" in told and teacher.pipeline_class == "SanaPipeline":
+        return {one.num_steps: scm_scheduler(one.times, told["guidance"]) for one in variants}
+    explicit = len(variants) > 1
+    return {
+        one.num_steps: student_scheduler(teacher.pipe.scheduler, one.times, one.noise, explicit)
+        for one in variants
+    }
 
 
 def export_student(
@@ -50,7 +81,11 @@ def export_student(
     precision = getattr(torch, dtype)
     if teacher.kind == "autoregressive":
         return _export_tokens(folder, teacher, student, weights, about=about, dtype=dtype)
-    scheduler, call = student_scheduler(teacher.pipe.scheduler, student.times, student.noise)
+    told = scalars_of(student)
+    sprint = "guidance" in told and teacher.pipeline_class == "SanaPipeline"
+    samplers = samplers_of(teacher, student)
+    scheduler, call = samplers[student.num_steps]
+    size = size_options(teacher.pipe, teacher.resolution)
     kind = role.kind if has_lora_files(teacher) else "full"
     experts = student.roles if len(weights) > 1 else None
     record = {
@@ -60,9 +95,9 @@ def export_student(
         "pipeline_class": teacher.pipeline_class,
         "kind": kind,
         "num_steps": len(student.times),
-        "timesteps": [int(t) if t == int(t) > 1 else t for t in student.times],
+        "timesteps": _numbers(student.times),
         "noise": student.noise,
-        "call": call | size_options(teacher.pipe, teacher.resolution),
+        "call": call | size,
         "scheduler": type(scheduler).__name__,
         "resolution": teacher.resolution,
         "latent_shape": list(teacher.latent_shape),
@@ -73,6 +108,11 @@ def export_student(
     absent = [name for name, part in teacher.pipe.components.items() if part is None]
     if absent:
         record["absent"] = absent
+    if len(samplers) > 1:
+        record["steps"] = {
+            str(steps): {"timesteps": _numbers(student.grids[steps]), "call": one | size}
+            for steps, (_, one) in samplers.items()
+        }
     with replacing(folder) as part:
         scheduler.save_pretrained(part / "scheduler")
         for name, tensors in weights.items():
@@ -84,7 +124,11 @@ def export_student(
             else:
                 if role.kind == "lora":
                     tensors = merged(teacher.net, lora_state_dict(tensors, role))
-                save_pipeline(teacher, tensors, scheduler, precision, part / "pipeline")
+                if not sprint:
+                    for scalar, value in told.items():
+                        tensors = folded(tensors, teacher.net, scalar, value)
+                save = save_sprint if sprint else save_pipeline
+                save(teacher, tensors, scheduler, precision, part / "pipeline")
         _describe(part, record)
     return folder
 
@@ -150,7 +194,19 @@ def check_exportable(student: Student | RoutedStudent, role: RoleConfig, teacher
                 "teacher lacks, so it is no adapter of it; use full"
             )
         return
-    student_scheduler(teacher.pipe.scheduler, student.times, student.noise)
+    samplers_of(teacher, student)
+    told = scalars_of(student)
+    if told and role.kind != "full":
+        raise RecipeError(
+            f"roles.student.kind: {role.kind}: the {' and '.join(told)} that the student is told changes a bias, which "
+            "a LoRA does not carry; use full"
+        )
+    scale = teacher.net.config.get("timestep_scale", 1.0) * teacher.denoiser.schedule.time_scale
+    if "guidance" in told and teacher.pipeline_class == "SanaPipeline" and abs(scale - 1) > 1e-6:
+        raise RecipeError(
+            f"teacher.path: {teacher.source}: its network sees t in [0, {scale:g}], and SanaSprintPipeline gives it t "
+            "in [0, 1]; prepare the teacher first (fewstep prepare), or set method.guidance_embedding false"
+        )
     if len(set(student.roles)) > 1 and not has_lora_files(teacher):
         raise RecipeError(
             f"method: several students share one pipeline as LoRAs that are switched, and {teacher.pipeline_class} "

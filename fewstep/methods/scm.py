@@ -158,17 +158,20 @@ class SCM(Method):
 
     summary = "continuous-time consistency with TrigFlow tangents; one or more steps"
     extras = ("weighting",)
-    Config = ConsistencyOptions
+
+    @dataclass
+    class Config(ConsistencyOptions):
+        """Nothing beside :class:`ConsistencyOptions`."""
 
     def __init__(
-        self, config: ConsistencyOptions, teacher: Denoiser, latent_shape: Sequence[int], *, student: Denoiser
+        self, config: SCM.Config, teacher: Denoiser, latent_shape: Sequence[int], *, student: Denoiser
     ):
         self.config, self.student = config, student_of(student, config.angles)
         self.term = Consistency(config, teacher, student)
         self.term.check(latent_shape)
 
     @classmethod
-    def needs(cls, config: ConsistencyOptions) -> tuple[str, ...]:
+    def needs(cls, config: SCM.Config) -> tuple[str, ...]:
         return ("prompts", "pairs" if config.synthetic else "images")
 
     def heads(self) -> dict[str, nn.Module]:

@@ -281,6 +281,7 @@ def _sana(_tokenizer, _pipeline_class, _options):
             cross_attention_head_dim=8,
             cross_attention_dim=16,
             caption_channels=16,
+            timestep_scale=0.001,  # as `fewstep prepare` leaves it, and SanaSprintPipeline needs it
         ),
         scheduler=DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
