@@ -122,3 +122,38 @@ def folded(
     with torch.no_grad():
         plain[bias] = plain[bias] + embedding(torch.tensor([scale * value]))[0].to(plain[bias])
     return plain
+
+
+def folded_lora(
+    state: Mapping[str, Tensor],
+    net: nn.Module,
+    name: str,
+    value: float,
+    times: Tensor,
+    scale: float = 0.1,
+) -> dict[str, Tensor]:
+    """A LoRA with the scalar fixed: its embedding becomes one more rank of the time embedding's last layer.
+
+    A LoRA carries no bias. But a few-step student is called at K times only, where that layer is given K known vectors
+    h_k; with ``a`` the smallest vector for which ``a h_k = 1`` at all of them, the update ``c a`` adds the constant c.
+
+    Args:
+        state: PEFT names and tensors of strength 1, and those of the embedding. net: the frozen network.
+            The layer before the last must not be adapted.
+        times: (K,) in the network's own unit, all that it will ever be given.
+    """
+    prefix = name + "_embedding."
+    path, mlp, sinusoids = time_embedder(net)
+    embedding = ScalarEmbedding(mlp.linear_2.out_features)
+    embedding.load_state_dict({k[len(prefix) :]: v.float() for k, v in state.items() if k.startswith(prefix)})
+    plain = {k: v for k, v in state.items() if not k.startswith(prefix)}
+    with torch.no_grad():
+        added = embedding(torch.tensor([scale * value]))[0]
+        weight = mlp.linear_1.weight
+        hidden = mlp.act(mlp.linear_1(sinusoids(times.to(weight.device)).to(weight.dtype))).double().cpu()
+        one = torch.linalg.pinv(hidden) @ torch.ones(len(hidden), dtype=torch.float64)
+    layer = f"{path}.linear_2.lora_"
+    for side, rank, axis in (("A", one.float()[None], 0), ("B", added[:, None], 1)):
+        key = f"{layer}{side}.weight"
+        plain[key] = torch.cat([plain[key], rank.to(plain[key])], axis) if key in plain else rank.contiguous()
+    return plain

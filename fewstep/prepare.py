@@ -253,6 +253,8 @@ def prepare(
     )  # fmt: skip
 
     def check(step: int) -> None:
+        if record["checks"] and step == record["checks"][-1]["step"]:
+            return
         now = {"step": step, **measured(student)}
         record["checks"].append(now)
         if not quiet:
@@ -267,12 +269,10 @@ def prepare(
         process=Process(device=teacher.device), quiet=quiet,
     )  # fmt: skip
     trainer.restore()
-    trainer.train()
-    last = (
-        record["checks"][-1]
-        if record["checks"]
-        else {"step": trainer.progress.iteration, **measured(student)}
-    )
+    check(trainer.progress.iteration)
+    if trainer.progress.iteration < train.steps:
+        trainer.train()
+    last = record["checks"][-1]
     reached = last["error"] <= config.error and last["stiffness"] <= config.stiffness
     record |= {"after": last, "reached": reached, "seconds": round(trainer.seconds, 1)}
     with replacing(out) as part, averaged(role):

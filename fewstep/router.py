@@ -192,6 +192,10 @@ class RoutedStudent:
         return [self]
 
     @property
+    def eta(self) -> float:
+        return self.students[0].eta
+
+    @property
     def schedule(self) -> Schedule:
         return self.students[0].schedule
 

@@ -199,11 +199,15 @@ class VP(Schedule):
 
     def __init__(self, alphas_cumprod: Tensor | Sequence[float]):
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
-        if table.ndim != 1 or len(table) < 2 or not bool(((table[:-1] > table[1:]) & (table[:-1] < 1)).all()):
-            raise FewstepError("VP schedule: alphas_cumprod must be one decreasing row of numbers below 1")
-        # A zero-terminal-SNR table ends at 0; log-SNR -40 stands for it, alpha = 2e-9.
+        if (
+            table.ndim != 1
+            or len(table) < 2
+            or not bool(((table[:-1] > table[1:]) & (table[:-1] <= 1)).all())
+        ):
+            raise FewstepError("VP schedule: alphas_cumprod must be one decreasing row of numbers up to 1")
+        # A zero-terminal-SNR table ends at 0; log-SNR -40 stands for it, alpha = 2e-9. One of TCD starts at 1.
         self.table = torch.log(table) - torch.log1p(-table)
-        self.table = self.table.clamp(min=-40.0)
+        self.table = self.table.clamp(-40.0, 40.0)
         self._on_device = {self.table.device: self.table}  # a copy per step would stall a GPU
         self.t_min, self.t_max = 0.0, float(len(table) - 1)
 

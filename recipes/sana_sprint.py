@@ -23,8 +23,10 @@ recipe = Recipe(
         autocast="bfloat16",
         gradient_checkpointing=True,
     ),
-    # The paper's times for four steps, 1.5683, 1.3, 1.1 and 0.6, are none that the stock pipeline's call can name.
-    method=SanaSprint.Config(angles=[[math.pi / 2], [1.5683, 1.3], [math.pi * k / 8 for k in (4, 3, 2, 1)]]),
+    # The paper's times for four steps, pi/2, 1.3, 1.1 and 0.6, are none that the stock pipeline's call can name.
+    method=SanaSprint.Config(
+        angles=[[math.pi / 2], [math.pi / 2, 1.3], [math.pi * k / 8 for k in (4, 3, 2, 1)]]
+    ),
     data=DataConfig(prompts="prompts.txt", images="images"),
     roles={
         "student": RoleConfig(kind="full", lr=2e-6, weight_decay=0.0, warmup=2500, ema=0.9999),

@@ -37,7 +37,7 @@ def tiny(recipe_name: str, teacher: Path, folder: Path, *words: str):
     words = (
         *("--teacher", str(teacher), "--prompts", str(prompts), "--images", str(images)),
         *("--output", str(folder / "run"), "--teacher.dtype", "float32", "--teacher.autocast", "null"),
-        *("--teacher.resolution", "null", "--student.rank", "4", "--critic.rank", "4", "--train.steps", "4"),
+        *("--teacher.resolution", "null", "--student.rank", "4", "--train.steps", "4"),
         *("--train.batch_size", "2", "--train.accumulate", "1"),
         *("--samples.count", "2", "--samples.teacher_steps", "2", "--train.sample_every", "2"),
         *("--train.checkpoint_every", "2", "--train.log_every", "1", "--student.warmup", "0"),
@@ -45,6 +45,8 @@ def tiny(recipe_name: str, teacher: Path, folder: Path, *words: str):
         *words,
     )
     recipe = load_recipe(recipe_name)
+    if "critic" in recipe.method_class.networks_for(recipe.method):
+        words = ("--critic.rank", "4", *words)
     if hasattr(recipe.method, "critic_steps"):
         words = ("--method.critic_steps", "2", *words)
     return recipes.override(recipe, words)

@@ -203,10 +203,24 @@ def test_zero_terminal_snr_stays_finite_for_v():
     torch.testing.assert_close(vp.convert(v, x_t, t, "v", "x0"), -v)
 
 
-@pytest.mark.parametrize("table", [[0.5], [0.5, 0.7], [1.0, 0.5], [[0.9, 0.5]]])
+@pytest.mark.parametrize("table", [[0.5], [0.5, 0.7], [1.1, 0.5], [[0.9, 0.5]]])
 def test_a_table_that_is_none_is_refused(table):
     with pytest.raises(FewstepError, match="alphas_cumprod"):
         VP(table)
+
+
+def test_a_table_may_begin_clean_and_minus_one_is_the_clean_sample():
+    vp = VP([1.0, 0.5])  # as the table of an exported TCDScheduler does
+    assert vp.sigma(torch.tensor([0])).item() < 1e-8
+    clean = vp.at(torch.tensor([0.0]))
+    assert clean.item() == -1 and vp.alpha(clean).item() == 1 and vp.sigma(clean).item() == 0
+
+
+@pytest.mark.parametrize("schedule", [Flow(), Flow(shift=3.0), EDM(), TrigFlow()])
+def test_even_fractions_run_from_the_clean_sample_to_the_noisiest_level(schedule):
+    times = schedule.at(torch.linspace(0, 1, 9))
+    assert times[0].item() == schedule.clean and times[-1].item() == pytest.approx(schedule.t_max)
+    assert (times.diff() > 0).all() and schedule.sigma(times[:1]).item() == 0
 
 
 def test_unknown_kind_and_shift_are_refused():

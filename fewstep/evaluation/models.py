@@ -118,8 +118,8 @@ class Model:
             times = even_times(schedule_of(self.scheduler), steps, self.record["timesteps"][0])
         except FewstepError as error:
             raise FewstepError(f"--steps {steps}: {error}") from None
-        noise = {"noise": "ddim"} if self.record.get("noise") == "ddim" else {}
-        scheduler, call = student_scheduler(self.scheduler, times, **noise)
+        noise = self.record.get("noise") if self.record.get("noise") in ("ddim", "tcd") else "fresh"
+        scheduler, call = student_scheduler(self.scheduler, times, noise)
         kept = {k: v for k, v in self.record["call"].items() if k not in STEPPING}
         return scheduler, {**call, **kept}
 

@@ -12,16 +12,21 @@ from ..student import uniform_times
 from ..teachers.base import is_flow
 
 
-def student_scheduler(teacher_scheduler, times: list[float], noise: str = "fresh", explicit: bool = False):
+def student_scheduler(
+    teacher_scheduler, times: list[float], noise: str = "fresh", explicit: bool = False, eta: float = 0.0
+):
     """A stock scheduler that samples as the student was trained, and the call it needs.
 
     A flow's are in :func:`flow_scheduler`. Else fresh (and fixed) noise is ``LCMScheduler``;
     ``original_inference_steps`` and the length of the table are set such that ``num_inference_steps=K`` alone gives the
-    trained times, and only an uneven grid needs ``timesteps=`` at the call. Deterministic steps are ``DDIMScheduler``.
+    trained times, and only an uneven grid needs ``timesteps=`` at the call. Deterministic steps are ``DDIMScheduler``,
+    "tcd" ones ``TCDScheduler`` on a table without noise at time 0, where its last step ends: with the teacher's own
+    table, which a user may put in its place, a sample keeps that noise (0.03 of Stable Diffusion's).
 
     Args:
         explicit: the call names the times even where they are an even grid, for a student of several numbers of steps,
             whose scheduler's configuration can have the defaults of one only.
+        eta: of "tcd", goes into the call.
 
     Returns:
         (scheduler, call): call holds the arguments of the pipeline's ``__call__`` beside the prompt.
@@ -29,9 +34,13 @@ def student_scheduler(teacher_scheduler, times: list[float], noise: str = "fresh
     Raises:
         RecipeError: deterministic steps on an uneven grid, which no stock scheduler takes.
     """
-    from diffusers import DDIMScheduler, LCMScheduler
+    from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 
     if is_flow(teacher_scheduler):
+        if noise == "tcd":
+            raise RecipeError(
+                "method.noise: tcd: no stock scheduler of a flow has such steps; use ddim or fresh"
+            )
         return flow_scheduler(times, noise, teacher_scheduler.config.num_train_timesteps, explicit)
     config = teacher_scheduler.config
     steps, start = len(times), int(times[0])
@@ -46,8 +55,11 @@ def student_scheduler(teacher_scheduler, times: list[float], noise: str = "fresh
         if key in config
     }
     length = start + 1 if even else len(teacher_scheduler.alphas_cumprod)
-    if length != config.num_train_timesteps or config.get("trained_betas") is not None or _rescaled(config):
-        cumulative = teacher_scheduler.alphas_cumprod.double()[:length]
+    own = config.get("trained_betas") is not None or _rescaled(config) or noise == "tcd"
+    if length != config.num_train_timesteps or own:
+        cumulative = teacher_scheduler.alphas_cumprod.double()[:length].clone()
+        if noise == "tcd":
+            cumulative[0] = 1.0
         ratio = cumulative / torch.cat([torch.ones(1, dtype=torch.float64), cumulative[:-1]])
         table = {"trained_betas": (1 - ratio).tolist(), "num_train_timesteps": length}
     table |= {
@@ -63,15 +75,13 @@ def student_scheduler(teacher_scheduler, times: list[float], noise: str = "fresh
                 f"num_steps and start, e.g. {uniform_times(steps, steps * max(1, round(start / steps)) - 1)}"
             )
         return DDIMScheduler(**table, timestep_spacing="trailing"), call
-    scheduler = LCMScheduler(
-        **table,
-        original_inference_steps=steps if even else 50,
-        # LCM blends x_t into x0 with a weight of 0.25 / (scaling t)^2; students here are pure x0 predictors.
-        timestep_scaling=1e6,
-    )
+    table["original_inference_steps"] = steps if even else 50
     if not even:
         call = {"timesteps": [int(t) for t in times], "guidance_scale": 0.0}
-    return scheduler, call
+    if noise == "tcd":
+        return TCDScheduler(**table), {**call, "eta": eta}
+    # LCM blends x_t into x0 with a weight of 0.25 / (scaling t)^2; students here are pure x0 predictors.
+    return LCMScheduler(**table, timestep_scaling=1e6), call
 
 
 def flow_scheduler(
@@ -107,16 +117,22 @@ def scm_scheduler(times: list[float], guidance: float):
     evenly from the first angle down; a list of its own (``timesteps``) the pipeline's call cannot hand on to it.
 
     Raises:
-        RecipeError: three steps or more that are not even in the angle.
+        RecipeError: a first time other than pi/2, or three steps or more that are not even in the angle.
     """
     from diffusers import SCMScheduler
 
+    if times[0] != 1:
+        raise RecipeError(
+            f"method.angles: a first time of {math.atan2(times[0], 1 - times[0]):.4f}: SanaSprintPipeline would shrink "
+            "the noise it starts from; begin at pi/2, or set method.guidance_embedding false"
+        )
     first, *rest = (math.atan2(t, 1 - t) for t in times)
     even = [first * (1 - k / len(times)) for k in range(1, len(times))]
     if len(times) > 2 and max(abs(a - b) for a, b in zip(rest, even)) > 1e-6:
         raise RecipeError(
             f"method.angles: {[round(a, 4) for a in (first, *rest)]}: SanaSprintPipeline takes more than two steps on "
-            f"an even grid only, {[round(a, 4) for a in (first, *even)]}; use that, or set method.guidance_embedding false"
+            f"an even grid only, {[round(a, 4) for a in (first, *even)]}; use that, or set method.guidance_embedding "
+            "false"
         )
     call = {
         "num_inference_steps": len(times),

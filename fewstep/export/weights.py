@@ -53,7 +53,15 @@ def save_lora(
 ) -> None:
     from peft import LoraConfig
 
-    lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=list(config.targets))
+    ranks = {name.split(".lora_A.")[0]: len(value) for name, value in state.items() if ".lora_A." in name}
+    other = {name: rank for name, rank in ranks.items() if rank != config.rank}
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank,
+        target_modules=list(dict.fromkeys([*config.targets, *other])),
+        rank_pattern=other,
+        alpha_pattern=other,
+    )
     type(teacher.pipe).save_lora_weights(
         folder,
         **{

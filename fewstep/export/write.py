@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..embedding import folded
+from ..embedding import folded, folded_lora, time_embedder
 from ..errors import RecipeError
 from ..files import replacing, write, write_json
-from ..roles import RoleConfig
+from ..roles import RoleConfig, lora_targets
 from ..router import RoutedStudent
 from ..student import Student
-from ..teachers.base import Teacher, size_options
+from ..teachers.base import Teacher, is_flow, size_options
 from .card import model_card
 from .scheduler import scm_scheduler, student_scheduler
 from .tokens import save_token_student
@@ -43,21 +43,42 @@ def _numbers(times: Sequence[float]) -> list[float]:
     return [int(t) if t == int(t) and t != 1 else t for t in times]
 
 
+def _network_times(teacher: Teacher, student: Student) -> Tensor:
+    """All times the network is ever given, in its own unit."""
+    times = sorted({float(t) for grid in student.grids.values() for t in grid})
+    return torch.tensor(times) * teacher.denoiser.schedule.time_scale
+
+
 def scalars_of(student: Student | RoutedStudent) -> dict[str, float]:
     """What the student is told beside its condition, at the values it is exported with."""
     return getattr(student.denoisers[0], "scalars", {})
 
 
 def samplers_of(teacher: Teacher, student: Student | RoutedStudent) -> dict[int, tuple[Any, dict[str, Any]]]:
-    """Scheduler and call for each number of steps; with several, every call names its times."""
+    """Scheduler and call for each number of steps; where one configuration does not fit all, calls name the times."""
     told, variants = scalars_of(student), student.variants()
     if "guidance" in told and teacher.pipeline_class == "SanaPipeline":
         return {one.num_steps: scm_scheduler(one.times, told["guidance"]) for one in variants}
-    explicit = len(variants) > 1
+    scheduler, call = student_scheduler(teacher.pipe.scheduler, student.times, student.noise, eta=student.eta)
+    if "timesteps" not in call and "sigmas" not in call and _nested(student) and not is_flow(scheduler):
+        return {
+            one.num_steps: (scheduler, {**call, "num_inference_steps": one.num_steps}) for one in variants
+        }
     return {
-        one.num_steps: student_scheduler(teacher.pipe.scheduler, one.times, one.noise, explicit)
+        one.num_steps: student_scheduler(
+            teacher.pipe.scheduler, one.times, one.noise, len(variants) > 1, one.eta
+        )
         for one in variants
     }
+
+
+def _nested(student: Student | RoutedStudent) -> bool:
+    """Whether every list of times is every n-th of the first, as stock schedulers thin theirs out."""
+    times = student.times
+    return all(
+        len(times) % one.num_steps == 0 and one.times == times[:: len(times) // one.num_steps]
+        for one in student.variants()
+    )
 
 
 def export_student(
@@ -113,18 +134,26 @@ def export_student(
             str(steps): {"timesteps": _numbers(student.grids[steps]), "call": one | size}
             for steps, (_, one) in samplers.items()
         }
+
+    def told_away(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The LoRA alone; what the student is told is one of its ranks."""
+        state = lora_state_dict(tensors, role)
+        for scalar, value in told.items():
+            state = folded_lora(state, teacher.net, scalar, value, _network_times(teacher, student))
+        return state
+
     with replacing(folder) as part:
         scheduler.save_pretrained(part / "scheduler")
         for name, tensors in weights.items():
             if kind == "lora":
-                state, target = lora_state_dict(tensors, role), part / name if experts else part
+                state, target = told_away(tensors), part / name if experts else part
                 save_lora(teacher, state, role, precision, target)
                 if kohya:
                     save_kohya(teacher, state, precision, target / "kohya" / "fewstep.safetensors")
             else:
                 if role.kind == "lora":
-                    tensors = merged(teacher.net, lora_state_dict(tensors, role))
-                if not sprint:
+                    tensors = merged(teacher.net, told_away(tensors))
+                elif not sprint:
                     for scalar, value in told.items():
                         tensors = folded(tensors, teacher.net, scalar, value)
                 save = save_sprint if sprint else save_pipeline
@@ -196,13 +225,22 @@ def check_exportable(student: Student | RoutedStudent, role: RoleConfig, teacher
         return
     samplers_of(teacher, student)
     told = scalars_of(student)
-    if told and role.kind != "full":
+    sprint = "guidance" in told and teacher.pipeline_class == "SanaPipeline"
+    if sprint and role.kind != "full":
         raise RecipeError(
-            f"roles.student.kind: {role.kind}: the {' and '.join(told)} that the student is told changes a bias, which "
-            "a LoRA does not carry; use full"
+            f"roles.student.kind: {role.kind}: SanaSprintPipeline, whose network is told the guidance, is exported "
+            "whole; use full"
         )
+    if told and role.kind == "lora":
+        path, mlp, _ = time_embedder(teacher.net)
+        adapted = f"{path}.linear_1" in lora_targets(teacher.net, role.targets)
+        if adapted or mlp.post_act is not None:
+            raise RecipeError(
+                f"roles.student.targets: {path}.linear_1 must stay as it is for a student that is told its "
+                f"{' and '.join(told)}; leave it out, or use kind full"
+            )
     scale = teacher.net.config.get("timestep_scale", 1.0) * teacher.denoiser.schedule.time_scale
-    if "guidance" in told and teacher.pipeline_class == "SanaPipeline" and abs(scale - 1) > 1e-6:
+    if sprint and abs(scale - 1) > 1e-6:
         raise RecipeError(
             f"teacher.path: {teacher.source}: its network sees t in [0, {scale:g}], and SanaSprintPipeline gives it t "
             "in [0, 1]; prepare the teacher first (fewstep prepare), or set method.guidance_embedding false"

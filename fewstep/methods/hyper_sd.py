@@ -22,6 +22,7 @@ from ..cond import Cond
 from ..denoiser import Denoiser, Guidance
 from ..discriminator import Discriminator
 from ..errors import RecipeError
+from ..schedules import VP
 from ..student import Student
 from .base import Batch, Method, Phase, Progress, register
 from .dmd import DMD
@@ -64,8 +65,9 @@ class HyperSD(Method):
             num_steps: numbers of steps at which the student is sampled; null is ``segments``.
             one_step_time: where the student of one step is called; null is the noisiest (800 for the paper's
                 dedicated one-step model).
-            noise, eta: how it steps, see :class:`~fewstep.student.Student`. A student of one segment predicts clean
-                images and steps by fresh noise, "tcd" with eta 1.
+            noise, eta: how it steps, see :class:`~fewstep.student.Student`; null is "tcd", or "fresh" for a flow, whose
+                schedulers have no such steps. A student of one segment predicts clean images and steps by fresh noise,
+                "tcd" with eta 1.
             reward: of the feedback stage, ``module:function`` or a preference model, see :mod:`fewstep.reward`.
             reward_margin: rewards above it are good enough (alpha_d); the loss is a hinge. reward_weight: of it.
             score_weight, score_norm: of the score difference on one-step samples, and its kind (DMD's ``weight``).
@@ -89,7 +91,7 @@ class HyperSD(Method):
         synthetic: bool = False
         num_steps: list[int] | None = None
         one_step_time: float | None = None
-        noise: Literal["ddim", "fresh", "tcd"] = "tcd"
+        noise: Literal["ddim", "fresh", "tcd"] | None = None
         eta: float = 1.0
         reward: str | None = None
         reward_margin: float = 1.0
@@ -156,7 +158,8 @@ class HyperSD(Method):
         grids = [self.schedule.at(torch.arange(n, 0, -1) / n).tolist() for n in counts]
         if config.one_step_time is not None:
             grids = [[config.one_step_time] if len(grid) == 1 else grid for grid in grids]
-        self.student = Student(student, grids[0], config.noise, also=grids[1:], eta=config.eta)
+        noise = config.noise or ("tcd" if isinstance(self.schedule, VP) else "fresh")
+        self.student = Student(student, grids[0], noise, also=grids[1:], eta=config.eta)
         self.discriminator: Discriminator | None = None
         if any(config.of_stage("gan_weight", i) for i in range(len(config.segments))):
             self.discriminator = Discriminator(teacher, config.taps, latent_shape)

@@ -33,7 +33,8 @@ class SanaSprint(Method):
         """Options beside those of the two losses. Defaults are the paper's, or its code's where that is said.
 
         Attributes:
-            angles: the paper's searched times for 1, 2 and 4 steps (table 7); 1.5683 is arctan(200 / 0.5).
+            angles: the paper's searched times for 1, 2 and 4 steps (table 7), whose first of several is 1.5683; a stock
+                sampler's first input is pure noise, so ours begin at pi/2.
             guidance_scales: of the teacher, drawn for each sample. guidance_scale: the one to sample with.
             guidance_embedding: the student is told the scale of its sample, ``0.1 w`` through an embedding of its own
                 beside that of time; without it, guidance_scale alone is distilled in.
@@ -44,7 +45,7 @@ class SanaSprint(Method):
         """
 
         angles: list[list[float]] = field(
-            default_factory=lambda: [[math.pi / 2], [1.5683, 1.3], [1.5683, 1.3, 1.1, 0.6]]
+            default_factory=lambda: [[math.pi / 2], [math.pi / 2, 1.3], [math.pi / 2, 1.3, 1.1, 0.6]]
         )
         guidance_scales: list[float] = field(default_factory=lambda: [4.0, 4.5, 5.0])
         guidance_scale: float = 4.5
