@@ -22,6 +22,7 @@ from torch import Tensor
 from fewstep.errors import FewstepError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PIECE = 16  # files that a worker handles at a time: few, so that the network need not wait long for the first
 In, Out = TypeVar("In"), TypeVar("Out")
 
 
@@ -125,13 +126,24 @@ def prepared_files(
     Yields:
         Prepared batches of `size` files each; fewer where the prepared shapes differ.
     """
-    pieces = [files[start : start + size] for start in range(0, len(files), size)]
+    pieces = [files[start : start + PIECE] for start in range(0, len(files), PIECE)]
+    waiting: list[Tensor] = []
     for arrays in ahead(partial(_prepared, prepare=prepare), pieces, min(workers, len(pieces) - 1)):
-        yield from map(torch.from_numpy, arrays)
+        for part in map(torch.from_numpy, arrays):
+            if waiting and waiting[0].shape[1:] != part.shape[1:]:
+                yield torch.cat(waiting)
+                waiting = []
+            waiting.append(part)
+            while sum(map(len, waiting)) >= size:
+                whole = torch.cat(waiting)
+                yield whole[:size]
+                waiting = [whole[size:]] if len(whole) > size else []
+    if waiting:
+        yield torch.cat(waiting)
 
 
 def ahead(function: Callable[[In], Out], items: Sequence[In], workers: int) -> Iterator[Out]:
-    """`map` by worker processes, at most two results each in advance, so that memory stays bounded.
+    """`map` by worker processes, at most four results each in advance, so that memory stays bounded.
 
     Results come through pipes: shared memory, which is faster by little, is too small in most containers.
     """
@@ -145,7 +157,7 @@ def ahead(function: Callable[[In], Out], items: Sequence[In], workers: int) -> I
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > 2 * workers:
+                if len(waiting) > 4 * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
