@@ -5,7 +5,8 @@
 The teacher is smooth enough as it is: ``fewstep prepare`` measures 1.4 for |dF/dt| against |J_x v|. Where it measures
 more than about 3, prepare the teacher first.
 
-Hardware: two CPU cores, 4 GB of memory. Time and result: ``eval/results/emoji_scm_1step.json``.
+Hardware: two CPU cores, 4 GB of memory. ``eval/results/emoji_scm_1step.json`` is a failed run at three times
+this learning rate.
 """
 
 from fewstep.methods.scm import SCM
@@ -24,7 +25,7 @@ recipe = Recipe(
     method=SCM.Config(guidance_scale=2.0, time_mean=0.2, time_std=1.6, warmup=150),
     data=DataConfig(prompts="builtin:emoji", images="builtin:emoji"),
     roles={
-        "student": RoleConfig(kind="lora", rank=64, alpha=64, lr=3e-4, warmup=50, decay=400, ema=0.98),
+        "student": RoleConfig(kind="lora", rank=64, alpha=64, lr=1e-4, warmup=50, decay=400, ema=0.98),
         "weighting": RoleConfig(kind="full", lr=1e-3, weight_decay=0.0),
     },
     train=TrainConfig(steps=800, batch_size=16, log_every=10, sample_every=200, checkpoint_every=200),

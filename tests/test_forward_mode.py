@@ -13,7 +13,13 @@ from fewstep.schedules import TrigFlow
 from fewstep.teachers import load_teacher
 from fewstep.teachers.tiny import write_tiny_pipeline
 
-CLASSES = ["StableDiffusionPipeline", "StableDiffusionXLPipeline"]
+CLASSES = [
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "SanaPipeline",
+    "PixArtSigmaPipeline",
+]
 
 
 @pytest.fixture(scope="module", params=CLASSES)
@@ -98,7 +104,7 @@ class Opaque(torch.autograd.Function):
 class WithOpaque(nn.Module):
     def __init__(self, net):
         super().__init__()
-        self.net = net
+        self.net, self.config = net, net.config
 
     def forward(self, x, *args, **options):
         return self.net(Opaque.apply(x), *args, **options)
