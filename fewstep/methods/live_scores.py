@@ -60,16 +60,20 @@ def through_networks(
     return value.detach() + ((finite - finite.detach()) * clean(gradient)).sum()
 
 
-def exit_step(batch: Batch, student: Student) -> int:
-    """The step that is trained, drawn once per iteration: the same on all ranks, for critic and student."""
+def exit_step(batch: Batch, student: Student, last: bool = False) -> int:
+    """The step that is trained, drawn once per iteration: the same on all ranks, for critic and student.
+
+    Args:
+        last: it is the last one instead.
+    """
     if "exit" not in batch.carry:
-        batch.carry["exit"] = batch.shared.integer(student.num_steps)
+        batch.carry["exit"] = student.num_steps - 1 if last else batch.shared.integer(student.num_steps)
     return batch.carry["exit"]
 
 
-def made_by(student: Student, batch: Batch) -> Callable[[], Tensor]:
+def made_by(student: Student, batch: Batch, last: bool = False) -> Callable[[], Tensor]:
     """What the student makes of fresh noise in the step of this iteration; earlier steps carry no gradient."""
-    step = exit_step(batch, student)
+    step = exit_step(batch, student, last)
     x = student.inputs(batch.rng.normal(*batch.shape), batch.cond, batch.rng.normal_like, step)
     return lambda: student.x0(x, step, batch.cond)
 

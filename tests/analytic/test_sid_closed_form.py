@@ -685,6 +685,7 @@ def test_the_guided_combination_of_the_critic_is_what_learns(labelled):
         ({"num_steps": 0}, "method.num_steps: 0: expected at least 1"),
         ({"critic_steps": 0}, "method.critic_steps: 0"),
         ({"alpha": math.nan}, "method.alpha: nan"),
+        ({"last_share": 1.0}, "method.last_share: 1.0"),
         ({"caption_dropout": 1.0}, "method.caption_dropout: 1.0"),
         ({"gan_weight": -1.0}, "method.gan_weight: -1.0"),
         ({"discriminator_weight": 0.0}, "method.discriminator_weight: 0.0"),
@@ -855,17 +856,32 @@ def test_a_short_run_is_on_its_way(ring, fitted):
     assert distance(trainer, ring) < 0.4 * start
 
 
+def test_the_last_share_of_a_run_trains_the_last_step_alone(ring, fitted):
+    trainer = toy(ring, fitted, steps=40, batch_size=8, num_steps=4, last_share=0.25)
+    found = []
+    for i in range(40):
+        batch, progress = trainer.data.batch(i, 0), Progress(i, 40)
+        trainer.method.critic_loss(batch, progress)
+        found.append(batch.carry["exit"])
+        trainer.method.generator_loss(batch, progress)
+        assert batch.carry["exit"] == found[-1]
+    assert set(found[:30]) == {0, 1, 2, 3} and set(found[30:]) == {3}
+
+
 @pytest.mark.slow
-def test_four_steps_reach_the_ring_and_the_last_is_better_than_the_first(ring, fitted):
+def test_four_steps_reach_the_ring_closer_than_one_step_at_equal_iterations(ring, fitted):
     """The uniform mixture trains every step towards the data, and each on what the ones before it made."""
-    trainer = toy(ring, fitted, steps=700, batch_size=512, num_steps=4)
-    trainer.train()
-    student, found = trainer.method.student, []
-    with toys.averaged(trainer.roles["student"]), torch.no_grad():
-        for step in range(4):
-            made = student.rollout(Rng(7).normal(6000, 2), NONE, Rng(6).normal_like, step)
-            found.append(energy_distance(made, ring.sample(6000, Rng(9))))
-    assert found[3] < 0.03 and found[3] < found[0], found
+    found = {}
+    for steps, last in ((1, 0.0), (4, 0.3)):
+        trainer = toy(ring, fitted, steps=700, batch_size=512, num_steps=steps, last_share=last)
+        trainer.train()
+        student = trainer.method.student
+        with toys.averaged(trainer.roles["student"]), torch.no_grad():
+            for step in range(steps):
+                made = student.rollout(Rng(7).normal(6000, 2), NONE, Rng(6).normal_like, step)
+                found[steps, step + 1] = energy_distance(made, ring.sample(6000, Rng(9)))
+    print(found)
+    assert found[4, 4] < 0.03 and found[4, 4] < 0.9 * found[1, 1] and found[4, 4] < found[4, 1], found
 
 
 def joint_distance(trainer, teacher, count=3000):
