@@ -2,7 +2,7 @@
 
     python recipes/emoji_hyper_sd.py                       (or: fewstep train emoji_hyper_sd)
 
-Hardware: two CPU cores, 4 GB of memory. Time and result: ``eval/results/emoji_hyper_sd.json``.
+Hardware: two CPU cores, 4 GB of memory. Not yet run.
 """
 
 from fewstep.methods.hyper_sd import HyperSD
