@@ -1,7 +1,7 @@
 """Train ``builtin:emoji-flow``, the small SANA pipeline (flow matching, transformer) that ships with fewstep.
 
     python recipes/train_emoji_flow.py --run runs/emoji-flow      # all stages; Ctrl-C and rerun to continue
-    python recipes/train_emoji_flow.py --run runs/emoji-flow --stage transformer --steps 9000
+    python recipes/train_emoji_flow.py --run runs/more --stage transformer --steps 9000 --init runs/emoji-flow/pipeline
 
 Its latents are those of ``builtin:emoji-xl``, so its parts can be trained one beside the other. Stages: ``text`` (a
 Gemma text encoder that learns the features of emoji-xl's CLIP encoders, then frozen), ``transformer``
@@ -209,12 +209,26 @@ def conditions(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return rows[0], rows[1]
 
 
-def train_transformer(folder: Path, steps: int, cooldown: int, batch: int = 32) -> None:
+def unpack(init: Path, folder: Path) -> SanaPipeline:
+    """A pipeline to go on from; its frozen text encoder comes along as the stage ``text``."""
+    pipe = SanaPipeline.from_pretrained(init)
+    pipe.tokenizer.save_pretrained(folder / "tokenizer")
+    encoder = {f"encoder.{name}": value for name, value in pipe.text_encoder.float().state_dict().items()}
+    torch.save({"ema": encoder}, folder / "text.pt")
+    return pipe
+
+
+def train_transformer(folder: Path, steps: int, cooldown: int, init: Path | None, batch: int = 32) -> None:
     """Flow matching; where a caption leaves much open, the target is the expectation that emoji-xl has learned.
 
     For names the target is the image itself. For kinds and for the null condition it is the posterior mean of
     ``builtin:emoji-xl`` at the same noise level, which has the same expectation and much less variance.
     """
+    torch.manual_seed(0)
+    model = make_transformer()
+    torch.nn.init.zeros_(model.proj_out.weight)
+    if init:
+        model.load_state_dict(unpack(init, folder).transformer.float().state_dict())
     teacher, _, latents = source()
     embeds, mask = conditions(folder)
     names, groups = emoji.load()[1], emoji.groups()
@@ -224,9 +238,6 @@ def train_transformer(folder: Path, steps: int, cooldown: int, batch: int = 32) 
     ]
     old_null = teacher.denoiser.null
     teacher.denoiser.autocast, teacher.denoiser.attention = torch.bfloat16, "math"
-    torch.manual_seed(0)
-    model = make_transformer()
-    torch.nn.init.zeros_(model.proj_out.weight)
     print(f"transformer {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     schedule, count = Flow(), len(latents)
     run = Run(folder, "transformer", model, model.parameters(), lr=1e-3, ema=0.999)
@@ -262,10 +273,12 @@ def train_transformer(folder: Path, steps: int, cooldown: int, batch: int = 32) 
     run.train(steps, cooldown, loss)
 
 
-def train_vae(folder: Path, steps: int, cooldown: int, batch: int = 16) -> None:
+def train_vae(folder: Path, steps: int, cooldown: int, init: Path | None, batch: int = 16) -> None:
     """The encoder learns the latents of emoji-xl, the decoder to draw from them; one does not wait for the other."""
     _, images, latents = source()
     vae = make_vae()
+    if init:
+        vae.load_state_dict(unpack(init, folder).vae.float().state_dict())
     run = Run(folder, "vae", vae, vae.parameters(), lr=2e-3, ema=0.998)
 
     def loss():
@@ -297,6 +310,8 @@ def save_pipeline(folder: Path, target: Path) -> None:
         module.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True)["ema"])
         module.eval().half()
     pipe = pipeline(folder, **parts)
+    # The name that transformers 4 reads from tokenizer.json; version 5 has one class under both.
+    pipe.register_to_config(tokenizer=("transformers", "GemmaTokenizerFast"))
     pipe.save_pretrained(target)
     size = sum(p.stat().st_size for p in target.rglob("*.safetensors"))
     print(f"{target}: {size / 1e6:.1f} MB of safetensors")
@@ -310,6 +325,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=["all", "text", "transformer", "vae", "save"], default="all")
     parser.add_argument("--steps", type=int, help="steps of the chosen stage")
     parser.add_argument("--cooldown", type=int, default=4000, help="steps of falling learning rate")
+    parser.add_argument("--init", type=Path, help="pipeline to go on from (transformer, vae)")
     parser.add_argument("--to", type=Path, help="where `save` writes the pipeline (default RUN/pipeline)")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
@@ -317,9 +333,9 @@ def main() -> None:
     if "text" in wanted:
         train_text(args.run, args.steps or 600)
     if "transformer" in wanted:
-        train_transformer(args.run, args.steps or 9000, args.cooldown)
+        train_transformer(args.run, args.steps or 9000, args.cooldown, args.init)
     if "vae" in wanted:
-        train_vae(args.run, args.steps or 4000, args.cooldown)
+        train_vae(args.run, args.steps or 4000, args.cooldown, args.init)
     if "save" in wanted:
         save_pipeline(args.run, args.to or args.run / "pipeline")
 

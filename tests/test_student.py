@@ -10,7 +10,7 @@ from fewstep.denoiser import NetDenoiser
 from fewstep.errors import RecipeError
 from fewstep.rng import Rng
 from fewstep.schedules import VP, Flow
-from fewstep.student import Student, check_times, uniform_times
+from fewstep.student import Student, check_times, even_times, uniform_times
 
 SCHEDULE = VP.from_scheduler(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
 NONE = Cond({})
@@ -40,6 +40,28 @@ class Recorder:
 )
 def test_uniform_times(steps, start, expected):
     assert uniform_times(steps, start) == expected
+
+
+@pytest.mark.parametrize(
+    "schedule, steps, start, expected",
+    [
+        (SCHEDULE, 4, None, [999, 749, 499, 249]),
+        (SCHEDULE, 1, 399, [399]),
+        (Flow(), 4, None, [1.0, 0.75, 0.5, 0.25]),
+        (Flow(shift=3.0), 4, None, [1.0, 0.9, 0.75, 0.5]),  # even before the shift
+        (Flow(shift=3.0), 2, 0.75, [0.75, 0.5]),  # 0.75 is 0.5 before it
+        (Flow(shift=3.0), 1, 0.3, [0.3]),
+    ],
+)
+def test_even_times_are_even_where_solvers_are(schedule, steps, start, expected):
+    assert even_times(schedule, steps, start) == pytest.approx(expected)
+    check_times(even_times(schedule, steps, start), schedule)
+
+
+@pytest.mark.parametrize("steps, start", [(0, None), (2, 1.5), (2, 0.0), (1, 999)])
+def test_a_start_outside_a_flow_is_refused(steps, start):
+    with pytest.raises(RecipeError, match=r"within \(0, 1\]"):
+        even_times(Flow(), steps, start)
 
 
 @pytest.mark.parametrize("steps, start", [(3, 999), (4, 998), (0, 999), (-1, 999), (1, -1)])

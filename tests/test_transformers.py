@@ -4,11 +4,11 @@ import inspect
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from fewstep.discriminator import Discriminator
 from fewstep.errors import FewstepError
-from fewstep.export import export_student, load_exported, trainer_sample, verify
+from fewstep.export import export_student, load_exported, student_scheduler, trainer_sample, verify
 from fewstep.floor import calibrate, floor_sampler, sample, write_floor
 from fewstep.generate import generate
 from fewstep.roles import RoleConfig, build_role, lora_targets
@@ -253,6 +253,43 @@ def test_stock_diffusers_samples_a_flow_student(name, steps, noise, teachers, tm
     assert record["timesteps"] == pytest.approx(times)
 
 
+@pytest.mark.parametrize("noise", ["fresh", "ddim"])
+@pytest.mark.parametrize(
+    "times, by_number",
+    [
+        ([1.0], True),
+        ([1.0, 0.783], True),  # SANA-Sprint's two steps
+        ([1.0, 0.75, 0.5, 0.25], True),
+        ([1.0, 0.9, 0.75, 0.5], False),  # a shift is no even grid
+        ([0.7], False),
+    ],
+)
+def test_a_flow_schedulers_file_gives_the_trained_times(times, by_number, noise, tmp_path):
+    """The first and all later times, from the file alone where the grid is even; diffusers' own grids are others."""
+    scheduler, call = student_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0), times, noise)
+    assert ("num_inference_steps" in call) == by_number and call.pop("guidance_scale") == 0.0
+    scheduler.save_pretrained(tmp_path)
+    loaded = type(scheduler).from_pretrained(tmp_path)
+    loaded.set_timesteps(**call)
+    assert loaded.timesteps.tolist() == pytest.approx([1000 * t for t in times], abs=1e-3)
+    assert loaded.sigmas.tolist() == pytest.approx([*times, 0.0], abs=1e-6)
+    plain = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    plain.set_timesteps(4)
+    assert plain.timesteps.tolist() == pytest.approx(
+        [1000, 858, 602, 8.9], abs=0.5
+    )  # the last step is wasted
+
+
+@pytest.mark.parametrize("noise", ["fresh", "ddim"])
+def test_the_last_step_of_a_flow_scheduler_is_the_x0_prediction(noise):
+    x, velocity = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler, call = student_scheduler(FlowMatchEulerDiscreteScheduler(), [0.7], noise)
+    call.pop("guidance_scale")
+    scheduler.set_timesteps(**call)
+    made = scheduler.step(velocity, scheduler.timesteps[0], x).prev_sample
+    torch.testing.assert_close(made, x - 0.7 * velocity)
+
+
 @pytest.mark.parametrize("name", ["PixArtSigmaPipeline"])
 def test_a_lora_of_a_pipeline_without_lora_files_is_exported_merged(name, teachers, tmp_path):
     teacher = teachers(name)
@@ -292,8 +329,6 @@ def test_a_sample_is_the_same_in_any_batch(name, teachers, tmp_path):
 
 
 def test_a_shift_that_depends_on_the_size_is_refused():
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     with pytest.raises(FewstepError, match="use_dynamic_shifting"):
         schedule_of(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
     assert isinstance(schedule_of(DDIMScheduler()), VP)

@@ -117,11 +117,22 @@ def results_table(result: dict[str, Any]) -> str:
 
 
 def gallery(results: Mapping[str, dict[str, Any]]) -> str:
-    """One Markdown table of several result files: references once, floors once, then every student by its file.
+    """A Markdown table per teacher: references once, floors once, then every student by its result file.
 
     Args:
-        results: name of the file -> content; all with the same prompts, images and extractor.
+        results: name of the file -> content; those of one teacher with the same prompts, images and extractor.
+            ``teacher`` may be missing where it is the first built-in one.
     """
+    teachers: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, result in results.items():
+        teachers.setdefault(result.get("teacher", "builtin:emoji-xl"), {})[name] = result
+    parts = [
+        f"Teacher `{name}`:\n\n{_gallery_of(group)}" for name, group in sorted(teachers.items(), reverse=True)
+    ]
+    return "\n\n".join(parts)
+
+
+def _gallery_of(results: Mapping[str, dict[str, Any]]) -> str:
     rows: dict[str, dict[str, Any]] = {}
     for result in results.values():
         rows |= {row["name"]: row for row in result["rows"] if row["kind"] != "student"}

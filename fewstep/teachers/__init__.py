@@ -11,7 +11,7 @@ from ..errors import FewstepError
 from .base import Teacher, check_pipeline_folder
 
 ASSETS = Path(__file__).parent.parent / "assets"
-BUILTIN = {"builtin:emoji-xl": ASSETS / "emoji-xl"}
+BUILTIN = {"builtin:emoji-xl": ASSETS / "emoji-xl", "builtin:emoji-flow": ASSETS / "emoji-flow"}
 
 
 def adapters() -> dict[str, type[Teacher]]:

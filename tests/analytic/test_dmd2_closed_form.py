@@ -17,6 +17,7 @@ from fewstep.recipe import DataConfig, Recipe, TeacherConfig
 from fewstep.rng import Rng
 from fewstep.roles import RoleConfig
 from fewstep.run import build
+from fewstep.schedules import Flow
 from fewstep.teachers.analytic import GaussianMixture
 from fewstep.trainer import TrainConfig, Trainer
 
@@ -57,6 +58,47 @@ def test_the_direction_of_the_score_difference_matters(ring, fitted, flip, monke
     start = distance(trainer, ring)
     trainer.train()
     assert distance(trainer, ring) > start if flip else distance(trainer, ring) < 0.2 * start
+
+
+@pytest.mark.slow
+def test_four_steps_on_a_shifted_flow_reach_the_ring():
+    teacher = GaussianMixture.ring(Flow(shift=3.0), radius=2.2, std=0.2)
+    torch.manual_seed(0)
+    net = fit(teacher, Mlp(), prediction="flow")
+    config = DMD2.Config(num_steps=4, gan_weight=0.0)
+    trainer = toys.toy(DMD2, config, teacher, net, 400, prediction="flow")
+    assert trainer.method.student.times == pytest.approx([1.0, 0.9, 0.75, 0.5])
+    start = distance(trainer, teacher)
+    trainer.train()
+    assert distance(trainer, teacher) < min(0.03, 0.5 * start)
+
+
+def test_the_gradient_on_a_flow_is_the_analytic_one():
+    """Gaussians: the mean of ``fake - real`` is ``(m - mu) s^2 / (alpha^2 v + s^2)`` for equal variances v.
+
+    Per sample it is divided by ``|x0 - real|``, so the constant is left open; direction and level are not.
+    """
+    flow, size = Flow(), 20000
+    teacher, fake = (
+        GaussianMixture(flow, torch.tensor([[m]]).double(), torch.tensor(0.09).double()) for m in (0.4, -0.1)
+    )
+    method = object.__new__(DMD2)
+    method.config = DMD2.Config(gan_weight=0.0, time_range=(0.3, 0.7))
+    method.teacher, method.critic = teacher, fake
+    x0 = fake.sample(size, Rng("x0")).requires_grad_()
+    batch = Batches(Rows(10, id=torch.arange(10)), (1,), batch_size=size, per_iteration=1).batch(0, 0)
+    seen, matching = {}, objectives.distribution_matching
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            objectives,
+            "distribution_matching",
+            lambda x, real, fake, w: (seen.update(d=fake - real, w=w), matching(x, real, fake, w))[1],
+        )
+        method.matching(x0, NONE, batch).backward()
+    u = 0.3 + 0.4 * (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    expected = (-0.5 * u**2 / ((1 - u) ** 2 * 0.09 + u**2)).mean()
+    assert seen["d"].mean().item() == pytest.approx(expected.item(), abs=0.01)
+    assert (x0.grad < 0).double().mean() > 0.99  # descent moves the student up, to the teacher
 
 
 def test_the_critic_of_a_fixed_student_becomes_its_exact_posterior_mean(ring, fitted):
