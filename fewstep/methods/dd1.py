@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from ..errors import RecipeError
 from ..student import EntryStudent
-from ..token_students import ParallelStudent
 from ..tokens import CodebookDenoiser
 from .base import Batch, Method, Phase, Progress, register
+
+if TYPE_CHECKING:
+    from ..token_students import ParallelStudent
 
 
 @register("dd1")
@@ -84,6 +86,8 @@ class DD1(Method):
 
     @classmethod
     def network(cls, config: DD1.Config, teacher, name: str) -> nn.Module:
+        from ..token_students import ParallelStudent
+
         return ParallelStudent.of(teacher.net, teacher.denoiser.codes, config.split)
 
     @classmethod

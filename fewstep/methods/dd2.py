@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,11 @@ from ..cond import Cond
 from ..errors import RecipeError
 from ..roles import hand_over
 from ..student import Student
-from ..token_students import CausalStudent, Generator
 from ..tokens import CodebookDenoiser
 from .base import Batch, Method, Phase, Progress, register
+
+if TYPE_CHECKING:
+    from ..token_students import CausalStudent
 
 
 @register("dd2")
@@ -96,11 +98,15 @@ class DD2(Method):
                 "method.prefix: continuous: this teacher reads token indices only; use nearest, or a teacher whose "
                 "transformer reads embeddings"
             )
+        from ..token_students import Generator
+
         self.student = Student(Generator(student), [student.schedule.t_max])
 
     @classmethod
     def network(cls, config: DD2.Config, teacher, name: str) -> nn.Module:
         options = {"head_width": config.head_width, "head_depth": config.head_depth}
+        from ..token_students import CausalStudent
+
         return CausalStudent.of(teacher.net, teacher.denoiser.codes, **options)
 
     @classmethod
