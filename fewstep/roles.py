@@ -214,8 +214,9 @@ def default_targets(module: nn.Module) -> list[str]:
     return list(UNET_TARGETS if "UNet" in type(module).__name__ else TRANSFORMER_TARGETS)
 
 
-def lora_targets(module: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
-    """Layers whose name ends in one of ``targets``, as peft matches them."""
+def lora_targets(module: nn.Module, targets: list[str] | None) -> dict[str, nn.Module]:
+    """Layers whose name ends in one of ``targets``, as peft matches them; None takes the defaults of the class."""
+    targets = default_targets(module) if targets is None else targets
     return {
         name: layer
         for name, layer in module.named_modules()

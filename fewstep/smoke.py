@@ -46,6 +46,8 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
         images=data.images if data.images is None or Path(data.images).is_dir() else str(few),
     )
     few_turns = {name: value for name, value in FEW.items() if hasattr(recipe.method, name)}
+    if getattr(recipe.method, "score_length", 0):
+        few_turns["score_length"] = 1.0  # a stage of its own within four steps
     if getattr(recipe.method, "regression", None) == "lpips":
         few_turns["regression"] = "features"  # whose weights come with fewstep
     if any(tap.startswith("transformer_blocks.") for tap in getattr(recipe.method, "taps", ())):

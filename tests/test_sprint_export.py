@@ -81,10 +81,16 @@ def test_folding_the_scale_into_a_bias_is_exact(told):
     assert difference.abs().max() < 1e-5
 
 
-def test_a_lora_cannot_carry_the_scale(told):
+def test_a_lora_carries_the_scale_only_where_it_folds_into_the_time_embedding(told):
     teacher, _, denoiser = told
-    with pytest.raises(RecipeError, match=r"roles.student.kind: lora: .*use full"):
-        export.check_exportable(student_of(denoiser, ANGLES), RoleConfig(kind="lora"), teacher)
+    student = student_of(denoiser, ANGLES)
+    if teacher.pipeline_class == "SanaPipeline":  # SanaSprintPipeline's network is told the scale
+        with pytest.raises(RecipeError, match=r"roles.student.kind: lora: .*use full"):
+            export.check_exportable(student, RoleConfig(kind="lora"), teacher)
+        return
+    export.check_exportable(student, RoleConfig(kind="lora"), teacher)
+    with pytest.raises(RecipeError, match=r"roles.student.targets: .*linear_1 must stay as it is"):
+        export.check_exportable(student, RoleConfig(kind="lora", targets=["linear_1"]), teacher)
 
 
 @pytest.mark.parametrize("angles", ANGLES)

@@ -262,6 +262,7 @@ def student(tiny_sd15, tmp_path_factory):
     pipe.scheduler, call = student_scheduler(pipe.scheduler, [999, 749, 499, 249])
     pipe.save_pretrained(folder / "export" / "pipeline")
     record = {"kind": "full", "num_steps": 4, "timesteps": [999, 749, 499, 249], "call": call}
+    record["pipeline_class"] = type(pipe).__name__
     (folder / "export" / "fewstep.json").write_text(json.dumps(record))
     return folder
 
