@@ -110,6 +110,12 @@ def settle(module: nn.Module) -> None:
         module.reshard()
 
 
+def gather(module: nn.Module) -> None:
+    """Makes sharded weights whole ahead of a forward-mode derivative, inside of which they cannot be gathered."""
+    if hasattr(module, "unshard"):
+        module.unshard()
+
+
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
     """To the device without waiting for it: from pinned memory, so that a GPU's queue is not drained first."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":

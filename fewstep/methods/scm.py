@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import consistency as scm
 from ..cond import Cond
 from ..denoiser import Denoiser, Guidance, ScheduleView
+from ..distributed import gather
 from ..errors import RecipeError
 from ..schedules import Schedule, TrigFlow
 from ..student import Student, times_at
@@ -114,6 +115,7 @@ class Consistency:
 
         with torch.autocast(x_t.device.type, enabled=False):
             if self.config.tangent == "forward":
+                gather(self.student.denoiser.net)
                 return scm.forward_mode(velocity, x_t, t, ode)
             return scm.central_difference(velocity, x_t, t, ode, self.config.difference)
 

@@ -34,19 +34,6 @@ OPTIONS = {
 }
 JUDGES = {"ladd", "sana_sprint"}  # they see through the teacher's own network
 STEPS = 8
-# Trained on two processes as on one; those with forward-mode derivatives or tokens have tests of their own.
-SPREAD = (
-    "diff_instruct",
-    "disback",
-    "dmd",
-    "dmd2",
-    "fdistill",
-    "multi_student",
-    "phased_dmd",
-    "sid",
-    "sim",
-    "swiftbrush",
-)
 LABELS = torch.arange(64) % 2
 
 
@@ -130,12 +117,16 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_ends(name, tmp_path):
     assert all(once[key].equal(twice[key]) for key in once)
 
 
-def whole_run(name, process=None):
-    """All trained weights after a run of two micro-batches an iteration, over one process or two."""
+def whole_run(name, process=None, folder=None, stops=(STEPS,)):
+    """All trained weights after a run of two micro-batches an iteration, over one process or two, resumed at stops."""
     accumulate = 2 if process is None else 2 // process.world
-    trainer = trainer_of(name, accumulate=accumulate, process=process)
-    for _ in range(STEPS):
-        trainer.iterate()
+    for stop in stops:
+        trainer = trainer_of(name, accumulate=accumulate, process=process)
+        trainer.folder = folder
+        trainer.restore()
+        while trainer.progress.iteration < stop:
+            trainer.iterate()
+        trainer.save()
     return {
         f"{name}/{role}/{key}": whole(weight).clone()
         for role, owner in trainer.roles.items()
@@ -144,7 +135,7 @@ def whole_run(name, process=None):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains_with_accumulation(tmp_path):
+def test_two_processes_train_what_one_trains_with_accumulation_and_resume_exactly(tmp_path):
     """All of them in one launch of torchrun."""
     script, output = Path(__file__).with_name("two_processes.py"), tmp_path / "weights.safetensors"
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
@@ -157,8 +148,9 @@ def test_two_processes_train_what_one_trains_with_accumulation(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     two = load_file(output)
-    for name in SPREAD:
+    for name in METHODS:
         one = whole_run(name)
         assert one.keys() == {key for key in two if key.startswith(name + "/")}
         far = {key: (one[key] - two[key]).abs().max().item() for key in one}
         assert max(far.values()) < 1e-4, (name, max(far, key=far.get), max(far.values()))
+        assert all(two[key].equal(two[f"resumed/{key}"]) for key in one), name
