@@ -1,6 +1,5 @@
 """A run in pieces is the run in one piece, bit for bit, for every registered method: everything a checkpoint holds."""
 
-import inspect
 import json
 import random
 from dataclasses import replace
@@ -12,11 +11,10 @@ import test_contract
 import torch
 from safetensors.torch import load_file
 from test_contract import STEPS, trainer_of
-from toys import SD, Mlp, fit, toy
+from toys import toy
 
 from fewstep.methods import METHODS
 from fewstep.roles import RoleConfig
-from fewstep.teachers.analytic import GaussianMixture
 
 LORA = {"kind": "lora", "rank": 2, "alpha": 2, "targets": ["layers.2", "layers.4"], "ema": 0.9}
 VARIANTS = {
@@ -31,28 +29,8 @@ CASES = [
 ]
 
 
-def multi_student(**options):
-    """Its prompts must differ: a ring whose halves have a label each."""
-    modes = GaussianMixture.ring(SD, radius=2.2, std=0.2)
-    halves = GaussianMixture(SD, modes.means, modes.variances, torch.eye(2).repeat_interleave(4, 1) / 4)
-    torch.manual_seed(0)
-    net, method = fit(halves, Mlp(width=32, labels=2), steps=5), METHODS["multi_student"]
-    config = method.Config(parts=2, critic_steps=2, gan_weight=0.0)
-    return toy(method, config, halves, net, STEPS, 16, labels=torch.arange(64) % 2, **options)
-
-
-@pytest.fixture(scope="module")
-def teacher():
-    """What the contract's trainers are built with, where they do not bring a teacher of their own."""
-    if "fitted" not in inspect.signature(trainer_of).parameters:
-        return ()
-    ring = GaussianMixture.ring(SD, radius=2.2, std=0.2)
-    torch.manual_seed(0)
-    return ring, fit(ring, Mlp(width=32), steps=5)
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_in_pieces_is_the_run_in_one(case, teacher, tmp_path, monkeypatch, tally):
+def test_a_run_in_pieces_is_the_run_in_one(case, tmp_path, monkeypatch, tally):
     name, variant = case.split("/")
     tally("resume tried", case)
     options = dict(VARIANTS[variant])
@@ -64,7 +42,7 @@ def test_a_run_in_pieces_is_the_run_in_one(case, teacher, tmp_path, monkeypatch,
         for stop in stops:
             # What anybody draws from the process's own generators would differ from leg to leg.
             torch.manual_seed(stop), np.random.seed(stop), random.seed(stop)
-            trainer = multi_student(**options) if name == "multi_student" else trainer_of(name, *teacher)
+            trainer = trainer_of(name)
             trainer.folder = tmp_path / folder
             assert trainer.restore() == (stop != stops[0])
             before = torch.get_rng_state()
