@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..cond import Cond
 from ..distributed import Process
 from ..errors import FewstepError, RecipeError
-from ..files import write, write_json, write_tensors
+from ..files import sweep, write, write_json, write_tensors
 from ..rng import Rng
 from ..teachers.base import Teacher
 from .cache import Store, encode_prompts, identity, shard_path
@@ -130,6 +130,7 @@ def make_pairs(
     order = Rng(seed, "pairs").permutation(len(prompts)).tolist()
     chosen = [prompts[order[i % len(order)]].replace("\n", " ") for i in range(num)]
     if process.main:
+        sweep(folder)
         _claim(folder, about, chosen)
     process.barrier()
     conditions = encode_prompts(teacher, chosen, quiet=not process.main)
