@@ -61,18 +61,17 @@ def test_the_direction_of_the_score_difference_matters(ring, fitted, flip, monke
 
 
 @pytest.mark.slow
-def test_four_steps_on_a_shifted_flow_come_near_the_ring():
+def test_four_steps_on_a_shifted_flow_reach_the_ring():
     teacher = GaussianMixture.ring(Flow(shift=3.0), radius=2.2, std=0.2)
     torch.manual_seed(0)
-    net = fit(teacher, Mlp(), prediction="flow")
+    # A network that is half fitted keeps student and critic at 0.09: velocities are harder to learn than v.
+    net = fit(teacher, Mlp(), steps=600, prediction="flow")
     config = DMD2.Config(num_steps=4, gan_weight=0.0)
-    trainer = toys.toy(DMD2, config, teacher, net, 400, prediction="flow")
+    trainer = toys.toy(DMD2, config, teacher, net, 800, prediction="flow")
     assert trainer.method.student.times == pytest.approx([1.0, 0.9, 0.75, 0.5])
-    start = distance(trainer, teacher)
+    assert distance(trainer, teacher) > 0.1
     trainer.train()
-    assert (
-        distance(trainer, teacher) < 0.3 * start
-    )  # 0.09 of 0.39, and no nearer in three times the iterations
+    assert distance(trainer, teacher) < 0.03
 
 
 def test_the_gradient_on_a_flow_is_the_analytic_one():
