@@ -229,6 +229,11 @@ def _check_class(recipe: Recipe) -> None:
             f"method.name: {recipe.method_class.name} distills {wanted} teachers, and {recipe.teacher.path} is "
             f"{kind} ({found}); choose another method or teacher"
         )
+    if kind == "autoregressive" and recipe.evaluation.floor_steps:
+        raise RecipeError(
+            f"evaluation.floor_steps: {recipe.evaluation.floor_steps}: an autoregressive teacher has no training-free "
+            "solver in few steps; leave them out"
+        )
 
 
 def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
@@ -358,7 +363,8 @@ class Session:
             export.verify(folder, sample, self.teacher, self.export_prompts, *args, steps)
             for steps, sample in own.items()
         )
-        print(f"fewstep: export {folder} verified in stock diffusers, largest difference {difference:.1e}")
+        reader = "stock diffusers" if self.teacher.kind == "diffusion" else self.teacher.pipeline_class
+        print(f"fewstep: export {folder} verified in {reader}, largest difference {difference:.1e}")
 
     def _about(self) -> dict[str, Any]:
         return {

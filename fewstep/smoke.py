@@ -19,6 +19,7 @@ FEW = {
     "backtrack_steps": 1,
     "gan_schedule": (2, 4),
     "initial_share": 0.25,
+    "head_width": 32,
 }
 
 

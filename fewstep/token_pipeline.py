@@ -158,9 +158,9 @@ class AutoregressivePipeline(DiffusionPipeline):
             num_inference_steps: of a student, its own number by default; a teacher always decodes all groups.
             generator: one, or one per image. latents: unit noise (B, n, C) of a student. A teacher given latents flows
                 from them (DD1's map) instead of sampling.
-            teacher, resample: the teacher's pipeline, which draws the tokens from ``resample[0]`` up to
-                ``resample[1]`` anew; a DD1 student then makes those after them (DD1's "pre-trained-n-m"), and a DD2
-                student ends with them.
+            teacher, resample: of a student: the teacher's pipeline draws the tokens from ``resample[0]`` up to
+                ``resample[1]`` anew, at ``guidance_scale``. A DD1 student then makes those after them again (DD1's
+                "pre-trained-n-m"); a DD2 student is meant to have its last groups drawn (DD2's algorithm 4).
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W), or "latent" (B, n, C).
             height, width: accepted for the sake of other pipelines' callers; the map of tokens has one size.
         """

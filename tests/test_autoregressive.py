@@ -522,10 +522,21 @@ def recipe_of(name, teacher, tmp_path, **role):
 
 @pytest.mark.parametrize("name", RUN)
 def test_a_run_ends_with_a_verified_export_that_samples(name, teacher, tmp_path):
+    from dataclasses import replace
+
     from fewstep.cli import main
+    from fewstep.recipe import EvalConfig
     from fewstep.run import execute
 
-    folder = execute(recipe_of(name, teacher, tmp_path))
+    steps = len(teacher.net.groups)
+    measured = EvalConfig(num=4, teacher_steps=steps, teacher_guidance=2.0, batch_size=2)
+    folder = execute(replace(recipe_of(name, teacher, tmp_path), evaluation=measured))
+    taught, made = json.loads((folder / "eval.json").read_text())["rows"]
+    assert taught["kind"] == "teacher" and taught["nfe"] == 2 * steps and taught["token TV"] == 0
+    assert made["speed-up"] == pytest.approx(
+        taught["seconds per image"] / made["seconds per image"], rel=0.05
+    )
+    assert 1 <= made["token perplexity"] <= 16 and 0 <= made["token TV"] <= 1
     record = json.loads((folder / "export" / "fewstep.json").read_text())
     assert record["num_steps"] == (2 if name == "dd1" else 1) and record["kind"] == "full"
     assert (folder / "samples" / "step_000004.png").is_file()
@@ -570,3 +581,47 @@ def test_converting_from_the_command_line(tmp_path):
     teacher = load_teacher(str(tmp_path / "out"))
     assert teacher.denoiser.law == Law(top_k=5, top_p=0.95) and isinstance(teacher.denoiser, CodebookDenoiser)
     assert main(["convert", "llamagen", "--transformer", "x.pt", "--tokenizer", "y.pt", "--to", "z"]) == 2
+
+
+def test_statistics_of_tokens():
+    from fewstep.evaluation.tokens import token_statistics, tokens_of
+
+    a, b = torch.tensor([[0, 0], [1, 1]]), torch.tensor([[2, 2], [1, 1]])
+    assert token_statistics(a, a, 8) == pytest.approx({"token perplexity": 2.0, "token TV": 0.0})
+    assert token_statistics(a, b, 8)["token TV"] == pytest.approx(0.5)
+    assert token_statistics(torch.arange(8)[None], b, 8)["token perplexity"] == pytest.approx(8)
+    teacher = Autoregressive(gpt_pipeline(), "x")
+    images = torch.randint(0, 255, (3, 6, 6, 3), dtype=torch.uint8)
+    q = teacher.pipe.codes[tokens_of(teacher, images.numpy(), batch_size=2)]
+    assert q.equal(teacher.latents(images))
+
+
+# ------------------------------------------------------------------------------------------------- text
+def test_a_text_pipeline_reads_prompts_and_tokenizers_of_diffusers_fit(tmp_path):
+    """The parts of the small emoji model: diffusers' VQModel, CLIP, and a GPT on 64 tokens."""
+    from diffusers import VQModel
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    from fewstep.teachers import BUILTIN
+
+    xl = BUILTIN["builtin:emoji-xl"]
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    widths = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "latent_channels": 8}
+    vq = VQModel(num_vq_embeddings=16, vq_embed_dim=8, sample_size=64, **blocks, **widths).eval()
+    torch.manual_seed(0)
+    sizes = {"num_classes": None, "caption_dim": 128, "cls_token_num": 12, "multiple_of": 16}
+    gpt = randomise(GPT(16, 32, 1, 2, 64, rotated_condition=True, **sizes))
+    encoder = CLIPTextModelWithProjection.from_pretrained(xl / "text_encoder_2")
+    pipe = LlamaGenPipeline(gpt, vq, encoder, CLIPTokenizer.from_pretrained(xl / "tokenizer_2"))
+    cond = pipe.encode_prompt(["red apple", "any food fruit"])
+    assert cond["embeds"].shape == (2, 12, 128) and not cond["embeds"][0].equal(cond["embeds"][1])
+    call = {"guidance_scale": 2.0, "output_type": "latent"}
+    once = pipe("red apple", generator=torch.Generator().manual_seed(0), **call).images
+    assert once.shape == (1, 64, 8) and pipe.resolution == 64
+    pipe.save_pretrained(tmp_path)
+    again = LlamaGenPipeline.from_pretrained(tmp_path)
+    assert again("red apple", generator=torch.Generator().manual_seed(0), **call).images.equal(once)
+    own = vq.quantize(vq.encode(torch.zeros(1, 3, 64, 64)).latents)[2][2].view(1, -1)
+    assert pipe.tokenize(torch.zeros(1, 3, 64, 64)).equal(own)
+    images = decode_codes(vq, pipe.codes[own])
+    assert torch.allclose(images, vq.decode(vq.encode(torch.zeros(1, 3, 64, 64)).latents).sample, atol=1e-4)

@@ -30,6 +30,7 @@ from ..teachers.base import size_options
 from .evaluate import evaluate_images
 from .images import open_images
 from .statistics import table
+from .tokens import token_statistics, tokens_of
 
 GRID = 16  # images shown of each row
 
@@ -41,7 +42,9 @@ def evaluate_run(
 
     Rows: the VAE's ceiling, the teacher, the student in ``folder/export`` if there is one, the training-free floor.
 
-    With real images the rows carry FD, KID and, where asked for, retrieval and the diversity within a prompt.
+    With real images the rows carry FD, KID and, where asked for, retrieval and the diversity within a prompt. Rows of
+    an autoregressive teacher and its student also carry statistics of tokens, and how many times faster the student is
+    at equal batch, decoding included; the teacher has its cache of keys and values.
     """
     config = recipe.evaluation
     asked = _asked(recipe, prompts, images)
@@ -49,6 +52,9 @@ def evaluate_run(
     # Written first, so that an interruption keeps the rows that are done.
     shown = [*asked.prompts[: GRID // 2], *asked.names[: GRID - GRID // 2]][:GRID]
     result: dict[str, Any] = {"prompts": shown, "rows": [], "notes": [_note(recipe, real)]}
+    taught: tuple[torch.Tensor, float] | None = (
+        None  # an autoregressive teacher's tokens and seconds per image
+    )
     for name, kind, nfe, make in _rows(recipe, folder, teacher, images, asked):
         begin = time.perf_counter()
         pictures = make([*asked.prompts, *asked.names])
@@ -56,6 +62,13 @@ def evaluate_run(
         row = {"name": name, "kind": kind, "nfe": nfe, "images": len(pictures)}
         if real is not None:
             row |= _numbers(real, pictures, asked, config.extractor)
+        if teacher.kind == "autoregressive":
+            tokens = tokens_of(teacher, pictures)
+            if kind == "teacher":
+                taught = (tokens, seconds)
+            elif kind == "student" and taught:
+                row["speed-up"] = round(taught[1] / seconds, 2)
+            row |= token_statistics(tokens, taught[0] if taught else tokens, len(teacher.denoiser.codes))
         row |= {"seconds per image": round(seconds, 5), "grid": f"eval/{_slug(name)}.png"}
         cut = len(asked.prompts)
         some = np.concatenate([pictures[:cut][: GRID // 2], pictures[cut:][: GRID - GRID // 2]])
@@ -189,9 +202,11 @@ def _rows(recipe, folder, teacher, images, asked: Asked) -> Iterator[tuple[str, 
         for steps in map(int, record.get("steps", [record["num_steps"]])):
             call = partial(stock_call, pipe, at_steps(record, steps))
             yield f"student, {_steps(steps)}", "student", steps, sampler(pipe, call)
+    if not config.floor_steps:
+        return
     pipe = load_pipeline(recipe.teacher.path)
     original = pipe.scheduler
-    if config.floor_steps and "search" in config.floor_solvers:
+    if "search" in config.floor_solvers:
         record = calibrate(
             teacher,
             asked.prompts,

@@ -26,7 +26,7 @@ def save_token_student(
     config = {name: teacher.pipe.config[name] for name in ("temperature", "top_k", "top_p")}
     if isinstance(student, EntryStudent):
         config["entries"] = student.entries
-    parts = {**teacher.pipe.components, "transformer": net.to(dtype)}
     with hushed():
+        parts = {**teacher.pipe.components, "transformer": net.to(dtype)}
         type(teacher.pipe)(**parts, **config).save_pretrained(folder)
     return {"student": type(net).__name__, "call": {"num_inference_steps": student.num_steps}}
