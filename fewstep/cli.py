@@ -212,7 +212,6 @@ def _prepare(args, _rest) -> int:
     from .distributed import start
     from .prepare import PrepareConfig, prepare
     from .teachers import load_teacher
-    from .trainer import Interrupted
 
     names = ("error", "stiffness", "steps", "check_every", "turns", "qk_norm", "lr", "batch_size", "seed")
     config = PrepareConfig(**{name: getattr(args, name) for name in names})
@@ -220,11 +219,7 @@ def _prepare(args, _rest) -> int:
         raise FewstepError(f"prepare: {args.out} is there already; give another --out")
     images, process = load_images(args.images), start()
     teacher = load_teacher(args.teacher, autocast=args.autocast, attention=args.attention).to(process.device)
-    try:
-        record = prepare(teacher, args.out, images, config)
-    except Interrupted as stop:
-        print(f"fewstep: {stop}; the same command goes on", file=sys.stderr)
-        return 128 + stop.signal
+    record = prepare(teacher, args.out, images, config)
     after, before = record["after"], record["before"]
     words = "" if record["reached"] else f"; its bounds were not reached in {config.steps} steps"
     print(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from pathlib import Path
 
 
 class FewstepError(ValueError):
@@ -38,12 +37,16 @@ class LostProcess(FewstepError):
 
 
 class Interrupted(FewstepError):
-    """The run was asked to stop by a signal, and its state is saved."""
+    """Training was asked to stop by a signal, and its state is saved.
 
-    def __init__(self, number: int, step: int, folder: Path | None):
-        how = f"; continue with: fewstep resume {folder}" if folder else ""
-        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}, saved{how}")
-        self.code = 128 + number
+    Args:
+        how: the command that goes on, None where nothing was saved.
+    """
+
+    def __init__(self, number: int, step: int, how: str | None):
+        saved = f", saved; continue with: {how}" if how else ""
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}{saved}")
+        self.number, self.step, self.code = number, step, 128 + number
 
 
 def why(error: BaseException) -> str | None:

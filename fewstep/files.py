@@ -28,6 +28,12 @@ class WriteError(FewstepError):
     code = 4
 
 
+class ReadError(FewstepError):
+    """A file that was there when the command began cannot be read any more."""
+
+    code = 4
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[Path]:
     """``with replacing(path) as part:`` write the file or folder ``part``; it takes the place of ``path`` at the end.

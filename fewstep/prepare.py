@@ -28,7 +28,7 @@ from .data.images import CaptionedImages
 from .denoiser import NetDenoiser, ScheduleView
 from .distributed import Process
 from .embedding import time_embedder
-from .errors import FewstepError
+from .errors import FewstepError, Interrupted
 from .export.weights import save_network
 from .files import replacing, write_json
 from .methods.base import Batch, Method, Phase, Progress
@@ -271,7 +271,10 @@ def prepare(
     trainer.restore()
     check(trainer.progress.iteration)
     if trainer.progress.iteration < train.steps:
-        trainer.train()
+        try:
+            trainer.train()
+        except Interrupted as stop:
+            raise Interrupted(stop.number, stop.step, "the same command") from None
     last = record["checks"][-1]
     reached = last["error"] <= config.error and last["stiffness"] <= config.stiffness
     record |= {"after": last, "reached": reached, "seconds": round(trainer.seconds, 1)}

@@ -75,7 +75,9 @@ class TrainConfig:
 
 
 class Data(Protocol):
-    """Micro-batches as a pure function of the iteration."""
+    """Micro-batches as a pure function of the iteration; ``rows`` counts what they are made of, by name."""
+
+    rows: Mapping[str, int]
 
     def batch(self, iteration: int, micro: int) -> Batch: ...
 
@@ -207,7 +209,8 @@ class Trainer:
                     self.save()
                 if stop and step < self.config.steps:
                     self.status.close()
-                    raise Interrupted(self.stop_signal or signal.SIGTERM, step, self.folder)
+                    how = f"fewstep resume {self.folder}" if self.folder else None
+                    raise Interrupted(self.stop_signal or signal.SIGTERM, step, how)
         self.status.close()
         self._check_changed()
 
@@ -470,7 +473,7 @@ class Trainer:
             self._judge()
         checkpoints, step = self.folder / "checkpoints", self.progress.iteration
         state = {field: getattr(self, field) for field in self.STATE}
-        state |= {"iteration": step, "last": self.last.plain()}
+        state |= {"iteration": step, "last": self.last.plain(), "rows": self.data.rows}
         state |= {k: getattr(self, k).floats(self.process) for k in ("window", "judged")}
         where = self.folder / name if name else checkpoints / f"step_{step:08d}"
         checkpoint.save(where, self.roles, self.optimizers, state, self.process)
@@ -496,6 +499,12 @@ class Trainer:
         self.progress.iteration, self.last = state["iteration"], Outcome.of(**state["last"])
         for name in ("window", "judged"):
             setattr(self, name, Means.of(state[name], self.process.device))
+        if self.data.rows != (before := state.get("rows", self.data.rows)):
+            there, now = (", ".join(f"{n} {k}" for k, n in r.items()) for r in (before, self.data.rows))
+            self._say(
+                f"warning: {folder} was trained on {there}, and there are {now}: the run goes on with these, and does "
+                "not end as it would have; put back what is missing, or begin a new run"
+            )
         return True
 
     @contextlib.contextmanager

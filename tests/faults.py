@@ -9,10 +9,12 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 REASON = {errno.ENOSPC: "No space left on device", errno.EIO: "Input/output error"}
+REASON[errno.EROFS] = "Read-only file system"  # what a cluster's disk becomes after a fault
+LASTING = (errno.ENOSPC, errno.EROFS)
 
 
 class Disk:
-    """While it is entered, operation ``at`` (from 1) fails with ``error``, and all after it where the disk is full.
+    """While it is entered, operation ``at`` (from 1) fails with ``error``, and all after it where that lasts.
 
     Operations are opening for writing, writing, making folders, flushing, renaming and linking, and what safetensors
     writes by itself. ``count`` is how many there were.
@@ -27,7 +29,7 @@ class Disk:
     def step(self):
         """Counts one operation; True where it must fail."""
         self.count += 1
-        due = self.count == self.at or (self.error == errno.ENOSPC and 0 < self.at < self.count)
+        due = self.count == self.at or (self.error in LASTING and 0 < self.at < self.count)
         if due and self.error is None:
             os._exit(9)
         return due

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from fewstep.cli import main
 from fewstep.cond import Cond
 from fewstep.data.images import load_images
 from fewstep.embedding import time_embedder
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, Interrupted
 from fewstep.prepare import PrepareConfig, mixed, prepare, smooth_time, stiffness, turns_of
 from fewstep.teachers import load_teacher
 
@@ -126,17 +128,18 @@ def test_it_stops_as_soon_as_both_bounds_are_met(teacher, images, tmp_path):
 @pytest.mark.slow
 def test_an_interrupted_preparation_goes_on(teacher, images, tmp_path, monkeypatch):
     config = PrepareConfig(error=1e-9, steps=4, check_every=2, batch_size=2)
-    saved = preparing.Trainer.save
+    loss = preparing.Preparation.loss
 
-    def stop(trainer):
-        saved(trainer)
-        if trainer.progress.iteration == 2:
-            raise KeyboardInterrupt
+    def stop(method, batch, progress):
+        if progress.iteration == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(method, batch, progress)
 
-    monkeypatch.setattr(preparing.Trainer, "save", stop)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(preparing.Preparation, "loss", stop)
+    with pytest.raises(Interrupted, match="SIGTERM at step 2, saved; continue with: the same command") as end:
         prepare(teacher, tmp_path / "twice", images, config, quiet=True)
-    monkeypatch.setattr(preparing.Trainer, "save", saved)
+    assert end.value.code == 143
+    monkeypatch.setattr(preparing.Preparation, "loss", loss)
     twice = prepare(load_teacher(teacher.source), tmp_path / "twice", images, config, quiet=True)
     once = prepare(load_teacher(teacher.source), tmp_path / "once", images, config, quiet=True)
     assert [check["step"] for check in twice["checks"]] == [2, 4]

@@ -43,6 +43,8 @@ class Batches:
     ):
         self.conditions, self.latents, self.captions = conditions, latents, captions
         self.pairs, self.pair_conditions = pairs, pair_conditions
+        stores = {"prompts": conditions, "images": latents, "pairs": pairs}
+        self.rows = {name: len(store) for name, store in stores.items() if store is not None}
         self.shape = (batch_size, *latent_shape)
         self.per_iteration, self.seed, self.device = per_iteration, seed, device
 

@@ -6,6 +6,7 @@ or not at all, so an interrupted encoding goes on where it stopped.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cond import Cond
-from ..files import sweep, write_tensors
+from ..files import ReadError, sweep, write_tensors
 from ..teachers.base import Teacher
 from .images import CaptionedImages
 
@@ -32,33 +33,80 @@ def cache_root() -> Path:
     return Path(os.environ.get("FEWSTEP_CACHE", base / "fewstep"))
 
 
-class Store:
-    """Rows of named tensors on disk; ``rows(index)`` gathers any of them."""
+class Shard:
+    """Rows of one safetensors file by plain reads: one that is cut short, or whose disk is gone, is an error then.
 
-    def __init__(self, folder: Path, length: int, shard: int = SHARD):
+    Were it mapped into memory, as safetensors does, the system would end the process without a word.
+    """
+
+    def __init__(self, path: Path):
         from safetensors import safe_open
 
-        self.length, self.shard = length, shard
+        self.path = path
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.kinds = {name: (value.dtype, value.shape[1:]) for name, value in tensors.items()}
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        self.begins = {name: 8 + size + header[name]["data_offsets"][0] for name in tensors}
+
+    def row(self, row: int) -> dict[str, Tensor]:
+        with self.path.open("rb", buffering=0) as file:
+            return {name: self._read(file.fileno(), name, row) for name in self.kinds}
+
+    def _read(self, file: int, name: str, row: int) -> Tensor:
+        dtype, shape = self.kinds[name]
+        size = shape.numel() * dtype.itemsize
+        data = os.pread(file, size, self.begins[name] + row * size)
+        if len(data) < size:
+            raise OSError(errno.EIO, "cut short", str(self.path))
+        return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+
+
+class Store:
+    """Rows of named tensors on disk; ``rows(index)`` gathers any of them.
+
+    Args:
+        remedy: for a file that cannot be read any more.
+    """
+
+    def __init__(
+        self, folder: Path, length: int, shard: int = SHARD, remedy: str = "fewstep resume encodes it again"
+    ):
+        from safetensors.torch import load_file
+
+        self.length, self.shard, self.remedy = length, shard, remedy
         paths = [shard_path(folder, start) for start in range(0, length, shard)]
-        self.files = [safe_open(path, framework="pt") for path in paths]
-        self.names = list(self.files[0].keys())
         self.memory: dict[str, Tensor] | None = None
+        self.files: list[Shard] = []
         if sum(path.stat().st_size for path in paths) <= IN_MEMORY:
-            self.memory = {n: torch.cat([f.get_tensor(n) for f in self.files]) for n in self.names}
+            parts = [load_file(path) for path in paths]
+            self.memory = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        else:
+            self.files = [Shard(path) for path in paths]
 
     def __len__(self) -> int:
         return self.length
 
     def rows(self, index: Tensor) -> dict[str, Tensor]:
-        """(n,) row numbers -> tensors of n rows, floating-point ones in fp32."""
+        """(n,) row numbers -> tensors of n rows, floating-point ones in fp32.
+
+        Raises:
+            ReadError: a file that was there when the store was opened is gone or cut short.
+        """
         if self.memory is not None:
             rows = {name: value[index] for name, value in self.memory.items()}
         else:
-            places = [divmod(int(i), self.shard) for i in index]
-            rows = {
-                n: torch.cat([self.files[f].get_slice(n)[r : r + 1] for f, r in places]) for n in self.names
-            }
+            found = [self._row(*divmod(i, self.shard)) for i in index.tolist()]
+            rows = {name: torch.stack([row[name] for row in found]) for name in self.files[0].kinds}
         return {n: v.float() if v.is_floating_point() else v for n, v in rows.items()}
+
+    def _row(self, file: int, row: int) -> dict[str, Tensor]:
+        try:
+            return self.files[file].row(row)
+        except OSError as error:
+            raise ReadError(f"{self.files[file].path}: {error.strerror}; {self.remedy}") from error
 
 
 def encode_prompts(
@@ -130,7 +178,7 @@ def _store(
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, length, SHARD)
     sweep(folder)
-    missing = [start for start in starts if not _is_whole(shard_path(folder, start))]
+    missing = [start for start in starts if not is_whole(shard_path(folder, start))]
     for start in tqdm(missing, desc=f"encoding {kind}", unit=f"x{SHARD}", disable=quiet or not missing):
         tensors = encode(start, min(start + SHARD, length))
         tensors = {n: v.to("cpu", dtype if v.is_floating_point() else v.dtype) for n, v in tensors.items()}
@@ -138,7 +186,7 @@ def _store(
     return Store(folder, length)
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Whether a shard is there and as long as its header says; a damaged one is named and made again."""
     from safetensors import SafetensorError, safe_open
 

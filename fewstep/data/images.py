@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..errors import RecipeError
+from ..errors import RecipeError, why
+from ..files import ReadError
 from . import emoji
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -36,7 +37,9 @@ class CaptionedImages:
         try:
             image = Image.fromarray(item) if isinstance(item, np.ndarray) else _open(item)
         except Exception as error:  # it was fine when the run began
-            raise RecipeError(f"data.images: {item}: {error}; put it back and resume") from error
+            raise ReadError(
+                f"data.images: {item}: {why(error) or error}; put it back, then go on with fewstep resume"
+            ) from error
         return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 

@@ -23,7 +23,7 @@ from ..errors import FewstepError, RecipeError
 from ..files import sweep, write, write_json, write_tensors
 from ..rng import Rng
 from ..teachers.base import Teacher
-from .cache import Store, encode_prompts, identity, shard_path
+from .cache import Store, encode_prompts, identity, is_whole, shard_path
 
 SHARD = 256  # rows of one file
 
@@ -34,7 +34,8 @@ class Pairs:
     def __init__(self, folder: Path):
         self.about = json.loads((folder / "pairs.json").read_text())
         self.prompts = (folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
-        self.store = Store(folder, self.about["num"], SHARD)
+        remedy = "put it back, or run fewstep pairs again, then go on with fewstep resume"
+        self.store = Store(folder, self.about["num"], SHARD, remedy)
 
     def __len__(self) -> int:
         return len(self.store)
@@ -136,7 +137,7 @@ def make_pairs(
     conditions = encode_prompts(teacher, chosen, quiet=not process.main)
     teacher.drop_encoders()
     starts = list(range(0, num, SHARD))[process.rank :: process.world]
-    missing = [start for start in starts if not shard_path(folder, start).exists()]
+    missing = [start for start in starts if not is_whole(shard_path(folder, start))]
     with tqdm(total=len(missing) * SHARD, desc="pairs", disable=not process.main or not missing) as bar:
         for start in missing:
             rows = range(start, min(start + SHARD, num))
