@@ -29,6 +29,7 @@ from .distributed import Process, distribute, start, whole
 from .errors import FewstepError, LostProcess, RecipeError, TrainingError, tell
 from .files import WriteError, write, write_json
 from .methods import Method
+from .methods.base import check_length
 from .perceptual import distance_of
 from .preview import Preview
 from .recipe import Recipe
@@ -38,7 +39,7 @@ from .roles import Role, averaged, build_role
 from .router import RoutedStudent
 from .teachers import adapters, load_teacher, pipeline_class_of
 from .teachers.base import Teacher
-from .trainer import Trainer, check_length
+from .trainer import Trainer
 
 
 def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> Path:

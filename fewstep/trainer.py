@@ -13,21 +13,22 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import checkpoint
-from .distributed import Download, Process, sync_gradients, whole
+from .distributed import Process, sync_gradients, whole
+from .divergence import Divergence, Outcome
 from .errors import Interrupted, RecipeError, TrainingError
 from .files import sweep
 from .health import Watch
 from .means import Means
 from .methods.base import Batch, Method, Phase, Progress
 from .report import MetricsLog, StatusLine, direction, read_metrics
-from .rng import Rng
 from .roles import Role
+from .signals import StopSignal
 
 
 @dataclass
@@ -82,39 +83,6 @@ class Data(Protocol):
     def batch(self, iteration: int, micro: int) -> Batch: ...
 
 
-# Slurm's warning before the time is up is what --signal asks for, by custom USR1.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-
-
-def check_length(method: Method, steps: int, per_iteration: int) -> None:
-    """Refuses a run that ends before one of its roles has learned anything.
-
-    Raises:
-        RecipeError: with the role, its phase and a number of steps that would do.
-    """
-    phases = method.phases()
-
-    def idle(steps: int) -> dict[str, str]:
-        """Roles that no phase trains, and the first phase that would."""
-        waiting: dict[str, str] = {}
-        for phase in phases:
-            waiting |= {role: phase.name for role in phase.train if role not in waiting}
-        progress = Progress(0, steps, per_iteration)
-        while waiting and progress.iteration < steps:
-            for phase in phases:
-                if phase.due(progress):
-                    waiting = {r: name for r, name in waiting.items() if r not in phase.train}
-            progress.iteration += 1
-        return waiting
-
-    for role, phase in idle(steps).items():
-        enough = next((f", e.g. {steps << k}" for k in range(1, 20) if not idle(steps << k)), "")
-        raise RecipeError(
-            f"train.steps: {steps}: {method.name} would end before its phase {phase} trains {role}; expected more "
-            f"steps{enough}, or shorter stages of the method"
-        )
-
-
 class Trainer:
     """Trains the roles of a method and keeps its run directory.
 
@@ -125,15 +93,7 @@ class Trainer:
             what it measured goes to the log.
     """
 
-    MAX_SKIPPED = 10  # updates in a row without a finite gradient before the run gives up
-    STATE = (
-        "seconds",
-        "updates",
-        "skipped",
-        "rolled_back",
-        "best",
-        "begun",
-    )  # beside weights, optimisers and Progress
+    STATE = ("seconds", "updates", "rolled_back", "best", "begun")  # beside weights, optimisers and Progress
 
     def __init__(
         self,
@@ -154,14 +114,12 @@ class Trainer:
         self.phases, self.progress = method.phases(), Progress(0, config.steps, per_iteration)
         self.optimizers = {name: self._optimizer(role) for name, role in roles.items()}
         self.updates = dict.fromkeys(roles, 0)
-        self.skipped = dict.fromkeys((phase.name for phase in self.phases), 0)
         self.seconds, self.rolled_back = 0.0, 0
         self.window, self.judged = Means(), Means()
         self.best: dict[str, float] = {}
         self.begun: dict[str, float] = {}  # what the weights were, to see that they changed
         self.finite: dict[str, Tensor] = {}  # of this iteration's updates, by phase, on the device
-        self.last = Outcome()
-        self.stop_signal: int | None = None
+        self.divergence = Divergence(self)
         self.status = StatusLine(config.steps, quiet=self.quiet)
 
     def _optimizer(self, role: Role) -> torch.optim.Optimizer:
@@ -178,7 +136,7 @@ class Trainer:
             Interrupted: a signal came; the run is saved. TrainingError: no finite gradient any more, or the student
                 has not changed. WriteError: an output cannot be written; the last checkpoint is whole.
         """
-        with self._signals(), self._log() as log:
+        with StopSignal() as stop, self._log() as log:
             self.status = StatusLine(self.config.steps, self.progress.iteration, quiet=self.quiet)
             watch = Watch(read_metrics(log.path) if log else ())
             begin = time.perf_counter() - self.seconds
@@ -189,7 +147,7 @@ class Trainer:
                 try:
                     self.iterate()
                     if self.progress.iteration == self.config.steps:
-                        self.settle()
+                        self.divergence.settle()
                 except TrainingError as error:
                     self._roll_back(error, log)
                     continue
@@ -201,16 +159,16 @@ class Trainer:
                         log.append({"step": step, "seconds": round(self.seconds, 3), **record})
                     self.status.update(step, record)
                     for line in watch.read(record):
-                        self._say(f"warning: {line}")
-                stop = self.process.any(self.stop_signal is not None)
+                        self.say(f"warning: {line}")
+                stopping = self.process.any(stop.number is not None)
                 if _every(step, self.config.sample_every) or step == self.config.steps:
                     self._sample(log)
-                if stop or _every(step, self.config.checkpoint_every) or step == self.config.steps:
+                if stopping or _every(step, self.config.checkpoint_every) or step == self.config.steps:
                     self.save()
-                if stop and step < self.config.steps:
+                if stopping and step < self.config.steps:
                     self.status.close()
                     how = f"fewstep resume {self.folder}" if self.folder else None
-                    raise Interrupted(self.stop_signal or signal.SIGTERM, step, how)
+                    raise Interrupted(stop.number or signal.SIGTERM, step, how)
         self.status.close()
         self._check_changed()
 
@@ -221,25 +179,22 @@ class Trainer:
             TrainingError: the iteration before was the last of too many in a row without a finite gradient.
         """
         iteration = self.progress.iteration
-        batches = self._batches(iteration)
+        batches = self.batches(iteration)
         metrics: dict[str, Tensor] = {}
         for phase in self.phases:
             if phase.fresh and phase.span(self.progress)[0] == iteration:
-                self.settle()
+                self.divergence.settle()
                 self.restart(phase.fresh)
             if phase.due(self.progress):
                 metrics.update(self.turn(phase, batches))
         self.window.add(metrics)
         self.progress.iteration += 1
-        # Whether updates were finite is read one iteration later: by then the answer has come without waiting.
-        before, self.last = self.last, Outcome.of(iteration, self.finite)
-        self.finite = {}
-        self.look_back(before)
-        at_the_end = {name for name in self.last.names if self.skipped[name] == self.MAX_SKIPPED - 1}
-        if at_the_end and at_the_end & set(self.last.bad()):
+        finite, self.finite = self.finite, {}
+        self.divergence.note(iteration, finite)
+        if self.divergence.at_the_end():
             self.save("diverged")  # from here the failure that ends the run shows again
 
-    def _batches(self, iteration: int) -> list[Batch]:
+    def batches(self, iteration: int) -> list[Batch]:
         count, world, rank = self.config.accumulate, self.process.world, self.process.rank
         return [self.data.batch(iteration, i * world + rank) for i in range(count)]
 
@@ -262,11 +217,11 @@ class Trainer:
             role.requires_grad_(role.name in phase.train)
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
-            self._add(sums, phase, batch, trained, i == len(batches) - 1, len(batches))
+            self.add(sums, phase, batch, trained, i == len(batches) - 1, len(batches))
         norm = self.update(phase, trained)
         return {**sums, f"{phase.name}/grad_norm": norm}
 
-    def _add(self, sums, phase: Phase, batch: Batch, roles: list[Role], sync: bool, count: int) -> None:
+    def add(self, sums, phase: Phase, batch: Batch, roles: list[Role], sync: bool, count: int) -> None:
         """One of ``count`` micro-batches: gradients to the weights, numbers to the sums."""
         for role in roles:
             sync_gradients(role.module, sync)
@@ -302,82 +257,6 @@ class Trainer:
             role.update_average(self.updates[role.name])
             optimizer.zero_grad(set_to_none=True)
         return norm
-
-    # --------------------------------------------------------------------------------- gradients that were not finite
-    def settle(self) -> None:
-        """Looks back at the last iteration now."""
-        before, self.last = self.last, Outcome()
-        self.look_back(before)
-
-    def look_back(self, outcome: Outcome) -> None:
-        """Makes up for the updates that an iteration skipped; all ranks do the same, for the norm is of them all.
-
-        Raises:
-            TrainingError: nothing was finite in a phase for the :data:`MAX_SKIPPED`-th time in a row.
-        """
-        bad = outcome.bad()
-        self.skipped |= dict.fromkeys(set(outcome.names) - set(bad), 0)
-        if not bad:
-            return
-        now, self.progress.iteration = self.progress.iteration, outcome.iteration
-        try:
-            for phase in self.phases:
-                if phase.name in bad:
-                    self._count(phase, self.rescue(phase))
-        finally:
-            self.progress.iteration, self.finite = now, {}
-
-    def rescue(self, phase: Phase) -> bool:
-        """A turn again, one sample at a time, without those whose gradient is not finite.
-
-        Returns:
-            Whether anything was left to learn from.
-        """
-        roles = [self.roles[name] for name in phase.train]
-        for role in self.roles.values():
-            role.requires_grad_(role in roles)
-        weights, step = _weights(roles), self.progress.iteration
-        kept: list[Tensor | None] = [None] * len(weights)
-        means, lost, count = Means(), [], 0
-        for k, batch in enumerate(self._batches(step)):
-            for i in range(batch.shape[0]):
-                key = (self.config.seed, "rescue", step, phase.name, k, i, self.process.rank)
-                one, sums = batch.row(i, Rng(*key, device=batch.rng.device)), {}
-                for before in self.phases[: self.phases.index(phase)]:  # leave what this phase takes over
-                    if before.due(self.progress):
-                        before.loss(one, self.progress)
-                one.log.clear()
-                self._add(sums, phase, one, roles, True, 1)
-                gradients = [w.grad for w in weights]
-                if _finite(gradients):
-                    count += 1
-                    means.add(sums)
-                    kept = [g if k is None else k if g is None else k + g for k, g in zip(kept, gradients)]
-                else:
-                    odd = [name for name, value in sums.items() if not value.isfinite()]
-                    lost.append(f"micro-batch {k} sample {i}" + (f" ({', '.join(odd)})" if odd else ""))
-                for role in roles:
-                    self.optimizers[role.name].zero_grad(set_to_none=True)
-        what = f"{len(lost)} of {len(lost) + count} samples left out" if count else "update left out"
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        self._say(f"step {step}: {phase.name}: {what}, not finite: {', '.join(lost[:3])}{more}")
-        dropped = torch.tensor(float(len(lost)), device=self.process.device)
-        self.window.add({**means.means(), f"{phase.name}/dropped": dropped})
-        if count:
-            for weight, gradient in zip(weights, kept):
-                weight.grad = None if gradient is None else gradient / count
-            self.update(phase, roles)
-        return count > 0
-
-    def _count(self, phase: Phase, rescued: bool) -> None:
-        self.skipped[phase.name] = 0 if rescued else self.skipped[phase.name] + 1
-        if self.skipped[phase.name] >= self.MAX_SKIPPED:
-            where = f"; `fewstep replay {self.folder}` shows it again" if self.folder else ""
-            raise TrainingError(
-                f"step {self.progress.iteration}: the gradient of {' and '.join(phase.train)} was not finite "
-                f"{self.MAX_SKIPPED} times in a row{where}. Resume from the last checkpoint with a lower lr or with "
-                "--train.clip_norm 1, or set train.rollbacks"
-            )
 
     def learning_rate(self, role: Role, phase: Phase) -> float:
         """Linear warm-up, constant, linear decay to zero within the phase's share; counted in iterations."""
@@ -418,7 +297,7 @@ class Trainer:
             if log and measured:
                 log.append({"step": self.progress.iteration, "seconds": round(self.seconds, 3), **measured})
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         self.status.write(f"fewstep: {text}")
 
     def _roll_back(self, error: TrainingError, log: MetricsLog | None) -> None:
@@ -433,7 +312,7 @@ class Trainer:
             log.truncate_after(step)
             checkpoint.drop_after(self.folder / "checkpoints", step)
         scale = self.config.rollback_lr**self.rolled_back
-        self._say(f"{error}\nfewstep: back to step {step}, learning rates times {scale:g}")
+        self.say(f"{error}\nfewstep: back to step {step}, learning rates times {scale:g}")
 
     def _check_changed(self) -> None:
         same = [r for r in self.method.student.roles if self.begun.get(r) == _digest(self.roles[r])]
@@ -452,7 +331,7 @@ class Trainer:
         means = self.judged.means()
         self.judged = Means()
         if name not in means:
-            self._say(
+            self.say(
                 f"warning: train.best: no {name!r} was logged since the last checkpoint; see metrics.jsonl"
             )
             return
@@ -473,7 +352,8 @@ class Trainer:
             self._judge()
         checkpoints, step = self.folder / "checkpoints", self.progress.iteration
         state = {field: getattr(self, field) for field in self.STATE}
-        state |= {"iteration": step, "last": self.last.plain(), "rows": self.data.rows}
+        state |= {"iteration": step, "rows": self.data.rows}
+        state |= {"last": self.divergence.last.plain(), "skipped": self.divergence.skipped}
         state |= {k: getattr(self, k).floats(self.process) for k in ("window", "judged")}
         where = self.folder / name if name else checkpoints / f"step_{step:08d}"
         checkpoint.save(where, self.roles, self.optimizers, state, self.process)
@@ -496,62 +376,17 @@ class Trainer:
         state = checkpoint.load(folder, self.roles, self.optimizers)
         for field in self.STATE:
             setattr(self, field, state[field])
-        self.progress.iteration, self.last = state["iteration"], Outcome.of(**state["last"])
+        self.progress.iteration = state["iteration"]
+        self.divergence.last, self.divergence.skipped = Outcome.of(**state["last"]), state["skipped"]
         for name in ("window", "judged"):
             setattr(self, name, Means.of(state[name], self.process.device))
         if self.data.rows != (before := state.get("rows", self.data.rows)):
             there, now = (", ".join(f"{n} {k}" for k, n in r.items()) for r in (before, self.data.rows))
-            self._say(
+            self.say(
                 f"warning: {folder} was trained on {there}, and there are {now}: the run goes on with these, and does "
                 "not end as it would have; put back what is missing, or begin a new run"
             )
         return True
-
-    @contextlib.contextmanager
-    def _signals(self):
-        """A signal of :data:`SIGNALS` ends the run after the iteration in progress; a second one ends it at once."""
-
-        def note(number, _frame):
-            if self.stop_signal is not None:
-                raise KeyboardInterrupt
-            self.stop_signal = number
-
-        try:
-            before = {s: signal.signal(s, note) for s in SIGNALS}
-        except ValueError:  # not the main thread, e.g. a notebook's worker
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-class Outcome:
-    """Which updates of an iteration were finite; known on the host once the device has got there."""
-
-    def __init__(self, iteration: int = 0, names: tuple[str, ...] = (), flags: Download | None = None):
-        self.iteration, self.names, self.flags = iteration, names, flags
-
-    @classmethod
-    def of(cls, iteration: int, finite: Mapping[str, Tensor | bool]) -> Outcome:
-        flags = [torch.as_tensor(flag) for flag in finite.values()]
-        return cls(iteration, tuple(finite), Download(torch.stack(flags)) if flags else None)
-
-    def bad(self) -> list[str]:
-        """Phases that were not; waits where the device is not there yet."""
-        return [name for name, fine in self.plain()["finite"].items() if not fine]
-
-    def plain(self) -> dict[str, Any]:
-        return {
-            "iteration": self.iteration,
-            "finite": dict(zip(self.names, self.flags.read() if self.flags else ())),
-        }
-
-
-def _finite(gradients: list[Tensor | None]) -> bool:
-    norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-    return bool(torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
 
 
 def _weights(roles: list[Role]) -> list[Tensor]:

@@ -101,16 +101,16 @@ def test_a_kill_loses_at_most_one_file(tiny_sd15, tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
-    while not list(out.glob("*.safetensors")) and time.time() < deadline and child.poll() is None:
+    while not list(out.glob("[0-9]*.safetensors")) and time.time() < deadline and child.poll() is None:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    kept = {p.name: p.stat().st_mtime_ns for p in out.glob("*.safetensors")}
+    kept = {p.name: p.stat().st_mtime_ns for p in out.glob("[0-9]*.safetensors")}
     assert kept and len(kept) < 4
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (
-        len(list(out.glob("*.safetensors"))) == 4
+        len(list(out.glob("[0-9]*.safetensors"))) == 4
         and json.loads((out / "pairs.json").read_text())["num"] == 1024
     )
     assert all((out / name).stat().st_mtime_ns == time for name, time in kept.items())

@@ -77,6 +77,7 @@ class Batch:
             real_cond=None if self.real_cond is None else self.real_cond.rows(one),
             pairs=None if self.pairs is None else (self.pairs[0][one], self.pairs[1][one]),
             pair_cond=None if self.pair_cond is None else self.pair_cond.rows(one),
+            index=None if self.index is None else self.index[one],
             carry={},
             log={},
         )
@@ -203,6 +204,35 @@ def check_options(config: Any, **expected: tuple[bool, str]) -> None:
     for name, (fine, what) in expected.items():
         if not fine:
             raise RecipeError(f"method.{name}: {getattr(config, name)}: expected {what}")
+
+
+def check_length(method: Method, steps: int, per_iteration: int) -> None:
+    """Refuses a run that ends before one of its roles has learned anything.
+
+    Raises:
+        RecipeError: with the role, its phase and a number of steps that would do.
+    """
+    phases = method.phases()
+
+    def idle(steps: int) -> dict[str, str]:
+        """Roles that no phase trains, and the first phase that would."""
+        waiting: dict[str, str] = {}
+        for phase in phases:
+            waiting |= {role: phase.name for role in phase.train if role not in waiting}
+        progress = Progress(0, steps, per_iteration)
+        while waiting and progress.iteration < steps:
+            for phase in phases:
+                if phase.due(progress):
+                    waiting = {r: name for r, name in waiting.items() if r not in phase.train}
+            progress.iteration += 1
+        return waiting
+
+    for role, phase in idle(steps).items():
+        enough = next((f", e.g. {steps << k}" for k in range(1, 20) if not idle(steps << k)), "")
+        raise RecipeError(
+            f"train.steps: {steps}: {method.name} would end before its phase {phase} trains {role}; expected more "
+            f"steps{enough}, or shorter stages of the method"
+        )
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -138,7 +138,7 @@ class FDistill(Method):
             h = objectives.divergence_weight(config.divergence, ratio)
             weight = objectives.matching_weight(config.weight, x0, real, schedule, t) * (h / h.mean())
         batch.note_health(x0, real, fake)
-        batch.log |= {"h_std": (h / h.mean()).std(), "density_ratio": ratio.mean()}
+        batch.log |= {"h_std": (h / h.mean()).std(correction=0), "density_ratio": ratio.mean()}
         return objectives.distribution_matching(x0, real, fake, weight)
 
     def ratio(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:

@@ -15,6 +15,7 @@ from toys import SD, Mlp, Rows, TimedMlp, fit, toy, view
 from fewstep.cond import Cond
 from fewstep.distributed import whole
 from fewstep.methods import METHODS
+from fewstep.methods.base import Progress
 from fewstep.rng import Rng
 from fewstep.teachers.analytic import GaussianMixture
 
@@ -99,6 +100,23 @@ def test_a_method_runs_changes_only_what_a_phase_names_and_leaves_the_rest_alone
     assert all(a.equal(b) for a, b in zip(frozen, fitted.parameters()))
     assert set(turns) == {phase.name for phase in trainer.phases}
     assert all(value.isfinite().all() for value in after.values())
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_any_turn_can_be_taken_again_sample_by_sample(name):
+    # As after an update without a finite gradient; all samples are good here.
+    trainer, again = trainer_of(name), {phase.name for phase in trainer_of(name).phases if phase.loss}
+    for step in range(STEPS):
+        trainer.iterate()
+        due = [p for p in trainer.phases if p.name in again and p.due(Progress(step, STEPS, 16))]
+        for phase in due:
+            trainer.progress.iteration = step
+            assert trainer.divergence.rescue(phase)
+            assert trainer.window.means()[f"{phase.name}/dropped"] == 0
+            again.remove(phase.name)
+        trainer.progress.iteration = step + 1
+    assert not again
+    assert all(value.isfinite().all() for value in weights(trainer).values())
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -62,7 +62,7 @@ def poison(trainer, bad, value=math.nan, name="real"):
 
 def said(trainer, monkeypatch):
     lines = []
-    monkeypatch.setattr(trainer, "_say", lines.append)
+    monkeypatch.setattr(trainer, "say", lines.append)
     return lines
 
 
@@ -81,7 +81,7 @@ def test_a_sample_without_a_finite_gradient_is_left_out(trainer, monkeypatch, va
     assert not weights(trainer, "critic").equal(before) and weights(trainer, "critic").isfinite().all()
     means = trainer.window.means()
     assert means["critic/dropped"] == 1 and means["critic/denoising"].isfinite()
-    assert trainer.skipped == {"generator": 0, "critic": 0}
+    assert trainer.divergence.skipped == {"generator": 0, "critic": 0}
 
 
 def test_the_gradient_is_the_mean_of_the_samples_that_are_left(ring, fitted):
@@ -101,7 +101,7 @@ def test_the_gradient_is_the_mean_of_the_samples_that_are_left(ring, fitted):
     poison(trainer, lambda i, m: [2])
     got = []
     trainer.update = lambda phase, roles: got.extend(w.grad for role in roles for w in role.weights.values())
-    assert trainer.rescue(phase)
+    assert trainer.divergence.rescue(phase)
     for j, value in enumerate(got):
         wanted = torch.stack([g[j] for i, g in enumerate(gradients) if i != 2]).mean(0)
         assert torch.allclose(value, wanted, atol=1e-6)
@@ -117,8 +117,8 @@ def test_a_loss_that_is_not_finite_counts_even_where_its_gradient_is(trainer, mo
     trainer.phases[0] = replace(trainer.phases[0], loss=infinite)
     before = weights(trainer)
     trainer.iterate()
-    trainer.settle()
-    assert weights(trainer).equal(before) and trainer.skipped["generator"] == 1
+    trainer.divergence.settle()
+    assert weights(trainer).equal(before) and trainer.divergence.skipped["generator"] == 1
     assert lines[0].startswith(
         "step 0: generator: update left out, not finite: micro-batch 0 sample 0 (generator/dm)"
     )
@@ -132,7 +132,7 @@ def test_an_accumulated_update_keeps_its_good_micro_batches(ring, fitted, monkey
     before = weights(trainer, "critic")
     trainer.iterate()
     assert weights(trainer, "critic").equal(before)
-    trainer.settle()
+    trainer.divergence.settle()
     assert "critic: 8 of 24 samples left out" in lines[0] and not weights(trainer, "critic").equal(before)
 
 
@@ -166,9 +166,9 @@ def test_after_ten_updates_in_a_row_the_run_stops_and_the_snapshot_shows_it_agai
         again.iterate()
     healthy = make(ring, fitted)
     healthy.restore(tmp_path / "diverged")
-    assert healthy.skipped["critic"] == 9
+    assert healthy.divergence.skipped["critic"] == 9
     healthy.iterate()
-    assert healthy.skipped["critic"] == 0
+    assert healthy.divergence.skipped["critic"] == 0
 
 
 def test_nine_in_a_row_are_survived(trainer):

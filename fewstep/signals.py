@@ -1,0 +1,36 @@
+"""Signals that ask a run to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+
+# Slurm's warning before the time is up is what --signal asks for, by custom USR1.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+class StopSignal(contextlib.AbstractContextManager):
+    """While it is entered, the first of :data:`SIGNALS` is only noted; a second one ends the program at once.
+
+    Attributes:
+        number: of the signal that came; None for none yet.
+    """
+
+    def __init__(self):
+        self.number: int | None = None
+
+    def _note(self, number, _frame):
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def __enter__(self) -> StopSignal:
+        try:
+            self._before = {s: signal.signal(s, self._note) for s in SIGNALS}
+        except ValueError:  # not the main thread, e.g. a notebook's worker
+            self._before = {}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
