@@ -134,7 +134,7 @@ class Discriminator(nn.Module):
         x = torch.zeros(1, *latent_shape, device=parameter.device)
         t = torch.full((1,), denoiser.schedule.t_max, device=x.device)
         with torch.no_grad():
-            maps = tap_features(denoiser, self.taps, x, t, (denoiser.null or Cond({})).to(x.device))
+            maps = tap_features(denoiser, self.taps, x, t, denoiser.example.to(x.device))
         self.heads = nn.ModuleList(
             ConvHead(*m.shape[1:]) if m.ndim == 4 else TokenHead(m.shape[-1]) for m in maps
         ).to(x.device)

@@ -348,7 +348,10 @@ def floor_sampler(solver: str, pipe: Any, scheduler: Any, num_steps: int) -> tup
     import diffusers
 
     if solver in FLOOR:
-        return FLOOR[solver](scheduler), {"num_inference_steps": num_steps}
+        made = FLOOR[solver](scheduler)
+        if type(pipe).__name__ == "FluxPipeline":
+            made = _for_flux(made, solver)
+        return made, {"num_inference_steps": num_steps}
     if solver == "ays":
         from .teachers.base import schedule_of
 
@@ -364,6 +367,21 @@ def floor_sampler(solver: str, pipe: Any, scheduler: Any, num_steps: int) -> tup
     name = "FlowMatchEulerDiscreteScheduler" if "sigmas" in found else "DPMSolverMultistepScheduler"
     stock = getattr(diffusers, name).from_pretrained(Path(solver) / "scheduler")
     return stock, {key: found[key] for key in ("sigmas", "timesteps") if key in found}
+
+
+def _for_flux(scheduler: Any, solver: str) -> Any:
+    """Its pipeline gives every scheduler a shift, and one of flows a grid that is even before it."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = scheduler.config
+    if config.get("use_flow_sigmas"):  # takes the pipeline's shift only where it has none of its own
+        return type(scheduler).from_config(config, use_dynamic_shifting=True, time_shift_type="exponential")
+    if solver == "heun":
+        raise FewstepError(
+            f"solver heun: {type(scheduler).__name__} takes no sigmas and no shift from a FluxPipeline; use another of "
+            f"{', '.join(FLOOR)}"
+        )
+    return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.shift)
 
 
 def read_floor(folder: str | Path) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def turns_of(denoiser: NetDenoiser, latent_shape: Sequence[int]) -> tuple[Tensor
     end = torch.full((1,), denoiser.schedule.t_max, dtype=torch.float64, device=device)
     try:
         x = torch.zeros(1, *latent_shape, device=device)
-        denoiser.predict(x, end, (denoiser.null or Cond({})).to(device))
+        denoiser.predict(x, end, denoiser.example.to(device))
     finally:
         handle.remove()
     longest = seen[0].max().item()

@@ -7,7 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from .data.prompts import CLASSES
+from .data.prompts import CLASSES, UNCONDITIONAL
 from .recipe import EvalConfig, Recipe, SampleConfig
 
 RANK = 4
@@ -32,17 +32,21 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
     folder = Path(tempfile.mkdtemp(prefix="fewstep-smoke-"))
     teacher, data = recipe.teacher, recipe.data
     if not keep_teacher and not teacher.path.startswith("builtin:"):
-        from .teachers.tiny import write_tiny_pipeline
+        from .teachers.tiny import RESOLUTION, write_tiny_pipeline
 
         tiny = write_tiny_pipeline(teacher.pipeline_class or "StableDiffusionXLPipeline", folder / "teacher")
         teacher = dataclasses.replace(
-            teacher, path=str(tiny), dtype="float32", autocast=None, resolution=None
+            teacher,
+            path=str(tiny),
+            dtype="float32",
+            autocast=None,
+            resolution=RESOLUTION.get(teacher.pipeline_class),
         )
     few = _few_emoji(folder)
     data = dataclasses.replace(
         data,
         prompts=data.prompts
-        if data.prompts == CLASSES or Path(data.prompts).is_file()
+        if data.prompts in (CLASSES, UNCONDITIONAL) or Path(data.prompts).is_file()
         else str(few / "prompts.txt"),
         images=data.images if data.images is None or Path(data.images).is_dir() else str(few),
     )

@@ -112,3 +112,22 @@ def sdxl(tiny_sdxl):
     from fewstep.teachers import load_teacher
 
     return load_teacher(str(tiny_sdxl))
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory):
+    """Name in the zoo -> a frozen tiny teacher of that kind, loaded once; ``teacher.source`` is its folder."""
+    from zoo import ZOO
+
+    from fewstep.teachers import load_teacher
+
+    made = {}
+
+    def get(name):
+        if name not in made:
+            kind = ZOO[name]
+            folder = _tiny(tmp_path_factory, kind.pipeline_class, **kind.options)
+            made[name] = load_teacher(str(folder), resolution=kind.resolution)
+        return made[name]
+
+    return get

@@ -8,11 +8,12 @@ from ..errors import RecipeError
 from . import emoji
 
 CLASSES = "builtin:imagenet-classes"  # the labels 0 to 999, for teachers that are conditioned on them
+UNCONDITIONAL = "builtin:unconditional"  # for teachers that are conditioned on nothing
 
 
 def load_prompts(source: str, name: str = "data.prompts") -> list[str]:
     """Prompts of a UTF-8 text file, one per line (blank ones are skipped), or of ``builtin:emoji[-names|-groups]``;
-    ``builtin:imagenet-classes`` are the labels "0" to "999".
+    ``builtin:imagenet-classes`` are the labels "0" to "999", ``builtin:unconditional`` 64 empty prompts.
 
     Prompts are data: no path, no markup, no variable in them means anything.
 
@@ -26,6 +27,8 @@ def load_prompts(source: str, name: str = "data.prompts") -> list[str]:
         return built_in
     if source == CLASSES:
         return [str(label) for label in range(1000)]
+    if source == UNCONDITIONAL:
+        return [""] * 64
     path = Path(source).expanduser()
     if not path.is_file():
         raise RecipeError(

@@ -11,7 +11,7 @@ import torch
 
 from fewstep.errors import FewstepError
 from fewstep.floor import RECORD, floor_sampler
-from fewstep.teachers.base import is_flow, network_of, size_options
+from fewstep.teachers.base import fix_shift, is_flow, network_of, size_options, takes
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SOLVERS = ("own", "lcm", "ddim", "euler", "heun", "dpm++", "unipc", "ays")
@@ -45,6 +45,7 @@ class Model:
     record: dict[str, Any] | None = None
 
     def __post_init__(self):
+        fix_shift(self.pipe)
         self.scheduler = self.pipe.scheduler
 
     @property
@@ -96,8 +97,8 @@ class Model:
             call = {**call, "timesteps": list(timesteps)}
             call.pop("num_inference_steps", None)
         self.pipe.scheduler = scheduler
-        own = inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default
-        call.setdefault("guidance_scale", own)
+        own = inspect.signature(self.pipe.__call__).parameters.get("guidance_scale")
+        call.setdefault("guidance_scale", own.default if own else 1.0)
         return call if guidance is None else {**call, "guidance_scale": guidance}
 
     def _student(self, steps: int) -> tuple[Any, dict[str, Any]]:
@@ -129,7 +130,7 @@ class Model:
 
     def arguments(self, call: dict[str, Any], generators: list[torch.Generator]) -> dict[str, Any]:
         """The call for one batch: a student of experts or of fixed noise acts between its steps."""
-        if "use_resolution_binning" in inspect.signature(self.pipe.__call__).parameters:
+        if takes(self.pipe, "use_resolution_binning"):
             call = {**size_options(self.pipe), **call}
         if not self._switches or self.pipe.scheduler is not self.scheduler:
             return call

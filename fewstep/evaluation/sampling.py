@@ -23,7 +23,7 @@ from fewstep.evaluation.prompts import Prompts
 from fewstep.evaluation.speed import measure_speed
 from fewstep.evaluation.statistics import table
 from fewstep.files import create, replacing, sweep, write, write_json
-from fewstep.generate import bind_noise
+from fewstep.generate import call_pipeline
 
 MANIFEST = "manifest.json"
 ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"nearest": np.round, "truncate": np.floor}
@@ -144,8 +144,7 @@ def draw(model: Model, texts: list[str], indices: list[int], job: Job, call: dic
     """Images uint8 (B, H, W, 3) of the samples with these indices, each from its own generator."""
     generators = [torch.Generator().manual_seed(job.seed + i) for i in indices]
     call = model.arguments(call, generators)
-    bind_noise(model.pipe, generators)
-    images = model.pipe(list(texts), generator=generators, output_type="np", **call).images
+    images = call_pipeline(model.pipe, texts, generators, output_type="np", **call).images
     if not np.isfinite(images).all():
         raise FewstepError(
             f"samples {indices[0]} to {indices[-1]} have pixels that are not finite: try --dtype float32, "

@@ -26,7 +26,7 @@ from ..generate import generate
 from ..report import image_grid
 from ..rng import Rng
 from ..teachers import load_pipeline
-from ..teachers.base import size_options
+from ..teachers.base import fix_shift, size_options
 from .evaluate import evaluate_images
 from .images import open_images
 from .statistics import table
@@ -181,7 +181,8 @@ def _rows(recipe, folder, teacher, images, asked: Asked) -> Iterator[tuple[str, 
             0
         ]
 
-    if images is not None and images.captions is not None and config.teacher_steps:
+    lossy = teacher.autoencoder is not None
+    if images is not None and images.captions is not None and config.teacher_steps and lossy:
         yield (
             "VAE reconstruction (ceiling)",
             "reference",
@@ -205,6 +206,7 @@ def _rows(recipe, folder, teacher, images, asked: Asked) -> Iterator[tuple[str, 
     if not config.floor_steps:
         return
     pipe = load_pipeline(recipe.teacher.path)
+    fix_shift(pipe, teacher.resolution)
     original = pipe.scheduler
     if "search" in config.floor_solvers:
         record = calibrate(

@@ -87,6 +87,18 @@ def snippet(record: Mapping[str, Any], folder: str = ".") -> str:
         ]
         call += ", latents=noise, generator=generator, callback_on_step_end=again"
     prompt = repr(record.get("prompt", "a photo of a cat"))
+    if record["pipeline_class"] == "DDPMPipeline":  # hands on no labels
+        if "num_classes" in record:
+            lines = [
+                "from functools import partial",
+                "",
+                "import torch",
+                *lines,
+                f"pipe.unet.forward = partial(pipe.unet.forward, class_labels=torch.tensor([{_label(record)}]))",
+            ]
+        prompt = "batch_size=1"
+    elif "num_classes" in record:
+        prompt = f"[{_label(record)}]"
     if parts:
         files = {
             "tree": os.path.join(folder, "router.json"),
@@ -98,6 +110,17 @@ def snippet(record: Mapping[str, Any], folder: str = ".") -> str:
         prompt = "prompt"
     lines += [f"image = pipe({prompt}, {call}).images[0]", "image.save('image.png')"]
     return "\n".join(lines)
+
+
+def _label(record: Mapping[str, Any]) -> str:
+    prompt = str(record.get("prompt", "0"))
+    return prompt if prompt.isdecimal() else f"pipe.labels[{prompt!r}]"
+
+
+def _task(record: Mapping[str, Any]) -> str:
+    """The hub's name for what the pipeline does; it has none for class labels."""
+    unprompted = record["pipeline_class"] == "DDPMPipeline" or "num_classes" in record
+    return "unconditional-image-generation" if unprompted else "text-to-image"
 
 
 def _about_scheduler(record: Mapping[str, Any]) -> str:
@@ -127,7 +150,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         f"base_model: {json.dumps(record['teacher'])}",
         f"base_model_relation: {'adapter' if record['kind'] == 'lora' else 'finetune'}",
         "library_name: diffusers",
-        "pipeline_tag: text-to-image",
+        f"pipeline_tag: {_task(record)}",
         f"tags: [fewstep, {record['method']}{', lora' if record['kind'] == 'lora' else ''}]",
         "---",
     ]

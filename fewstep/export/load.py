@@ -13,7 +13,7 @@ import torch
 from ..errors import FewstepError
 from ..router import RoutedPipeline, Router
 from ..teachers import hushed, load_pipeline, pipeline_type
-from ..teachers.base import network_of
+from ..teachers.base import network_of, takes
 from .weights import LORA_FILE, adapters
 
 
@@ -116,7 +116,8 @@ def stock_call(pipe, record: Mapping[str, Any], generators: list[torch.Generator
     """
     call, experts = dict(record["call"]), record.get("experts")
     states = [generator.get_state() for generator in generators]
-    again = record.get("noise") == "fixed" and bool(generators)  # every step adds the first noise again
+    # Every step adds the first noise again. Pipelines without latents have one step, which adds none.
+    again = record.get("noise") == "fixed" and bool(generators) and takes(pipe, "latents")
 
     def rewind() -> None:
         for generator, state in zip(generators, states):

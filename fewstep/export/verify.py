@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
-from ..generate import bind_noise
+from ..generate import call_pipeline
 from ..router import RoutedStudent
 from ..student import Student
 from ..teachers import hushed
-from ..teachers.base import Teacher, size_options
+from ..teachers.base import Teacher, size_options, takes
 from .load import at_steps, load_exported, stock_call
 
 
@@ -26,7 +26,7 @@ class ExportError(TrainingError):
 def trainer_sample(
     student: Student | RoutedStudent, teacher: Teacher, prompts: list[str], seed: int = 0
 ) -> Tensor:
-    """Latents as the trainer samples them, in fp32; noise from one CPU generator.
+    """Latents as the trainer samples them, in fp32; noise from one CPU generator, in the stock pipeline's layout.
 
     Training is over by then: the frozen weights are cast up in place, so that nothing but the export is compared.
     """
@@ -34,10 +34,11 @@ def trainer_sample(
         teacher.pipe.to(torch.float32)
     generator = torch.Generator().manual_seed(seed)
     cond = teacher.encode(prompts).to(teacher.device)
-    noise = torch.randn(len(prompts), *teacher.latent_shape, generator=generator)
 
     def draw(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator).to(x.device)
+        return teacher.unpack(torch.randn(len(x), *teacher.stock_shape, generator=generator)).to(x.device)
+
+    noise = draw(torch.empty(len(prompts)))
 
     before = [denoiser.autocast for denoiser in student.denoisers]
     try:
@@ -53,22 +54,23 @@ def trainer_sample(
 def stock_sample(
     pipe, record: Mapping[str, Any], teacher: Teacher, prompts: list[str], seed: int = 0
 ) -> Tensor:
-    """The same latents from a stock pipeline: one ordinary call."""
+    """The same from a stock pipeline, by one ordinary call: latents, or images in [-1, 1] where it gives no latents."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(prompts), *teacher.latent_shape, generator=generator)
-    call = {
-        **stock_call(pipe, record, []),
-        **size_options(pipe, teacher.resolution),
-        "latents": noise.to(getattr(pipe, teacher.network).dtype),
-        "generator": generator,
-    }
-    bind_noise(pipe, generator)
-    if record.get("noise") == "fixed":  # every step draws the first noise again
+    call = {**stock_call(pipe, record, []), **size_options(pipe, teacher.resolution)}
+    if not takes(teacher.pipe, "latents"):  # it draws the same from the same generator
+        images = call_pipeline(pipe, prompts, generator, output_type="np", **call).images
+        return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+    noise = torch.randn(len(prompts), *teacher.stock_shape, generator=generator)
+    call["latents"] = noise.to(getattr(pipe, teacher.network).dtype)
+    if record.get("noise") == "fixed" and takes(
+        teacher.pipe, "callback_on_step_end"
+    ):  # every step draws the first noise again
         generator.manual_seed(seed)
         call["callback_on_step_end"] = lambda _pipe, _step, _time, kwargs: (
             generator.manual_seed(seed) and kwargs
         )
-    return pipe(prompts, output_type="latent", **call).images.float().cpu()
+    made = call_pipeline(pipe, prompts, generator, output_type="latent", **call).images
+    return teacher.unpack(made.float().cpu())
 
 
 def verify(
@@ -83,6 +85,8 @@ def verify(
 ) -> float:
     """Loads the export in stock diffusers and compares its latents with the trainer's own, both in fp32.
 
+    Pipelines that give no latents (DiT, UNet2DModel) are compared in pixels.
+
     Args:
         own: of :func:`trainer_sample`. dtype: of the exported weights. base_dtype: of the teacher's while training.
         steps: of a student of several numbers of steps.
@@ -96,6 +100,8 @@ def verify(
     pipe, record = load_exported(folder, teacher.source, base_dtype, upcast=True)
     pipe.to(teacher.device)
     record = at_steps(record, steps)
+    if not takes(teacher.pipe, "latents"):
+        own = teacher.decode_pixels(own.to(teacher.device)).cpu()
     difference = (stock_sample(pipe, record, teacher, prompts) - own).abs().max().item()
     limit = tolerance if dtype == "float32" else max(tolerance, 0.05 * own.std().item() + tolerance)
     if not difference <= limit:

@@ -94,7 +94,13 @@ def save_network(
     """The stock pipeline, or one of another class, with another network and scheduler in place of the teacher's."""
     cls = pipeline or type(teacher.pipe)
     parts = {**teacher.pipe.components, teacher.network: net, "scheduler": scheduler}
-    cls(**parts, **_options(teacher.pipe)).save_pretrained(folder)
+    made = cls(**parts, **_options(teacher.pipe))
+    if labels := getattr(teacher.pipe, "labels", None):  # DiT's names of classes, which it would not save
+        names: dict[int, list[str]] = {}
+        for name, label in labels.items():
+            names.setdefault(label, []).append(name)
+        made.register_to_config(id2label={label: ", ".join(group) for label, group in names.items()})
+    made.save_pretrained(folder)
 
 
 def save_sprint(

@@ -18,7 +18,8 @@ from ..files import replacing, write, write_json
 from ..roles import RoleConfig, lora_targets
 from ..router import RoutedStudent
 from ..student import Student
-from ..teachers.base import Teacher, is_flow, size_options
+from ..teachers.base import Teacher, is_flow, size_options, takes
+from ..teachers.classes import num_classes
 from .card import model_card
 from .scheduler import scm_scheduler, student_scheduler
 from .tokens import save_token_student
@@ -55,7 +56,31 @@ def scalars_of(student: Student | RoutedStudent) -> dict[str, float]:
 
 
 def samplers_of(teacher: Teacher, student: Student | RoutedStudent) -> dict[int, tuple[Any, dict[str, Any]]]:
-    """Scheduler and call for each number of steps; where one configuration does not fit all, calls name the times."""
+    """Scheduler and call for each number of steps; where one configuration does not fit all, calls name the times.
+
+    Raises:
+        RecipeError: no stock scheduler has such times, or the teacher's pipeline could not be told them.
+    """
+    samplers = _samplers(teacher, student)
+    pipe, kind = teacher.pipe, teacher.pipeline_class
+    for _, call in samplers.values():
+        if teacher.denoiser.embeds_guidance:
+            call["guidance_scale"] = 1.0
+        if not takes(pipe, "guidance_scale"):
+            call.pop("guidance_scale", None)
+        if odd := [name for name in ("timesteps", "sigmas") if name in call and not takes(pipe, name)]:
+            raise RecipeError(
+                f"method.times: {student.times}: a {kind} makes steps on an even grid only (its call has no "
+                f"{', '.join(odd)}); use num_steps and start"
+            )
+    if student.noise == "fixed" and student.num_steps > 1 and not takes(pipe, "callback_on_step_end"):
+        raise RecipeError(
+            f"method.noise: fixed: a {kind} has no callback that could rewind its noise; use fresh or ddim"
+        )
+    return samplers
+
+
+def _samplers(teacher: Teacher, student: Student | RoutedStudent) -> dict[int, tuple[Any, dict[str, Any]]]:
     told, variants = scalars_of(student), student.variants()
     if "guidance" in told and teacher.pipeline_class == "SanaPipeline":
         return {one.num_steps: scm_scheduler(one.times, told["guidance"]) for one in variants}
@@ -121,9 +146,11 @@ def export_student(
         "call": call | size,
         "scheduler": type(scheduler).__name__,
         "resolution": teacher.resolution,
-        "latent_shape": list(teacher.latent_shape),
+        "latent_shape": list(teacher.stock_shape),
         "dtype": dtype,
     }
+    if (classes := num_classes(teacher.pipe)) is not None:
+        record["num_classes"] = classes
     if experts:
         record["experts"] = experts
     absent = [name for name, part in teacher.pipe.components.items() if part is None]

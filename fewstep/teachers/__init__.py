@@ -14,24 +14,44 @@ ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN = {"builtin:emoji-xl": ASSETS / "emoji-xl", "builtin:emoji-flow": ASSETS / "emoji-flow"}
 
 
+REGISTERED: dict[str, type[Teacher]] = {}
+
+
+def register(cls: type[Teacher]) -> type[Teacher]:
+    """Decorator: an adapter of your own for a pipeline class, named in its ``pipeline_class``."""
+    REGISTERED[cls.pipeline_class] = cls
+    return cls
+
+
 def adapters() -> dict[str, type[Teacher]]:
     """Pipeline class -> adapter."""
     from .ar import PIPELINES, Autoregressive
+    from .classes import DDPM, DiT
+    from .flux import Flux
     from .sd import StableDiffusion, StableDiffusionXL
     from .transformers import PixArtAlpha, PixArtSigma, Sana, StableDiffusion3
 
-    known = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Sana, PixArtAlpha, PixArtSigma)
+    known = (
+        *(StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Sana, PixArtAlpha, PixArtSigma),
+        *(DiT, DDPM),
+    )
     stock = {cls.pipeline_class: cls for cls in known}
-    return stock | dict.fromkeys(PIPELINES, Autoregressive)
+    return {
+        **stock,
+        "DDIMPipeline": DDPM,
+        **dict.fromkeys(PIPELINES, Autoregressive),
+        **REGISTERED,
+    }
 
 
 def pipeline_type(name: str):
     """The class of a pipeline: one of ours by name, or diffusers' loader, which finds the class itself."""
-    from diffusers import DiffusionPipeline
+    from diffusers import DDPMPipeline, DiffusionPipeline
 
     from .ar import PIPELINES
 
-    return PIPELINES.get(name, DiffusionPipeline)
+    # DDIMPipeline makes DDIM's of any scheduler, and holds the same parts.
+    return {"DDIMPipeline": DDPMPipeline, **PIPELINES}.get(name, DiffusionPipeline)
 
 
 def resolve(source: str) -> str:
@@ -59,8 +79,10 @@ def pipeline_class_of(source: str) -> str:
         raise FewstepError(f"teacher.path: cannot read the pipeline {source}: {error}") from error
     if name not in adapters():
         raise FewstepError(
-            f"teacher.path: {source} is a {name}; fewstep has adapters for {', '.join(adapters())}. To add one, "
-            "subclass fewstep.teachers.base.Teacher (encode, null, call) as in fewstep/teachers/sd.py"
+            f"teacher.path: {source} is a {name}; fewstep has adapters for {', '.join(adapters())}. If it only "
+            "wraps the parts of one of these, save them as that class (its from_pipe, then save_pretrained). Else "
+            "subclass fewstep.teachers.base.Teacher (encode, call) under @fewstep.teachers.register in your recipe, as "
+            "in fewstep/teachers/sd.py"
         )
     return name
 
@@ -145,6 +167,7 @@ def load_teacher(
 
     pipe = load_pipeline(source, dtype)
     cls = adapters()[type(pipe).__name__]
-    with hushed():
-        getattr(pipe, cls.autoencoder).to(torch.float32)
+    if cls.autoencoder:
+        with hushed():
+            getattr(pipe, cls.autoencoder).to(torch.float32)
     return cls(pipe, source, resolution, getattr(torch, autocast) if autocast else None, attention)

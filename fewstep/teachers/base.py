@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -50,11 +51,58 @@ def network_of(pipe: Any) -> nn.Module:
     return pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
 
 
+def pixels_per_latent(pipe: Any) -> int:
+    """Pixels along a side of one latent; 1 without an autoencoder."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return 1
+    return getattr(pipe, "vae_scale_factor", None) or 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def native_resolution(pipe: Any) -> int:
+    """Pixels along a side of what the stock pipeline makes by default.
+
+    Raises:
+        FewstepError: its images are not square.
+    """
+    size = getattr(pipe, "default_sample_size", None) or network_of(pipe).config.sample_size
+    if not isinstance(size, int):
+        if len(set(size)) > 1:
+            raise FewstepError(f"{type(pipe).__name__}: sample_size {size}: expected square images")
+        size = size[0]
+    return size * pixels_per_latent(pipe)
+
+
+def fix_shift(pipe: Any, resolution: int | None = None) -> None:
+    """Gives a scheduler whose shift depends on the size of the image the shift of this size, for good.
+
+    The stock pipelines compute it anew in each call, from the number of tokens (Flux, SD3).
+    """
+    config = pipe.scheduler.config
+    if not config.get("use_dynamic_shifting"):
+        return
+    side = (
+        (resolution or native_resolution(pipe)) // pixels_per_latent(pipe) // getattr(pipe, "patch_size", 2)
+    )
+    low, high = config.base_image_seq_len, config.max_image_seq_len
+    mu = config.base_shift + (config.max_shift - config.base_shift) * (side**2 - low) / (high - low)
+    shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+    pipe.scheduler = type(pipe.scheduler).from_config(config, use_dynamic_shifting=False, shift=shift)
+
+
+def takes(pipe: Any, argument: str) -> bool:
+    """Whether the stock pipeline's call has this argument."""
+    routed = getattr(pipe, "pipe", pipe)  # which hands on what it does not know
+    return argument in inspect.signature(routed.__call__).parameters
+
+
 def size_options(pipe: Any, resolution: int | None = None) -> dict[str, Any]:
     """Arguments of the stock pipeline's call for square images of this many pixels, by default its own."""
-    size = resolution or network_of(pipe).config.sample_size * pipe.vae_scale_factor
+    if not takes(pipe, "height"):
+        return {}
+    size = resolution or native_resolution(pipe)
     options = {"height": size, "width": size}
-    if "use_resolution_binning" in inspect.signature(pipe.__call__).parameters:
+    if takes(pipe, "use_resolution_binning"):
         options["use_resolution_binning"] = False  # it would round to a size of the published models
     return options
 
@@ -66,12 +114,14 @@ class Teacher:
         pipeline_class: name in ``model_index.json``. network: component that is distilled. kind: "diffusion", or
             "autoregressive" for token models. solver: of pairs and their steps, by default.
         pipe: the stock pipeline, frozen. denoiser: its network as a :class:`~fewstep.denoiser.NetDenoiser`.
-        latent_shape: (C, H, W) of one sample.
+        latent_shape: (C, H, W) of one sample. packing: latents along the side of what a network takes as one token
+            already packed (Flux).
     """
 
     pipeline_class: ClassVar[str]
     network: ClassVar[str] = "unet"
-    autoencoder: ClassVar[str] = "vae"
+    autoencoder: ClassVar[str | None] = "vae"
+    packing: ClassVar[int] = 1
     kind: ClassVar[str] = "diffusion"
     solver: ClassVar[tuple[str, int]] = ("ddim", 50)
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
@@ -91,14 +141,20 @@ class Teacher:
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         self.net: nn.Module = getattr(pipe, self.network)
-        factor = pipe.vae_scale_factor
-        size = resolution or self.net.config.sample_size * factor
-        if size % factor:
+        _without_dropout(self.net)
+        native, factor = native_resolution(pipe), pixels_per_latent(pipe)
+        size, unit = resolution or native, factor * self.packing
+        if size % unit:
+            raise FewstepError(f"teacher.resolution: {size}: expected a multiple of {unit} for this pipeline")
+        if size != native and not size_options(pipe):
             raise FewstepError(
-                f"teacher.resolution: {size}: expected a multiple of {factor} for this pipeline"
+                f"teacher.resolution: {size}: a {type(pipe).__name__} makes images of {native} pixels only; leave "
+                "it null"
             )
         self.resolution = size
-        self.latent_shape = (self.net.config.in_channels, size // factor, size // factor)
+        side = size // factor
+        self.latent_shape = (self.net.config.in_channels // self.packing**2, side, side)
+        fix_shift(pipe, size)
         kind = pipe.scheduler.config.get("prediction_type", "epsilon")
         kind = "flow_prediction" if is_flow(pipe.scheduler) else kind
         if kind not in PREDICTIONS:
@@ -107,7 +163,15 @@ class Teacher:
             )
         schedule = schedule_of(pipe.scheduler)
         self.denoiser = NetDenoiser(
-            self.net, schedule, PREDICTIONS[kind], type(self).call, self.null(), autocast, attention
+            self.net,
+            schedule,
+            PREDICTIONS[kind],
+            type(self).call,
+            self.null(),
+            autocast,
+            attention,
+            self.example(),
+            bool(self.net.config.get("guidance_embeds")),
         )
 
     # ------------------------------------------------------------------------------ what differs between pipelines
@@ -115,14 +179,30 @@ class Teacher:
         """Conditions of prompts, exactly as the stock pipeline computes them; len(prompts) rows."""
         raise NotImplementedError
 
-    def null(self) -> Cond:
-        """One row of the unconditional branch, by the stock pipeline's own rule: mostly the empty prompt."""
+    def null(self) -> Cond | None:
+        """One row of the unconditional branch, by the stock pipeline's own rule: mostly the empty prompt.
+
+        None for a network that was trained without one.
+        """
         return self.encode([""])
+
+    def example(self) -> Cond | None:
+        """One row of any condition, where there is no null one."""
+        return None
 
     @staticmethod
     def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """The network's prediction; ``time`` is in the network's own unit."""
         raise NotImplementedError
+
+    @staticmethod
+    def pack(latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> what the stock pipeline holds while it samples: the same, or its packed tokens."""
+        return latents
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        """The way back."""
+        return latents
 
     # -------------------------------------------------------------------------------------------------- latents
     @torch.no_grad()
@@ -176,7 +256,13 @@ class Teacher:
         self.pipe.to(device)
         if self.denoiser.null is not None:
             self.denoiser.null = self.denoiser.null.to(device)
+        self.denoiser.example = self.denoiser.example.to(device)
         return self
+
+    @property
+    def stock_shape(self) -> tuple[int, ...]:
+        """Shape of one sample as the stock pipeline holds it; see :meth:`pack`."""
+        return tuple(self.pack(torch.empty(1, *self.latent_shape, device="meta")).shape[1:])
 
     @property
     def device(self) -> torch.device:
@@ -190,6 +276,15 @@ class Teacher:
     @property
     def lora_prefix(self) -> str:
         return self.network
+
+
+def _without_dropout(net: nn.Module) -> None:
+    """Neither dropout nor dropped labels: diffusers recomputes activations in train mode only."""
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif type(module).__name__ == "LabelEmbedding":
+            module.dropout_prob = 0.0
 
 
 def check_pipeline_folder(source: str) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from ..errors import FewstepError
 
 TOKENS = ("LlamaGenPipeline", "VARPipeline")
+# Pixels for tiny networks, where the class of the pipeline has a size of its own.
+RESOLUTION = {"FluxPipeline": 32}
 SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
 
@@ -18,7 +20,8 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
     """A randomly initialised pipeline of a class fewstep knows, written by ``save_pretrained``.
 
     Args:
-        options: override the configuration of the network (UNets only); ``prediction_type`` goes to the scheduler.
+        options: override the configuration of the network (not of all classes); ``prediction_type`` goes to the
+            scheduler.
     """
     import torch
 
@@ -29,6 +32,10 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "SanaPipeline": _sana,
         "PixArtAlphaPipeline": _pixart,
         "PixArtSigmaPipeline": _pixart,
+        "FluxPipeline": _flux,
+        "DiTPipeline": _dit,
+        "DDPMPipeline": _unet2d,
+        "DDIMPipeline": _unet2d,
     }
     if pipeline_class in TOKENS:
         return _write_tokens(pipeline_class, Path(folder), seed)
@@ -289,16 +296,87 @@ def _sana(_tokenizer, _pipeline_class, _options):
     )
 
 
-def _pixart(_tokenizer, pipeline_class, _options):
-    import diffusers
+def _t5():
+    """Character level, without the library for data files: (tokenizer, encoder)."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(chr(i) for i in range(33, 127))]
     tokenizer = T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0)
-    encoder = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return tokenizer, T5EncoderModel(config)
+
+
+def _flux(tokenizer, _pipeline_class, options):
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    t5_tokenizer, t5 = _t5()
+    network = {
+        "patch_size": 1,
+        "in_channels": 16,  # four latents of four channels
+        "num_layers": 2,
+        "num_single_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "pooled_projection_dim": 16,
+        "guidance_embeds": True,
+        "axes_dims_rope": (2, 2, 4),
+    }
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=CLIPTextModel(_text_config(tokenizer)),
+        tokenizer=tokenizer,
+        text_encoder_2=t5,
+        tokenizer_2=t5_tokenizer,
+        transformer=FluxTransformer2DModel(**{**network, **options}),
+    )
+
+
+def _dit(_tokenizer, _pipeline_class, options):
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    network = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 8,  # the second half is the learned variance
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_embeds_ada_norm": 1000,  # the pipeline's null label comes after them
+    }
+    return DiTPipeline(
+        transformer=DiTTransformer2DModel(**{**network, **options}),
+        vae=_vae(),
+        scheduler=DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False),
+    )
+
+
+def _unet2d(_tokenizer, pipeline_class, options):
+    import diffusers
+
+    network = {
+        **SIZES,
+        "sample_size": 16,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 4,
+    }
+    scheduler = {"DDPMPipeline": diffusers.DDPMScheduler, "DDIMPipeline": diffusers.DDIMScheduler}
+    return getattr(diffusers, pipeline_class)(
+        unet=diffusers.UNet2DModel(**{**network, **options}),
+        scheduler=scheduler[pipeline_class](beta_schedule="linear"),
+    )
+
+
+def _pixart(_tokenizer, pipeline_class, _options):
+    import diffusers
+
+    tokenizer, encoder = _t5()
     return getattr(diffusers, pipeline_class)(
         tokenizer=tokenizer,
-        text_encoder=T5EncoderModel(encoder),
+        text_encoder=encoder,
         vae=_vae(scaling_factor=0.13025),
         transformer=diffusers.PixArtTransformer2DModel(
             sample_size=16,

@@ -1,0 +1,40 @@
+"""One tiny random pipeline for every published model that fewstep has an adapter for."""
+
+from dataclasses import dataclass, field
+
+from fewstep.teachers.tiny import RESOLUTION
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How its stand-in is made, and what it can be tested with.
+
+    Attributes:
+        pipeline_class, options: see ``write_tiny_pipeline``. resolution: where the pipeline's own is too large to test.
+        taps: blocks with features for a discriminator. prompts: texts, or labels. guided: it has a guidance scale.
+    """
+
+    pipeline_class: str
+    options: dict = field(default_factory=dict)
+    resolution: int | None = None
+    taps: tuple[str, ...] = ("transformer_blocks.0", "transformer_blocks.1")
+    prompts: tuple[str, ...] = ("red apple", "a dog on a skateboard")
+    guided: bool = True
+
+
+UNET = ("mid_block",)
+SD21 = {"prediction_type": "v_prediction", "use_linear_projection": True, "attention_head_dim": (1, 2)}
+ZOO = {
+    "SD 1.5": Kind("StableDiffusionPipeline", taps=UNET),
+    "SD 2.1, v": Kind("StableDiffusionPipeline", SD21, taps=UNET),
+    "SDXL": Kind("StableDiffusionXLPipeline", taps=UNET),
+    "SD 3": Kind("StableDiffusion3Pipeline"),
+    "FLUX.1-dev": Kind("FluxPipeline", resolution=RESOLUTION["FluxPipeline"]),
+    "FLUX.1-schnell": Kind("FluxPipeline", {"guidance_embeds": False}, RESOLUTION["FluxPipeline"]),
+    "SANA": Kind("SanaPipeline"),
+    "PixArt-alpha": Kind("PixArtAlphaPipeline"),
+    "PixArt-Sigma": Kind("PixArtSigmaPipeline"),
+    "DiT": Kind("DiTPipeline", prompts=("207", "3")),
+    "UNet2D": Kind("DDPMPipeline", taps=UNET, prompts=("", ""), guided=False),
+    "UNet2D by class": Kind("DDIMPipeline", {"num_class_embeds": 10}, None, UNET, ("7", "3"), False),
+}
