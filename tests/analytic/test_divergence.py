@@ -35,10 +35,10 @@ def trainer(ring, fitted, tmp_path):
     return make(ring, fitted, tmp_path / "run")
 
 
-def make(ring, fitted, folder=None, accumulate=1, **config):
+def make(ring, fitted, folder=None, accumulate=1, process=None):
     config = DMD2.Config(num_steps=1, start=625, critic_steps=2, gan_weight=1e-2, taps=["layers.0"])
     real = ring.sample(64, Rng("real"))
-    made = toy(DMD2, config, ring, fitted, 40, SIZE, real, accumulate=accumulate)
+    made = toy(DMD2, config, ring, fitted, 40, SIZE, real, accumulate=accumulate, process=process)
     made.folder, made.quiet = folder, True
     return made
 
