@@ -78,7 +78,7 @@ def _sample(args, _rest) -> int:
 
     from .export import at_steps, load_exported, stock_call
     from .generate import generate
-    from .report import image_grid
+    from .grid import image_grid
 
     if not args.prompt:
         raise FewstepError("sample: give at least one --prompt")

@@ -125,8 +125,9 @@ class Divergence:
                 for role in roles:
                     trainer.optimizers[role.name].zero_grad(set_to_none=True)
         what = f"{len(lost)} of {len(lost) + count} samples left out" if count else "update left out"
+        which = f"not finite: {', '.join(lost[:3])}" if lost else "each is finite alone"
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        trainer.say(f"step {step}: {phase.name}: {what}, not finite: {', '.join(lost[:3])}{more}")
+        trainer.say(f"step {step}: {phase.name}: {what}, {which}{more}")
         dropped = torch.tensor(float(len(lost)), device=trainer.process.device)
         trainer.window.add({**means.means(), f"{phase.name}/dropped": dropped})
         if count:

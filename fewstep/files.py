@@ -96,6 +96,14 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
         save_file({name: value.contiguous() for name, value in tensors.items()}, part)
 
 
+def read_text(path: Path) -> str:
+    """What a text file holds, as far as it is text; nothing where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 def sweep(folder: Path) -> None:
     """Removes what killed writers left below a folder: writers of this machine that are gone, and any a day old."""
     for left in list(folder.rglob(".part-*")):

@@ -11,9 +11,9 @@ from torch import Tensor
 from .cond import Cond
 from .data.images import CaptionedImages
 from .files import replacing
+from .grid import image_grid
 from .methods import Method
 from .recipe import Recipe
-from .report import image_grid
 from .rng import Rng
 from .roles import Role, averaged
 from .teachers.base import Teacher

@@ -24,9 +24,9 @@ from .divergence import Divergence, Outcome
 from .errors import Interrupted, RecipeError, TrainingError
 from .files import sweep
 from .health import Watch
+from .log import MetricsLog, StatusLine, direction, read_metrics
 from .means import Means
 from .methods.base import Batch, Method, Phase, Progress
-from .report import MetricsLog, StatusLine, direction, read_metrics
 from .roles import Role
 from .signals import StopSignal
 

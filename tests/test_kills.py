@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 from test_end_to_end import tiny
 
+from fewstep.log import read_metrics
 from fewstep.recipe import dump
-from fewstep.report import read_metrics
 from fewstep.run import execute, resume
 
 KILLS, STEPS = 20, 40

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep import report
-from fewstep.report import MetricsLog, StatusLine, image_grid, read_metrics, write_report
+from fewstep import chart, files, log, report
+from fewstep.grid import image_grid
+from fewstep.log import MetricsLog, StatusLine, read_metrics
+from fewstep.report import write_report
 
 HOSTILE = "<script>alert('x')</script> & \"{{body}}\" <img src=x onerror=alert(1)> \u2028 😀"
 
@@ -181,7 +183,7 @@ class TestMetricsLog:
         log.append({"step": 1})
         log.append({"step": 2})
         before = log.path.read_text()
-        monkeypatch.setattr(report.os, "replace", _no_space)
+        monkeypatch.setattr(files.os, "replace", _no_space)
         with pytest.raises(OSError, match="space"):
             log.truncate_after(1)
         assert log.path.read_text() == before
@@ -231,7 +233,7 @@ class TestReport:
         assert "1 not finite" in page.text
         assert (tmp_path / "report.html").stat().st_size < 80_000
         points = [json.loads(svg["data-points"]) for svg in page.find("svg")]
-        assert [len(p) for p in points] == [report.MAX_POINTS] * 2
+        assert [len(p) for p in points] == [chart.MAX_POINTS] * 2
         assert points[0][-1][2] == 19_999 and float(points[0][-1][3]) == pytest.approx(3.1, abs=0.05)
 
     def test_a_spike_survives_thinning(self, tmp_path):
@@ -292,7 +294,7 @@ class TestReport:
     def test_failed_write_keeps_the_old_report(self, tmp_path, monkeypatch):
         path = write_report(tmp_path)
         before = path.read_text()
-        monkeypatch.setattr(report.os, "replace", _no_space)
+        monkeypatch.setattr(files.os, "replace", _no_space)
         with pytest.raises(OSError, match="space"):
             write_report(tmp_path)
         assert path.read_text() == before
@@ -302,7 +304,7 @@ class TestReport:
 class TestStatusLine:
     def test_prints_rarely_without_a_terminal(self, capsys, monkeypatch):
         clock = iter(np.arange(0, 100, 0.5))
-        monkeypatch.setattr(report.time, "monotonic", lambda: float(next(clock)))
+        monkeypatch.setattr(log.time, "monotonic", lambda: float(next(clock)))
         line = StatusLine(total=160, initial=100)
         for step in range(101, 161):
             line.update(step, {"critic": 0.12345, "generator": np.float32(2)})

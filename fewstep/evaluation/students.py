@@ -23,7 +23,7 @@ from ..export import at_steps, load_exported, stock_call
 from ..files import replacing, write_json
 from ..floor import calibrate, floor_sampler, write_floor
 from ..generate import generate
-from ..report import image_grid
+from ..grid import image_grid
 from ..rng import Rng
 from ..teachers import load_pipeline
 from ..teachers.base import fix_shift, size_options

@@ -16,8 +16,9 @@ from toys import SD, Mlp, fit, toy
 from fewstep import checkpoint, files
 from fewstep.errors import FewstepError, tell
 from fewstep.evaluation.statistics import Statistics
+from fewstep.log import MetricsLog, read_metrics
 from fewstep.methods.dmd2 import DMD2
-from fewstep.report import MetricsLog, read_metrics, write_report
+from fewstep.report import write_report
 from fewstep.router import Router
 from fewstep.teachers.analytic import GaussianMixture
 from fewstep.trainer import TrainConfig
@@ -184,6 +185,34 @@ def test_the_newest_and_the_best_are_kept(ring, fitted, tmp_path):
         checkpoint.at(tmp_path / "checkpoints", "3", {})
     with pytest.raises(FewstepError, match=r"no best one is known; set train\.best"):
         checkpoint.at(tmp_path / "checkpoints", "best", {})
+
+
+def test_rotation_keeps_the_newest_and_the_best_one(tmp_path):
+    for step in (1, 5, 20, 100, 1000, 2000):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    checkpoint.rotate(tmp_path, 2, 5)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.every(tmp_path)] == [5, 1000, 2000]
+    checkpoint.drop_after(tmp_path, 1000)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.every(tmp_path)] == [5, 1000]
+
+
+def test_a_damaged_checkpoint_cannot_be_chosen(straight, tmp_path):
+    run = shutil.copytree(straight[0] / "checkpoints", tmp_path / "checkpoints")
+    flip(run / LAST / "state.safetensors")
+    with pytest.raises(FewstepError, match=r"state\.safetensors is damaged; choose another of 2, 4"):
+        checkpoint.at(run, "4", {})
+    assert checkpoint.at(run, "2", {}).name == "step_00000002"
+
+
+def test_a_roll_back_passes_over_checkpoints_within_a_streak(tmp_path):
+    states = [(0, True), (0, True), (3, True), (0, False)]  # updates skipped in a row, the last one finite
+    for step, (skipped, finite) in enumerate(states):
+        folder = tmp_path / f"step_{step:08d}"
+        state = {"skipped": {"generator": skipped, "critic": 0}, "last": {"finite": {"critic": finite}}}
+        files.write_json(folder / "state.json", state)
+        files.write(folder / "SHA256SUMS", f"{checkpoint.digest(folder / 'state.json')}  state.json\n")
+        assert checkpoint.step_of(checkpoint.newest(tmp_path)) == step
+        assert checkpoint.step_of(checkpoint.newest(tmp_path, sound=True)) == min(step, 1)
 
 
 def test_checksums_are_those_of_sha256sum(straight):
