@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cond import Cond
 from .denoiser import Denoiser
@@ -219,17 +219,34 @@ class RoutedDenoiser:
         return self.router.apply(cond, call)
 
 
+class PartNetworks(nn.Module):
+    """A network per part in the place of a pipeline's one; everything asked of it is the active one's."""
+
+    def __init__(self, networks: Sequence[nn.Module]):
+        super().__init__()
+        self.networks, self.active = nn.ModuleList(networks), 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.networks[self.active](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("networks")[self.active], name)
+
+
 class RoutedPipeline:
-    """A stock pipeline that holds one LoRA per part; every prompt is sampled with the LoRA of its part.
+    """A stock pipeline that holds one student per part; every prompt is sampled with the student of its part.
 
     Called like the pipeline, with one image per prompt; everything else is the pipeline's.
 
     Args:
-        pipe: with its adapters loaded. adapters: their names, in the order of the parts.
+        pipe: the stock pipeline. use: makes the student of part k the one that is sampled.
     """
 
-    def __init__(self, pipe: Any, router: Router, adapters: Sequence[str]):
-        self.__dict__.update(pipe=pipe, router=router, adapters=list(adapters))
+    def __init__(self, pipe: Any, router: Router, use: Callable[[int], None]):
+        self.__dict__.update(pipe=pipe, router=router, use=use)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipe, name)
@@ -266,7 +283,7 @@ class RoutedPipeline:
         parts, images = self.route(prompts), [None] * len(prompts)
         for k in parts.unique().tolist():
             rows = (parts == k).nonzero()[:, 0].tolist()
-            self.pipe.set_adapters(self.adapters[k])
+            self.use(k)
             output = self.pipe(
                 [prompts[i] for i in rows],
                 guidance_scale=guidance_scale,

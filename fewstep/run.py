@@ -261,8 +261,7 @@ class Session:
         train = recipe.train
         check_length(self.method, train.steps, train.batch_size * train.accumulate * process.world)
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
-        for role in self.experts:
-            export.check_exportable(self.method.student, role.config, self.teacher)
+        export.check_exportable(self.method.student, [role.config for role in self.experts], self.teacher)
         _check_space(self.folder, self.roles, recipe)
         if not process.main:
             process.barrier()  # the first rank encodes, the others find the cache

@@ -19,7 +19,7 @@ from fewstep.distributed import Process
 from fewstep.errors import RecipeError
 from fewstep.export import ExportError, load_exported, stock_call, stock_sample, trainer_sample, verify
 from fewstep.generate import generate
-from fewstep.roles import averaged
+from fewstep.roles import averaged, resize
 from fewstep.router import RoutedPipeline, Router
 from fewstep.run import Session, check_data, execute, resume
 from fewstep.teachers import load_teacher
@@ -221,11 +221,102 @@ def test_tokens_route_where_there_is_no_pooled_embedding_and_the_data_free_metho
     [
         (("--method.parts", "1"), r"method\.parts: 1: expected at least 2"),
         (("--method.parts", "6"), r"method\.parts: 6 with 5 distinct prompts: .* lower method\.parts"),
-        (("--student.kind", "full"), r"roles\.student\.kind: full: .* use lora"),
-        (("--roles.student_2.kind", "full"), r"roles\.student\.kind: full: .* use lora"),
+        (("--roles.student_2.kind", "full"), r"roles\.student\.kind: lora and full: expected the same"),
+        (
+            ("--method.student_network", "{}", "--method.tsm_share", "1"),
+            r"method\.tsm_share: 1\.0: expected 0 <",
+        ),
+        (
+            ("--method.student_network", "{layers_per_blok: 1}"),
+            r"network\.layers_per_blok: .*mean layers_per_block",
+        ),
+        (
+            ("--method.student_network", "{in_channels: 3}"),
+            r"method\.student_network: .*cannot take the teacher's",
+        ),
+        (
+            ("--method.student_network", "{block_out_channels: [8, 8]}"),
+            r"roles\.student\.kind: lora: .* use full",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(words, message, tiny_sdxl, tmp_path):
     with pytest.raises(RecipeError, match=message):
         execute(tiny("emoji_multi_student_1step", tiny_sdxl, tmp_path, *WORDS, *words))
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- smaller students
+SMALL = (
+    *(*WORDS, "--student.kind", "full", "--method.student_network", "{block_out_channels: [4, 8]}"),
+    *("--train.batch_size", "4"),
+)
+
+
+@pytest.fixture(scope="module")
+def small_run(tiny_sdxl, tmp_path_factory):
+    recipe = tiny("emoji_multi_student_1step", tiny_sdxl, tmp_path_factory.mktemp("small"), *SMALL)
+    return execute(recipe), recipe
+
+
+def test_smaller_students_are_exported_whole_and_routed(small_run, tiny_sdxl):
+    folder, recipe = small_run
+    session = trained(recipe)
+    count = lambda net: sum(p.numel() for p in net.parameters())  # noqa: E731
+    sizes = {name: count(role.module) for name, role in session.roles.items()}
+    assert sizes["student_1"] == sizes["student_2"] < 0.5 * count(session.teacher.net)
+    pipe, record = load_exported(folder / "export")
+    assert isinstance(pipe, RoutedPipeline) and record["kind"] == "full"
+    assert count(pipe.unet) == 2 * sizes["student_1"]  # moved, hashed and counted together
+    with averaged(*session.experts):
+        own = trainer_sample(session.method.student, session.teacher, PROMPTS)
+        alone = [trainer_sample(one, session.teacher, PROMPTS) for one in session.method.student.students]
+    assert (own - stock_sample(pipe, record, session.teacher, PROMPTS)).abs().max() < 1e-4
+    parts = session.method.router(session.teacher.encode(PROMPTS)).tolist()
+    assert all((own[i] - alone[1 - part][i]).abs().max() > 1e-3 for i, part in enumerate(parts))
+    part = load_exported(folder / "export" / "part_2")
+    assert (stock_sample(*part, session.teacher, PROMPTS) - alone[1]).abs().max() < 1e-4
+
+
+def test_the_snippet_of_smaller_students_routes_without_fewstep(small_run, tmp_path):
+    folder, _ = small_run
+    code = (folder / "export" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code += "\nprint(route(prompt), pipe.unet is networks[route(prompt)], networks.keys())\n"
+    script = tmp_path / "use.py"
+    script.write_text(STOCK.split("import torch")[0] + code)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=env, cwd=folder / "export"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    pipe, record = load_exported(folder / "export")
+    asked = record["parts"][int(pipe.route([record["prompt"]])[0])]
+    assert done.stdout.strip().endswith(f"{asked} True dict_keys({record['parts']})")
+
+
+def test_a_run_of_smaller_students_resumes_exactly_across_the_end_of_their_first_stage(
+    small_run, tiny_sdxl, tmp_path
+):
+    straight, _ = small_run
+    recipe = tiny("emoji_multi_student_1step", tiny_sdxl, tmp_path, *SMALL)
+    session = Session(recipe, *check_data(recipe), Process())
+    session.folder.mkdir()
+    (session.folder / "recipe.yaml").write_text(recipes.dump(recipe))
+    session.trainer.iterate()
+    session.trainer.save()
+    broken = resume(session.folder)
+    a, b = (load_file(f / "checkpoints" / "step_00000004" / "state.safetensors") for f in (straight, broken))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_layers_that_a_smaller_student_shares_with_the_teacher_start_as_its_own(tiny_sdxl):
+    teacher = load_teacher(str(tiny_sdxl))
+    same = resize(teacher, {}, "method.student_network").state_dict()
+    assert all(value.equal(same[name]) for name, value in teacher.net.state_dict().items())
+    small = resize(teacher, {"block_out_channels": (4, 16), "norm_num_groups": 2}, "method.student_network")
+    own, theirs = small.state_dict(), teacher.net.state_dict()
+    kept = [name for name in own if name in theirs and own[name].shape == theirs[name].shape]
+    assert any("attn" in name for name in kept) and len(kept) < len(own)
+    assert all(own[name].equal(theirs[name]) for name in kept)
+    again = resize(teacher, {"block_out_channels": (4, 16), "norm_num_groups": 2}, "x").state_dict()
+    assert all(value.equal(again[name]) for name, value in own.items())  # on every process alike

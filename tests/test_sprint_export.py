@@ -86,11 +86,11 @@ def test_a_lora_carries_the_scale_only_where_it_folds_into_the_time_embedding(to
     student = student_of(denoiser, ANGLES)
     if teacher.pipeline_class == "SanaPipeline":  # SanaSprintPipeline's network is told the scale
         with pytest.raises(RecipeError, match=r"roles.student.kind: lora: .*use full"):
-            export.check_exportable(student, RoleConfig(kind="lora"), teacher)
+            export.check_exportable(student, [RoleConfig(kind="lora")], teacher)
         return
-    export.check_exportable(student, RoleConfig(kind="lora"), teacher)
+    export.check_exportable(student, [RoleConfig(kind="lora")], teacher)
     with pytest.raises(RecipeError, match=r"roles.student.targets: .*linear_1 must stay as it is"):
-        export.check_exportable(student, RoleConfig(kind="lora", targets=["linear_1"]), teacher)
+        export.check_exportable(student, [RoleConfig(kind="lora", targets=["linear_1"])], teacher)
 
 
 @pytest.mark.parametrize("angles", ANGLES)

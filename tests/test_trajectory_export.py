@@ -138,9 +138,9 @@ def test_a_lora_on_the_first_layer_of_the_time_embedding_is_refused_before_train
     student = Student(with_scalar(sdxl.denoiser.with_net(build_role("s", sdxl.net, RoleConfig(kind="full")).module),
                                   "level", 0.0), [999])  # fmt: skip
     path, _, _ = time_embedder(sdxl.net)
-    check_exportable(student, RoleConfig(rank=2, targets=["to_q"]), sdxl)
+    check_exportable(student, [RoleConfig(rank=2, targets=["to_q"])], sdxl)
     with pytest.raises(RecipeError, match=rf"{path}\.linear_1"):
-        check_exportable(student, RoleConfig(rank=2, targets=["to_q", f"{path}.linear_1"]), sdxl)
+        check_exportable(student, [RoleConfig(rank=2, targets=["to_q", f"{path}.linear_1"])], sdxl)
 
 
 # ------------------------------------------------------------------------------------------------------ real runs

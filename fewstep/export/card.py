@@ -61,9 +61,12 @@ def snippet(record: Mapping[str, Any], folder: str = ".") -> str:
             lines.append(f"pipe.load_lora_weights({where!r}, weight_name={LORA_FILE!r}{adapter})")
         lines.append(f"pipe.scheduler = {scheduler}.from_pretrained({folder!r}, subfolder='scheduler')")
     else:
-        lines.append(
-            f"pipe = DiffusionPipeline.from_pretrained({os.path.join(folder, 'pipeline')!r}{without})"
-        )
+        where = os.path.join(folder, parts[0] if parts else "", "pipeline")
+        lines.append(f"pipe = DiffusionPipeline.from_pretrained({where!r}{without})")
+        if parts:
+            name = record["network"]
+            load = f"type(pipe.{name}).from_pretrained(f'{folder}/{{part}}/pipeline', subfolder={name!r})"
+            lines.append(f"networks = {{part: {load} for part in {parts}}}")
     if experts:
         lines += [
             "",
@@ -106,7 +109,11 @@ def snippet(record: Mapping[str, Any], folder: str = ".") -> str:
         }
         encoded = ENCODED[record["routed_on"]]
         lines += [ROUTE.format(**files, encoded=encoded, parts=parts), f"prompt = {prompt}"]
-        lines.append("pipe.set_adapters(route(prompt))")
+        lines.append(
+            "pipe.set_adapters(route(prompt))"
+            if lora
+            else f"pipe.{record['network']} = networks[route(prompt)]"
+        )
         prompt = "prompt"
     lines += [f"image = pipe({prompt}, {call}).images[0]", "image.save('image.png')"]
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import FewstepError
-from ..router import RoutedPipeline, Router
+from ..router import PartNetworks, RoutedPipeline, Router
 from ..teachers import hushed, load_pipeline, pipeline_type
 from ..teachers.base import network_of, takes
 from .weights import LORA_FILE, adapters
@@ -52,9 +52,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / "fewstep.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"kind": str, "num_steps": int, "call": dict, "scheduler": str, "noise": str}
+        kinds = {"kind": str, "num_steps": int, "call": dict, "scheduler": str, "noise": str, "network": str}
         wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key, kind()), kind)]
-        names = [*record.get("parts", ()), *record.get("experts", ())]
+        names = [*record.get("parts", ()), *record.get("experts", ()), record.get("network", "unet")]
         wrong += [name for name in names if not re.fullmatch(r"\w+", name)]
         # A student of tokens has no scheduler.
         stock = record.get("scheduler", "Scheduler").endswith("Scheduler")
@@ -68,17 +68,24 @@ def read_record(folder: Path) -> dict[str, Any]:
 def _load(folder: Path, record: dict[str, Any], teacher: str | None, dtype: str, upcast: bool):
     import diffusers
 
-    lora = record["kind"] == "lora"
+    lora, parts = record["kind"] == "lora", record.get("parts")
     with hushed():
         if lora:
             pipe = load_pipeline(teacher or record["teacher"], dtype)
         else:
+            options = {"torch_dtype": getattr(torch, dtype), "use_safetensors": True}
             pipe = pipeline_type(record["pipeline_class"]).from_pretrained(
-                folder / "pipeline",
-                torch_dtype=getattr(torch, dtype),
-                use_safetensors=True,
+                folder / (parts[0] if parts else "") / "pipeline",
+                **options,
                 **dict.fromkeys(record.get("absent", [])),
             )
+            if parts:
+                name, first = record["network"], network_of(pipe)
+                others = (
+                    type(first).from_pretrained(folder / part / "pipeline", subfolder=name, **options)
+                    for part in parts[1:]
+                )
+                setattr(pipe, name, PartNetworks([first, *others]))
         if upcast:
             pipe.to(torch.float32)
         if lora:
@@ -87,8 +94,15 @@ def _load(folder: Path, record: dict[str, Any], teacher: str | None, dtype: str,
             scheduler = getattr(diffusers, record["scheduler"])
             pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
     pipe.set_progress_bar_config(disable=True)
-    if "parts" in record:
-        pipe = RoutedPipeline(pipe, Router.load(folder), record["parts"])
+    if parts:
+
+        def use(k: int) -> None:
+            if lora:
+                pipe.set_adapters(parts[k])
+            else:
+                network_of(pipe).active = k
+
+        return RoutedPipeline(pipe, Router.load(folder), use), record
     return pipe, record
 
 

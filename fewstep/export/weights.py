@@ -78,11 +78,27 @@ def save_kohya(teacher: Teacher, state: dict[str, Tensor], dtype: torch.dtype, p
     write_tensors(path, convert_state_dict_to_kohya(prefixed))
 
 
+def resized(teacher: Teacher, net: nn.Module) -> bool:
+    """Whether a student's network is of another size than the teacher's."""
+    own, theirs = ({k: v for k, v in n.config.items() if not k.startswith("_")} for n in (net, teacher.net))
+    return own != theirs
+
+
 def save_pipeline(
-    teacher: Teacher, weights: Mapping[str, Tensor], scheduler, dtype: torch.dtype, folder: Path
+    teacher: Teacher,
+    net: nn.Module,
+    weights: Mapping[str, Tensor],
+    scheduler,
+    dtype: torch.dtype,
+    folder: Path,
 ) -> None:
-    """The stock pipeline with the student's network and scheduler in place of the teacher's."""
-    net = copy.deepcopy(teacher.net).cpu().float()
+    """The stock pipeline with the student's network and scheduler in place of the teacher's.
+
+    Args:
+        net: the student's, for its size.
+    """
+    small = resized(teacher, net)
+    net = type(teacher.net).from_config(net.config) if small else copy.deepcopy(teacher.net).cpu().float()
     # Buffers are never trained, so they stay the teacher's.
     net.load_state_dict({**net.state_dict(), **{name: value.float() for name, value in weights.items()}})
     save_network(teacher, net.to(dtype), scheduler, folder)

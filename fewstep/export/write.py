@@ -27,6 +27,7 @@ from .weights import (
     has_lora_files,
     lora_state_dict,
     merged,
+    resized,
     save_kohya,
     save_lora,
     save_pipeline,
@@ -183,8 +184,11 @@ def export_student(
                 elif not sprint:
                     for scalar, value in told.items():
                         tensors = folded(tensors, teacher.net, scalar, value)
-                save = save_sprint if sprint else save_pipeline
-                save(teacher, tensors, scheduler, precision, part / "pipeline")
+                if sprint:
+                    save_sprint(teacher, tensors, scheduler, precision, part / "pipeline")
+                else:
+                    net = student.denoisers[0].net
+                    save_pipeline(teacher, net, tensors, scheduler, precision, part / "pipeline")
         _describe(part, record)
     return folder
 
@@ -237,12 +241,27 @@ def export_routed(
         shutil.copytree(part / names[0] / "scheduler", part / "scheduler")
         student.router.save(part)
         record = json.loads((part / names[0] / "fewstep.json").read_text())
-        _describe(part, {**record, "parts": names, "routed_on": student.router.feature})
+        routed = {"parts": names, "routed_on": student.router.feature, "network": teacher.network}
+        _describe(part, record | routed)
     return folder
 
 
-def check_exportable(student: Student | RoutedStudent, role: RoleConfig, teacher: Teacher) -> None:
-    """Refuses, before training, what no pipeline could sample."""
+def check_exportable(student: Student | RoutedStudent, roles: Sequence[RoleConfig], teacher: Teacher) -> None:
+    """Refuses, before training, what no pipeline could sample.
+
+    Args:
+        roles: how each of the student's networks is trained.
+    """
+    kinds = dict.fromkeys(role.kind for role in roles)
+    if len(kinds) > 1:
+        raise RecipeError(
+            f"roles.student.kind: {' and '.join(kinds)}: expected the same kind for every student of one export"
+        )
+    for role in roles:
+        _check_role(student, role, teacher)
+
+
+def _check_role(student: Student | RoutedStudent, role: RoleConfig, teacher: Teacher) -> None:
     if teacher.kind == "autoregressive":
         if role.kind != "full":
             raise RecipeError(
@@ -277,7 +296,11 @@ def check_exportable(student: Student | RoutedStudent, role: RoleConfig, teacher
             f"method: several students share one pipeline as LoRAs that are switched, and {teacher.pipeline_class} "
             "loads none; choose a method with one student"
         )
-    if len(set(student.roles)) > 1 and role.kind != "lora":
+    if len(set(student.roles)) > 1 and role.kind != "lora" and not isinstance(student, RoutedStudent):
         raise RecipeError(
             f"roles.student.kind: {role.kind}: several students share one pipeline as LoRAs that are switched; use lora"
+        )
+    if role.kind == "lora" and any(resized(teacher, denoiser.net) for denoiser in student.denoisers):
+        raise RecipeError(
+            "roles.student.kind: lora: a student of another size than the teacher is no adapter of it; use full"
         )

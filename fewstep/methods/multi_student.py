@@ -2,6 +2,7 @@
 
 The conditions are split into K parts. Every part has a student and a critic of its own, which never see the others'
 conditions and are trained with DMD2's losses. One student makes each sample, so K times the capacity costs no time.
+Students may be smaller than the teacher; then they learn its score first.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ..cond import Cond
 from ..denoiser import Denoiser
 from ..discriminator import Discriminator
 from ..errors import RecipeError
+from ..roles import resize
 from ..router import Conditions, RoutedDenoiser, RoutedStudent, Router
 from ..student import Student
 from .base import Batch, Method, Phase, Progress, register
@@ -50,6 +52,11 @@ class MultiStudent(Method):
             gan_time_range: noise on what the discriminators see, as fractions of the schedule.
             discriminator_weight: of a discriminator's loss beside its critic's.
             taps: blocks of the critics whose features the discriminators see.
+            student_network: what the students' configuration has differently from the teacher's, such as
+                ``{"layers_per_block": 1}``. Smaller students begin with teacher score matching (TSM); critics keep
+                the teacher's size.
+            tsm_share: of the run, at its beginning, spent on that (not published; ours).
+            tsm_data: real images of the student's own "part", or "all".
         """
 
         parts: int = 4
@@ -62,8 +69,13 @@ class MultiStudent(Method):
         gan_time_range: tuple[float, float] = (0.0, 1.0)
         discriminator_weight: float = 1e-2
         taps: list[str] = field(default_factory=lambda: ["mid_block"])
+        student_network: dict[str, Any] | None = None
+        tsm_share: float = 0.5
+        tsm_data: Literal["part", "all"] = "part"
 
         def __post_init__(self):
+            if not 0 < self.tsm_share < 1:
+                raise RecipeError(f"method.tsm_share: {self.tsm_share}: expected 0 < share < 1")
             if self.parts < 2:
                 raise RecipeError(
                     f"method.parts: {self.parts}: expected at least 2; for a single student use dmd2"
@@ -80,8 +92,15 @@ class MultiStudent(Method):
         return tuple(f"{role}_{k + 1}" for k in range(config.parts) for role in ("student", "critic"))
 
     @classmethod
+    def network(cls, config: MultiStudent.Config, teacher: Any, name: str) -> nn.Module:
+        if config.student_network is None or not name.startswith("student"):
+            return teacher.net
+        return resize(teacher, config.student_network, "method.student_network")
+
+    @classmethod
     def needs(cls, config: MultiStudent.Config) -> tuple[str, ...]:
-        return ("prompts", "images") if config.gan_weight > 0 else ("prompts",)
+        real = config.gan_weight > 0 or config.student_network is not None
+        return ("prompts", "images") if real else ("prompts",)
 
     def __init__(
         self,
@@ -110,17 +129,34 @@ class MultiStudent(Method):
         return {f"discriminator_{k + 1}": head for k, head in enumerate(self.discriminators)}
 
     def phases(self) -> list[Phase]:
-        phases = []
+        phases, tsm = [], self.config.tsm_share if self.config.student_network is not None else 0.0
         for k in range(self.config.parts):
             n, heads = k + 1, [f"discriminator_{k + 1}"] if self.discriminators else []
-            generator, critic = partial(self.generator_loss, k), partial(self.critic_loss, k)
+            student, critic = (f"student_{n}",), (f"critic_{n}", *heads)
+            if tsm:
+                phases.append(Phase(f"tsm_{n}", student, partial(self.tsm_loss, k), share=(0.0, tsm)))
+            generator = partial(self.generator_loss, k)
+            every, rest = self.config.critic_steps, (tsm, 1.0)
             phases += [
-                Phase(f"generator_{n}", (f"student_{n}",), generator, every=self.config.critic_steps),
-                Phase(f"critic_{n}", (f"critic_{n}", *heads), critic),
+                Phase(f"generator_{n}", student, generator, every=every, share=rest),
+                Phase(f"critic_{n}", critic, partial(self.critic_loss, k), share=rest),
             ]
         return phases
 
     # ------------------------------------------------------------------------------------------------- losses
+    def tsm_loss(self, k: int, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
+        """The student as a denoiser at all times; its target is the teacher's prediction, not the sample."""
+        x0, cond, share = batch.real, batch.real_cond, 1.0
+        if self.config.tsm_data == "part":
+            rows, share = self.part(k, batch, "real_cond")
+            x0, cond = x0[rows], cond.rows(rows)
+        x_t, t = self.noised(x0, batch)
+        with torch.no_grad():
+            target = self.teacher.x0(x_t, t, cond)
+        made = self.students[k].denoiser.x0(x_t, t, cond)
+        weight = self.schedule.error_weight(self.critic_kind, t)
+        return {"matching": share * objectives.denoising(made, target, weight)}
+
     def generator_loss(self, k: int, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
         x0, cond, share = self.generate(k, batch)
         # The critic learns from this very sample, made before the student's update.

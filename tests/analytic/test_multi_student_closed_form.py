@@ -1,5 +1,7 @@
 """Multi-student distillation: the partition, who is called, who learns from what, and a conditional mixture."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from toys import SD, Mlp, Rows, distance, fit, toy
@@ -10,6 +12,7 @@ from fewstep.errors import RecipeError
 from fewstep.methods import Batch, Progress
 from fewstep.methods.multi_student import MultiStudent
 from fewstep.rng import Rng
+from fewstep.roles import RoleConfig
 from fewstep.router import Router
 from fewstep.teachers.analytic import GaussianMixture
 
@@ -271,9 +274,127 @@ def test_a_resumed_run_goes_on_exactly(mixture, fitted, tmp_path):
     assert same(once, run("twice", 4, 8)) and same(once, run("thrice", 3, 5, 8))
 
 
+# ------------------------------------------------------------------------------------------- teacher score matching
+def small_trainer(mixture, fitted, network=None, student=None, steps=8, batch_size=16, **options):
+    """Students of a network of their own, and critics of the teacher's."""
+    config = {"parts": 2, "critic_steps": 2, "gan_weight": 0.0, "student_network": {}, **options}
+    real = mixture.sample(1000, Rng("real"), Cond({"label": LABELS}))
+    return toy(
+        MultiStudent,
+        MultiStudent.Config(**config),
+        mixture,
+        fitted,
+        steps=steps,
+        batch_size=batch_size,
+        labels=LABELS,
+        real=real,
+        network=network,
+        student=student,
+    )
+
+
+@pytest.mark.parametrize("data", ["part", "all"])
+def test_teacher_score_matching_by_hand(mixture, fitted, data):
+    """Mean over the part's real samples of the weighted squared distance to the teacher's own prediction."""
+    trainer = small_trainer(mixture, fitted, batch_size=64, tsm_data=data)
+    method, batch, seen = trainer.method, trainer.data.batch(0, 0), []
+    x0 = mixture.x0
+    method.teacher = SimpleNamespace(x0=lambda *a, **k: seen.append((*a, k)) or x0(*a, **k))
+    loss = method.tsm_loss(0, batch, Progress())["matching"]
+    (x_t, t, cond, options) = seen[0]
+    assert options.get("guidance", 1.0) == 1.0 and t.min() < 100 and t.max() > 900
+    mine = method.router(batch.real_cond) == 0
+    expected = batch.real_cond["label"][mine] if data == "part" else batch.real_cond["label"]
+    assert cond["label"].equal(expected)
+    made = method.students[0].denoiser.x0(x_t, t, cond)
+    # The network predicts v, whose error is alpha^2 + sigma^2 = 1 times that of x0 over sigma^2.
+    weight = 1 / SD.sigma(t) ** 2
+    error = (weight * (made - x0(x_t, t, cond)).double().square().mean(1)).sum()
+    count = 32 if data == "part" else 64  # of a part: the mean over micro-batches is that over its rows
+    assert loss.item() == pytest.approx(error.item() / count, rel=1e-5)
+
+
+def test_the_minimiser_of_teacher_score_matching_is_the_teacher_whatever_the_data():
+    """An affine student fitted at one level to data of another law: the regression has no residual."""
+    teacher = GaussianMixture(SD, torch.tensor([[0.7, -0.4]]).double(), torch.tensor(0.3).double())
+    level = torch.tensor([500.0], dtype=torch.float64)
+
+    class Affine:
+        schedule, prediction, scale, shift = SD, "x0", None, None
+
+        def x0(self, x_t, t, cond, *, guidance=1.0):
+            return self.shift + self.scale * x_t
+
+    student, critic = Affine(), Affine()
+    student.scale = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    student.shift = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    networks = {"student_1": student, "student_2": student, "critic_1": critic, "critic_2": critic}
+    config = MultiStudent.Config(parts=2, gan_weight=0.0, student_network={}, tsm_data="all")
+    method = MultiStudent(config, teacher, (2,), **networks)
+    real = 3 + 2 * Rng("other").normal(512, 2).double()
+    noisy = SD.add_noise(real, Rng("eps").normal(512, 2).double(), level.expand(512))
+    method.noised = lambda x0, batch: (noisy, level.expand(512))
+    none = Cond({})
+    batch = Batch(none, (512, 2), Rng(1), Rng(2), real=real, real_cond=none)
+    weights = [student.scale, student.shift]
+    optimizer = torch.optim.LBFGS(
+        weights, max_iter=200, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = method.tsm_loss(0, batch, Progress())["matching"]
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert closure().item() < 1e-15
+    x = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    low, high = teacher.x0(x, level.expand(2), none)
+    torch.testing.assert_close(student.shift.detach(), low, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(student.scale.detach(), high - low, rtol=1e-7, atol=1e-9)
+
+
+def test_only_students_learn_in_the_first_stage_and_none_of_it_without_a_network_of_their_own(
+    mixture, fitted
+):
+    trainer = small_trainer(mixture, fitted, tsm_share=0.5)
+    before = weights(trainer)
+    for _ in range(4):
+        trainer.iterate()
+    after = weights(trainer)
+    moved = {key.split("/")[0] for key in after if not after[key].equal(before[key])}
+    assert moved == {"student_1", "student_2"} and trainer.updates["student_1"] == 4
+    for _ in range(4):
+        trainer.iterate()
+    assert trainer.updates == {"student_1": 6, "student_2": 6, "critic_1": 4, "critic_2": 4}
+    names = {phase.name for phase in trainer_of(mixture, fitted).phases}
+    assert not any(name.startswith("tsm") for name in names)
+    assert MultiStudent.needs(trainer.method.config) == ("prompts", "images")
+
+
 # ------------------------------------------------------------------------------------------------------ distributions
 def test_two_students_reach_the_conditional_mixture(mixture, fitted):
     trainer = trainer_of(mixture, fitted, steps=700, batch_size=512, critic_steps=3)
     start = distance(trainer, mixture)
     trainer.train()
     assert distance(trainer, mixture) < min(start, 0.05)
+
+
+def test_smaller_students_become_the_teachers_denoiser_on_their_part(mixture, fitted):
+    torch.manual_seed(1)
+    small, role = Mlp(width=64, labels=4).requires_grad_(False), RoleConfig(kind="full", lr=5e-3)
+    trainer = small_trainer(mixture, fitted, small, role, steps=160, batch_size=128, tsm_share=0.98)
+    method, cond = trainer.method, Cond({"label": torch.arange(4).repeat(100)})
+    x_t, t = method.noised(mixture.sample(400, Rng(3), cond), Batch(cond, (400, 2), Rng(4), Rng(5)))
+
+    def error(k):
+        difference = method.students[k].denoiser.x0(x_t, t, cond) - mixture.x0(x_t, t, cond)
+        return difference.square().mean(1)
+
+    mine = method.router(cond) == 0
+    start = error(0).mean()
+    while trainer.progress.iteration < 150:
+        trainer.iterate()
+    assert error(0)[mine].mean() < 0.05 * start and error(1)[~mine].mean() < 0.05 * start
+    assert error(0)[~mine].mean() > 3 * error(0)[mine].mean()  # it never saw the others

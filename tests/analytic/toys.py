@@ -147,6 +147,7 @@ def toy(
     labels=None,
     heads=None,
     process=None,
+    network=None,
 ):
     """A trainer of any method on a closed-form teacher; every network starts as a full copy of ``net``.
 
@@ -154,7 +155,7 @@ def toy(
         config: the method's. student, critic: RoleConfigs, "student" for every role of that first name. heads: of
             the method's own modules.
         labels: (N,) conditions the batches are drawn from, for conditional teachers; ``real`` has the first ones.
-        process: of several; trained weights are then sharded over them.
+        process: of several; trained weights are then sharded over them. network: the students' own, if not ``net``.
     """
     shared = {"kind": "full", "weight_decay": 0.0, "decay": steps}
     configs = {
@@ -163,7 +164,8 @@ def toy(
     }
     names = method.networks_for(config)
     students = [n for n in names if n.startswith("student") or n in method.followers]
-    roles = {n: build_role(n, net, configs["student" if n in students else "critic"]) for n in names}
+    roles = {n: build_role(n, net, configs["critic"]) for n in names if n not in students}
+    roles |= {n: build_role(n, network or net, configs["student"]) for n in students}
     dim = net.dim
     views = {n: view(r.module, teacher.schedule, prediction) for n, r in roles.items()}
     with torch.random.fork_rng(devices=[]):
