@@ -71,6 +71,12 @@ def tap_features(
     return [features[name] for name in names]
 
 
+def mean_logits(denoiser: NetDenoiser, tap: str, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """Logits (B, n) without weights of their own: features averaged over channels (SiDA, arXiv 2410.14919)."""
+    (features,) = tap_features(denoiser, [tap], x_t, t, cond)
+    return features.mean(1 if features.ndim == 4 else -1).flatten(1)
+
+
 def _groups(channels: int) -> int:
     # The last map is 1x1, where a group of one channel would be normalised to zero and the head be blind.
     return max(g for g in (1, 2, 4, 8, 16, 32) if g == 1 or (channels % g == 0 and channels >= 4 * g))

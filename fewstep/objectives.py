@@ -70,6 +70,22 @@ def gan_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
 
 
+def discrimination(real_logits: Tensor, fake_logits: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+    """Half of both cross-entropies, of maps of logits (B, n) (SiDA, arXiv 2410.14919); log 2 where D cannot tell.
+
+    Args:
+        weight: (B,). keep: rows (B,) that count; the others add nothing.
+    """
+    both = (F.softplus(fake_logits) + F.softplus(-real_logits)).mean(1) / 2
+    return (torch.where(keep, both, 0.0) * weight.to(both)).mean()
+
+
+def deception(fake_logits: Tensor, weight: Tensor, keep: Tensor, limit: float = 10.0) -> Tensor:
+    """The student's side of :func:`discrimination`, its logits bounded."""
+    fooled = F.softplus(-fake_logits.clamp(-limit, limit)).mean(1)
+    return (torch.where(keep, weight, 0.0) * torch.where(keep, fooled, 0.0)).mean()
+
+
 def hinge_generator(fake_logits: Tensor) -> Tensor:
     """``-mean D(fake)`` (LADD, arXiv 2403.12015; SANA-Sprint, arXiv 2503.09641, eq. 14)."""
     return -fake_logits.mean()

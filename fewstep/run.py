@@ -407,8 +407,6 @@ def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str,
             )
         except RecipeError as error:
             raise RecipeError(f"roles.{error}") from None
-        if recipe.teacher.gradient_checkpointing:
-            roles[name].module.train()  # diffusers recomputes in train mode only; there is no dropout
     denoisers = {name: teacher.denoiser.with_net(role.module) for name, role in roles.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # heads start equal on every rank
@@ -423,9 +421,18 @@ def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str,
 
 
 def _check_gain(method: Method, teacher: Teacher) -> None:
-    """An eps student near zero SNR multiplies its error; say so before hours are spent."""
+    """An eps student near zero SNR multiplies its error, and at zero SNR has no x0; say so before hours are spent.
+
+    Raises:
+        RecipeError: at zero SNR.
+    """
     start, denoiser = method.student.times[0], teacher.denoiser
     gain = denoiser.schedule.x0_gain(start, denoiser.prediction)
+    if gain > 1e4:
+        raise RecipeError(
+            f"method.start: {start:g}: there is no signal at this time of {teacher.source} (zero terminal SNR), so an "
+            f"{denoiser.prediction} prediction says nothing of x0; give an earlier start, or a v-prediction teacher"
+        )
     if gain > 10:
         print(
             f"fewstep: note: at its first time {start} this {denoiser.prediction} student multiplies its error "

@@ -4,9 +4,10 @@
     fewstep train sdxl_phased_dmd_4step --smoke          # seconds, a tiny random SDXL stands in
     fewstep train sdxl_phased_dmd_4step --teacher PATH   # any StableDiffusionXLPipeline folder
 
-Data-free: prompts only. Rates and ratio are the paper's (student LoRA rank 64, alpha 8, 5e-5; betas 0 and 0.999); the
-paper distilled flow models and trained its critics in full at 4e-7, so on SDXL, whose network predicts eps, treat
-this as an experiment. Not yet run at scale.
+Data-free: prompts only. Ratio, batch (64) and the students' LoRA (rank 64, alpha 8, 5e-5; betas 0 and 0.999) are the
+paper's, which distilled flow models with guidance 4 to 5, trained its critics in full at 4e-7 and showed experts of 100
+and 400 updates. Here guidance 8 is DMD2's for SDXL, and the critic is an adapter on the shared base, so that one card
+is enough. On SDXL, whose network predicts eps, treat this as an experiment. Not yet run at scale.
 """
 
 from fewstep.methods.phased_dmd import PhasedDMD
@@ -29,7 +30,7 @@ recipe = Recipe(
     method=PhasedDMD.Config(num_steps=4, phases=2, start=999, guidance_scale=8.0, critic_steps=5),
     data=DataConfig(prompts="prompts.txt"),
     roles={"student": lora, "critic": lora},
-    train=TrainConfig(steps=16_000, batch_size=2, accumulate=4, sample_every=250, checkpoint_every=500),
+    train=TrainConfig(steps=4_000, batch_size=2, accumulate=32, sample_every=250, checkpoint_every=500),
     samples=SampleConfig(count=8, teacher_steps=50, columns=4),
     export=ExportConfig(dtype="float16", kohya=True),
 )

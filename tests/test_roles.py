@@ -2,11 +2,18 @@
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import nn
 
+from fewstep.distributed import Process
 from fewstep.errors import RecipeError
+from fewstep.methods.dmd2 import DMD2
+from fewstep.recipe import DataConfig, Recipe, TeacherConfig
 from fewstep.roles import Role, RoleConfig, averaged, build_role, lora_targets, shell
+from fewstep.run import build
+from fewstep.schedules import VP
 from fewstep.teachers import load_teacher
+from fewstep.trainer import TrainConfig
 
 
 def pointers(module):
@@ -68,7 +75,8 @@ def test_the_base_stays_bit_identical_after_an_update(sdxl, batch):
     assert all(p.grad is None and not p.requires_grad for p in sdxl.net.parameters())
 
 
-def test_lora_gradients_are_the_same_with_gradient_checkpointing_and_two_shells(tiny_sdxl, batch):
+def test_gradient_checkpointing_reaches_student_critic_and_teacher_and_leaves_the_gradient(tiny_sdxl, batch):
+    """The teacher's activations are the largest part where the gradient passes through it (SiD, SIM)."""
     x, t, cond = batch
     gradients, forwards = [], []
     for checkpointing in (False, True):
@@ -76,21 +84,24 @@ def test_lora_gradients_are_the_same_with_gradient_checkpointing_and_two_shells(
         if checkpointing:
             teacher.net.enable_gradient_checkpointing()
         roles = [build_role(n, teacher.net, RoleConfig(rank=2)) for n in ("student", "critic")]
-        calls = []
+        calls = [0, 0, 0]
         for seed, role in enumerate(roles):
             wake(role, seed)
-            if checkpointing:
-                role.module.train()
-        block = roles[0].module.down_blocks[0].resnets[0]
-        block.register_forward_pre_hook(lambda *_: calls.append(1))  # noqa: B023
+        for i, net in enumerate((*(role.module for role in roles), teacher.net)):
+            assert not net.training  # a network with dropout has none in any turn
+
+            def count(*_, i=i, calls=calls):
+                calls[i] += 1
+
+            net.down_blocks[0].resnets[0].register_forward_pre_hook(count)
         student, critic = (teacher.denoiser.with_net(r.module) for r in roles)
         # The critic, the other adapter and the bare base all run between the student's forward and its backward.
         x0 = student.x0(x, t, cond)
         loss = critic.x0(x0, t, cond).square().mean() + teacher.denoiser.x0(x0, t, cond).square().mean()
         loss.backward()
         gradients.append([w.grad for role in roles for w in role.weights.values()])
-        forwards.append(len(calls))
-    assert forwards[1] == 2 * forwards[0]  # the student's block was recomputed
+        forwards.append(calls)
+    assert forwards == [[1, 1, 1], [2, 2, 2]]  # recomputed in all three
     assert all(g.abs().sum() > 0 for g in gradients[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
@@ -175,3 +186,25 @@ def test_moving_average_forgets_its_start_and_then_decays_as_told():
         decay = min(0.5, (1 + update) / (10 + update))
         expected = decay * expected + (1 - decay) * value
         torch.testing.assert_close(role.average["weight"], expected)
+
+
+@pytest.mark.parametrize(
+    ("start", "prediction", "fine"), [(999, "eps", False), (899, "eps", True), (999, "v", True)]
+)
+def test_an_eps_student_at_zero_terminal_snr_is_refused(tiny_sdxl, start, prediction, fine):
+    teacher = load_teacher(str(tiny_sdxl))
+    teacher.denoiser.schedule = VP.from_scheduler(DDPMScheduler(rescale_betas_zero_snr=True))
+    teacher.denoiser.prediction = prediction
+    recipe = Recipe(
+        output="",
+        teacher=TeacherConfig(path=""),
+        method=DMD2.Config(num_steps=1, start=start, gan_weight=0.0),
+        data=DataConfig(prompts=""),
+        train=TrainConfig(steps=1),
+        roles={name: RoleConfig(rank=2) for name in ("student", "critic")},
+    )
+    if fine:
+        assert build(recipe, teacher, Process())[1].student.times == [start]
+    else:
+        with pytest.raises(RecipeError, match=r"method\.start: 999: there is no signal"):
+            build(recipe, teacher, Process())

@@ -11,12 +11,26 @@ from torch import Tensor
 from .. import objectives
 from ..cond import Cond
 from ..denoiser import Denoiser
+from ..errors import RecipeError
 from ..rng import Rng
 from ..schedules import expand
 from ..student import Student
 from .base import Batch
 
 Kind = Literal["native", "x0", "eps", "v", "flow", "edm"]
+# Functions of the level alone among the kinds of fewstep.objectives.identity_weight.
+LevelWeight = Literal[
+    "one", "1-sigma", "(1-sigma)^2", "1/sigma", "1/sigma^2", "alpha/sigma", "(alpha/sigma)^2"
+]
+
+
+def check_guidance(option: str, guidance: float, denoiser: Denoiser) -> None:
+    """Refuses guidance, by the name of the method's option, where there is no null condition to guide with."""
+    if guidance != 1 and getattr(denoiser, "null", None) is None:
+        raise RecipeError(
+            f"method.{option}: {guidance:g}: expected 1, because this teacher has no null condition to guide with; "
+            "leave guidance_scale at 1"
+        )
 
 
 def through_networks(

@@ -14,19 +14,25 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import objectives
 from ..cond import Cond
 from ..denoiser import Denoiser
-from ..discriminator import check_taps, tap_features
-from ..errors import RecipeError
+from ..discriminator import check_taps, mean_logits
 from ..schedules import Flow
 from ..student import Student
 from ..times import TimeLaw, student_times
 from .base import Batch, Method, Phase, Progress, check_options, register
-from .live_scores import Kind, critic_denoising, drop_captions, made_by, through_networks
+from .live_scores import (
+    Kind,
+    LevelWeight,
+    check_guidance,
+    critic_denoising,
+    drop_captions,
+    made_by,
+    through_networks,
+)
 
 
 @register("sid")
@@ -74,17 +80,7 @@ class SiD(Method):
         noise: Literal["fresh", "fixed", "ddim"] = "fresh"
         last_share: float = 0.0
         alpha: float = 1.0
-        weight: Literal[
-            "auto",
-            "l1",
-            "one",
-            "1-sigma",
-            "(1-sigma)^2",
-            "1/sigma",
-            "1/sigma^2",
-            "alpha/sigma",
-            "(alpha/sigma)^2",
-        ] = "auto"
+        weight: Literal["auto", "l1", LevelWeight] = "auto"
         guidance: Literal["long_short", "teacher_only", "zero_cfg", "anti_cfg"] = "long_short"
         guidance_scale: float = 1.0
         kappa1: float | None = None
@@ -108,7 +104,14 @@ class SiD(Method):
                 num_steps=(self.num_steps >= 1, "at least 1"),
                 critic_steps=(self.critic_steps >= 1, "at least 1; published runs have 1"),
                 last_share=(0 <= self.last_share < 1, "0 <= share < 1; 0 is published"),
-                alpha=(math.isfinite(self.alpha), "a number; 1 and 1.2 are the published ones"),
+                alpha=(
+                    -1 <= self.alpha <= 2,
+                    "-1 <= alpha <= 2; 1 and 1.2 are published, beyond 2 descent leads away",
+                ),
+                **{
+                    f"kappa{i}": (math.isfinite(kappa), "a number; 1 is no guidance, 0 the null condition")
+                    for i, kappa in enumerate(self.kappas, 1)
+                },
                 caption_dropout=(0 <= self.caption_dropout < 1, "0 <= rate < 1; published is 0.1"),
                 gan_weight=(self.gan_weight >= 0, "0 or more; 0 is data-free, 1e-4 is SiDA's"),
                 discriminator_weight=(self.discriminator_weight > 0, "a positive number; SiDA has 1"),
@@ -155,11 +158,7 @@ class SiD(Method):
         self.critic_times = config.critic_times.on(schedule, critic=True)
         self.pixels = math.prod(latent_shape)
         for i, (kappa, view) in enumerate(zip(self.kappas, (critic, critic, critic, teacher)), 1):
-            if kappa != 1 and getattr(view, "null", None) is None:
-                raise RecipeError(
-                    f"method.kappa{i}: {kappa:g}: expected 1, because this teacher has no null condition to guide "
-                    "with; leave guidance_scale at 1"
-                )
+            check_guidance(f"kappa{i}", kappa, view)
         if config.gan_weight > 0:
             check_taps(critic, [config.tap], "tap")
 
@@ -200,17 +199,11 @@ class SiD(Method):
             # The same noise and time on both sides, each with its own captions, in one forward.
             both = torch.cat([schedule.add_noise(batch.real, eps, t), x_t])
             logits = self.logits(both, torch.cat([t, t]), Cond.cat(batch.real_cond, batch.cond))
-            keep = objectives.finite_rows(x0)
-            losses["discriminator"] = self.discrimination(*logits.chunk(2), t, keep)
+            # SiDA weighs it as it does the critic's error on EDM.
+            weight = objectives.denoising_weight(kind if kind == "edm" else "x0", schedule, t)
+            told = objectives.discrimination(*logits.chunk(2), weight, objectives.finite_rows(x0))
+            losses["discriminator"] = self.config.discriminator_weight / self.pixels * told
         return losses
-
-    def discrimination(self, real: Tensor, fake: Tensor, t: Tensor, keep: Tensor) -> Tensor:
-        """Half of both cross-entropies, logits (B, n); SiDA weighs them as it does the critic's error on EDM."""
-        both = (F.softplus(fake) + F.softplus(-real)).mean(1) / 2
-        edm = self.config.critic_loss == "edm"
-        weight = objectives.denoising_weight("edm", self.critic.schedule, t) if edm else torch.ones_like(both)
-        both = torch.where(keep, both, 0.0) * weight.to(both)
-        return self.config.discriminator_weight / self.pixels * both.mean()
 
     def generator_loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         config, schedule, cond = self.config, self.teacher.schedule, batch.cond
@@ -237,16 +230,12 @@ class SiD(Method):
             identity = objectives.score_identity(x0, real, fake, weight, config.alpha, subtracted)
             if not adversarial:
                 return identity
-            fooled = F.softplus(-others[-1].clamp(-10, 10)).mean(1)
-            keep = objectives.finite_rows(x0, real, fake)
-            gan = torch.where(keep, weight, 0.0) * torch.where(keep, fooled, 0.0)
-            batch.log |= {"identity": identity.detach(), "gan": gan.mean().detach()}
-            return 0.5 * identity + 0.5 * config.gan_weight * gan.mean()
+            gan = objectives.deception(others[-1], weight, objectives.finite_rows(x0, real, fake))
+            batch.log |= {"identity": identity.detach(), "gan": gan.detach()}
+            return 0.5 * identity + 0.5 * config.gan_weight * gan
 
         noised = lambda x0: schedule.add_noise(x0, eps, t)  # noqa: E731
         return {"sid": through_networks(make, noised, networks, loss, config.lean)}
 
     def logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Logits (B, n): the map of the critic's features, averaged over channels."""
-        (features,) = tap_features(self.critic, [self.config.tap], x_t, t, cond)
-        return features.mean(1 if features.ndim == 4 else -1).flatten(1)
+        return mean_logits(self.critic, self.config.tap, x_t, t, cond)

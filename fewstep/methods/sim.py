@@ -15,11 +15,10 @@ from torch import Tensor
 
 from .. import objectives
 from ..denoiser import Denoiser
-from ..errors import RecipeError
 from ..student import Student
 from ..times import TimeLaw, student_times
 from .base import Batch, Method, Phase, Progress, check_options, register
-from .live_scores import Kind, critic_denoising, made_by, through_networks
+from .live_scores import Kind, LevelWeight, check_guidance, critic_denoising, made_by, through_networks
 
 
 @register("sim")
@@ -48,9 +47,7 @@ class SIM(Method):
         noise: Literal["fresh", "fixed", "ddim"] = "fresh"
         distance: Literal["l2", "pseudo_huber", "log_cosh"] = "pseudo_huber"
         c: float = 0.01
-        weight: Literal[
-            "one", "1-sigma", "(1-sigma)^2", "1/sigma", "1/sigma^2", "alpha/sigma", "(alpha/sigma)^2"
-        ] = "one"
+        weight: LevelWeight = "one"
         guidance_scale: float = 1.0
         generator_times: TimeLaw = field(default_factory=TimeLaw)
         critic_times: TimeLaw = field(default_factory=TimeLaw)
@@ -81,11 +78,7 @@ class SIM(Method):
         self.student = Student(student, times, config.noise)
         self.generator_times = config.generator_times.on(schedule, critic=False)
         self.critic_times = config.critic_times.on(schedule, critic=True)
-        if config.guidance_scale != 1 and getattr(teacher, "null", None) is None:
-            raise RecipeError(
-                f"method.guidance_scale: {config.guidance_scale:g}: expected 1, because this teacher has no null "
-                "condition to guide with"
-            )
+        check_guidance("guidance_scale", config.guidance_scale, teacher)
 
     def phases(self) -> list[Phase]:
         return [

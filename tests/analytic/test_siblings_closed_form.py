@@ -122,6 +122,25 @@ def exact_kl_gradient(t):
     return torch.autograd.grad(kl.sum(), weights)[0]
 
 
+def test_critic_lag_is_zero_for_the_exact_critic_and_by_hand_for_one_of_an_older_student():
+    """Score projection: ``delta (fake - x0)`` has the mean of ``delta (fake - exact)``."""
+    grid, teacher, exact = Grid(0.5), normal(*REAL), normal(SHIFT, SCALE**2)
+    t, x0 = SD.draw_times(grid.uniform(len(grid.first))), SHIFT + SCALE * grid.first
+    x_t = SD.add_noise(x0, grid.second, t)
+    real, mean = teacher.x0(x_t, t, NONE), exact.x0(x_t, t, NONE)
+
+    def lag(fake):
+        batch = Batch(NONE, tuple(x0.shape), grid, Rng(0))
+        batch.note_health(x0, real, fake)
+        return batch.log["critic_lag"].item()
+
+    assert abs(lag(mean)) < 1e-9
+    older = normal(SHIFT + 0.5, SCALE**2).x0(x_t, t, NONE)
+    delta = real - older
+    expected = (delta * (older - mean)).mean() / delta.square().mean()
+    assert lag(older) == pytest.approx(expected.item(), rel=1e-6) and abs(expected) > 0.1
+
+
 SCORE_METHODS = [(DiffInstruct, {}, "one"), (SwiftBrush, PLAIN, "vsd")]
 
 
