@@ -287,6 +287,20 @@ def _step(text: str) -> str:
     return text
 
 
+def _plan(args, rest) -> int:
+    from . import recipe as recipes
+    from .plan import GPUS, check_fits, plan
+
+    if args.gpu not in GPUS:
+        raise FewstepError(f"--gpu {args.gpu}: expected one of {', '.join(GPUS)}")
+    if args.processes < 1:
+        raise FewstepError(f"--processes {args.processes}: expected at least 1")
+    made = plan(recipes.override(load_recipe(args.recipe), rest), args.processes)
+    print(json.dumps(made.to_dict(args.gpu), indent=1) if args.json else made.text(args.gpu))
+    check_fits(made, args.gpu)
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     from . import __version__
     from .evaluation.cli import add_parser as add_eval
@@ -402,6 +416,13 @@ def parser() -> argparse.ArgumentParser:
     bench = command("bench", _bench, "where the time of a step goes")
     bench.add_argument("recipe")
     bench.add_argument("--iterations", type=int, default=30)
+    plan = command(
+        "plan", _plan, "memory, arithmetic and hours of a recipe, counted before anything is loaded"
+    )
+    plan.add_argument("recipe")
+    plan.add_argument("--gpu", default="h100-80gb", help="card, e.g. h100-80gb, a100-40gb, rtx4090-24gb")
+    plan.add_argument("--processes", type=int, default=1, help="cards, each with a process of its own")
+    plan.add_argument("--json", action="store_true")
     command("doctor", _doctor, "versions, devices, extras, known bad pairs")
     return main
 
@@ -410,7 +431,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done; what else there is, :func:`fewstep.errors.tell` says."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     args, rest = parser().parse_known_args(words)
-    if rest and args.command not in ("train", "resume", "bench", "pairs", "floor"):
+    if rest and args.command not in ("train", "resume", "bench", "pairs", "floor", "plan"):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.function(args, rest) if hasattr(args, "function") else args.run(args)

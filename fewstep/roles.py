@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -236,7 +236,8 @@ def build_role(name: str, base: nn.Module, config: RoleConfig, seed: int = 0) ->
         RecipeError: no layer matches ``targets``, or the rank is larger than a layer.
     """
     if config.kind == "full":
-        module = copy.deepcopy(base).float().requires_grad_(True)
+        module = copy.deepcopy(base).requires_grad_(True)
+        _in_fp32([*module.parameters(), *module.buffers()])
         return Role(name, module, config, base)
     module = shell(base)
     config = replace(config, targets=config.targets or default_targets(base))
@@ -247,10 +248,14 @@ def build_role(name: str, base: nn.Module, config: RoleConfig, seed: int = 0) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(lora, module, adapter_name="default")
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    _in_fp32([p for p in module.parameters() if p.requires_grad])  # the shared frozen ones stay as they are
     return Role(name, module, config, base)
+
+
+def _in_fp32(tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
 
 
 def default_targets(module: nn.Module) -> list[str]:

@@ -179,6 +179,10 @@ class Teacher:
         """Conditions of prompts, exactly as the stock pipeline computes them; len(prompts) rows."""
         raise NotImplementedError
 
+    def blank(self, rows: int) -> Cond:
+        """Zeros of the shape of encoded prompts, from configurations alone; for planning."""
+        raise NotImplementedError
+
     def null(self) -> Cond | None:
         """One row of the unconditional branch, by the stock pipeline's own rule: mostly the empty prompt.
 

@@ -21,6 +21,9 @@ class StableDiffusion(Teacher):
         embeds, _ = self.pipe.encode_prompt(list(prompts), self.pipe.text_encoder.device, 1, False)
         return Cond({"embeds": embeds.float()})
 
+    def blank(self, rows: int) -> Cond:
+        return Cond({"embeds": torch.zeros(rows, 77, self.net.config.cross_attention_dim)})
+
     @staticmethod
     def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         time = time.to(x_t.dtype)
@@ -47,6 +50,12 @@ class StableDiffusionXL(Teacher):
         )
         ids = self.time_ids(len(embeds)).to(embeds.device)
         return Cond({"embeds": embeds.float(), "pooled": pooled.float(), "time_ids": ids})
+
+    def blank(self, rows: int) -> Cond:
+        c, ids = self.net.config, self.time_ids(rows)
+        pooled = c.projection_class_embeddings_input_dim - ids.shape[1] * c.addition_time_embed_dim
+        embeds = torch.zeros(rows, 77, c.cross_attention_dim)
+        return Cond({"embeds": embeds, "pooled": torch.zeros(rows, pooled), "time_ids": ids})
 
     def null(self) -> Cond:
         encoded = self.encode([""])

@@ -27,6 +27,11 @@ class StableDiffusion3(Teacher):
         )
         return Cond({"embeds": embeds.float(), "pooled": pooled.float()})
 
+    def blank(self, rows: int) -> Cond:
+        c = self.net.config  # 77 tokens of the CLIP encoders and 256 of T5
+        embeds = torch.zeros(rows, 77 + 256, c.joint_attention_dim)
+        return Cond({"embeds": embeds, "pooled": torch.zeros(rows, c.pooled_projection_dim)})
+
     @staticmethod
     def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         return net(
@@ -52,6 +57,10 @@ class _Masked(Teacher):
             list(prompts), False, device=device, max_sequence_length=length, **options
         )
         return Cond({"embeds": embeds.float(), "mask": mask})
+
+    def blank(self, rows: int) -> Cond:
+        embeds = torch.zeros(rows, self.max_tokens, self.net.config.caption_channels)
+        return Cond({"embeds": embeds, "mask": torch.ones(rows, self.max_tokens, dtype=torch.long)})
 
 
 class Sana(_Masked):
@@ -88,7 +97,12 @@ class PixArtAlpha(_Masked):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
-        cond = self._encode(prompts, clean_caption=True)
+        return self._sized(self._encode(prompts, clean_caption=True))
+
+    def blank(self, rows: int) -> Cond:
+        return self._sized(super().blank(rows))
+
+    def _sized(self, cond: Cond) -> Cond:
         if not self.net.use_additional_conditions:
             return cond
         rows, device = len(cond), cond["embeds"].device

@@ -1,0 +1,79 @@
+"""A pipeline without weights: its configurations alone, for counting what a recipe takes before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..errors import FewstepError
+from . import ASSETS, adapters, hushed, pipeline_class_of, resolve
+from .base import Teacher
+
+PUBLISHED = ASSETS / "published"  # configurations of published models, so that planning needs no network
+
+
+def configs_of(source: str) -> str:
+    """Where the configurations of a teacher are: shipped with fewstep, a folder, or the hub."""
+    shipped = PUBLISHED / source.replace("/", "--")
+    return str(shipped) if not Path(source).exists() and shipped.is_dir() else resolve(source)
+
+
+def skeleton_pipeline(source: str, network: str, dtype: torch.dtype):
+    """The stock pipeline with the network in ``dtype``, the VAE in fp32, text encoders on the meta device, and no
+    tokenizers.
+
+    Under the planner's mode network and VAE take no storage.
+
+    Raises:
+        FewstepError: no configuration can be read, e.g. because the hub is out of reach.
+    """
+    import diffusers
+    import transformers
+
+    path = configs_of(source)
+    components = {}
+    try:
+        with hushed():
+            index = diffusers.DiffusionPipeline.load_config(path)
+            for name, (library, class_name) in (kv for kv in index.items() if isinstance(kv[1], list)):
+                cls = getattr({"diffusers": diffusers}.get(library, transformers), class_name or "", None)
+                components[name] = None
+                if name == "scheduler":
+                    components[name] = cls.from_config(cls.load_config(path, subfolder=name))
+                elif library == "diffusers":
+                    config = cls.load_config(path, subfolder=name)
+                    components[name] = _built(cls.from_config, config, dtype if name == network else None)
+                elif cls is not None and hasattr(cls, "config_class"):
+                    config = cls.config_class.from_pretrained(path, subfolder=name)
+                    with torch.device("meta"):
+                        components[name] = _built(cls, config, dtype)
+            scalars = {k: v for k, v in index.items() if not isinstance(v, list) and not k.startswith("_")}
+            return getattr(diffusers, index["_class_name"])(**components, **scalars)
+    except (OSError, ValueError, AttributeError) as error:
+        raise FewstepError(f"teacher.path: cannot read the configurations of {source}: {error}") from error
+
+
+def _built(build, config, dtype: torch.dtype | None):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or torch.float32)
+    try:
+        return build(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def skeleton_teacher(
+    source: str,
+    *,
+    dtype: str = "float32",
+    resolution: int | None = None,
+    autocast: str | None = None,
+    attention: str = "auto",
+) -> Teacher:
+    """A teacher that knows every shape and no number; arguments as of :func:`~fewstep.teachers.load_teacher`."""
+    cls = adapters()[pipeline_class_of(configs_of(source))]
+    pipe = skeleton_pipeline(source, cls.network, getattr(torch, dtype))
+    methods = {"encode": lambda self, prompts: self.blank(len(prompts)), "null": lambda self: self.blank(1)}
+    blank = type(cls.__name__, (cls,), methods)
+    return blank(pipe, source, resolution, getattr(torch, autocast) if autocast else None, attention)
