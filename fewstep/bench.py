@@ -1,7 +1,9 @@
-"""Where the time of an iteration goes: networks, backward passes, optimisers, and everything else."""
+"""What a step takes: seconds, memory and arithmetic, beside a bare loop of the same network calls."""
 
 from __future__ import annotations
 
+import math
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -13,73 +15,217 @@ import torch
 from torch import nn
 
 from . import recipe as recipes
+from .bare import Bare
+from .data.blank import Blank
+from .distributed import Process, start
+from .plan.meter import Meter, storage_bytes
 from .recipe import Recipe
+from .rng import Rng
+from .run import Session, build, check_data, hardware
+from .trainer import Trainer
+
+ROUNDS = 5  # of the trainer and the bare loop, in turn
 
 
 class Clock:
-    """Adds up seconds by name. Nested calls of timed things count once, for the outermost."""
+    """Adds up seconds by name. Nested calls of timed things count once, for the outermost.
+
+    On a GPU the seconds are those of its own queue, so that timing does not empty it.
+    """
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds, self.depth = device, {}, 0
+        self.device, self.depth = device, 0
+        self.spans: list[tuple[str, Any, Any]] = []
 
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def _mark(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def wrap(self, name: str, function):
         def timed(*args, **kwargs):
             self.depth += 1
-            begin = self.now()
+            begin = self._mark()
             try:
                 return function(*args, **kwargs)
             finally:
                 self.depth -= 1
                 if self.depth == 0:
-                    self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - begin
+                    self.spans.append((name, begin, self._mark()))
 
         return timed
 
+    def seconds(self) -> dict[str, float]:
+        wait(self.device)
+        sums: dict[str, float] = {}
+        for name, begin, end in self.spans:
+            took = end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000
+            sums[name] = sums.get(name, 0.0) + took
+        return sums
 
-def _time_forward(module: nn.Module, name: str, clock: Clock) -> None:
-    module.forward = clock.wrap(name, module.forward)
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def bench(
-    recipe: Recipe, arguments: Sequence[str] = (), iterations: int = 30, warmup: int = 10
+    recipe: Recipe,
+    arguments: Sequence[str] = (),
+    iterations: int = 30,
+    baseline: str | None = None,
+    random_weights: bool = False,
 ) -> dict[str, Any]:
-    """Runs a few iterations of a recipe and says where their time went.
+    """Runs a few iterations of a recipe and says what they take.
+
+    Args:
+        iterations: timed ones, in :data:`ROUNDS` rounds, rounded up to whole cycles of the phases.
+        baseline: "bare" times a loop of the same network calls too, in turn with the trainer, see
+            :mod:`fewstep.bare`.
+        random_weights: the teacher's configuration with random weights, and noise for data; needs no files.
 
     Returns:
-        ``seconds_per_iteration``, shares of forward, backward and optimiser, and ``outside``, the share of everything
-        else: data, random numbers, losses, bookkeeping. ``iterations`` should cover whole cycles of the phases.
+        ``seconds_per_iteration`` (the median round) and ``images_per_second`` of student and critic turns alike,
+        ``peak_memory_gb`` beyond and including the weights, shares of forward, backward and optimiser, ``outside``,
+        the share of everything else: data, random numbers, losses, bookkeeping; ``tflops``, achieved in the networks,
+        and ``matmul_tflops``, of this device in this dtype, both measured; with a baseline ``bare_seconds`` and
+        ``over_bare``, the median over rounds of trainer over bare (of CPU time where that is the device).
     """
-    from .run import Session, check_data
-    from .distributed import start  # isort: skip
-
     recipe = recipes.override(recipe, arguments)
     with tempfile.TemporaryDirectory() as folder:
-        steps = iterations + warmup
-        train = replace(recipe.train, steps=steps, sample_every=0, checkpoint_every=0)
+        train = replace(recipe.train, steps=10**6, sample_every=0, checkpoint_every=0)
         recipe = replace(recipe, output=str(Path(folder) / "run"), train=train)
-        session = Session(recipe, *check_data(recipe), start(recipe.train.device))
-        trainer, clock = session.trainer, Clock(session.process.device)
-        for _ in range(warmup):
+        trainer, nets = (_random if random_weights else _real)(recipe)
+        return {
+            **_measure(recipe, trainer, nets, iterations, baseline),
+            "hardware": hardware(trainer.process),
+        }
+
+
+def _real(recipe: Recipe) -> tuple[Trainer, dict[str, nn.Module]]:
+    session = Session(recipe, *check_data(recipe), start(recipe.train.device))
+    return session.trainer, _networks(session.teacher.net, session.roles)
+
+
+def _random(recipe: Recipe) -> tuple[Trainer, dict[str, nn.Module]]:
+    from .teachers.skeleton import skeleton_teacher
+
+    process, t = start(recipe.train.device), recipe.teacher
+    with process.device:
+        teacher = skeleton_teacher(
+            t.path, dtype=t.dtype, resolution=t.resolution, autocast=t.autocast, attention=t.attention
+        )
+    roles, method = build(recipe, teacher, process)
+
+    def draws(iteration: int, micro: int) -> tuple[Rng, Rng]:
+        return Rng(0, iteration, micro, device=process.device), Rng(0, iteration)
+
+    data = Blank(teacher, recipe.train.batch_size, recipe.method_class.needs(recipe.method), draws)
+    trainer = Trainer(method, roles, data, recipe.train, process=process, quiet=True)
+    return trainer, _networks(teacher.net, roles)
+
+
+def _networks(net: nn.Module, roles) -> dict[str, nn.Module]:
+    return {"teacher": net, **{name: role.module for name, role in roles.items()}}
+
+
+def _measure(recipe: Recipe, trainer: Trainer, nets, iterations: int, baseline: str | None) -> dict[str, Any]:
+    cycle = math.lcm(*(phase.every for phase in trainer.phases))
+    count = cycle * math.ceil(iterations / ROUNDS / cycle)
+    process, images = trainer.process, recipe.train.batch_size * recipe.train.accumulate
+    for _ in range(cycle):  # moments come into being, kernels are chosen
+        trainer.iterate()
+    with Meter() as meter:
+        for _ in range(cycle):
             trainer.iterate()
-        _time_forward(session.teacher.net, "forward", clock)
-        for role in session.roles.values():
-            _time_forward(role.module, "forward", clock)
-        trainer.backward = clock.wrap("backward", trainer.backward)
-        trainer.update = clock.wrap("optimiser", trainer.update)
-        begin = clock.now()
-        for _ in range(iterations):
-            trainer.iterate()
-        total = clock.now() - begin
-    shares = {name: round(seconds / total, 4) for name, seconds in sorted(clock.seconds.items())}
-    return {
-        "iterations": iterations,
-        "seconds_per_iteration": round(total / iterations, 4),
-        "images_per_second": round(recipe.train.batch_size * recipe.train.accumulate * iterations / total, 2),
-        **shares,
-        "outside": round(1 - sum(clock.seconds.values()) / total, 4),
+    flops, memory = meter.flops / cycle, _peak(trainer, nets, meter, cycle)
+    bare = None
+    if baseline == "bare":
+        bare = Bare(trainer, nets)
+        bare.record(count)
+        bare.run()
+    ours, theirs = [], []
+    for _ in range(ROUNDS):
+        ours.append(_timed(process, lambda: [trainer.iterate() for _ in range(count)]))
+        if bare:
+            theirs.append(_timed(process, bare.run))
+    seconds = statistics.median(wall for wall, _ in ours) / count
+    shares = _shares(trainer, nets, cycle)
+    network = seconds * (shares["forward"] + shares["backward"])
+    rate = matmul_rate(process.device, recipe.teacher.autocast)
+    result = {
+        "iterations": count * ROUNDS,
+        "seconds_per_iteration": round(seconds, 4),
+        "images_per_second": round(images / seconds, 2),
+        "peak_memory_gb": round(memory / 1e9, 3),
+        **{name: round(share, 4) for name, share in shares.items()},
+        "tflop_per_iteration": round(flops / 1e12, 4),
+        "tflops": round(flops / network / 1e12, 4),
+        "matmul_tflops": round(rate / 1e12, 4),
+        "of_matmul_rate": round(flops / network / rate, 3),
     }
+    if bare:
+        pairs = [a[-1] / b[-1] for a, b in zip(ours, theirs)]
+        result["bare_seconds"] = round(statistics.median(wall for wall, _ in theirs) / count, 4)
+        result["over_bare"] = round(statistics.median(pairs), 4)
+    return result
+
+
+def _timed(process: Process, function) -> tuple[float, float]:
+    """Wall seconds, and seconds to compare by: those of a CPU leave out what other programs took."""
+    wait(process.device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    wait(process.device)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return wall, cpu if process.device.type == "cpu" else wall
+
+
+def _peak(trainer: Trainer, nets, meter: Meter, cycle: int) -> float:
+    """Bytes: of the allocator on a GPU, over one cycle; on a CPU, what is held and what the meter saw beside it."""
+    if trainer.process.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(cycle):
+            trainer.iterate()
+        return torch.cuda.max_memory_allocated()
+    held = [t for net in nets.values() for t in (*net.parameters(), *net.buffers())]
+    for name, optimizer in trainer.optimizers.items():
+        held += [m for state in optimizer.state.values() for m in state.values() if torch.is_tensor(m)]
+        held += (trainer.roles[name].average or {}).values()
+    return storage_bytes(held) + meter.peak
+
+
+def _shares(trainer: Trainer, nets, cycle: int) -> dict[str, float]:
+    clock, device = Clock(trainer.process.device), trainer.process.device
+    before = {name: net.forward for name, net in nets.items()}
+    backward, update = trainer.backward, trainer.update
+    for net in nets.values():
+        net.forward = clock.wrap("forward", net.forward)
+    trainer.backward, trainer.update = clock.wrap("backward", backward), clock.wrap("optimiser", update)
+    wait(device)
+    begin = time.perf_counter()
+    for _ in range(cycle):
+        trainer.iterate()
+    wait(device)
+    total = time.perf_counter() - begin
+    for name, net in nets.items():
+        net.forward = before[name]
+    trainer.backward, trainer.update = backward, update
+    shares = {name: seconds / total for name, seconds in sorted(clock.seconds().items())}
+    return {**shares, "outside": 1 - sum(shares.values())}
+
+
+def matmul_rate(device: torch.device, dtype: str | None, repeats: int = 10) -> float:
+    """FLOP/s of a large square product on this device, the best of some."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype or "float32")) for _ in "ab")
+    best = math.inf
+    for _ in range(repeats):
+        wait(device)
+        begin = time.perf_counter()
+        a @ b
+        wait(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best

@@ -23,6 +23,7 @@ from torch import Tensor
 from .distributed import Process, assign, whole
 from .errors import FewstepError
 from .files import replacing, write, write_json, write_tensors
+from .optimizers import empty_8bit, plain
 from .roles import Role
 
 MANIFEST = "SHA256SUMS"  # as ``sha256sum -c`` reads it
@@ -54,7 +55,8 @@ def _tensors(roles: Mapping[str, Role], optimizers: Optimizers) -> dict[str, Ten
         for name, weight in role.weights.items():
             tensors[f"{role.name}/weight/{name}"] = whole(weight)
             for key, value in state.get(weight, {}).items():
-                tensors[f"{role.name}/optimizer/{key}/{name}"] = whole(value)
+                for part, tensor in plain(key, value).items():
+                    tensors[f"{role.name}/optimizer/{part}/{name}"] = whole(tensor)
         for name, value in (role.average or {}).items():
             tensors[f"{role.name}/average/{name}"] = whole(value)
     return tensors
@@ -108,6 +110,11 @@ def load(folder: Path, roles: Mapping[str, Role], optimizers: Optimizers) -> dic
                             else torch.zeros_like(weight)
                         )
                         assign(like, file.get_tensor(stored))
+                        optimizers[role.name].state[weight][key] = like
+                    elif f"{role.name}/optimizer/{key}.codes/{name}" in names:
+                        like = empty_8bit(optimizers[role.name], weight, key)
+                        for part, tensor in plain(key, like).items():
+                            assign(tensor, file.get_tensor(f"{role.name}/optimizer/{part}/{name}"))
                         optimizers[role.name].state[weight][key] = like
     return state
 

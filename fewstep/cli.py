@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from .errors import FewstepError, TrainingError, tell
-from .files import replacing, write
+from .files import replacing, write, write_json
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -277,7 +277,10 @@ def _doctor(_args, _rest) -> int:
 def _bench(args, rest) -> int:
     from .bench import bench
 
-    print(json.dumps(bench(load_recipe(args.recipe), rest, args.iterations), indent=1))
+    measured = bench(load_recipe(args.recipe), rest, args.iterations, args.baseline, args.random_weights)
+    if args.out:
+        write_json(args.out, {"recipe": args.recipe, "arguments": rest, **measured})
+    print(json.dumps(measured, indent=1))
     return 0
 
 
@@ -285,6 +288,16 @@ def _step(text: str) -> str:
     if text not in ("newest", "best") and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: expected newest, best, or the number of a step")
     return text
+
+
+def _cache(args, rest) -> int:
+    from . import recipe as recipes
+    from .run import cache
+
+    for name, store in cache(recipes.override(load_recipe(args.recipe), rest)).items():
+        size = sum(path.stat().st_size for path in store.folder.iterdir())
+        print(f"{name:16} {len(store):9} rows {size / 1e6:10.1f} MB  {store.folder}")
+    return 0
 
 
 def _plan(args, rest) -> int:
@@ -413,9 +426,17 @@ def parser() -> argparse.ArgumentParser:
     recipes.add_argument("name", nargs="?")
     recipes.add_argument("to", nargs="?", default=".")
     command("methods", _methods, "list the methods")
-    bench = command("bench", _bench, "where the time of a step goes")
+    command(
+        "cache", _cache, "encode a recipe's prompts and images ahead of its runs; goes on where it stopped"
+    ).add_argument("recipe")
+    bench = command("bench", _bench, "what a step takes: seconds, memory, arithmetic, and where they go")
     bench.add_argument("recipe")
     bench.add_argument("--iterations", type=int, default=30)
+    bench.add_argument("--baseline", choices=["bare"], help="time a loop of the same network calls beside it")
+    bench.add_argument(
+        "--random-weights", action="store_true", help="random weights of the teacher's shape, noise for data"
+    )
+    bench.add_argument("--out", type=Path, help="also write the result there, as JSON")
     plan = command(
         "plan", _plan, "memory, arithmetic and hours of a recipe, counted before anything is loaded"
     )
@@ -431,7 +452,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done; what else there is, :func:`fewstep.errors.tell` says."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     args, rest = parser().parse_known_args(words)
-    if rest and args.command not in ("train", "resume", "bench", "pairs", "floor", "plan"):
+    if rest and args.command not in ("train", "resume", "bench", "pairs", "floor", "plan", "cache"):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.function(args, rest) if hasattr(args, "function") else args.run(args)

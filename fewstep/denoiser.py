@@ -13,10 +13,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from .cond import Cond
 from .errors import FewstepError
+from .kernels import ATTENTION, exact_products
 from .schedules import Schedule, change_schedule, expand, solve
 
 Guidance = float | Tensor
@@ -32,14 +33,6 @@ class Denoiser(Protocol):
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor: ...
 
-
-ATTENTION = {
-    "auto": None,  # torch chooses
-    "math": SDPBackend.MATH,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}
 
 EMBEDDED = "embedded_guidance"  # name of the scale (B,) in the condition of a guidance-distilled network
 
@@ -58,7 +51,7 @@ class NetDenoiser:
         example: one row of any condition, for a trial call; by default the null one.
         embeds_guidance: a network distilled from a guided one, which is told the scale as ``cond[EMBEDDED]``.
         autocast: dtype of the network's arithmetic, or None for the weights' own. x_t and x0 stay fp32.
-        attention: kernel of scaled-dot-product attention, one of ``ATTENTION``. "math" is 1.5 times faster than
+        attention: kernel of scaled-dot-product attention, see :mod:`fewstep.kernels`. "math" is 1.5 times faster than
             torch's fused kernel on a CPU with a few dozen tokens, and the only one with forward-mode derivatives.
     """
 
@@ -78,6 +71,7 @@ class NetDenoiser:
         self.call, self.null, self.autocast, self.attention = call, null, autocast, attention
         self.example = example or null or Cond({})
         self.embeds_guidance = embeds_guidance
+        self.products = nullcontext  # how fp32 ones are made, see fewstep.kernels
         self.scalars: dict[str, float] = {}  # see fewstep.embedding
 
     def with_net(self, net: nn.Module) -> NetDenoiser:
@@ -112,7 +106,7 @@ class NetDenoiser:
     def exact(self) -> NetDenoiser:
         """The same network without autocast and with the attention kernel that has forward-mode derivatives."""
         view = copy(self)
-        view.autocast, view.attention = None, "math"
+        view.autocast, view.attention, view.products = None, "math", exact_products
         return view
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
@@ -121,8 +115,8 @@ class NetDenoiser:
         return self.schedule.convert(prediction, x_t, t, self.prediction, "x0")
 
     def _forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        dtype, backend = self.autocast, ATTENTION[self.attention]
-        precision = torch.autocast(x_t.device.type, dtype) if dtype else nullcontext()
+        dtype, backend = self.autocast, ATTENTION.get(self.attention)  # other kernels sit in the network
+        precision = torch.autocast(x_t.device.type, dtype) if dtype else self.products()
         with precision, sdpa_kernel(backend) if backend else nullcontext():
             out = self.call(self.net, x_t, t * self.schedule.time_scale, cond)
         # Networks with a learned variance output 2C channels; the mean is the first half.

@@ -3,22 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .cond import Cond
 from .data.images import CaptionedImages
+from .errors import FewstepError
 from .files import replacing
 from .grid import image_grid
 from .methods import Method
 from .recipe import Recipe
 from .rng import Rng
 from .roles import Role, averaged
-from .teachers.base import Teacher
+from .teachers import hushed
+from .teachers.base import Teacher, to_bytes
 
 CHUNK = 8  # samples drawn at once
+
+
+def tiny_decoder(source: str, teacher: Teacher) -> Callable[[Tensor], np.ndarray]:
+    """An AutoencoderTiny (TAESD), which takes the scaled latents of its model and a fraction of the memory.
+
+    Raises:
+        FewstepError: there is none, or for latents of other channels.
+    """
+    from diffusers import AutoencoderTiny
+
+    try:
+        with hushed():
+            vae = AutoencoderTiny.from_pretrained(source, use_safetensors=True).requires_grad_(False)
+    except Exception as error:  # the hub client raises a dozen kinds
+        raise FewstepError(f"samples.vae: cannot load an AutoencoderTiny from {source}: {error}") from error
+    if vae.config.latent_channels != teacher.latent_shape[0]:
+        raise FewstepError(
+            f"samples.vae: {source} is for latents of {vae.config.latent_channels} channels; expected one for "
+            f"{teacher.latent_shape[0]}, e.g. madebyollin/taesdxl for SDXL, taesd for SD 1.5, taesd3 for SD 3"
+        )
+    vae.to(teacher.device)
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> np.ndarray:
+        images = torch.cat([vae.decode(z, return_dict=False)[0] for z in latents.to(vae.dtype).split(CHUNK)])
+        return to_bytes(images)
+
+    return decode
 
 
 class Preview:
@@ -39,6 +71,8 @@ class Preview:
         order = Rng(self.config.seed, "preview").permutation(len(prompts))[: self.config.count]
         self.prompts = self.config.prompts or [prompts[int(i)] for i in order]
         self.cond = teacher.encode(self.prompts).to(teacher.device)
+        self.writer, self.writing = ThreadPoolExecutor(1), []
+        self.decode = tiny_decoder(self.config.vae, teacher) if self.config.vae else teacher.decode
         self.distance = None
         if self.config.distance:
             from .evaluation.training import TrainingDistance
@@ -47,6 +81,7 @@ class Preview:
 
     def draw(self, step: int, write: bool) -> dict[str, float]:
         """One grid; every rank takes part in the forward passes, the first one writes and gives what it measured."""
+        self.settle()
         rng = Rng(self.config.seed, "noise", device=self.teacher.device)
         noise = rng.normal(len(self.prompts), *self.teacher.latent_shape)
         if step == 0 and self.config.teacher_steps:
@@ -91,6 +126,21 @@ class Preview:
         if write:
             folder = folder or self.folder
             columns = columns or self.config.columns
-            grid = image_grid(self.teacher.decode(latents), columns, scale=self.config.scale)
-            with replacing(folder / f"{name}.png") as part:
-                grid.save(part)
+            images = self.decode(latents)
+            self.writing.append(self.writer.submit(self._write, folder / f"{name}.png", images, columns))
+
+    def _write(self, path: Path, images: np.ndarray, columns: int) -> None:
+        """In a thread: a megapixel grid takes seconds to compress, which training need not wait for."""
+        grid = image_grid(images, columns, scale=self.config.scale)
+        with replacing(path) as part:
+            grid.save(part)
+
+    def settle(self) -> None:
+        """Waits until all grids are on the disk.
+
+        Raises:
+            WriteError: one cannot be written.
+        """
+        writing, self.writing = self.writing, []
+        for future in writing:
+            future.result()

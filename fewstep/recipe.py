@@ -29,18 +29,22 @@ class TeacherConfig:
         path: folder of ``save_pretrained``, hub id, or ``builtin:emoji-xl``.
         pipeline_class: what the recipe was written for; another class is refused.
         dtype: of the frozen weights. autocast: of the networks' arithmetic, or null.
-        attention: kernel of scaled-dot-product attention; "math" is the fastest for small maps on a CPU.
+        attention: kernel: auto, math, flash, efficient or cudnn of torch's own attention, xformers, or a name of
+            diffusers' dispatcher where the network goes through it; "math" is the fastest for small maps on a CPU.
         resolution: pixels; null is the pipeline's own.
-        gradient_checkpointing: recompute activations in the backward pass.
+        gradient_checkpointing: recompute activations in the backward pass; a role may choose for itself.
+        compile: torch.compile the blocks that the networks repeat. channels_last: memory format, for UNets.
     """
 
     path: str
     pipeline_class: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: Literal["bfloat16"] | None = None
-    attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
+    attention: str = "auto"
     resolution: int | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
 
 
 @dataclass
@@ -67,6 +71,7 @@ class SampleConfig:
         prompts: shown from left to right; null takes some of ``data.prompts``.
         count: how many when ``prompts`` is null. teacher_steps: of the teacher's row. columns: of the grid.
         scale: integer enlargement of small images.
+        vae: folder or hub id of an AutoencoderTiny that decodes them, e.g. madebyollin/taesdxl; null is the teacher's.
         distance: so many samples of the student, beside each grid, for a Fréchet distance to ``data.images`` in
             ``evaluation.extractor``'s features, by torchmetrics; 0 for none. A trend, biased by the small number.
     """
@@ -76,6 +81,7 @@ class SampleConfig:
     teacher_steps: int = 25
     columns: int = 8
     scale: int = 1
+    vae: str | None = None
     distance: int = 0
     seed: int = 1234
 

@@ -66,7 +66,10 @@ class RoleConfig:
         targets: names of adapted layers, matched from the end; null takes the list of the network's class.
         lr, betas, eps, weight_decay: of AdamW. warmup: iterations of linear warm-up. decay: iterations of
             linear decay to zero at the end of the run.
+        optimizer: "adamw" is torch's fused one; "adamw8bit" keeps its moments in 8 bits (extra ``8bit``).
         ema: decay of a moving average of the trained weights after each of this role's updates; 0 for none.
+        ema_device: "cpu" keeps that average in the host's memory; null beside the weights.
+        gradient_checkpointing: recompute this role's activations in the backward pass; null does as the teacher.
     """
 
     kind: Literal["lora", "full"] = "lora"
@@ -79,7 +82,10 @@ class RoleConfig:
     weight_decay: float = 0.01
     warmup: int = 0
     decay: int = 0
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     ema: float = 0.0
+    ema_device: Literal["cpu"] | None = None
+    gradient_checkpointing: bool | None = None
 
     def __post_init__(self):
         if self.rank < 1:
@@ -107,7 +113,13 @@ class Role:
         self.weights = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.average: dict[str, Tensor] | None = None
         if self.config.ema:
-            self.average = {n: p.detach().clone() for n, p in self.weights.items()}
+            device = self.config.ema_device
+            if device and any(hasattr(p, "device_mesh") for p in self.weights.values()):
+                raise RecipeError(
+                    f"roles.{self.name}.ema_device: {device}: expected null with several processes, among which an "
+                    "average is split as the weights are"
+                )
+            self.average = {n: p.detach().clone().to(device or p.device) for n, p in self.weights.items()}
 
     def requires_grad_(self, on: bool) -> None:
         settle(self.module)
@@ -139,7 +151,10 @@ class Role:
         """After the ``updates``-th update; the first ones use a shorter memory, so the start is soon forgotten."""
         if self.average is not None:
             decay = min(self.config.ema, (1 + updates) / (10 + updates))
-            torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
+            weights = list(self.weights.values())
+            if self.config.ema_device:
+                weights = [weight.to(self.config.ema_device) for weight in weights]
+            torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
     def final_weights(self) -> dict[str, Tensor]:
         """What is exported: the moving average where there is one."""
@@ -238,6 +253,7 @@ def build_role(name: str, base: nn.Module, config: RoleConfig, seed: int = 0) ->
     if config.kind == "full":
         module = copy.deepcopy(base).requires_grad_(True)
         _in_fp32([*module.parameters(), *module.buffers()])
+        _recompute(module, config)
         return Role(name, module, config, base)
     module = shell(base)
     config = replace(config, targets=config.targets or default_targets(base))
@@ -249,7 +265,16 @@ def build_role(name: str, base: nn.Module, config: RoleConfig, seed: int = 0) ->
         torch.manual_seed(seed)
         inject_adapter_in_model(lora, module, adapter_name="default")
     _in_fp32([p for p in module.parameters() if p.requires_grad])  # the shared frozen ones stay as they are
+    _recompute(module, config)
     return Role(name, module, config, base)
+
+
+def _recompute(module: nn.Module, config: RoleConfig) -> None:
+    """A role's own choice; copies and shells have the teacher's."""
+    if config.gradient_checkpointing:
+        module.enable_gradient_checkpointing()
+    elif config.gradient_checkpointing is False and getattr(module, "is_gradient_checkpointing", False):
+        module.disable_gradient_checkpointing()
 
 
 def _in_fp32(tensors: Iterable[Tensor]) -> None:

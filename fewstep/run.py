@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import __version__, checkpoint, export
+from . import __version__, checkpoint, export, kernels
 from . import recipe as recipes
-from .data import Batches
-from .data.cache import encode_images, encode_prompts
+from .data import Ahead, Batches
+from .data.cache import Store, encode_images, encode_prompts
 from .data.images import CaptionedImages, load_images
-from .data.pairs import check_pairs, load_pairs
+from .data.pairs import Pairs, check_pairs, load_pairs
 from .data.prompts import load_prompts
 from .distributed import Process, distribute, start, whole
 from .errors import FewstepError, LostProcess, RecipeError, TrainingError, tell
@@ -135,6 +135,7 @@ def execute(recipe: Recipe, resuming: bool = False) -> Path:
         _check_output(folder)
     prompts, images = check_data(recipe)
     _check_class(recipe)
+    kernels.check_attention(recipe.teacher.attention)
     process = start(recipe.train.device, recipe.train.shard)
     session = Session(recipe, prompts, images, process)
     if process.main:
@@ -255,8 +256,7 @@ class Session:
             t.path, dtype=t.dtype, resolution=t.resolution, autocast=t.autocast, attention=t.attention
         )
         self.teacher.to(process.device)
-        if t.gradient_checkpointing:
-            self.teacher.net.enable_gradient_checkpointing()
+        kernels.set_precision(process.device, recipe.train.tf32)
         self.roles, self.method = build(recipe, self.teacher, process)
         train = recipe.train
         check_length(self.method, train.steps, train.batch_size * train.accumulate * process.world)
@@ -265,20 +265,10 @@ class Session:
         _check_space(self.folder, self.roles, recipe)
         if not process.main:
             process.barrier()  # the first rank encodes, the others find the cache
-        conditions = encode_prompts(self.teacher, prompts, quiet=quiet)
-        to_verify = self.method.prepare(conditions)
-        latents = captions = None
-        if images is not None and "images" in recipe.method_class.needs(recipe.method):
-            same = images.captions == prompts
-            captions = conditions if same else encode_prompts(self.teacher, images.captions, quiet=quiet)
-            latents = encode_images(self.teacher, images, quiet=quiet)
-        pairs = pair_conditions = None
-        if "pairs" in recipe.method_class.needs(recipe.method):
-            pairs = load_pairs(recipe.data.pairs)
-            check_pairs(pairs, self.teacher, recipe.method.guidance_scale)
-            pair_conditions = encode_prompts(self.teacher, pairs.prompts, quiet=quiet)
-            if hasattr(recipe.method, "regression"):
-                self.method.distance = distance_of(recipe.method.regression, self.teacher)
+        encoded = encode(recipe, self.teacher, prompts, images, quiet)
+        to_verify = self.method.prepare(encoded["conditions"])
+        if "pairs" in encoded and hasattr(recipe.method, "regression"):
+            self.method.distance = distance_of(recipe.method.regression, self.teacher)
         if getattr(recipe.method, "reward", None):
             reward = load_reward(recipe.method.reward, str(process.device))
             self.method.reward = of_latents(reward, self.teacher, prompts)
@@ -294,27 +284,24 @@ class Session:
             images if process.main else None,
         )
         self.export_prompts = [*self.preview.prompts[:2], *(prompts[i] for i in to_verify)]
-        self.teacher.drop_encoders()
+        self.teacher.drop_encoders(vae=not on_pixels(recipe))
         data = Batches(
-            conditions,
-            self.teacher.latent_shape,
+            latent_shape=self.teacher.latent_shape,
             batch_size=recipe.train.batch_size,
             per_iteration=recipe.train.accumulate * process.world,
             seed=recipe.train.seed,
-            latents=latents,
-            captions=captions,
-            pairs=pairs,
-            pair_conditions=pair_conditions,
             device=process.device,
+            **encoded,
         )
         self.trainer = Trainer(
             self.method,
             self.roles,
-            data,
+            Ahead(data) if process.device.type == "cuda" else data,
             recipe.train,
             folder=self.folder,
             process=process,
             on_sample=lambda step: self.preview.draw(step, process.main),
+            on_save=self.preview.settle,
         )
 
     def train(self, resuming: bool) -> None:
@@ -326,6 +313,7 @@ class Session:
                 print("fewstep: no checkpoint yet, beginning again", file=sys.stderr)
         try:
             self.trainer.train()
+            self.preview.settle()
         except BaseException:
             with contextlib.suppress(WriteError):  # the first fault is the one to tell
                 self.write_summary()
@@ -396,9 +384,54 @@ class Session:
             write_report(self.folder)
 
 
+def encode(
+    recipe: Recipe, teacher: Teacher, prompts: list[str], images: CaptionedImages | None, quiet: bool = False
+) -> dict[str, Store | Pairs]:
+    """Everything a recipe trains on, as :class:`~fewstep.data.Batches` takes it; what is cached is not made again."""
+    needs = recipe.method_class.needs(recipe.method)
+    found: dict[str, Store | Pairs] = {"conditions": encode_prompts(teacher, prompts, quiet=quiet)}
+    if images is not None and "images" in needs:
+        same = images.captions == prompts
+        found["captions"] = (
+            found["conditions"] if same else encode_prompts(teacher, images.captions, quiet=quiet)
+        )
+        found["latents"] = encode_images(teacher, images, quiet=quiet)
+    if "pairs" in needs:
+        found["pairs"] = load_pairs(recipe.data.pairs)
+        check_pairs(found["pairs"], teacher, recipe.method.guidance_scale)
+        found["pair_conditions"] = encode_prompts(teacher, found["pairs"].prompts, quiet=quiet)
+    return found
+
+
+def cache(recipe: Recipe) -> dict[str, Store]:
+    """Encodes what a recipe trains on, so that runs find it: after an interruption it goes on where it stopped.
+
+    Raises:
+        RecipeError: as :func:`execute`, for data and teacher.
+    """
+    recipe = recipes.from_dict(recipes.to_dict(recipe))
+    prompts, images = check_data(recipe)
+    _check_class(recipe)
+    process, t = start(recipe.train.device), recipe.teacher
+    teacher = load_teacher(t.path, dtype=t.dtype, resolution=t.resolution).to(process.device)
+    stores = encode(recipe, teacher, prompts, images)
+    return {name: store for name, store in stores.items() if name != "pairs"}
+
+
+def on_pixels(recipe: Recipe) -> bool:
+    """Whether a loss decodes, so that the VAE has to stay with the networks."""
+    method = recipe.method
+    return bool(getattr(method, "reward", None)) or getattr(method, "regression", "l2") != "l2"
+
+
 def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str, Role], Method]:
     """Roles and method of a recipe; trained weights are sharded over the processes, if there are several."""
-    cls = recipe.method_class
+    cls, t = recipe.method_class, recipe.teacher
+    kernels.set_attention(teacher.net, t.attention)
+    if t.channels_last:
+        kernels.use_channels_last(teacher.net)
+    if t.gradient_checkpointing:
+        teacher.net.enable_gradient_checkpointing()
     roles: dict[str, Role] = {}
     for name in cls.networks_for(recipe.method):
         try:
@@ -407,6 +440,11 @@ def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str,
             )
         except RecipeError as error:
             raise RecipeError(f"roles.{error}") from None
+        if t.channels_last:
+            kernels.use_channels_last(roles[name].module)
+    if t.compile:
+        for net in [teacher.net, *(role.module for role in roles.values())]:
+            kernels.compile_blocks(net)
     denoisers = {name: teacher.denoiser.with_net(role.module) for name, role in roles.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # heads start equal on every rank

@@ -27,6 +27,7 @@ from .health import Watch
 from .log import MetricsLog, StatusLine, direction, read_metrics
 from .means import Means
 from .methods.base import Batch, Method, Phase, Progress
+from .optimizers import optimizer_of, take_step
 from .roles import Role
 from .signals import StopSignal
 
@@ -44,6 +45,7 @@ class TrainConfig:
         rollbacks: how often a run without finite gradients returns to its newest checkpoint and goes on with learning
             rates times ``rollback_lr``, instead of stopping.
         device: "auto", "cpu" or "cuda". shard: processes over which trained weights are split.
+        tf32: round fp32 products of a GPU to TF32.
     """
 
     steps: int
@@ -60,6 +62,7 @@ class TrainConfig:
     rollback_lr: float = 0.5
     device: str = "auto"
     shard: int = 1
+    tf32: bool = True
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "log_every", "keep", "shard"):
@@ -90,7 +93,7 @@ class Trainer:
         method: whose phases run. roles: every trainable role by name, as the phases name them.
         data: where micro-batches come from. config: see :class:`TrainConfig`.
         folder: run directory; None writes nothing. on_sample: called with the step when a grid is due;
-            what it measured goes to the log.
+            what it measured goes to the log. on_save: called before a checkpoint is written.
     """
 
     STATE = ("seconds", "updates", "rolled_back", "best", "begun")  # beside weights, optimisers and Progress
@@ -105,14 +108,16 @@ class Trainer:
         folder: Path | None = None,
         process: Process | None = None,
         on_sample: Callable[[int], Mapping[str, float]] | None = None,
+        on_save: Callable[[], None] = lambda: None,
         quiet: bool = False,
     ):
         self.method, self.roles, self.data, self.config = method, roles, data, config
-        self.folder, self.process, self.on_sample = folder, process or Process(), on_sample
+        self.folder, self.process = folder, process or Process()
+        self.on_sample, self.on_save = on_sample, on_save
         self.quiet = quiet or not self.process.main
         per_iteration = config.batch_size * config.accumulate * self.process.world
         self.phases, self.progress = method.phases(), Progress(0, config.steps, per_iteration)
-        self.optimizers = {name: self._optimizer(role) for name, role in roles.items()}
+        self.optimizers = {name: optimizer_of(role) for name, role in roles.items()}
         self.updates = dict.fromkeys(roles, 0)
         self.seconds, self.rolled_back = 0.0, 0
         self.window, self.judged = Means(), Means()
@@ -121,12 +126,6 @@ class Trainer:
         self.finite: dict[str, Tensor] = {}  # of this iteration's updates, by phase, on the device
         self.divergence = Divergence(self)
         self.status = StatusLine(config.steps, quiet=self.quiet)
-
-    def _optimizer(self, role: Role) -> torch.optim.Optimizer:
-        c = role.config
-        return torch.optim.AdamW(
-            role.weights.values(), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True
-        )
 
     # ------------------------------------------------------------------------------------------------- the loop
     def train(self) -> None:
@@ -250,9 +249,7 @@ class Trainer:
         found_inf = 1 - self.finite[phase.name].float()
         for role in roles:
             optimizer = self.optimizers[role.name]
-            optimizer.found_inf = found_inf
-            optimizer.param_groups[0]["lr"] = self.learning_rate(role, phase)
-            optimizer.step()
+            take_step(optimizer, self.learning_rate(role, phase), found_inf)
             self.updates[role.name] += 1
             role.update_average(self.updates[role.name])
             optimizer.zero_grad(set_to_none=True)
@@ -348,6 +345,7 @@ class Trainer:
         """
         if self.folder is None:
             return
+        self.on_save()
         if name is None:
             self._judge()
         checkpoints, step = self.folder / "checkpoints", self.progress.iteration

@@ -67,19 +67,6 @@ def test_resume_of_no_run_is_refused(tmp_path, capsys):
     assert "no recipe.yaml" in capsys.readouterr().err
 
 
-def test_bench_accounts_for_the_whole_step(capsys, tiny_sdxl, tmp_path):
-    from test_end_to_end import tiny
-
-    from fewstep.recipe import dump
-
-    path = tmp_path / "recipe.yaml"
-    path.write_text(dump(tiny("sdxl_dmd2_4step", tiny_sdxl, tmp_path)))
-    assert main(["bench", str(path), "--iterations", "4"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    shares = [result[name] for name in ("forward", "backward", "optimiser", "outside")]
-    assert sum(shares) == pytest.approx(1, abs=0.01) and min(shares) > 0
-
-
 def test_a_run_that_diverges_ends_with_3_and_its_snapshot_replays(tiny_sd15, tmp_path, monkeypatch, capsys):
     from test_end_to_end import tiny
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -80,6 +81,22 @@ class Batches:
     def _index(self, stream: str, position: int, length: int) -> Tensor:
         places = [divmod(position + i, length) for i in range(self.shape[0])]
         return torch.stack([_order(self.seed, stream, epoch, length)[place] for epoch, place in places])
+
+
+class Ahead:
+    """Micro-batches that a thread reads and uploads while the device works on those before them."""
+
+    def __init__(self, data: Batches):
+        self.data, self.thread = data, ThreadPoolExecutor(1)
+        self.coming: dict[tuple[int, int], Future[Batch]] = {}
+
+    def batch(self, iteration: int, micro: int) -> Batch:
+        found = self.coming.pop((iteration, micro), None)
+        self.coming = {k: future for k, future in self.coming.items() if k[0] in (iteration, iteration + 1)}
+        following = (iteration + 1, micro)
+        if following not in self.coming:
+            self.coming[following] = self.thread.submit(self.data.batch, *following)
+        return found.result() if found else self.data.batch(iteration, micro)
 
 
 @lru_cache(maxsize=8)

@@ -76,7 +76,7 @@ class Store:
     ):
         from safetensors.torch import load_file
 
-        self.length, self.shard, self.remedy = length, shard, remedy
+        self.folder, self.length, self.shard, self.remedy = folder, length, shard, remedy
         paths = [shard_path(folder, start) for start in range(0, length, shard)]
         self.memory: dict[str, Tensor] | None = None
         self.files: list[Shard] = []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -105,6 +106,12 @@ def size_options(pipe: Any, resolution: int | None = None) -> dict[str, Any]:
     if takes(pipe, "use_resolution_binning"):
         options["use_resolution_binning"] = False  # it would round to a size of the published models
     return options
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Images (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
+    pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 class Teacher:
@@ -225,9 +232,9 @@ class Teacher:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Scaled latents (B, C, h, w) -> uint8 images (B, H, W, 3)."""
-        images = [self.decode_pixels(z.to(self.device)) for z in latents.split(self._at_once())]
-        pixels = ((torch.cat(images) / 2 + 0.5).clamp(0, 1) * 255).round().byte()
-        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+        with self._vae_at_hand():
+            images = [self.decode_pixels(z.to(self.device)) for z in latents.split(self._at_once())]
+        return to_bytes(torch.cat(images))
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """Scaled latents -> images (B, 3, H, W) in [-1, 1], fp32, differentiable."""
@@ -272,10 +279,24 @@ class Teacher:
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
-    def drop_encoders(self) -> None:
-        """Prompts are cached: the text encoders leave the device."""
-        for name in self.encoders:
-            getattr(self.pipe, name).to("cpu")
+    def drop_encoders(self, vae: bool = False) -> None:
+        """Prompts are cached: the text encoders leave the device, and the VAE but for the time of :meth:`decode`."""
+        for name in (*self.encoders, *([self.autoencoder] if vae else [])):
+            if getattr(self.pipe, name, None) is not None:
+                getattr(self.pipe, name).to("cpu")
+
+    @contextmanager
+    def _vae_at_hand(self) -> Iterator[None]:
+        vae = getattr(self.pipe, self.autoencoder, None)
+        if vae is None:
+            yield
+            return
+        home = next(vae.parameters()).device
+        vae.to(self.device)
+        try:
+            yield
+        finally:
+            vae.to(home)
 
     @property
     def lora_prefix(self) -> str:

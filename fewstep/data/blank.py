@@ -1,0 +1,47 @@
+"""Micro-batches of the right shapes and no meaning, for measuring without prompts, images or encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ..cond import Cond
+from ..methods.base import Batch
+from ..rng import Rng
+from ..teachers.base import Teacher
+
+
+class Blank:
+    """As :class:`~fewstep.data.Batches`, with noise for conditions, images and pairs.
+
+    Args:
+        needs: of the method, see :meth:`fewstep.methods.Method.needs`.
+        draws: randomness of an iteration's micro-batch, and what all micro-batches of the iteration share.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        batch_size: int,
+        needs: Sequence[str],
+        draws: Callable[[int, int], tuple[Rng, Rng]],
+    ):
+        self.teacher, self.needs, self.draws = teacher, needs, draws
+        self.shape = (batch_size, *teacher.latent_shape)
+
+    def batch(self, iteration: int, micro: int) -> Batch:
+        rng, shared = self.draws(iteration, micro)
+
+        def noise(like: Tensor) -> Tensor:
+            return rng.normal_like(like) if like.is_floating_point() else like.to(rng.device)
+
+        def cond() -> Cond:
+            return self.teacher.blank(self.shape[0]).map(noise)
+
+        more = {}
+        if "images" in self.needs:
+            more = {"real": rng.normal(*self.shape), "real_cond": cond()}
+        if "pairs" in self.needs:
+            more |= {"pairs": (rng.normal(*self.shape), rng.normal(*self.shape)), "pair_cond": cond()}
+        return Batch(cond=cond(), shape=self.shape, rng=rng, shared=shared, **more)

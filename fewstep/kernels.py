@@ -1,0 +1,124 @@
+"""How networks are run: attention kernel, memory format, compiled blocks, precision of fp32 products. All of it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend
+
+from .errors import RecipeError
+
+# Kernels of torch's scaled_dot_product_attention; any other name is one of diffusers' dispatcher, or "xformers".
+ATTENTION = {
+    "auto": None,  # torch chooses
+    "sdpa": None,
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def check_attention(name: str) -> None:
+    """Refuses a kernel that nobody has heard of, or whose package is missing, before anything is loaded.
+
+    Raises:
+        RecipeError: with what to install, or the nearest name.
+    """
+    if name in ATTENTION:
+        return
+    if name == "xformers":
+        if importlib.util.find_spec("xformers") is None:
+            raise RecipeError("teacher.attention: xformers: not installed; pip install 'fewstep[xformers]'")
+        return
+    from diffusers.models import attention_dispatch as dispatch
+
+    known = [*ATTENTION, *(backend.value for backend in dispatch.AttentionBackendName)]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+        raise RecipeError(f"teacher.attention: {name!r} is unknown; {hint}")
+    try:
+        dispatch._check_attention_backend_requirements(dispatch.AttentionBackendName(name))
+    except (RuntimeError, ImportError) as error:
+        raise RecipeError(f"teacher.attention: {name}: {error}") from error
+
+
+def set_attention(net: nn.Module, name: str) -> None:
+    """Gives a network the kernel of a recipe; those of :data:`ATTENTION` are chosen at each call instead.
+
+    Raises:
+        RecipeError: the network would ignore it, which diffusers does not say.
+    """
+    if name in ATTENTION:
+        return
+    check_attention(name)
+    dispatched = any(
+        hasattr(getattr(module, "processor", None), "_attention_backend") for module in net.modules()
+    )
+    try:
+        if name == "xformers" and not dispatched:
+            net.enable_xformers_memory_efficient_attention()
+        elif dispatched:
+            net.set_attention_backend(name)
+        else:
+            raise RecipeError(
+                f"teacher.attention: {name}: {type(net).__name__} does not go through diffusers' dispatcher, so this "
+                f"would do nothing; expected one of {', '.join(ATTENTION)}, xformers"
+            )
+    except (ValueError, NotImplementedError, ImportError, ModuleNotFoundError) as error:
+        raise RecipeError(f"teacher.attention: {name}: {error}") from error
+
+
+def use_channels_last(net: nn.Module) -> None:
+    """Convolutions of a UNet in the layout that tensor cores take; weights that shells share stay shared.
+
+    Raises:
+        RecipeError: no UNet; tokens have no channels to put last.
+    """
+    if "UNet" not in type(net).__name__:
+        raise RecipeError(f"teacher.channels_last: true: {type(net).__name__} is no UNet; expected false")
+    net.to(memory_format=torch.channels_last)
+
+
+def compile_blocks(net: nn.Module, **options) -> None:
+    """torch.compile of the blocks that a network repeats, each once for all: minutes become seconds.
+
+    Args:
+        options: of ``torch.compile``.
+
+    Raises:
+        RecipeError: diffusers names no such blocks for this class.
+    """
+    try:
+        net.compile_repeated_blocks(**options)
+    except (AttributeError, ValueError) as error:
+        raise RecipeError(f"teacher.compile: true: {type(net).__name__}: {error}; expected false") from error
+
+
+def set_precision(device: torch.device, tf32: bool) -> None:
+    """What fp32 products of a GPU are rounded to: TF32, which loses three digits and is several times as fast.
+
+    Everything else is bf16 under the teacher's ``autocast``, and fp32 in losses, schedules and trained weights.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """fp32 products are fp32, for derivatives that cancel."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

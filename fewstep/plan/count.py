@@ -1,0 +1,156 @@
+"""Counting: every kind of iteration of a recipe, executed on tensors without storage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from .. import recipe as recipes
+from ..data.blank import Blank
+from ..errors import FewstepError, RecipeError
+from ..kernels import ATTENTION
+from ..optimizers import bytes_8bit
+from ..recipe import Recipe
+from ..run import build, on_pixels
+from ..teachers.base import Teacher
+from ..teachers.skeleton import skeleton_teacher
+from ..trainer import Trainer
+from .meter import Meter, storage_bytes
+from .shapes import Shapeless, Shapes, group, norms_as_on_a_gpu
+from .table import Part, Plan, Turn
+
+
+def plan(recipe: Recipe, processes: int = 1) -> Plan:
+    """Counts a recipe on one of ``processes`` devices.
+
+    Every kind of iteration of the whole run is executed at the recipe's micro-batch and at a second size, on tensors
+    without storage; with accumulation two micro-batches are run, which is where gradients meet activations.
+
+    Raises:
+        FewstepError: no configuration of the teacher can be read, or the method decides by values it computes.
+        RecipeError: as when the recipe is run.
+    """
+    recipe = recipes.from_dict(recipes.to_dict(recipe))
+    full, recipe = recipe, _plainly(recipe)
+    t, size = recipe.teacher, recipe.train.batch_size
+    if processes % recipe.train.shard:
+        raise RecipeError(
+            f"train.shard: {recipe.train.shard} does not divide the number of processes, {processes}"
+        )
+    with Shapeless(), norms_as_on_a_gpu(), group(processes, recipe.train.shard) as process:
+        teacher = skeleton_teacher(
+            t.path, dtype=t.dtype, resolution=t.resolution, autocast=t.autocast, attention=t.attention
+        )
+        roles, method = build(recipe, teacher, process)
+        accumulate = min(2, recipe.train.accumulate)
+        train = replace(recipe.train, accumulate=accumulate)
+        trainer = Trainer(method, roles, None, train, process=process, quiet=True)
+        _fill_optimizers(trainer)
+        parts, leaving = _parts(full, teacher, trainer)
+        turns = _turns(trainer)
+        needs = recipe.method_class.needs(recipe.method)
+        for count, rng in ((size, Shapes(last=True)), (size + 1, Shapes(last=False))):
+            trainer.data = Blank(teacher, count, needs, rng.pair)
+            for turn in turns:
+                meter = _run(trainer, turn)
+                turn.peak[count] = meter.peak
+                turn.flops[count] = meter.flops * recipe.train.accumulate / accumulate
+        return Plan(
+            full,
+            processes,
+            parts,
+            leaving,
+            _preview(teacher, len(recipe.samples.prompts or ()) or recipe.samples.count),
+            turns,
+        )
+
+
+def _plainly(recipe: Recipe) -> Recipe:
+    """With what can run on tensors without storage: torch's own attention and optimiser, nothing compiled.
+
+    Fused attention of any kind keeps what torch's does, and compiled blocks at most as much as eager ones.
+    """
+    attention = recipe.teacher.attention if recipe.teacher.attention in ATTENTION else "auto"
+    names = (*recipe.method_class.networks_for(recipe.method), *recipe.method_class.extras)
+    roles = {name: replace(recipe.role(name), optimizer="adamw") for name in names}
+    return replace(recipe, teacher=replace(recipe.teacher, attention=attention, compile=False), roles=roles)
+
+
+def _fill_optimizers(trainer: Trainer) -> None:
+    """Moments come into being at the first step."""
+    for role in trainer.roles.values():
+        for weight in role.weights.values():
+            weight.grad = torch.zeros_like(weight)
+        trainer.optimizers[role.name].step()
+        trainer.optimizers[role.name].zero_grad(set_to_none=True)
+
+
+def _parts(recipe: Recipe, teacher: Teacher, trainer: Trainer) -> tuple[list[Part], int]:
+    """What stays on the device through the run, and bytes that leave it once prompts are encoded."""
+
+    def size(module: nn.Module) -> int:
+        return storage_bytes([*module.parameters(), *module.buffers()])
+
+    def numel(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    pipe = teacher.pipe
+    parts = [Part("teacher", numel(teacher.net), 0, size(teacher.net))]
+    for name, role in trainer.roles.items():
+        weights, config = list(role.weights.values()), recipe.role(name)
+        moments = [m for state in trainer.optimizers[name].state.values() for m in state.values()]
+        parts.append(
+            Part(
+                name,
+                numel(role.module),
+                sum(w.numel() for w in weights),
+                storage_bytes(weights),
+                storage_bytes(weights),
+                bytes_8bit(weights) if config.optimizer == "adamw8bit" else storage_bytes(moments),
+                0 if config.ema_device else storage_bytes((role.average or {}).values()),
+            )
+        )
+    if on_pixels(recipe):
+        parts.append(Part("vae", numel(pipe.vae), 0, size(pipe.vae)))
+    encoders = [getattr(pipe, name) for name in teacher.encoders if getattr(pipe, name, None) is not None]
+    return parts, sum(size(encoder) for encoder in encoders)
+
+
+def _turns(trainer: Trainer) -> list[Turn]:
+    """Kinds of iterations, by the phases that are due in them, over the whole run."""
+    kinds: Counter[tuple[str, ...]] = Counter()
+    for iteration in range(trainer.config.steps):
+        trainer.progress.iteration = iteration
+        kinds[tuple(phase.name for phase in trainer.phases if phase.due(trainer.progress))] += 1
+    return [Turn(phases, count) for phases, count in kinds.items() if phases]
+
+
+def _run(trainer: Trainer, turn: Turn) -> Meter:
+    count = trainer.config.accumulate
+    with Meter() as meter:
+        batches = [trainer.data.batch(0, i) for i in range(count)]
+        try:
+            for phase in trainer.phases:
+                if phase.name in turn.phases:
+                    trainer.turn(phase, batches)
+        except DataDependentOutputException as error:
+            raise FewstepError(
+                f"plan: {trainer.method.name} decides by a value it computes ({error.func}), which a plan does not "
+                "have; measure it instead: fewstep bench RECIPE"
+            ) from error
+    return meter
+
+
+@torch.no_grad()
+def _preview(teacher: Teacher, images: int) -> int:
+    """The VAE and its peak at decoding a grid of images, as many at a time as :meth:`Teacher.decode` takes."""
+    vae = getattr(teacher.pipe, "vae", None)
+    if vae is None:
+        return 0
+    with Meter() as meter:
+        vae.decode(torch.empty(min(images, teacher._at_once()), *teacher.latent_shape), return_dict=False)
+    return storage_bytes(vae.parameters()) + meter.peak

@@ -1,0 +1,27 @@
+"""Cards that a recipe may be planned for, and what their libraries are assumed to take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """A card: usable bytes, and the data sheet's dense rates in FLOP/s by the dtype of the arithmetic."""
+
+    memory: float
+    bfloat16: float
+    float32: float  # TF32 where there is one
+
+
+GPUS = {
+    "h100-80gb": Device(79.1 * 2**30, 989e12, 494e12),
+    "h200-141gb": Device(139.8 * 2**30, 989e12, 494e12),
+    "a100-80gb": Device(79.2 * 2**30, 312e12, 156e12),
+    "a100-40gb": Device(39.4 * 2**30, 312e12, 156e12),
+    "l40s-48gb": Device(44.4 * 2**30, 362e12, 183e12),
+    "rtx4090-24gb": Device(23.5 * 2**30, 165e12, 82.6e12),
+}
+LIBRARIES = 1.5e9  # assumed: CUDA context, workspaces of cuBLAS and cuDNN
+FRAGMENTS = 0.05  # assumed: of what an iteration allocates and frees
+UTILISATION = 0.40  # assumed share of the data sheet's rate; hours follow from it

@@ -1,0 +1,93 @@
+"""Networks, data and processes that have shapes and no content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from ..distributed import Process
+from ..rng import Rng
+
+
+class Shapeless(TorchFunctionMode):
+    """Weights of networks get no storage.
+
+    ``torch.empty``, by which layers make their weights, gives a tensor of shape and dtype only; whatever is computed
+    from one is one. Everything else, such as times and schedules, stays real.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        # Weak references of its memo keep ``Module.to`` from working.
+        self.fake.fake_tensor_converter.set_tensor_memo = lambda *_: None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.empty:
+            with self.fake:
+                return function(*args, **kwargs)
+        if function is Tensor.__bool__ and isinstance(args[0], FakeTensor):
+            return True  # that a gradient is finite
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def norms_as_on_a_gpu() -> Iterator[None]:
+    """Under autocast a GPU normalises in fp32 where a CPU does not, which doubles what those layers keep."""
+
+    def in_fp32(function):
+        def norm(*args, **kwargs):
+            with torch.autocast("cpu", enabled=False):
+                args = [a.float() if isinstance(a, Tensor) else a for a in args]
+                kwargs = {k: v.float() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+                return function(*args, **kwargs)
+
+        return norm
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for function in (torch.ops.aten.group_norm, torch.ops.aten.layer_norm):
+            library.impl(function.default, in_fp32(function), "AutocastCPU")
+        yield
+
+
+class Shapes(Rng):
+    """Draws have shapes only; choices take their first or their last value."""
+
+    def __init__(self, last: bool):
+        self.last, self.device = last, torch.device("cpu")
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.empty(shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.full(shape, 0.5, dtype=torch.float64)
+
+    def integer(self, below: int) -> int:
+        return below - 1 if self.last else 0
+
+    def pair(self, iteration: int, micro: int) -> tuple[Rng, Rng]:
+        return self, self
+
+
+@contextmanager
+def group(processes: int, shard: int) -> Iterator[Process]:
+    """This process as one of several whose messages go nowhere."""
+    if processes == 1:
+        yield Process()
+        return
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    mesh = init_device_mesh("cpu", (processes // shard, shard), mesh_dim_names=("replicate", "shard"))
+    try:
+        yield Process(0, processes, torch.device("cpu"), mesh)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,138 @@
+"""A plan: what was counted, and what follows from it for a card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..recipe import Recipe
+from .devices import FRAGMENTS, GPUS, LIBRARIES, UTILISATION, Device
+
+
+@dataclass
+class Part:
+    """One row of a plan, in bytes on one device."""
+
+    name: str
+    parameters: int = 0
+    trained: int = 0
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    average: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.average
+
+
+@dataclass
+class Turn:
+    """One kind of iteration: the phases that run in it, how often, and what they take at a batch size."""
+
+    phases: tuple[str, ...]
+    count: int
+    peak: dict[int, int] = field(default_factory=dict)  # batch size -> bytes beyond the parts
+    flops: dict[int, float] = field(default_factory=dict)  # batch size -> of all micro-batches on one device
+
+
+@dataclass
+class Plan:
+    """What a recipe takes on one device; see :func:`plan`."""
+
+    recipe: Recipe
+    processes: int
+    parts: list[Part]
+    leaving: int
+    preview: int
+    turns: list[Turn]
+
+    @property
+    def held(self) -> int:
+        """Bytes that stay through the run."""
+        return sum(part.total for part in self.parts)
+
+    def activations(self, batch_size: int) -> float:
+        """Peak beyond what is held, with gradients, at any micro-batch size: linear through two counted ones."""
+        peaks = []
+        for turn in self.turns:
+            (b1, p1), (b2, p2) = sorted(turn.peak.items())
+            peaks.append(p1 + (p2 - p1) / (b2 - b1) * (batch_size - b1))
+        return max(*peaks, self.preview)
+
+    def total(self, batch_size: int | None = None) -> float:
+        batch_size = batch_size or self.recipe.train.batch_size
+        return self.held + (1 + FRAGMENTS) * self.activations(batch_size) + LIBRARIES
+
+    def largest_batch(self, memory: float) -> int:
+        """Largest micro-batch that fits; 0 if none does."""
+        slope = self.total(2) - self.total(1)
+        if self.total(1) > memory:
+            return 0
+        low = 1
+        while self.total(low + 1) <= memory and slope > 0:
+            low += max(1, int((memory - self.total(low)) / slope) - 1)
+        return low
+
+    def flops(self) -> float:
+        """Of the whole run on one device; both ends of a rollout's length count half."""
+        size = self.recipe.train.batch_size
+        return sum(t.count * size * sum(f / b for b, f in t.flops.items()) / len(t.flops) for t in self.turns)
+
+    def hours(self, device: Device) -> float:
+        rate = device.bfloat16 if self.recipe.teacher.autocast == "bfloat16" else device.float32
+        return self.flops() / (UTILISATION * rate) / 3600
+
+    def to_dict(self, gpu: str) -> dict[str, Any]:
+        size = self.recipe.train.batch_size
+        return {
+            "gpu": gpu,
+            "processes": self.processes,
+            "batch_size": size,
+            "held_gb": round(self.held / 1e9, 2),
+            "iteration_gb": round(self.activations(size) / 1e9, 2),
+            "total_gb": round(self.total() / 1e9, 2),
+            "gb_per_sample": round((self.activations(2) - self.activations(1)) / 1e9, 3),
+            "largest_batch": self.largest_batch(GPUS[gpu].memory),
+            "tflop_per_iteration": round(self.flops() / 1e12 / sum(t.count for t in self.turns), 2),
+            "hours": round(self.hours(GPUS[gpu]), 1),
+            "parts": {p.name: {**vars(p), "total": p.total} for p in self.parts},
+        }
+
+    def text(self, gpu: str) -> str:
+        """A table, and under it what follows from it."""
+        gb = lambda size: f"{size / 1e9:.2f}"  # noqa: E731
+        head = ["", "parameters", "trained", "weights", "gradients", "optimiser", "average", "held GB"]
+        rows = [
+            [p.name, f"{p.parameters / 1e6:.1f} M", f"{p.trained / 1e6:.1f} M"]
+            + [gb(v) for v in (p.weights, p.gradients, p.optimizer, p.average, p.total)]
+            for p in self.parts
+        ]
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        lines = [" | ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in [head, *rows]]
+        t, size = self.recipe.train, self.recipe.train.batch_size
+        per_image = (self.activations(2) - self.activations(1)) / 1e9
+        total, device = sum(turn.count for turn in self.turns), GPUS[gpu]
+        best = self.largest_batch(device.memory)
+        lines += [
+            "",
+            f"held                        {gb(self.held)} GB",
+            f"an iteration, at most       {gb(self.activations(size))} GB, gradients included, at micro-batches of "
+            f"{size}; {per_image:.2f} GB per sample",
+            f"libraries and fragments     {gb(self.total() - self.held - self.activations(size))} GB (assumed)",
+            f"total                       {gb(self.total())} GB of {gb(device.memory)} on {gpu}"
+            + (f", {self.processes} of them" if self.processes > 1 else ""),
+            f"largest micro-batch         {best or 'none fits'}",
+            f"text encoders               {gb(self.leaving)} GB, gone once prompts are encoded",
+        ]
+        for turn in self.turns:
+            flops = sum(f / b for b, f in turn.flops.items()) / len(turn.flops)
+            lines.append(
+                f"{' + '.join(turn.phases):28}{turn.count} of {total} iterations, {flops * size / 1e12:.1f} TFLOP each"
+            )
+        samples = t.batch_size * t.accumulate * self.processes
+        lines.append(
+            f"the run                     {self.flops() / 1e18:.1f} EFLOP per device, {self.hours(device):.1f} h at an "
+            f"assumed {UTILISATION:.0%} of the data sheet's rate; {samples} samples per iteration"
+        )
+        return "\n".join(lines)

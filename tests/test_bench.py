@@ -1,0 +1,55 @@
+"""The bare loop makes the very calls of the trainer; a bench says what a step takes."""
+
+import json
+import math
+
+import pytest
+from test_end_to_end import tiny
+
+from fewstep.bare import Bare
+from fewstep.bench import _random
+from fewstep.cli import main
+from fewstep.plan.meter import Meter
+from fewstep.recipe import dump
+
+
+def metered(function):
+    with Meter() as meter:
+        function()
+    return meter.flops
+
+
+@pytest.mark.parametrize("name", ["sdxl_dmd2_4step", "sdxl_sid_4step"])
+def test_the_bare_loop_does_the_arithmetic_of_the_trainer_and_no_more(name, tiny_sdxl, tmp_path):
+    trainer, nets = _random(tiny(name, tiny_sdxl, tmp_path, "--train.steps=100"))
+    cycle = math.lcm(*(phase.every for phase in trainer.phases))
+    for _ in range(cycle):
+        trainer.iterate()
+    bare, begun = Bare(trainer, nets), trainer.progress.iteration
+    ours = metered(lambda: bare.record(cycle))
+    assert ours > 0
+    assert trainer.progress.iteration == begun + cycle
+    before = {name: w.clone() for name, w in trainer.roles["student"].weights.items()}
+    assert metered(bare.run) == ours
+    assert any((w != before[name]).any() for name, w in trainer.roles["student"].weights.items())
+    assert metered(lambda: [trainer.iterate() for _ in range(cycle)]) > 0  # nothing of the recorder is left
+
+
+def test_bench_accounts_for_the_whole_step_beside_a_bare_loop(capsys, tiny_sdxl, tmp_path):
+    path, out = tmp_path / "recipe.yaml", tmp_path / "bench.json"
+    path.write_text(dump(tiny("sdxl_dmd2_4step", tiny_sdxl, tmp_path)))
+    words = ["--iterations", "2", "--baseline", "bare", "--out", str(out)]
+    assert main(["bench", str(path), *words]) == 0
+    result = json.loads(capsys.readouterr().out)
+    shares = [result[name] for name in ("forward", "backward", "optimiser", "outside")]
+    assert sum(shares) == pytest.approx(1, abs=0.01) and min(shares) > 0
+    assert result["over_bare"] > 0.9 and result["bare_seconds"] > 0
+    assert 0 < result["of_matmul_rate"] < 1 and result["peak_memory_gb"] > 0
+    assert json.loads(out.read_text())["seconds_per_iteration"] == result["seconds_per_iteration"]
+
+
+def test_a_method_with_forward_mode_derivatives_has_no_bare_loop(tiny_sd15, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump(tiny("sd3_scm_1step", tiny_sd15, tmp_path, "--teacher.pipeline_class", "null")))
+    assert main(["bench", str(path), "--iterations", "1", "--baseline", "bare", "--random-weights"]) == 2
+    assert "forward-mode derivatives" in capsys.readouterr().err
