@@ -114,7 +114,7 @@ def _parts(recipe: Recipe, teacher: Teacher, trainer: Trainer) -> tuple[list[Par
                 0 if config.ema_device else storage_bytes((role.average or {}).values()),
             )
         )
-    if on_pixels(recipe):
+    if on_pixels(recipe) and getattr(pipe, "vae", None) is not None:
         parts.append(Part("vae", numel(pipe.vae), 0, size(pipe.vae)))
     encoders = [getattr(pipe, name) for name in teacher.encoders if getattr(pipe, name, None) is not None]
     return parts, sum(size(encoder) for encoder in encoders)

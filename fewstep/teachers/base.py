@@ -187,8 +187,15 @@ class Teacher:
         raise NotImplementedError
 
     def blank(self, rows: int) -> Cond:
-        """Zeros of the shape of encoded prompts, from configurations alone; for planning."""
-        raise NotImplementedError
+        """Zeros of the shape of encoded prompts, from configurations alone; for planning.
+
+        Raises:
+            FewstepError: an adapter that does not say.
+        """
+        raise FewstepError(
+            f"{type(self.pipe).__name__}: its adapter has no `blank`, so nothing is known before prompts are encoded; "
+            "measure it instead: fewstep bench RECIPE"
+        )
 
     def null(self) -> Cond | None:
         """One row of the unconditional branch, by the stock pipeline's own rule: mostly the empty prompt.
@@ -281,13 +288,13 @@ class Teacher:
 
     def drop_encoders(self, vae: bool = False) -> None:
         """Prompts are cached: the text encoders leave the device, and the VAE but for the time of :meth:`decode`."""
-        for name in (*self.encoders, *([self.autoencoder] if vae else [])):
+        for name in (*self.encoders, *([self.autoencoder] if vae and self.autoencoder else [])):
             if getattr(self.pipe, name, None) is not None:
                 getattr(self.pipe, name).to("cpu")
 
     @contextmanager
     def _vae_at_hand(self) -> Iterator[None]:
-        vae = getattr(self.pipe, self.autoencoder, None)
+        vae = getattr(self.pipe, self.autoencoder or "", None)
         if vae is None:
             yield
             return

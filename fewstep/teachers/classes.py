@@ -48,6 +48,9 @@ class DiT(Teacher):
     def encode(self, prompts: Sequence[str]) -> Cond:
         return Cond({"label": torch.tensor(labels_of(self.pipe, prompts), device=self.device)})
 
+    def blank(self, rows: int) -> Cond:
+        return Cond({"label": torch.zeros(rows, dtype=torch.long)})
+
     def null(self) -> Cond:
         return Cond({"label": torch.tensor([self.net.config.num_embeds_ada_norm], device=self.device)})
 
@@ -80,6 +83,9 @@ class DDPM(Teacher):
         if num_classes(self.pipe) is None:
             return Cond({})
         return Cond({"label": torch.tensor(labels_of(self.pipe, prompts), device=self.device)})
+
+    def blank(self, rows: int) -> Cond:
+        return Cond({} if num_classes(self.pipe) is None else {"label": torch.zeros(rows, dtype=torch.long)})
 
     def null(self) -> None:
         return None

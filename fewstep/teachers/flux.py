@@ -29,6 +29,11 @@ class Flux(Teacher):
         embeds, pooled, _ = self.pipe.encode_prompt(list(prompts), device=self.pipe.text_encoder.device)
         return Cond({"embeds": embeds.float(), "pooled": pooled.float()})
 
+    def blank(self, rows: int) -> Cond:
+        c = self.net.config
+        embeds = torch.zeros(rows, 512, c.joint_attention_dim)
+        return Cond({"embeds": embeds, "pooled": torch.zeros(rows, c.pooled_projection_dim)})
+
     @staticmethod
     def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         tokens = pack(x_t)

@@ -9,6 +9,7 @@ import torch
 from ..errors import FewstepError
 from . import ASSETS, adapters, hushed, pipeline_class_of, resolve
 from .base import Teacher
+from .classes import DDPM
 
 PUBLISHED = ASSETS / "published"  # configurations of published models, so that planning needs no network
 
@@ -73,7 +74,13 @@ def skeleton_teacher(
 ) -> Teacher:
     """A teacher that knows every shape and no number; arguments as of :func:`~fewstep.teachers.load_teacher`."""
     cls = adapters()[pipeline_class_of(configs_of(source))]
+    if cls.kind != "diffusion":
+        raise FewstepError(
+            f"teacher.path: {source}: its shapes are not known before it is loaded; measure it instead: fewstep bench"
+        )
     pipe = skeleton_pipeline(source, cls.network, getattr(torch, dtype))
-    methods = {"encode": lambda self, prompts: self.blank(len(prompts)), "null": lambda self: self.blank(1)}
+    methods = {"encode": lambda self, prompts: self.blank(len(prompts))}
+    if cls is not DDPM:  # which has none
+        methods["null"] = lambda self: self.blank(1)
     blank = type(cls.__name__, (cls,), methods)
     return blank(pipe, source, resolution, getattr(torch, autocast) if autocast else None, attention)
