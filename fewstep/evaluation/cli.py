@@ -64,6 +64,11 @@ def add_parser(subparsers: Any) -> None:
     diversity = command("diversity", _diversity, "how different are the images of one prompt?")
     diversity.add_argument("fake", metavar="FAKE", help="folder or npz of images, those of a prompt in a row")
     diversity.add_argument("--per-prompt", type=int, required=True, metavar="K", help="images per prompt")
+    diversity.add_argument(
+        "--against",
+        metavar="OTHER",
+        help="another model's images of the same prompts, compared prompt by prompt",
+    )
 
     scores = command("scores", _scores, "do images match their captions? CLIP score and preference models")
     scores.add_argument("fake", metavar="FAKE", help="folder or npz of images, in the order of the prompts")
@@ -209,13 +214,18 @@ def _diversity(args: argparse.Namespace) -> int:
             f"--per-prompt is {args.per_prompt} for {len(fake)} images, expected at least 2 that "
             "divides their number into at least 2 prompts"
         )
+    other = open_images(args.against, workers=_workers(args)) if args.against else fake
+    if len(other) != len(fake):
+        raise FewstepError(
+            f"--against {args.against}: {len(other)} images for {len(fake)}: expected as many, of the same prompts"
+        )
     groups = [i // args.per_prompt for i in range(len(fake))]
     result = evaluate_images(
-        fake,
+        other,
         fake,
         extractor=args.extractor,
         groups=groups,
-        metrics=("diversity", "vendi"),
+        metrics=("diversity", "vendi", *["diversity-difference"] * bool(args.against)),
         weights=args.weights,
     )
     return _finish({**result, "warnings": []}, args.out)

@@ -207,6 +207,13 @@ def diversity(sides: Sides) -> Iterator[Number]:
         yield Number("LPIPS diversity", value, error, "over prompts", by="alex")
 
 
+def diversity_difference(sides: Sides) -> Iterator[Number]:
+    """How much more diverse the images of one prompt are than the other side's of the same prompts."""
+    value, error, interval = M.diversity_difference(sides.y, sides.x, sides.groups)
+    extra = {"interval_95": interval, "prompts": len(sides.groups.unique())}
+    yield Number("diversity difference", value, error, "paired over prompts; interval by bootstrap", extra)
+
+
 def inception_score(sides: Sides) -> Iterator[Number]:
     """How sure and how varied the extractor's classifier is."""
     if not hasattr(sides.extractor, "classify"):
@@ -242,6 +249,7 @@ MEASURES: dict[str, tuple[Callable[[Sides], Iterator[Number]], tuple[str, ...]]]
     "prdc": (prdc, ("real", "fake")),
     "vendi": (vendi, ("fake",)),
     "diversity": (diversity, ("fake",)),
+    "diversity-difference": (diversity_difference, ("real", "fake")),
     "is": (inception_score, ("fake",)),
     "scores": (scores, ("fake",)),
 }

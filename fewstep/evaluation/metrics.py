@@ -222,6 +222,31 @@ def intra_group_diversity(features: Tensor, groups: Tensor) -> tuple[float, floa
     Returns:
         Value in [0, 2], 0 when every prompt gives one image only, and its standard error over the prompts.
     """
+    values = _diversities(features, groups)
+    return float(values.mean()), float(values.std() / len(values) ** 0.5)
+
+
+def diversity_difference(
+    features: Tensor, others: Tensor, groups: Tensor, resamples: int = 10_000
+) -> tuple[float, float, tuple[float, float]]:
+    """How much more diverse images are than another model's of the same prompts, prompt by prompt.
+
+    Args:
+        features, others: (N, D) of both, in the same order. groups: as in :func:`intra_group_diversity`.
+        resamples: of the prompts, with replacement.
+
+    Returns:
+        The mean difference, its standard error over the prompts, and its 95% interval by the bootstrap.
+    """
+    values = (_diversities(features, groups) - _diversities(others, groups)).double()
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    low, high = values[chosen].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(values.mean()), float(values.std() / len(values) ** 0.5), (low, high)
+
+
+def _diversities(features: Tensor, groups: Tensor) -> Tensor:
+    """Mean cosine distance within each group that has several members, groups in rising order."""
     unit = torch.nn.functional.normalize(features.float(), dim=1)
     distances = []
     for group in groups.unique():
@@ -231,8 +256,7 @@ def intra_group_diversity(features: Tensor, groups: Tensor) -> tuple[float, floa
             distances.append(1 - (members.sum(0).square().sum() - n) / (n * (n - 1)))
     if len(distances) < 2:
         raise ValueError(f"diversity needs at least 2 prompts with several images each, got {len(distances)}")
-    values = torch.stack(distances)
-    return float(values.mean()), float(values.std() / len(values) ** 0.5)
+    return torch.stack(distances)
 
 
 def precision_recall_density_coverage(

@@ -302,6 +302,16 @@ def test_cli_diversity_compare_and_protocols(pictures, tmp_path, capsys):
     for k in (1, 3, 20):
         with pytest.raises(FewstepError, match="--per-prompt"):
             run("diversity", tmp_path / "same.npz", "--per-prompt", k)
+    np.savez(tmp_path / "varied.npz", images=pictures[:20])
+    against = ("--per-prompt", 4, "--against", tmp_path / "same.npz")
+    assert run("diversity", tmp_path / "varied.npz", *against, "--out", outs[0], *extractor) == 0
+    metrics = {name.partition("(")[0]: m for name, m in json.loads(outs[0].read_text())["metrics"].items()}
+    difference = metrics["diversity difference"]  # from images that are all alike
+    assert difference["value"] == pytest.approx(metrics["diversity"]["value"], abs=1e-6)
+    assert difference["interval_95"][0] < difference["value"] < difference["interval_95"][1]
+    np.savez(tmp_path / "fewer.npz", images=pictures[:16])
+    with pytest.raises(FewstepError, match=r"--against .*20 images for 16"):
+        run("diversity", tmp_path / "fewer.npz", *against)
 
 
 def test_main_prints_one_error_and_exits_with_two(tmp_path, capsys):

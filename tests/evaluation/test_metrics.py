@@ -221,6 +221,28 @@ def test_diversity_of_known_groups():
         M.intra_group_diversity(features[:2], groups[:2])
 
 
+def test_the_difference_of_diversities_is_paired():
+    """Groups differ much, the two models by little: only the pairs see it."""
+    spread = torch.linspace(0.2, 1.2, 40)
+    groups = torch.arange(40).repeat_interleave(2)
+
+    def pairs_at(angles):  # two unit vectors a group, that far apart
+        turned = torch.stack([angles.cos(), angles.sin()], 1)
+        return torch.stack([torch.tensor([1.0, 0.0]).expand(40, 2), turned], 1).flatten(0, 1)
+
+    near, far = pairs_at(spread), pairs_at(spread + 0.02)
+    value, error, (low, high) = M.diversity_difference(far, near, groups)
+    expected = (spread.cos() - (spread + 0.02).cos()).double()
+    assert value == pytest.approx(expected.mean().item(), rel=1e-4)
+    assert error == pytest.approx(expected.std().item() / 40**0.5, rel=1e-3)
+    assert low == pytest.approx(value - 1.96 * error, rel=0.02) and high == pytest.approx(
+        value + 1.96 * error, rel=0.02
+    )
+    unpaired = M.intra_group_diversity(near, groups)[1]
+    assert low > 0 and value < 0.5 * unpaired  # each alone has an error above the difference
+    assert M.diversity_difference(near, far, groups)[0] == -value
+
+
 def test_frechet_infinity_removes_the_bias_of_small_samples():
     dim, shift = 12, 0.3
     mu, sigma = torch.zeros(dim), torch.eye(dim)
