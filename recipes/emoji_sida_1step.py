@@ -3,8 +3,8 @@
     python recipes/emoji_sida_1step.py    (or: fewstep train emoji_sida_1step)
 
 Hardware: two CPU cores, 4 GB of memory. Result: ``eval/results/emoji_sida_1step.json``.
-The options of ``emoji_sid_1step`` and a GAN on the critic's middle block: critic and discriminator learn alone for 1,200
-images, the student by scores alone until 4,800.
+The options of ``emoji_sid_1step`` and a GAN on the critic's middle block: critic and discriminator learn alone for
+1,200 images, the student by scores alone until 4,800.
 """
 
 from fewstep.methods.sid import SiD
