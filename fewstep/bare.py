@@ -80,8 +80,8 @@ class Bare:
         self.events: list[tuple[str, Any]] = []
         self.pending: list[Call] = []
 
-    def record(self, iterations: int) -> None:
-        """Runs ``iterations`` of the trainer and keeps what its networks were given."""
+    def record(self, train: Callable[[], None]) -> None:
+        """Runs ``train``, iterations of the trainer, and keeps what its networks were given."""
         trainer, before = self.trainer, {name: module.forward for name, module in self.modules.items()}
         for module in self.modules.values():
             module.forward = self._recording(module, module.forward)
@@ -90,8 +90,7 @@ class Bare:
         trainer.backward = lambda loss: (backward(loss), self._close())[0]
         trainer.update = lambda phase, roles: (self.events.append(("update", roles)), update(phase, roles))[1]
         try:
-            for _ in range(iterations):
-                trainer.iterate()
+            train()
         finally:
             for name, forward in before.items():
                 self.modules[name].forward = forward

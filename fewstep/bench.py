@@ -6,7 +6,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,11 @@ def bench(
         random_weights: the teacher's configuration with random weights, and noise for data; needs no files.
 
     Returns:
-        ``seconds_per_iteration`` (the median round) and ``images_per_second`` of student and critic turns alike,
-        ``peak_memory_gb`` beyond and including the weights, shares of forward, backward and optimiser, ``outside``,
-        the share of everything else: data, random numbers, losses, bookkeeping; ``tflops``, achieved in the networks,
-        and ``matmul_tflops``, of this device in this dtype, both measured; with a baseline ``bare_seconds`` and
-        ``over_bare``, the median over rounds of trainer over bare (of CPU time where that is the device).
+        ``seconds_per_iteration``, the median of rounds, and ``images_per_second`` of turns of all kinds;
+        ``peak_memory_gb``, weights included; shares of forward, backward and optimiser, and ``outside``, of everything
+        else: data, random numbers, losses, bookkeeping; ``tflops``, achieved in the networks, and ``matmul_tflops``, of
+        a large product in this dtype on this device; with a baseline ``bare_seconds`` and ``over_bare``, the median
+        over rounds of trainer over bare (of CPU time where that is the device).
     """
     recipe = recipes.override(recipe, arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -135,24 +135,30 @@ def _measure(recipe: Recipe, trainer: Trainer, nets, iterations: int, baseline: 
     cycle = math.lcm(*(phase.every for phase in trainer.phases))
     count = cycle * math.ceil(iterations / ROUNDS / cycle)
     process, images = trainer.process, recipe.train.batch_size * recipe.train.accumulate
-    for _ in range(cycle):  # moments come into being, kernels are chosen
-        trainer.iterate()
-    with Meter() as meter:
-        for _ in range(cycle):
+    begun = trainer.progress.iteration
+
+    def train() -> None:
+        """Always the same iterations, of which randomness, and with it the length of rollouts, is a function."""
+        trainer.progress.iteration = begun
+        for _ in range(count):
             trainer.iterate()
-    flops, memory = meter.flops / cycle, _peak(trainer, nets, meter, cycle)
+
+    train()  # moments come into being, kernels are chosen
+    with Meter() as meter:
+        train()
+    flops, memory = meter.flops / count, _peak(trainer, nets, meter, train)
     bare = None
     if baseline == "bare":
         bare = Bare(trainer, nets)
-        bare.record(count)
+        bare.record(train)
         bare.run()
     ours, theirs = [], []
     for _ in range(ROUNDS):
-        ours.append(_timed(process, lambda: [trainer.iterate() for _ in range(count)]))
+        ours.append(_timed(process, train))
         if bare:
             theirs.append(_timed(process, bare.run))
     seconds = statistics.median(wall for wall, _ in ours) / count
-    shares = _shares(trainer, nets, cycle)
+    shares = _shares(trainer, nets, train)
     network = seconds * (shares["forward"] + shares["backward"])
     rate = matmul_rate(process.device, recipe.teacher.autocast)
     result = {
@@ -183,12 +189,11 @@ def _timed(process: Process, function) -> tuple[float, float]:
     return wall, cpu if process.device.type == "cpu" else wall
 
 
-def _peak(trainer: Trainer, nets, meter: Meter, cycle: int) -> float:
-    """Bytes: of the allocator on a GPU, over one cycle; on a CPU, what is held and what the meter saw beside it."""
+def _peak(trainer: Trainer, nets, meter: Meter, train: Callable[[], None]) -> float:
+    """Bytes: of the allocator on a GPU; on a CPU, what is held and what the meter saw beside it."""
     if trainer.process.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        for _ in range(cycle):
-            trainer.iterate()
+        train()
         return torch.cuda.max_memory_allocated()
     held = [t for net in nets.values() for t in (*net.parameters(), *net.buffers())]
     for name, optimizer in trainer.optimizers.items():
@@ -197,7 +202,7 @@ def _peak(trainer: Trainer, nets, meter: Meter, cycle: int) -> float:
     return storage_bytes(held) + meter.peak
 
 
-def _shares(trainer: Trainer, nets, cycle: int) -> dict[str, float]:
+def _shares(trainer: Trainer, nets, train: Callable[[], None]) -> dict[str, float]:
     clock, device = Clock(trainer.process.device), trainer.process.device
     before = {name: net.forward for name, net in nets.items()}
     backward, update = trainer.backward, trainer.update
@@ -206,8 +211,7 @@ def _shares(trainer: Trainer, nets, cycle: int) -> dict[str, float]:
     trainer.backward, trainer.update = clock.wrap("backward", backward), clock.wrap("optimiser", update)
     wait(device)
     begin = time.perf_counter()
-    for _ in range(cycle):
-        trainer.iterate()
+    train()
     wait(device)
     total = time.perf_counter() - begin
     for name, net in nets.items():

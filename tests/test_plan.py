@@ -14,7 +14,7 @@ from fewstep.distributed import Process
 from fewstep.errors import FewstepError
 from fewstep.plan import GPUS, check_fits, plan, remedy
 from fewstep.plan.meter import Meter
-from fewstep.plan.shapes import Shapeless
+from fewstep.plan.shapes import Shapeless, norms_as_on_a_gpu
 from fewstep.rng import Rng
 from fewstep.run import build
 from fewstep.teachers import load_teacher
@@ -115,8 +115,8 @@ def test_measured_memory_is_linear_in_the_batch_with_the_planned_slope(planned):
         allocated(real_trainer(recipes.override(made.recipe, [f"--train.batch_size={b}"])).iterate)
         for b in (2, 8)
     )
-    assert (eight - two) / 6 == pytest.approx(made.activations(2) - made.activations(1), rel=0.15)
-    assert made.activations(8) == pytest.approx(eight, rel=0.15)
+    assert (eight - two) / 6 == pytest.approx(made.iteration(2) - made.iteration(1), rel=0.15)
+    assert made.iteration(8) == pytest.approx(eight, rel=0.15)
 
 
 @pytest.mark.slow
@@ -154,7 +154,15 @@ def test_a_meter_counts_what_lives_and_forgets_what_dies():
         del y, z, view
         assert meter.alive == 0
         torch.zeros(4, 8) @ torch.zeros(8, 16)
-    assert meter.flops == 2 * 4 * 8 * 16
+    assert meter.flops == 2 * 4 * 8 * 16 and meter.peak == 12000
+
+
+def test_norms_keep_what_a_gpu_keeps():
+    norm, x = torch.nn.GroupNorm(2, 4).bfloat16(), torch.randn(2, 4, 4, 4, dtype=torch.bfloat16)
+    with norms_as_on_a_gpu(), torch.autocast("cpu", torch.bfloat16):
+        assert norm(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x).dtype == torch.bfloat16
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from ..teachers.base import Teacher
 from ..teachers.skeleton import skeleton_teacher
 from ..trainer import Trainer
 from .meter import Meter, storage_bytes
-from .shapes import Shapeless, Shapes, group, norms_as_on_a_gpu
+from .shapes import Shapeless, Shapes, group, norms_as_on_a_gpu, quietly
 from .table import Part, Plan, Turn
 
 
@@ -41,7 +41,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         raise RecipeError(
             f"train.shard: {recipe.train.shard} does not divide the number of processes, {processes}"
         )
-    with Shapeless(), norms_as_on_a_gpu(), group(processes, recipe.train.shard) as process:
+    with quietly(), Shapeless(), norms_as_on_a_gpu(), group(processes, recipe.train.shard) as process:
         teacher = skeleton_teacher(
             t.path, dtype=t.dtype, resolution=t.resolution, autocast=t.autocast, attention=t.attention
         )
@@ -64,7 +64,9 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
             processes,
             parts,
             leaving,
-            _preview(teacher, len(recipe.samples.prompts or ()) or recipe.samples.count),
+            0
+            if recipe.samples.vae
+            else _preview(teacher, len(recipe.samples.prompts or ()) or recipe.samples.count),
             turns,
         )
 

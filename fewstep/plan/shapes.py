@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,6 +36,14 @@ class Shapeless(TorchFunctionMode):
         if function is Tensor.__bool__ and isinstance(args[0], FakeTensor):
             return True  # that a gradient is finite
         return function(*args, **kwargs)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without torch's warning that copies of tensors look at where their storage would be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        yield
 
 
 @contextmanager

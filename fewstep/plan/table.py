@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,27 +53,27 @@ class Plan:
         """Bytes that stay through the run."""
         return sum(part.total for part in self.parts)
 
-    def activations(self, batch_size: int) -> float:
-        """Peak beyond what is held, with gradients, at any micro-batch size: linear through two counted ones."""
+    def iteration(self, batch_size: int) -> float:
+        """Peak of an iteration beyond what is held, gradients included: linear through two counted micro-batches."""
         peaks = []
         for turn in self.turns:
             (b1, p1), (b2, p2) = sorted(turn.peak.items())
             peaks.append(p1 + (p2 - p1) / (b2 - b1) * (batch_size - b1))
-        return max(*peaks, self.preview)
+        return max(peaks)
 
     def total(self, batch_size: int | None = None) -> float:
-        batch_size = batch_size or self.recipe.train.batch_size
-        return self.held + (1 + FRAGMENTS) * self.activations(batch_size) + LIBRARIES
+        """Bytes at the peak, be it an iteration's or a grid of previews'."""
+        peak = max(self.iteration(batch_size or self.recipe.train.batch_size), self.preview)
+        return self.held + (1 + FRAGMENTS) * peak + LIBRARIES
 
     def largest_batch(self, memory: float) -> int:
         """Largest micro-batch that fits; 0 if none does."""
-        slope = self.total(2) - self.total(1)
         if self.total(1) > memory:
             return 0
-        low = 1
-        while self.total(low + 1) <= memory and slope > 0:
-            low += max(1, int((memory - self.total(low)) / slope) - 1)
-        return low
+        high = 2
+        while self.total(high) <= memory and high < 2**20:
+            high *= 2
+        return bisect_left(range(high), True, 1, key=lambda size: self.total(size) > memory) - 1
 
     def flops(self) -> float:
         """Of the whole run on one device; both ends of a rollout's length count half."""
@@ -86,13 +87,15 @@ class Plan:
     def to_dict(self, gpu: str) -> dict[str, Any]:
         size = self.recipe.train.batch_size
         return {
+            "how": "counted by fewstep plan, not measured",
             "gpu": gpu,
             "processes": self.processes,
             "batch_size": size,
             "held_gb": round(self.held / 1e9, 2),
-            "iteration_gb": round(self.activations(size) / 1e9, 2),
+            "iteration_gb": round(self.iteration(size) / 1e9, 2),
+            "preview_gb": round(self.preview / 1e9, 2),
             "total_gb": round(self.total() / 1e9, 2),
-            "gb_per_sample": round((self.activations(2) - self.activations(1)) / 1e9, 3),
+            "gb_per_sample": round((self.iteration(2) - self.iteration(1)) / 1e9, 3),
             "largest_batch": self.largest_batch(GPUS[gpu].memory),
             "tflop_per_iteration": round(self.flops() / 1e12 / sum(t.count for t in self.turns), 2),
             "hours": round(self.hours(GPUS[gpu]), 1),
@@ -111,15 +114,17 @@ class Plan:
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         lines = [" | ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in [head, *rows]]
         t, size = self.recipe.train, self.recipe.train.batch_size
-        per_image = (self.activations(2) - self.activations(1)) / 1e9
+        per_image = (self.iteration(2) - self.iteration(1)) / 1e9
         total, device = sum(turn.count for turn in self.turns), GPUS[gpu]
         best = self.largest_batch(device.memory)
         lines += [
             "",
             f"held                        {gb(self.held)} GB",
-            f"an iteration, at most       {gb(self.activations(size))} GB, gradients included, at micro-batches of "
+            f"an iteration, at most       {gb(self.iteration(size))} GB, gradients included, at micro-batches of "
             f"{size}; {per_image:.2f} GB per sample",
-            f"libraries and fragments     {gb(self.total() - self.held - self.activations(size))} GB (assumed)",
+            f"decoding a grid             {gb(self.preview)} GB, between iterations; samples.vae decodes with less",
+            f"libraries and fragments     {gb(self.total() - self.held - max(self.iteration(size), self.preview))} GB "
+            "(assumed)",
             f"total                       {gb(self.total())} GB of {gb(device.memory)} on {gpu}"
             + (f", {self.processes} of them" if self.processes > 1 else ""),
             f"largest micro-batch         {best or 'none fits'}",

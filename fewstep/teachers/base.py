@@ -250,8 +250,8 @@ class Teacher:
         return vae.decode(unscaled, return_dict=False)[0].float().clamp(-1, 1)
 
     def _at_once(self) -> int:
-        """Images that the VAE takes at a time: four at 1024 px need some 16 GB in fp32."""
-        return max(1, 4 * 1024**2 // self.resolution**2)
+        """Images that the VAE takes at a time: one of 1024 px needs some 4 GB in fp32."""
+        return max(1, 1024**2 // self.resolution**2)
 
     # -------------------------------------------------------------------------------------------------- samples
     def sample(self, noise: Tensor, cond: Cond, steps: int, guidance: float) -> Tensor:
