@@ -80,17 +80,19 @@ def load(folder: Path, roles: Mapping[str, Role], optimizers: Optimizers) -> dic
     """Restores roles and optimisers exactly; returns the state's JSON.
 
     Raises:
-        FewstepError: the checkpoint is of another run: names of weights differ.
+        FewstepError: the checkpoint is of another run: weights differ in names or shapes.
     """
     from safetensors import safe_open
 
     state = json.loads((folder / "state.json").read_text())
     with safe_open(folder / "state.safetensors", framework="pt") as file:
         names = set(file.keys())
-        expected = {f"{r.name}/weight/{n}" for r in roles.values() for n in r.weights}
-        found = {n for n in names if "/weight/" in n}
+        expected = {
+            f"{r.name}/weight/{n}": list(w.shape) for r in roles.values() for n, w in r.weights.items()
+        }
+        found = {n: file.get_slice(n).get_shape() for n in names if "/weight/" in n}
         if expected != found:
-            odd = sorted(expected ^ found)[:3]
+            odd = sorted(n for n in expected | found if expected.get(n) != found.get(n))[:3]
             raise FewstepError(
                 f"{folder}: holds other weights than this recipe trains, e.g. {odd}; resume its own run"
             )

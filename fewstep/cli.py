@@ -323,8 +323,9 @@ def parser() -> argparse.ArgumentParser:
         prog="fewstep",
         description="Distill diffusion image models into 1 to 8 steps.",
         epilog="Exit codes: 0 done; 2 bad input; 3 the numbers went wrong; 4 a file cannot be read or written; "
-        "5 another process was lost; 130, 138, 143 stopped by SIGINT, SIGUSR1 (Slurm's --signal=B:USR1@120), SIGTERM, "
-        "with everything saved.",
+        "5 another process was lost; 130, 138, 143 stopped by SIGINT, SIGUSR1, SIGTERM, with everything saved. Slurm: "
+        "#SBATCH --signal=USR1@120 and srun fewstep ..., or B:USR1@120 and exec fewstep ...; under torchrun also "
+        "--signals-to-handle SIGTERM,SIGINT,SIGUSR1.",
     )
     main.add_argument("--version", action="version", version=__version__)
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")

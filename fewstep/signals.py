@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 
-# Slurm's warning before the time is up is what --signal asks for, by custom USR1.
+# Slurm's warning before the time is up is what --signal asks for, by custom USR1; torchrun hands it on if told to.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 

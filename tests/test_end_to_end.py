@@ -20,7 +20,10 @@ from fewstep.export import load_exported, stock_sample
 from fewstep.run import Session, execute, resume
 from fewstep.teachers import load_teacher
 
-PROMPTS = ["red apple", "a cat", "blue square", "crescent moon", "green tree"]
+PROMPTS = ["red apple", "a cat", "blue square", "crescent moon"]
+PROMPTS += [
+    "../../$(touch pwned) `touch pwned` <script>alert(1)</script> {{body}} {x} %s"
+]  # is a prompt like any
 
 
 def tiny(recipe_name: str, teacher: Path, folder: Path, *words: str):
@@ -70,7 +73,7 @@ def test_a_run_directory_holds_everything(sdxl_run):
     assert recipes.load(folder / "recipe.yaml") == recipe
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "samples/FD(effnet-lite0@32)" not in r] == [1, 2, 3, 4]
-    assert not list(folder.rglob("*.part"))
+    assert not list(folder.rglob(".part-*")) and not list(folder.parent.rglob("*pwned*"))
 
 
 def test_the_distance_to_real_images_is_logged_beside_the_grids(sdxl_run):
@@ -95,7 +98,7 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 teacher, export, out, steps = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(teacher)
-pipe.load_lora_weights(export)
+pipe.load_lora_weights(export, weight_name="pytorch_lora_weights.safetensors")
 pipe.scheduler = LCMScheduler.from_pretrained(export, subfolder="scheduler")
 pipe.set_progress_bar_config(disable=True)
 generator = torch.Generator().manual_seed(0)

@@ -32,6 +32,40 @@ def test_an_interrupted_write_leaves_the_old_one(tmp_path, error):
     assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
 
 
+def test_what_is_written_is_on_the_disk_before_it_gets_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+    done = []
+    sync, replace = files._sync, os.replace
+    monkeypatch.setattr(files, "_sync", lambda path: done.append(path.name) or sync(path))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append("rename") or replace(a, b))
+    with files.replacing(tmp_path / "folder") as part:
+        part.mkdir()
+        (part / "a").write_text("1")
+        (part / "b").write_text("2")
+    assert [name for name in done if "folder" not in name] in (
+        ["a", "b", "rename", tmp_path.name],
+        ["b", "a", "rename", tmp_path.name],
+    )
+    assert done[0].startswith(".part-")  # the folder's own entries
+    done.clear()
+    files.write(tmp_path / "quick", "text", durable=False)
+    assert done == ["rename"]
+
+
+def test_a_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    files.write(tmp_path / "folder" / "old", "old")
+    replace = os.replace
+
+    def fail(source, target):
+        if target == tmp_path / "folder" and "old-" not in str(source):
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(files.WriteError), files.replacing(tmp_path / "folder") as part:
+        files.write(part / "new", "new")
+    assert names(tmp_path) == ["folder", "folder/old"]
+
+
 def test_the_error_names_the_file_the_reason_and_the_remedy(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(

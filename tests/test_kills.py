@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from test_end_to_end import tiny
 
+from fewstep import checkpoint
 from fewstep.log import read_metrics
 from fewstep.recipe import dump
 from fewstep.run import execute, resume
@@ -89,6 +90,34 @@ def test_twenty_kills_change_nothing(tiny_sd15, tmp_path, tally):
     records = [[{**r, "seconds": 0} for r in read_metrics(f / "metrics.jsonl")] for f in (straight, run)]
     assert records[0] == records[1] and len(records[0]) == STEPS
     assert not list(run.rglob(".part-*"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_stops_all_processes_with_everything_saved(tiny_sd15, tmp_path):
+    words = ("--train.steps", "2000", "--train.checkpoint_every", "1000", "--train.log_every", "1")
+    recipe = tiny("sd15_dmd2_1step", tiny_sd15, tmp_path, *WORDS, *words)
+    path, run = tmp_path / "recipe.yaml", Path(recipe.output)
+    path.write_text(dump(recipe))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    child = subprocess.Popen(
+        [*torchrun, "--signals-to-handle", "SIGTERM,SIGUSR1", "-m", "fewstep", "train", str(path)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        deadline = time.time() + 240
+        while len(read_metrics(run / "metrics.jsonl")) < 3:
+            assert time.time() < deadline and child.poll() is None, "it did not start"
+            time.sleep(0.1)
+        child.send_signal(signal.SIGUSR1)
+        _, errors = child.communicate(timeout=120)
+    finally:
+        child.kill()
+    assert child.returncode and "stopped by SIGUSR1 at step" in errors, errors[-3000:]
+    (saved,) = checkpoint.every(run / "checkpoints")
+    assert checkpoint.fault(saved) is None and f"at step {checkpoint.step_of(saved)}, saved" in errors
 
 
 @pytest.mark.slow

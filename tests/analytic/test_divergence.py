@@ -9,7 +9,7 @@ import torch
 from toys import SD, Mlp, fit, toy
 
 from fewstep import checkpoint
-from fewstep.errors import RecipeError, TrainingError
+from fewstep.errors import FewstepError, RecipeError, TrainingError
 from fewstep.health import PATIENCE, SIGNS, Watch, warnings
 from fewstep.methods.dmd2 import DMD2
 from fewstep.rng import Rng
@@ -226,6 +226,15 @@ def test_a_student_that_has_not_changed_is_an_error(ring, fitted, tmp_path, monk
         resumed.train()
 
 
+def test_a_checkpoint_of_other_weights_is_refused(ring, fitted, tmp_path):
+    make(ring, fitted, tmp_path).save()
+    wider, fewer = make(ring, Mlp(width=16).requires_grad_(False), tmp_path), make(ring, fitted, tmp_path)
+    del fewer.roles["critic"]
+    for other, odd in ((wider, r"critic/weight/layers\.0\.bias"), (fewer, "critic/weight/")):
+        with pytest.raises(FewstepError, match=rf"step_00000000: .*e\.g\. .*{odd}.*; resume its own run"):
+            other.restore()
+
+
 def test_impossible_options():
     for field, value in (
         ("rollbacks", -1),
@@ -261,7 +270,8 @@ def test_what_leaves_its_normal_range_is_said_once_with_cause_and_remedy(metric,
         {metric: value},
         {metric: (0.0 if "grad" not in metric else 1.0) + ("std" in metric)},
     ]
-    assert not any(Watch().read(record) for record in ups * 5)
+    watch = Watch()
+    assert not any(watch.read(record) for record in ups * 5)
     assert warnings([{"step": i, metric: value} for i in range(5)])[0].startswith(f"step {PATIENCE - 1}: ")
 
 
