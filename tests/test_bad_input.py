@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fewstep import recipe as recipes
 from fewstep.cli import main
@@ -192,6 +193,18 @@ def test_a_pipeline_without_its_weights(refused, tmp_path, tiny_sdxl):
     folder = shutil.copytree(tiny_sdxl, tmp_path / "copy")
     next((folder / "unet").glob("*.safetensors")).unlink()
     refused("cannot load the pipeline", "--teacher", str(folder))
+
+
+@pytest.mark.parametrize("part, file", [("unet", "diffusion_pytorch_model"), ("text_encoder", "model")])
+def test_weights_that_the_library_would_make_up(refused, tmp_path, tiny_sdxl, part, file):
+    path = shutil.copytree(tiny_sdxl, tmp_path / "copy") / part / f"{file}.safetensors"
+    weights = load_file(path)
+    name = next(name for name in sorted(weights) if name.endswith("weight"))
+    del weights[name]
+    save_file(weights, path, metadata={"format": "pt"})
+    assert name.rpartition("layers.")[2] in refused(
+        "weights are missing", "--teacher", str(tmp_path / "copy")
+    )
 
 
 def test_a_pipeline_of_another_class_than_the_recipe_was_written_for(refused, tiny_sd15):

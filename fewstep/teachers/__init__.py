@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +110,36 @@ def hushed() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+@contextmanager
+def nothing_made_up(source: str) -> Iterator[None]:
+    """Refuses a pipeline whose files lack weights: the libraries put random numbers in their place, and only warn.
+
+    Raises:
+        FewstepError: with what the library says.
+    """
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [(logger, logger.handlers, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.handlers = [handler]
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, handlers, level in before:
+            logger.handlers = handlers
+            logger.setLevel(level)
+    made_up = [text for text in said if "newly initialized" in text]
+    if made_up:
+        text = " ".join(re.sub(r"\x1b\[[\d;]*m", "", made_up[0]).split())
+        raise FewstepError(
+            f"teacher.path: {source}: weights are missing in its files, or have names that this version of a library "
+            f"does not know: {text[:400]}. Put the whole pipeline there, or upgrade to the version that saved it"
+        )
+
+
 def absent_parts(path: str | Path) -> dict[str, None]:
     """Parts that a pipeline was saved without, e.g. the third encoder of Stable Diffusion 3.
 
@@ -134,10 +166,12 @@ def load_pipeline(source: str, dtype: str = "float32"):
         "StableDiffusionXLPipeline": {"add_watermarker": False},
     }.get(pipeline_class, {})
     try:
-        with hushed():
+        with hushed(), nothing_made_up(source):
             pipe = pipeline_type(pipeline_class).from_pretrained(
                 resolve(source), torch_dtype=getattr(torch, dtype), use_safetensors=True, **extra
             )
+    except FewstepError:
+        raise
     except Exception as error:  # a file missing or damaged: each loader raises its own kinds
         raise FewstepError(f"teacher.path: cannot load the pipeline {source}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
