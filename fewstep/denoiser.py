@@ -116,7 +116,9 @@ class NetDenoiser:
 
     def _forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype, backend = self.autocast, ATTENTION.get(self.attention)  # other kernels sit in the network
-        precision = torch.autocast(x_t.device.type, dtype) if dtype else self.products()
+        # Its cache would hand on weights that were cast without gradient: to a later call, where the caller casts too.
+        cast = torch.autocast(x_t.device.type, dtype, cache_enabled=False) if dtype else None
+        precision = cast or self.products()
         with precision, sdpa_kernel(backend) if backend else nullcontext():
             out = self.call(self.net, x_t, t * self.schedule.time_scale, cond)
         # Networks with a learned variance output 2C channels; the mean is the first half.

@@ -65,9 +65,21 @@ def resolve(source: str) -> str:
     if source.startswith("builtin:"):
         if source not in BUILTIN:
             raise FewstepError(f"teacher.path: {source!r} is unknown; built in: {', '.join(BUILTIN)}")
+        _check_transformers(source)
         return str(BUILTIN[source])
     check_pipeline_folder(source)
     return source
+
+
+def _check_transformers(source: str) -> None:
+    """The text encoder of the flow sees few tokens in each of its layers, which older libraries cannot do."""
+    from importlib.metadata import version
+
+    have = version("transformers")
+    if source == "builtin:emoji-flow" and int(have.split(".")[0]) < 5:
+        raise FewstepError(
+            f"teacher.path: {source} needs transformers 5, this is {have}: pip install -U transformers"
+        )
 
 
 def pipeline_class_of(source: str) -> str:

@@ -244,12 +244,21 @@ def _sd3(tokenizer, _pipeline_class, _options):
 
 
 def _sana(_tokenizer, _pipeline_class, _options):
+    import tokenizers
+    import transformers
     from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
-    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+    from packaging.version import Version
+    from transformers import Gemma2Config, Gemma2Model
 
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     symbols = [*special, *(chr(i) for i in range(32, 127)), "\u2581"]
-    tokenizer = GemmaTokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[], model_max_length=300)
+    vocab = {symbol: i for i, symbol in enumerate(symbols)}
+    if Version(transformers.__version__).major >= 5:
+        tokenizer = transformers.GemmaTokenizer(vocab=vocab, merges=[], model_max_length=300)
+    else:
+        model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>"))
+        model.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+        tokenizer = transformers.GemmaTokenizerFast(tokenizer_object=model, model_max_length=300)
     vae = {
         f"{half}_{name}": value
         for half in ("encoder", "decoder")

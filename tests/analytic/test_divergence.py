@@ -226,6 +226,79 @@ def test_a_student_that_has_not_changed_is_an_error(ring, fitted, tmp_path, monk
         resumed.train()
 
 
+def test_a_turn_again_runs_before_it_what_is_due_and_logs_its_own_numbers_only(trainer):
+    trainer.iterate()
+    calls, loss = [], trainer.phases[0].loss
+    spy = lambda batch, progress: (calls.append(progress.iteration), loss(batch, progress))[1]  # noqa: E731
+    trainer.phases[0] = replace(trainer.phases[0], loss=spy)
+    counts = dict(trainer.window.counts)
+    for step, times in ((0, SIZE), (1, 0)):  # the generator's turn comes every second iteration
+        trainer.progress.iteration = step
+        calls.clear()
+        assert trainer.divergence.rescue(trainer.phases[1]) and len(calls) == times
+    assert trainer.window.counts["health/critic_lag"] == counts["health/critic_lag"]
+    assert trainer.window.counts["critic/denoising"] == counts["critic/denoising"] + 2
+
+
+def test_a_row_of_a_batch_is_a_batch(trainer):
+    batch = trainer.data.batch(0, 0)
+    one = batch.row(3, Rng("row"))
+    assert one.shape == (1, 2) and one.real.equal(batch.real[3:4]) and one.index.equal(batch.index[3:4])
+    assert len(one.cond) == len(one.real_cond) == 1 and one.carry == one.log == {}
+
+
+def test_a_good_update_ends_a_streak_and_only_a_bad_one_takes_the_snapshot(trainer):
+    watched = trainer.divergence
+    watched.skipped["critic"] = watched.MAX_SKIPPED - 1
+    watched.note(0, {"critic": torch.tensor(True)})
+    assert not watched.at_the_end()
+    watched.settle()
+    assert watched.skipped["critic"] == 0
+    watched.skipped["critic"] = watched.MAX_SKIPPED - 1
+    watched.note(1, {"critic": torch.tensor(False)})
+    assert watched.at_the_end()
+    watched.last = type(watched.last)()
+    poison(trainer, lambda i, m: [0])
+    watched.note(0, {"critic": torch.tensor(False)})
+    watched.settle()
+    assert trainer.finite == {}  # what the turn again found is no part of the next iteration
+
+
+def test_the_last_iteration_is_looked_at_too(trainer, monkeypatch):
+    poison(trainer, lambda i, m: [0] if i == 39 else [])
+    lines = said(trainer, monkeypatch)
+    trainer.train()
+    assert any("step 39: critic: 1 of 8 samples left out" in line for line in lines)
+
+
+def test_roll_backs_are_counted_over_the_checkpoints_they_return_to(ring, fitted, tmp_path):
+    trainer = make(ring, fitted, tmp_path)
+    trainer.config = TrainConfig(40, SIZE, checkpoint_every=4, keep=8, rollbacks=2, sample_every=0)
+    poison(trainer, lambda i, m: range(SIZE) if i >= 5 else [])
+    with pytest.raises(TrainingError, match="step 14"):
+        trainer.train()
+    assert trainer.rolled_back == 2
+    assert checkpoint.every(tmp_path / "checkpoints")[0].name == "step_00000004"
+    trainer.save()
+    again = make(ring, fitted, tmp_path)
+    assert again.restore() and again.rolled_back == 2
+
+
+def test_means_go_on_and_a_signal_judges_nothing(ring, fitted, tmp_path):
+    trainer = make(ring, fitted, tmp_path)
+    trainer.config = TrainConfig(40, SIZE, checkpoint_every=4, best="critic/denoising", sample_every=0)
+    trainer.iterate()
+    trainer._record()
+    trainer.iterate()
+    trainer.save()  # not a step at which the best is judged
+    assert not trainer.best
+    again = make(ring, fitted, tmp_path)
+    assert again.restore()
+    for one, two in ((trainer.window, again.window), (trainer.judged, again.judged)):
+        assert one.counts and one.counts == two.counts
+        assert all(two.sums[name].item() == pytest.approx(value.item()) for name, value in one.sums.items())
+
+
 def test_a_checkpoint_of_other_weights_is_refused(ring, fitted, tmp_path):
     make(ring, fitted, tmp_path).save()
     wider, fewer = make(ring, Mlp(width=16).requires_grad_(False), tmp_path), make(ring, fitted, tmp_path)
