@@ -434,10 +434,11 @@ def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str,
         teacher.net.enable_gradient_checkpointing()
     roles: dict[str, Role] = {}
     for name in cls.networks_for(recipe.method):
+        base = cls.network(recipe.method, teacher, name)
+        if base is not teacher.net:
+            kernels.set_attention(base, t.attention)
         try:
-            roles[name] = build_role(
-                name, cls.network(recipe.method, teacher, name), recipe.role(name), recipe.train.seed
-            )
+            roles[name] = build_role(name, base, recipe.role(name), recipe.train.seed)
         except RecipeError as error:
             raise RecipeError(f"roles.{error}") from None
         if t.channels_last:

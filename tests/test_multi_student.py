@@ -228,11 +228,11 @@ def test_tokens_route_where_there_is_no_pooled_embedding_and_the_data_free_metho
         ),
         (
             ("--method.student_network", "{layers_per_blok: 1}"),
-            r"network\.layers_per_blok: .*mean layers_per_block",
+            r"^method\.student_network\.layers_per_blok: .*mean layers_per_block",
         ),
         (
             ("--method.student_network", "{in_channels: 3}"),
-            r"method\.student_network: .*cannot take the teacher's",
+            r"^method\.student_network: .*cannot take the teacher's",
         ),
         (
             ("--method.student_network", "{block_out_channels: [8, 8]}"),
