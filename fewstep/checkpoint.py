@@ -1,8 +1,9 @@
 """Checkpoints: trained weights, averages, optimiser moments and the iteration, as safetensors and JSON.
 
-    state.safetensors  trained weights, moving averages, optimiser moments, whole: any number of processes resumes
+    state.safetensors  trained weights, moving averages, optimiser moments; of several processes each writes the
+                       shards it holds (torch's distributed checkpoint), and any number of them resumes
     state.json         the iteration, updates done, means since the last record, what was best
-    SHA256SUMS         checksums of both
+    SHA256SUMS         checksums of all
 
 Randomness and the position in the data are functions of the iteration (see :mod:`fewstep.rng`), so nothing else
 has a state. A checkpoint is there whole or not at all.
@@ -10,23 +11,26 @@ has a state. A checkpoint is there whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .distributed import Process, assign, whole
+from .distributed import Process, settle
 from .errors import FewstepError
 from .files import replacing, write, write_json, write_tensors
 from .optimizers import empty_8bit, plain
 from .roles import Role
 
 MANIFEST = "SHA256SUMS"  # as ``sha256sum -c`` reads it
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
 Optimizers = Mapping[str, torch.optim.Optimizer]
 
@@ -48,76 +52,106 @@ def _digest(file) -> str:  # Python 3.10
 
 
 def _tensors(roles: Mapping[str, Role], optimizers: Optimizers) -> dict[str, Tensor]:
-    """Every tensor of the training state by a flat name; a collective on sharded roles."""
+    """Every tensor of the training state, or this rank's shard of it, by a flat name."""
     tensors: dict[str, Tensor] = {}
     for role in roles.values():
         state = optimizers[role.name].state
         for name, weight in role.weights.items():
-            tensors[f"{role.name}/weight/{name}"] = whole(weight)
+            tensors[f"{role.name}/weight/{name}"] = weight.detach()
             for key, value in state.get(weight, {}).items():
                 for part, tensor in plain(key, value).items():
-                    tensors[f"{role.name}/optimizer/{part}/{name}"] = whole(tensor)
+                    tensors[f"{role.name}/optimizer/{part}/{name}"] = tensor.detach()
         for name, value in (role.average or {}).items():
-            tensors[f"{role.name}/average/{name}"] = whole(value)
+            tensors[f"{role.name}/average/{name}"] = value.detach()
     return tensors
 
 
 def save(
     folder: Path, roles: Mapping[str, Role], optimizers: Optimizers, state: dict, process: Process
 ) -> None:
-    """Writes ``folder`` atomically; every rank takes part, the first one writes."""
+    """Writes ``folder`` atomically; every rank writes what it holds, the first one the rest."""
     tensors = _tensors(roles, optimizers)
-    if process.main:
-        with replacing(folder) as part:
-            write_tensors(part / "state.safetensors", tensors)
+    with _replacing(folder, process) as part:
+        mine = [_write(part, tensors, process)]
+        if process.main:
             write_json(part / "state.json", state)
-            sums = [f"{digest(part / name)}  {name}\n" for name in ("state.safetensors", "state.json")]
-            write(part / MANIFEST, "".join(sums))
+            mine.append(part / "state.json")
+        sums = process.collect([f"{digest(path)}  {path.name}\n" for path in mine if path.exists()])
+        if process.main:
+            write(part / MANIFEST, "".join(line for lines in sums for line in lines))
+
+
+def _write(part: Path, tensors: dict[str, Tensor], process: Process) -> Path:
+    """This rank's file of weights; there is none where it holds nothing that others do not."""
+    if process.world == 1:
+        write_tensors(part / "state.safetensors", {name: value.cpu() for name, value in tensors.items()})
+        return part / "state.safetensors"
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint import save as save_shards
+
+    writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+    save_shards(tensors, storage_writer=writer, process_group=process.control)
+    return next(part.glob(f"shard-{process.rank + 1:05d}-*"), part / "none")
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path, process: Process) -> Iterator[Path]:
+    """:func:`replacing` of the first rank, in whose folder all of them write."""
+    if process.world == 1:
+        with replacing(folder) as part:
+            yield part
+        return
+    with replacing(folder) if process.main else contextlib.nullcontext() as part:
+        part = process.collect(part)[0]
+        yield part
+        process.collect(None)
     process.barrier()
 
 
-def load(folder: Path, roles: Mapping[str, Role], optimizers: Optimizers) -> dict:
+def load(
+    folder: Path, roles: Mapping[str, Role], optimizers: Optimizers, process: Process | None = None
+) -> dict:
     """Restores roles and optimisers exactly; returns the state's JSON.
 
     Raises:
         FewstepError: the checkpoint is of another run: weights differ in names or shapes.
     """
-    from safetensors import safe_open
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint import load as load_shards
 
     state = json.loads((folder / "state.json").read_text())
-    with safe_open(folder / "state.safetensors", framework="pt") as file:
-        names = set(file.keys())
-        expected = {
-            f"{r.name}/weight/{n}": list(w.shape) for r in roles.values() for n, w in r.weights.items()
-        }
-        found = {n: file.get_slice(n).get_shape() for n in names if "/weight/" in n}
-        if expected != found:
-            odd = sorted(n for n in expected | found if expected.get(n) != found.get(n))[:3]
-            raise FewstepError(
-                f"{folder}: holds other weights than this recipe trains, e.g. {odd}; resume its own run"
-            )
-        for role in roles.values():
-            optimizers[role.name].state.clear()
-            for name, weight in role.weights.items():
-                assign(weight, file.get_tensor(f"{role.name}/weight/{name}"))
-                if role.average is not None:
-                    assign(role.average[name], file.get_tensor(f"{role.name}/average/{name}"))
-                for key in ("step", "exp_avg", "exp_avg_sq"):
-                    stored = f"{role.name}/optimizer/{key}/{name}"
-                    if stored in names:
-                        # The fused kernel reads the step where the weights are.
-                        like = (
-                            torch.zeros((), device=weight.device)
-                            if key == "step"
-                            else torch.zeros_like(weight)
-                        )
-                        assign(like, file.get_tensor(stored))
-                        optimizers[role.name].state[weight][key] = like
-                    elif f"{role.name}/optimizer/{key}.codes/{name}" in names:
-                        like = empty_8bit(optimizers[role.name], weight, key)
-                        for part, tensor in plain(key, like).items():
-                            assign(tensor, file.get_tensor(f"{role.name}/optimizer/{part}/{name}"))
-                        optimizers[role.name].state[weight][key] = like
+    reader = HuggingFaceStorageReader(str(folder))
+    entries = reader.read_metadata().state_dict_metadata
+    expected = {f"{r.name}/weight/{n}": w.shape for r in roles.values() for n, w in r.weights.items()}
+    found = {n: entry.size for n, entry in entries.items() if "/weight/" in n}
+    if expected != found:
+        odd = sorted(n for n in expected | found if expected.get(n) != found.get(n))[:3]
+        raise FewstepError(
+            f"{folder}: holds other weights than this recipe trains, e.g. {odd}; resume its own run"
+        )
+    for role in roles.values():
+        settle(role.module)
+        optimizer = optimizers[role.name]
+        optimizer.state.clear()
+        for name, weight in role.weights.items():
+            for key in MOMENTS:
+                if f"{role.name}/optimizer/{key}/{name}" in entries:
+                    # The fused kernel reads the step where the weights are.
+                    like = (
+                        torch.zeros((), device=weight.device) if key == "step" else torch.zeros_like(weight)
+                    )
+                    optimizer.state[weight][key] = like.detach()
+                elif f"{role.name}/optimizer/{key}.codes/{name}" in entries:
+                    optimizer.state[weight][key] = empty_8bit(optimizer, weight, key)
+    several = process is not None and process.world > 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns where there is one process only
+        load_shards(
+            _tensors(roles, optimizers),
+            storage_reader=reader,
+            process_group=process.control if several else None,
+            no_dist=not several,
+        )
     return state
 
 

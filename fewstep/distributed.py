@@ -2,13 +2,14 @@
 
 A single process wraps nothing. Replicas are ``shard = 1``: the same engine that shards weights at scale, with none
 of the traps of wrapping several models for data parallelism. Frozen weights, which LoRA roles share, stay whole on
-every rank; only trained weights are sharded and their gradients averaged.
+every rank; only trained weights are sharded and their gradients averaged. A full copy is gathered block by block.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,13 @@ class Process:
         tensor = torch.tensor(number)
         dist.broadcast(tensor, 0, group=self.control)
         return int(tensor.item())
+
+    def collect(self, item: Any) -> list[Any]:
+        """Every rank's item, in their order, on all ranks."""
+        items = [item] * self.world
+        if self.world > 1:
+            dist.all_gather_object(items, item, group=self.control)
+        return items
 
     def mean(self, values: Tensor) -> Tensor:
         if self.world > 1:
@@ -94,8 +102,21 @@ def distribute(module: nn.Module, process: Process) -> None:
     from torch.distributed.fsdp import fully_shard
 
     frozen = {p for p in module.parameters() if not p.requires_grad}
+    units = (
+        [] if frozen else blocks_of(module)
+    )  # the adapters of a network are gathered at once, they are few
+    for block in units:
+        fully_shard(block, mesh=process.mesh)
     # Gathered until the backward: a loss on tapped features never touches the output whose hook would gather again.
     fully_shard(module, mesh=process.mesh, ignored_params=frozen, reshard_after_forward=False)
+    module.units = [*units, module]
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a diffusers network, inner ones first, as its class names them."""
+    names = getattr(module, "_no_split_modules", None) or ["BasicTransformerBlock", "ResnetBlock2D"]
+    blocks = [m for m in module.modules() if type(m).__name__ in names and any(True for _ in m.parameters())]
+    return blocks[::-1]
 
 
 def sync_gradients(module: nn.Module, on: bool) -> None:
@@ -106,14 +127,16 @@ def sync_gradients(module: nn.Module, on: bool) -> None:
 
 def settle(module: nn.Module) -> None:
     """Frees gathered weights, so that a write to the shards or a frozen toggle is seen by the next forward."""
-    if hasattr(module, "reshard"):
-        module.reshard()
+    for unit in getattr(module, "units", ()):
+        unit.reshard()
 
 
 def gather(module: nn.Module) -> None:
     """Makes sharded weights whole ahead of a forward-mode derivative, inside of which they cannot be gathered."""
-    if hasattr(module, "unshard"):
-        module.unshard()
+    if units := getattr(module, "units", ()):
+        module.set_reshard_after_forward(False)
+        for unit in units:
+            unit.unshard()
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:

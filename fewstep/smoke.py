@@ -64,7 +64,14 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
     names = (*recipe.method_class.networks_for(method), *recipe.method_class.extras)
     roles = {n: dataclasses.replace(recipe.role(n), rank=min(RANK, recipe.role(n).rank)) for n in names}
     train = dataclasses.replace(
-        recipe.train, steps=4, batch_size=2, accumulate=1, log_every=1, sample_every=2, checkpoint_every=2
+        recipe.train,
+        steps=4,
+        batch_size=2,
+        accumulate=1,
+        shard=1,
+        log_every=1,
+        sample_every=2,
+        checkpoint_every=2,
     )
     if "pairs" in recipe.method_class.needs(recipe.method):
         data = dataclasses.replace(

@@ -371,7 +371,7 @@ class Trainer:
             folder = where / f"step_{step:08d}" if step >= 0 else None
         if folder is None:
             return False
-        state = checkpoint.load(folder, self.roles, self.optimizers)
+        state = checkpoint.load(folder, self.roles, self.optimizers, self.process)
         for field in self.STATE:
             setattr(self, field, state[field])
         self.progress.iteration = state["iteration"]
