@@ -83,7 +83,10 @@ def start(device: str = "auto", shard: int = 1) -> Process:
         raise RecipeError("train.device: cuda, but this torch sees no CUDA device; use auto or cpu")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % shard:
-        raise RecipeError(f"train.shard: {shard} does not divide the number of processes, {world}")
+        raise RecipeError(
+            f"train.shard: {shard} does not divide the number of processes, {world}; start a multiple of it (torchrun "
+            f"--nproc_per_node {shard}), or set train.shard to a divisor"
+        )
     if world == 1:
         chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
         return Process(device=torch.device(chosen))

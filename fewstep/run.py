@@ -39,6 +39,7 @@ from .roles import Role, averaged, build_role
 from .router import RoutedStudent
 from .teachers import adapters, load_teacher, pipeline_class_of
 from .teachers.base import Teacher
+from .trackers import Trackers, check_trackers
 from .trainer import Trainer
 
 
@@ -189,6 +190,7 @@ def _check_space(folder: Path, roles: dict[str, Role], recipe: Recipe) -> None:
 
 
 def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
+    check_trackers(recipe.train.trackers)
     prompts = load_prompts(recipe.data.prompts)
     if recipe.evaluation.prompts:
         load_prompts(recipe.evaluation.prompts, "evaluation.prompts")
@@ -311,8 +313,11 @@ class Session:
                 print(f"fewstep: resuming at step {self.trainer.progress.iteration}")
             elif main:
                 print("fewstep: no checkpoint yet, beginning again", file=sys.stderr)
+        names = self.recipe.train.trackers if self.process.main else []
         try:
-            self.trainer.train()
+            with Trackers(names, self.folder, recipes.to_dict(self.recipe)) as trackers:
+                self.trainer.on_record = trackers.log
+                self.trainer.train()
             self.preview.settle()
         except BaseException:
             with contextlib.suppress(WriteError):  # the first fault is the one to tell

@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -45,6 +45,7 @@ class TrainConfig:
         rollbacks: how often a run without finite gradients returns to its newest checkpoint and goes on with learning
             rates times ``rollback_lr``, instead of stopping.
         device: "auto", "cpu" or "cuda". shard: processes over which trained weights are split.
+        trackers: "tensorboard", "wandb" and others of accelerate's, which get the log's numbers too.
         tf32: round fp32 products of a GPU to TF32.
     """
 
@@ -62,6 +63,7 @@ class TrainConfig:
     rollback_lr: float = 0.5
     device: str = "auto"
     shard: int = 1
+    trackers: list[str] = field(default_factory=list)
     tf32: bool = True
 
     def __post_init__(self):
@@ -114,6 +116,7 @@ class Trainer:
         self.method, self.roles, self.data, self.config = method, roles, data, config
         self.folder, self.process = folder, process or Process()
         self.on_sample, self.on_save = on_sample, on_save
+        self.on_record: Callable[[Mapping[str, float | None]], None] | None = None  # gets what the log gets
         self.quiet = quiet or not self.process.main
         per_iteration = config.batch_size * config.accumulate * self.process.world
         self.phases, self.progress = method.phases(), Progress(0, config.steps, per_iteration)
@@ -154,8 +157,7 @@ class Trainer:
                 self.seconds = time.perf_counter() - begin
                 if step % self.config.log_every == 0 or step == self.config.steps:
                     record = self._record()
-                    if log:
-                        log.append({"step": step, "seconds": round(self.seconds, 3), **record})
+                    self._note(log, record)
                     self.status.update(step, record)
                     for line in watch.read(record):
                         self.say(f"warning: {line}")
@@ -291,8 +293,15 @@ class Trainer:
     def _sample(self, log: MetricsLog | None) -> None:
         if self.on_sample and self.config.sample_every:
             measured = self.on_sample(self.progress.iteration)
-            if log and measured:
-                log.append({"step": self.progress.iteration, "seconds": round(self.seconds, 3), **measured})
+            if measured:
+                self._note(log, measured)
+
+    def _note(self, log: MetricsLog | None, record: Mapping[str, float | None]) -> None:
+        if log:
+            line = {"step": self.progress.iteration, "seconds": round(self.seconds, 3), **record}
+            log.append(line)
+            if self.on_record:
+                self.on_record(line)
 
     def say(self, text: str) -> None:
         self.status.write(f"fewstep: {text}")
@@ -350,7 +359,7 @@ class Trainer:
             self._judge()
         checkpoints, step = self.folder / "checkpoints", self.progress.iteration
         state = {field: getattr(self, field) for field in self.STATE}
-        state |= {"iteration": step, "rows": self.data.rows}
+        state |= {"iteration": step, "per_iteration": self.progress.per_iteration, "rows": self.data.rows}
         state |= {"last": self.divergence.last.plain(), "skipped": self.divergence.skipped}
         state |= {k: getattr(self, k).floats(self.process) for k in ("window", "judged")}
         where = self.folder / name if name else checkpoints / f"step_{step:08d}"
@@ -372,12 +381,16 @@ class Trainer:
         if folder is None:
             return False
         state = checkpoint.load(folder, self.roles, self.optimizers, self.process)
-        for field in self.STATE:
-            setattr(self, field, state[field])
+        for name in self.STATE:
+            setattr(self, name, state[name])
         self.progress.iteration = state["iteration"]
         self.divergence.last, self.divergence.skipped = Outcome.of(**state["last"]), state["skipped"]
         for name in ("window", "judged"):
             setattr(self, name, Means.of(state[name], self.process.device))
+        samples, micro = self.progress.per_iteration, self.config.batch_size * self.process.world
+        if samples != (was := state.get("per_iteration", samples)):
+            keep = f"; --train.accumulate {was // micro} keeps that" if was % micro == 0 else ""
+            self.say(f"note: an iteration has {samples} samples now, and had {was} before{keep}")
         if self.data.rows != (before := state.get("rows", self.data.rows)):
             there, now = (", ".join(f"{n} {k}" for k, n in r.items()) for r in (before, self.data.rows))
             self.say(

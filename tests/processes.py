@@ -14,8 +14,21 @@ from fewstep.run import Session, check_data, execute
 def train(recipe, resuming: bool = False) -> None:
     """The run without what comes after training."""
     process = start(recipe.train.device, recipe.train.shard)
-    Session(recipe, *check_data(recipe), process).train(resuming)
+    session = Session(recipe, *check_data(recipe), process)
+    check_split(session)
+    session.train(resuming)
     process.barrier()
+
+
+def check_split(session: Session) -> None:
+    """What shells share stays shared and whole; what is trained is split, of full copies block by block."""
+    several, base = session.process.world > 1, {id(p) for p in session.teacher.net.parameters()}
+    for role in session.roles.values():
+        frozen = [p for p in role.module.parameters() if not p.requires_grad]
+        assert {id(p) for p in frozen} <= base and not any(hasattr(p, "device_mesh") for p in frozen)
+        assert all(hasattr(p, "device_mesh") == several for p in role.weights.values())
+        if several and role.base is not None and role.config.kind == "full":
+            assert len(role.module.units) > 5
 
 
 def work(rank: int, count: int, port: int, tasks: list[tuple[str, str]]) -> None:

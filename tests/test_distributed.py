@@ -11,6 +11,8 @@ import torch
 from test_end_to_end import tiny
 
 from fewstep import recipe as recipes
+from fewstep.distributed import start
+from fewstep.errors import RecipeError
 
 KINDS = {  # how weights are trained, and over how many of two processes, and of three, they are split
     "replicas of a LoRA": ("lora", 1, 1),
@@ -127,3 +129,24 @@ def test_each_process_writes_what_it_holds(trained):
 def test_sharded_weights_are_exported_whole(trained):
     """Stock diffusers made the trainer's own sample of it, or the run would have ended with an error."""
     assert (trained["all sharded"]["two"] / "export" / "pipeline" / "model_index.json").is_file()
+
+
+def test_a_number_of_processes_that_the_shards_do_not_divide_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(
+        RecipeError, match=r"train.shard: 4 does not divide .* processes, 6; start a multiple"
+    ):
+        start("cpu", 4)
+
+
+def test_a_resumed_run_of_another_batch_says_so(tiny_sdxl, tmp_path, capsys):
+    """As with another number of processes and the same accumulation."""
+    recipe = tiny(
+        "sdxl_sid_4step", tiny_sdxl, tmp_path, "--train.sample_every", "0", "--train.accumulate", "3"
+    )
+    processes.train(replace(recipe, train=replace(recipe.train, steps=1)))
+    processes.train(replace(recipe, train=replace(recipe.train, steps=2, accumulate=1)), resuming=True)
+    said = capsys.readouterr()
+    assert "note: an iteration has 2 samples now, and had 6 before; --train.accumulate 3 keeps that" in (
+        said.out + said.err
+    )

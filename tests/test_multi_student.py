@@ -7,10 +7,11 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_distributed import state, torchrun
+from test_distributed import state
 from test_end_to_end import PROMPTS, STOCK, stock_latents, tiny
 
 from fewstep import recipe as recipes
@@ -187,8 +188,10 @@ def test_two_processes_train_what_one_trains_with_accumulation(tiny_sdxl, tmp_pa
     words = (*WORDS, "--student.ema", "0.5", "--train.accumulate", "2")
     one = execute(tiny("emoji_multi_student_1step", tiny_sdxl, tmp_path / "one", *words))
     words = (*words, "--train.accumulate", "1", "--train.shard", "2", "--train.device", "cpu")
-    torchrun(tiny("emoji_multi_student_1step", tiny_sdxl, tmp_path / "two", *words), tmp_path)
-    first, second = state(one), state(tmp_path / "two" / "run")
+    recipe = tiny("emoji_multi_student_1step", tiny_sdxl, tmp_path / "two", *words)
+    (tmp_path / "two.yaml").write_text(recipes.dump(recipe))
+    processes.run(2, [("execute", str(tmp_path / "two.yaml"))])
+    first, second = state(one, 4), state(tmp_path / "two" / "run", 4)
     assert first.keys() == second.keys()
     weights = [name for name in first if "/weight/" in name]
     assert max((first[n] - second[n]).abs().max() for n in weights) < 2e-4

@@ -72,6 +72,7 @@ class Data:
     """The same prompts and random latents in every iteration."""
 
     def __init__(self, teacher, prompts):
+        self.rows = {}
         self.cond, self.shape = teacher.encode(prompts), (len(prompts), *teacher.latent_shape)
 
     def batch(self, iteration, micro):

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import wraps
 
 import pytest
@@ -27,7 +27,7 @@ from fewstep.schedules import VP, Flow
 from fewstep.solvers import FLOOR, ddim, scheduler_sample
 from fewstep.student import Student, even_times
 from fewstep.teachers import load_teacher, pipeline_class_of, register
-from fewstep.teachers.base import schedule_of, size_options, takes
+from fewstep.teachers.base import fix_shift, schedule_of, size_options, takes
 from fewstep.teachers.flux import pack, unpack
 from fewstep.teachers.sd import StableDiffusion
 
@@ -141,6 +141,20 @@ def test_our_sampler_reproduces_stock_sampling_with_the_same_scheduler(
     ):  # the floor's Euler is our own first-order solver: no step is wasted at the clean end
         ours = ddim(teacher.denoiser, noise, cond, 3, guidance=guidance)
         torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_the_fixed_shift_is_that_of_the_stock_call(kind, teachers, with_scheduler):
+    """Flux's own scheduler gets it anew in each call, from the number of tokens."""
+    teacher, options = teachers("FLUX.1-dev"), {"use_dynamic_shifting": True, "time_shift_type": kind}
+    with_scheduler(teacher, FlowMatchEulerDiscreteScheduler(**options))
+    expected = stock(teacher, PROMPTS, num_inference_steps=3, guidance_scale=2.0)
+    fix_shift(teacher.pipe, teacher.resolution)
+    schedule, view = schedule_of(teacher.pipe.scheduler), copy(teacher.denoiser)
+    assert schedule.shift != 1.0
+    view.schedule = schedule
+    own = ddim(view, noise_for(teacher), teacher.encode(PROMPTS), 3, guidance=2.0)
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_flux_has_no_heun(teachers):
@@ -269,6 +283,16 @@ def test_lora_adapts_attention_and_feed_forward_of_every_block(name, teachers):
         inside = {n.split(f"transformer_blocks.{index}.")[1] for n in layers if f"blocks.{index}." in n}
         assert any(n.endswith("to_q") for n in inside) and any(n.startswith("ff.") for n in inside)
     assert not [n for n in layers if "proj_out" in n or "embed" in n]  # narrower than a usual rank
+
+
+def test_train_mode_drops_no_labels(teachers):
+    """Checkpointing needs train mode, in which DiT would swap every tenth label for the null one."""
+    teacher = load_teacher(teachers("DiT").source)
+    x, label = torch.randn(1, *teacher.latent_shape).expand(64, -1, -1, -1), teacher.encode(["3"]).expand(64)
+    teacher.net.train()
+    with torch.no_grad():
+        made = teacher.denoiser.predict(x, torch.full((64,), 500.0), label)
+    torch.testing.assert_close(made, made[:1].expand_as(made), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ZOO)
