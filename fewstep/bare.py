@@ -45,7 +45,8 @@ class Call:
     used: set[int] = field(default_factory=set)
 
     def outputs(self, device: str) -> list[Tensor]:
-        precision = torch.autocast(device, self.autocast) if self.autocast else nullcontext()
+        cast = torch.autocast(device, self.autocast, cache_enabled=False) if self.autocast else None
+        precision = cast or nullcontext()
         with ExitStack() as stack:
             for context in (precision, torch.set_grad_enabled(self.grad), sdpa_kernel(self.attention)):
                 stack.enter_context(context)

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 EXTRAS = {
     "torchvision": "published evaluation networks and other tools",
     "xformers": "memory-efficient attention",
+    "torchao": "moments of optimisers in 8 bits",
     "clean-fid": "cross-checks of FID",
     "torchmetrics": "cross-checks of FID",
 }

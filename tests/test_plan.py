@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from fewstep.teachers.skeleton import skeleton_teacher
 from fewstep.teachers.tiny import write_tiny_pipeline
 from fewstep.trainer import Trainer
 
+README = Path(__file__).parent.parent / "README.md"
+PLANS = README.parent / "eval" / "results" / "plans"
 WIDE = {"block_out_channels": (32, 64), "norm_num_groups": 8, "attention_head_dim": (2, 4), "sample_size": 32}
 
 
@@ -216,3 +219,14 @@ def test_bad_words_are_refused_before_anything_is_counted(capsys):
     ):
         assert main(["plan", "sdxl_dmd2_4step", *words]) == 2
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(PLANS.glob("*.json")), ids=lambda path: path.stem)
+def test_stored_plans_are_labelled_and_stand_in_the_readme(path):
+    stored = json.loads(path.read_text())
+    assert stored["how"] == "counted by fewstep plan, not measured" and stored["command"].startswith(
+        "fewstep plan"
+    )
+    numbers = [f"{stored[key]:.1f}" for key in ("held_gb", "iteration_gb", "total_gb")]
+    assert f"| {' | '.join(numbers)} | {stored['gb_per_sample']:.2f} |" in README.read_text()
+    assert stored["total_gb"] <= 40
