@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from .distributed import Process, settle
-from .errors import FewstepError
-from .files import replacing, write, write_json, write_tensors
+from .errors import FewstepError, why
+from .files import WriteError, replacing, write, write_json, write_tensors
 from .optimizers import empty_8bit, plain
 from .roles import Role
 
@@ -86,11 +86,18 @@ def _write(part: Path, tensors: dict[str, Tensor], process: Process) -> Path:
     if process.world == 1:
         write_tensors(part / "state.safetensors", {name: value.cpu() for name, value in tensors.items()})
         return part / "state.safetensors"
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
     from torch.distributed.checkpoint import save as save_shards
 
     writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-    save_shards(tensors, storage_writer=writer, process_group=process.control)
+    try:
+        save_shards(tensors, storage_writer=writer, process_group=process.control)
+    except CheckpointException as error:  # raised by all ranks if one cannot write
+        reasons = {rank: why(failure[0]) for rank, failure in error.failures.items()}
+        rank = next((rank for rank, reason in reasons.items() if reason), None)
+        if rank is None:
+            raise
+        raise WriteError(f"{part.parent}: process {rank} cannot write: {reasons[rank]}") from error
     return next(part.glob(f"shard-{process.rank + 1:05d}-*"), part / "none")
 
 

@@ -8,6 +8,7 @@ every rank; only trained weights are sharded and their gradients averaged. A ful
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,14 +106,12 @@ def distribute(module: nn.Module, process: Process) -> None:
     from torch.distributed.fsdp import fully_shard
 
     frozen = {p for p in module.parameters() if not p.requires_grad}
-    units = (
-        [] if frozen else blocks_of(module)
-    )  # the adapters of a network are gathered at once, they are few
+    units = [] if frozen else blocks_of(module)  # adapters are few, and gathered at once
     for block in units:
         fully_shard(block, mesh=process.mesh)
     # Gathered until the backward: a loss on tapped features never touches the output whose hook would gather again.
     fully_shard(module, mesh=process.mesh, ignored_params=frozen, reshard_after_forward=False)
-    module.units = [*units, module]
+    module.sharded_units = [*units, module]
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
@@ -130,13 +129,13 @@ def sync_gradients(module: nn.Module, on: bool) -> None:
 
 def settle(module: nn.Module) -> None:
     """Frees gathered weights, so that a write to the shards or a frozen toggle is seen by the next forward."""
-    for unit in getattr(module, "units", ()):
+    for unit in getattr(module, "sharded_units", ()):
         unit.reshard()
 
 
 def gather(module: nn.Module) -> None:
     """Makes sharded weights whole ahead of a forward-mode derivative, inside of which they cannot be gathered."""
-    if units := getattr(module, "units", ()):
+    if units := getattr(module, "sharded_units", ()):
         module.set_reshard_after_forward(False)
         for unit in units:
             unit.unshard()
@@ -170,6 +169,16 @@ def whole(tensor: Tensor) -> Tensor:
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
     return tensor.cpu()
+
+
+def gathered(tensors: Mapping[str, Tensor], process: Process) -> dict[str, Tensor]:
+    """All of them whole, one at a time, on the first rank; nothing on the others, which take part."""
+    held: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if process.main:
+            held[name] = full
+    return held
 
 
 @torch.no_grad()

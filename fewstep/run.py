@@ -25,7 +25,7 @@ from .data.cache import Store, encode_images, encode_prompts
 from .data.images import CaptionedImages, load_images
 from .data.pairs import Pairs, check_pairs, load_pairs
 from .data.prompts import load_prompts
-from .distributed import Process, distribute, start, whole
+from .distributed import Process, distribute, gathered, start
 from .errors import FewstepError, LostProcess, RecipeError, TrainingError, tell
 from .files import WriteError, write, write_json
 from .methods import Method
@@ -334,10 +334,7 @@ class Session:
                 student.num_steps: export.trainer_sample(student, self.teacher, self.export_prompts)
                 for student in self.method.student.variants()
             }
-        weights = {
-            role.name: {name: whole(value) for name, value in role.final_weights().items()}
-            for role in experts
-        }
+        weights = {role.name: gathered(role.final_weights(), self.process) for role in experts}
         if not self.process.main:
             return
         routed = isinstance(self.method.student, RoutedStudent)

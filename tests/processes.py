@@ -1,4 +1,4 @@
-"""What each of several processes does in ``test_distributed.py``; they are forked from one that has imported it all."""
+"""What each of several processes does in ``test_distributed.py``; they come from one that has imported it all."""
 
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ def check_split(session: Session) -> None:
         assert {id(p) for p in frozen} <= base and not any(hasattr(p, "device_mesh") for p in frozen)
         assert all(hasattr(p, "device_mesh") == several for p in role.weights.values())
         if several and role.base is not None and role.config.kind == "full":
-            assert len(role.module.units) > 5
+            assert len(role.module.sharded_units) > 5
 
 
 def work(rank: int, count: int, port: int, tasks: list[tuple[str, str]]) -> None:

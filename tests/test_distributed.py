@@ -1,5 +1,6 @@
 """Real processes (gloo) train what one process with accumulation does, and go on with each other's runs."""
 
+import errno
 import shutil
 from dataclasses import replace
 from functools import cache
@@ -9,10 +10,13 @@ import processes
 import pytest
 import torch
 from test_end_to_end import tiny
+from torch.distributed.checkpoint import CheckpointException
 
 from fewstep import recipe as recipes
-from fewstep.distributed import start
+from fewstep.checkpoint import _write
+from fewstep.distributed import Process, start
 from fewstep.errors import RecipeError
+from fewstep.files import WriteError
 
 KINDS = {  # how weights are trained, and over how many of two processes, and of three, they are split
     "replicas of a LoRA": ("lora", 1, 1),
@@ -150,3 +154,12 @@ def test_a_resumed_run_of_another_batch_says_so(tiny_sdxl, tmp_path, capsys):
     assert "note: an iteration has 2 samples now, and had 6 before; --train.accumulate 3 keeps that" in (
         said.out + said.err
     )
+
+
+def test_a_rank_that_cannot_write_is_named_on_all(tmp_path, monkeypatch):
+    def full(*_args, **_options):
+        raise CheckpointException("save", {1: (OSError(errno.ENOSPC, "No space left on device"), [])})
+
+    monkeypatch.setattr("torch.distributed.checkpoint.save", full)
+    with pytest.raises(WriteError, match=r"process 1 cannot write: No space left on device"):
+        _write(tmp_path / "step" / "part", {}, Process(rank=0, world=2))
