@@ -162,7 +162,7 @@ def test_two_processes_train_what_one_trains_with_accumulation_and_resume_exactl
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     two = load_file(output)
