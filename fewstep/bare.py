@@ -21,8 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .discriminator import _LastTap, _taps
 from .errors import FewstepError
 from .methods.base import Phase
+from .optimizers import take_step
 from .roles import Role
 from .trainer import Trainer
+
+SMALL = 1e-6  # a gradient that leaves no mark in the moments, and is no zero, which a GPU multiplies faster
 
 
 @dataclass
@@ -135,7 +138,7 @@ class Bare:
 
     # ------------------------------------------------------------------------------------------------------ again
     def run(self) -> None:
-        """The recorded calls, once. Weights and averages move on, as they do in training."""
+        """The recorded calls, once. A rate of 0 does the arithmetic of an update and leaves the weights as they are."""
         outputs: dict[int, list[Tensor]] = {}
         for kind, what in self.events:
             if kind == "call":
@@ -159,14 +162,13 @@ class Bare:
     def _backward(self, calls: list[Call], outputs: dict[int, list[Tensor]]) -> None:
         ends = [outputs[id(call)][place] for call in calls for place in sorted(call.used)]
         ends = [end for end in ends if end.requires_grad]
-        torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
+        torch.autograd.backward(ends, [torch.full_like(end, SMALL) for end in ends])
 
     def _update(self, roles: list[Role]) -> None:
         weights = [w for role in roles for w in role.weights.values()]
-        torch.nn.utils.clip_grad_norm_(weights, self.trainer.config.clip_norm, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(weights, self.trainer.config.clip_norm, foreach=True)
         for role in roles:
             optimizer = self.trainer.optimizers[role.name]
-            optimizer.found_inf = None
-            optimizer.step()
+            take_step(optimizer, 0.0, torch.zeros((), device=norm.device))
             optimizer.zero_grad(set_to_none=True)
             role.update_average(self.trainer.updates[role.name])

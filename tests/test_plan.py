@@ -198,8 +198,9 @@ def test_the_command_counts_a_full_copy_split_over_two_cards(tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipes.dump(small(teacher, *words, *kinds)))
     assert main(["plan", str(path), "--processes", "2", "--json"]) == 0
-    parts = json.loads(capsys.readouterr().out)["parts"]
-    student = parts["student"]
+    counted = json.loads(capsys.readouterr().out)
+    parts, student = counted["parts"], counted["parts"]["student"]
+    assert 0 < counted["gb_per_sample"] < counted["iteration_gb"]
     assert student["parameters"] == student["trained"]
     assert student["weights"] == pytest.approx(
         4 * student["parameters"] / 2, rel=0.02
@@ -228,5 +229,5 @@ def test_stored_plans_are_labelled_and_stand_in_the_readme(path):
         "fewstep plan"
     )
     numbers = [f"{stored[key]:.1f}" for key in ("held_gb", "iteration_gb", "total_gb")]
-    assert f"| {' | '.join(numbers)} | {stored['gb_per_sample']:.2f} |" in README.read_text()
-    assert stored["total_gb"] <= 40
+    assert f"| {' | '.join(numbers)} |" in README.read_text()
+    assert stored["total_gb"] <= (40 if stored["processes"] == 1 else 80)

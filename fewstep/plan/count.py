@@ -42,33 +42,29 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
             f"train.shard: {recipe.train.shard} does not divide the number of processes, {processes}"
         )
     with quietly(), Shapeless(), norms_as_on_a_gpu(), group(processes, recipe.train.shard) as process:
-        teacher = skeleton_teacher(
-            t.path, dtype=t.dtype, resolution=t.resolution, autocast=t.autocast, attention=t.attention
-        )
-        roles, method = build(recipe, teacher, process)
         accumulate = min(2, recipe.train.accumulate)
         train = replace(recipe.train, accumulate=accumulate)
-        trainer = Trainer(method, roles, None, train, process=process, quiet=True)
-        _fill_optimizers(trainer)
-        parts, leaving = _parts(full, teacher, trainer)
-        turns = _turns(trainer)
         needs = recipe.method_class.needs(recipe.method)
+        turns: list[Turn] = []
+        teacher = trainer = None
         for count, rng in ((size, Shapes(last=True)), (size + 1, Shapes(last=False))):
+            # Weights that were gathered once would not be counted again.
+            if trainer is None or process.mesh is not None:
+                teacher = skeleton_teacher(
+                    t.path, dtype=t.dtype, resolution=t.resolution, autocast=t.autocast, attention=t.attention
+                )
+                roles, method = build(recipe, teacher, process)
+                trainer = Trainer(method, roles, None, train, process=process, quiet=True)
+                _fill_optimizers(trainer)
+                turns = turns or _turns(trainer)
             trainer.data = Blank(teacher, count, needs, rng.pair)
             for turn in turns:
                 meter = _run(trainer, turn)
                 turn.peak[count] = meter.peak
                 turn.flops[count] = meter.flops * recipe.train.accumulate / accumulate
-        return Plan(
-            full,
-            processes,
-            parts,
-            leaving,
-            0
-            if recipe.samples.vae
-            else _preview(teacher, len(recipe.samples.prompts or ()) or recipe.samples.count),
-            turns,
-        )
+        images = len(recipe.samples.prompts or ()) or recipe.samples.count
+        preview = 0 if recipe.samples.vae else _preview(teacher, images)
+        return Plan(full, processes, *_parts(full, teacher, trainer), preview, turns)
 
 
 def _plainly(recipe: Recipe) -> Recipe:
