@@ -3,10 +3,9 @@
     python recipes/train_emoji_flow.py --run runs/emoji-flow      # all stages; Ctrl-C and rerun to continue
     python recipes/train_emoji_flow.py --run runs/more --stage transformer --steps 9000 --init runs/emoji-flow/pipeline
 
-Its latents are those of ``builtin:emoji-xl``, so its parts can be trained one beside the other. Stages: ``text`` (a
-Gemma text encoder that learns the features of emoji-xl's CLIP encoders, then frozen), ``transformer``
-(rectified flow), ``vae`` (a deep-compression autoencoder 64x64x3 <-> 8x8x16 onto those latents), ``save`` (a stock
-``SanaPipeline`` folder, fp16 weights).
+Its latents are those of ``builtin:emoji-xl``, so its parts can be trained one beside the other. Stages: ``transformer``
+(rectified flow, with a Gemma text encoder, from scratch), ``vae`` (a deep-compression autoencoder 64x64x3 <-> 8x8x16
+onto those latents), ``decoder`` (more steps of its decoder), ``save`` (a stock ``SanaPipeline`` folder, fp16 weights).
 Hardware, duration, loss curves and samples of the shipped run: ``eval/results/teacher_emoji_flow.md``.
 """
 
@@ -28,8 +27,8 @@ from fewstep.schedules import Flow, change_schedule
 
 MAX_TOKENS = 24
 WIDTH = 128  # hidden size of the text encoder
-WINDOW = 16  # tokens that a layer of the text encoder sees
-GROUPED = 0.4  # share of samples whose caption is that of their group
+LAYERS, WINDOW = 3, 8  # of the text encoder; a layer sees a window of tokens
+GROUPED = 0.2  # share of samples whose caption is that of their group
 INSTRUCTION = "\n".join(
     inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 )
@@ -95,20 +94,19 @@ def make_tokenizer(texts: list[str], folder: Path) -> GemmaTokenizer:
 
 
 def make_text_encoder(tokenizer: GemmaTokenizer) -> Gemma2Model:
-    layers = 3
     return Gemma2Model(
         Gemma2Config(
             vocab_size=len(tokenizer),
             hidden_size=WIDTH,
             intermediate_size=3 * WIDTH,
-            num_hidden_layers=layers,
+            num_hidden_layers=LAYERS,
             num_attention_heads=4,
             num_key_value_heads=4,
             head_dim=WIDTH // 4,
             query_pre_attn_scalar=WIDTH // 4,
             max_position_embeddings=1024,
             sliding_window=WINDOW,
-            layer_types=["sliding_attention"] * layers,
+            layer_types=["sliding_attention"] * LAYERS,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -135,86 +133,49 @@ def captions() -> list[str]:
     return [text.lower() for text in (*emoji.load()[1], *emoji.groups())]
 
 
-@torch.no_grad()
-def clip_features() -> torch.Tensor:
-    """What emoji-xl's two text encoders make of each caption, standardised (2, N, 352): mean token and pooled."""
-    teacher = source()[0]
-    parts = []
-    for start in range(0, len(captions()), 64):
-        cond = teacher.encode(captions()[start : start + 64])
-        parts.append(torch.cat([cond["embeds"].mean(1), cond["pooled"]], 1))
-    features = torch.cat(parts)
-    return ((features - features.mean(0)) / features.std(0)).view(2, len(features) // 2, -1)
+def token_ids(tokenizer: GemmaTokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (2, N, L) of both captions and which of them the transformer sees (0 or 1).
+
+    In front stands as much of the instruction as the layers' windows reach; the rest changes nothing.
+    """
+    reach, prefix = LAYERS * WINDOW, len(tokenizer.encode(INSTRUCTION)) - 1
+    texts = tokenizer([INSTRUCTION + text for text in captions()]).input_ids
+    rows = [tokens[prefix - reach :][: reach + MAX_TOKENS - 1] for tokens in texts]
+    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
+    seen = torch.zeros(ids.shape)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        seen[row, reach : len(tokens)] = 1
+    return ids.view(2, -1, ids.shape[1]), seen.view(2, -1, ids.shape[1])
 
 
-def train_text(folder: Path, steps: int, batch: int = 48) -> None:
-    """Regression of the features of emoji-xl's text encoders from the mean of a caption's tokens."""
-    features = clip_features()
-    tokenizer = make_tokenizer(captions(), folder / "tokenizer")
-    texts = tokenizer([INSTRUCTION + text for text in captions()])
-    # Tokens further back are out of reach of the windows of all layers.
-    reach = 3 * WINDOW + MAX_TOKENS
-    ids = torch.full((len(texts.input_ids), reach), tokenizer.pad_token_id)
-    own = torch.zeros(ids.shape)
-    prefix = len(tokenizer.encode(INSTRUCTION)) - 1
-    for row, tokens in enumerate(texts.input_ids):
-        kept = tokens[prefix - 3 * WINDOW :][:reach]
-        ids[row, : len(kept)] = torch.tensor(kept)
-        own[row, 3 * WINDOW : len(kept)] = 1
-    ids, own = ids.view(2, -1, reach), own.view(2, -1, reach)
-    torch.manual_seed(0)
-    encoder = make_text_encoder(tokenizer)
-    model = torch.nn.ModuleDict({"encoder": encoder, "head": torch.nn.Linear(WIDTH, features.shape[-1])})
-    run = Run(folder, "text", model, model.parameters(), lr=2e-3, ema=0.99)
+class Denoiser(torch.nn.Module):
+    """Transformer and text encoder, trained together; encodes what the stock SANA pipeline encodes."""
 
-    def loss():
-        i = torch.randint(0, ids.shape[1], (batch,))
-        kind = (torch.rand(batch) < 0.2).long()  # names are twenty times as many
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = model["encoder"](ids[kind, i], attention_mask=torch.ones(batch, reach)).last_hidden_state
-        weight = own[kind, i][..., None]
-        mean = (hidden.float() * weight).sum(1) / weight.sum(1)
-        return {"mse": (model["head"](mean) - features[kind, i]).pow(2).mean()}
+    def __init__(self, tokenizer: GemmaTokenizer):
+        super().__init__()
+        self.transformer, self.text_encoder = make_transformer(), make_text_encoder(tokenizer)
+        torch.nn.init.zeros_(self.transformer.proj_out.weight)
 
-    run.train(steps, cooldown=steps // 2, loss_of=loss)
-
-
-def load_text_encoder(folder: Path) -> tuple[GemmaTokenizer, Gemma2Model]:
-    tokenizer = GemmaTokenizer.from_pretrained(folder / "tokenizer")
-    encoder = make_text_encoder(tokenizer).eval()
-    weights = torch.load(folder / "text.pt", weights_only=True)["ema"]
-    own = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
-    encoder.load_state_dict(own)
-    return tokenizer, encoder
-
-
-@torch.no_grad()
-def conditions(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings (2, N, L, D) and mask (2, N, L) of both captions, and the null condition as one last row of each."""
-    if (folder / "conditions.pt").exists():
-        return torch.load(folder / "conditions.pt", weights_only=True)
-    pipe = pipeline(folder, make_transformer(), make_vae())
-    options = {"max_sequence_length": MAX_TOKENS}
-    instruction = INSTRUCTION.split("\n")
-    texts, parts = captions(), []
-    for start in range(0, len(texts), 64):
-        chunk = texts[start : start + 64]
-        parts.append(pipe.encode_prompt(chunk, False, complex_human_instruction=instruction, **options)[:2])
-    null = pipe.encode_prompt("", False, complex_human_instruction=None, **options)[:2]
-    rows = []
-    for k in range(2):
-        both = torch.cat([part[k] for part in parts]).view(2, len(texts) // 2, *null[k].shape[1:])
-        rows.append(torch.cat([both, null[k].expand(2, *null[k].shape)], 1))
-    torch.save((rows[0], rows[1]), folder / "conditions.pt")
-    return rows[0], rows[1]
+    def forward(self, x_t, t, ids, seen, drop):
+        """The null condition, an empty prompt, is the first token alone; it also stands before every caption."""
+        reach = LAYERS * WINDOW
+        first = self.text_encoder(ids.new_full((1, 1), self.text_encoder.config.bos_token_id))[0]
+        tokens = self.text_encoder(ids, attention_mask=torch.ones_like(ids))[0][:, reach:]
+        mask = seen[:, reach:] * (~drop).float()[:, None]
+        return self.transformer(
+            x_t,
+            encoder_hidden_states=torch.cat([first.expand(len(ids), -1, -1), tokens], 1),
+            encoder_attention_mask=torch.nn.functional.pad(mask, (1, 0), value=1.0),
+            timestep=t,
+            return_dict=False,
+        )[0]
 
 
 def unpack(init: Path, folder: Path) -> SanaPipeline:
-    """A pipeline to go on from; its frozen text encoder comes along as the stage ``text``."""
+    """A pipeline to go on from; its tokenizer comes along."""
     pipe = SanaPipeline.from_pretrained(init, use_safetensors=True)
     pipe.tokenizer.save_pretrained(folder / "tokenizer")
-    encoder = {f"encoder.{name}": value for name, value in pipe.text_encoder.float().state_dict().items()}
-    torch.save({"ema": encoder}, folder / "text.pt")
     return pipe
 
 
@@ -224,13 +185,17 @@ def train_transformer(folder: Path, steps: int, cooldown: int, init: Path | None
     For names the target is the image itself. For kinds and for the null condition it is the posterior mean of
     ``builtin:emoji-xl`` at the same noise level, which has the same expectation and much less variance.
     """
+    pipe = unpack(init, folder) if init else None
+    if not (folder / "tokenizer").exists():
+        make_tokenizer(captions(), folder / "tokenizer")
+    tokenizer = GemmaTokenizer.from_pretrained(folder / "tokenizer")
+    ids, seen = token_ids(tokenizer)
     torch.manual_seed(0)
-    model = make_transformer()
-    torch.nn.init.zeros_(model.proj_out.weight)
-    if init:
-        model.load_state_dict(unpack(init, folder).transformer.float().state_dict())
+    model = Denoiser(tokenizer)
+    if pipe:
+        for name in ("transformer", "text_encoder"):
+            getattr(model, name).load_state_dict(getattr(pipe, name).float().state_dict())
     teacher, _, latents = source()
-    embeds, mask = conditions(folder)
     names, groups = emoji.load()[1], emoji.groups()
     old = [
         Cond.cat(*(teacher.encode(texts[i : i + 64]) for i in range(0, len(texts), 64)))
@@ -238,19 +203,20 @@ def train_transformer(folder: Path, steps: int, cooldown: int, init: Path | None
     ]
     old_null = teacher.denoiser.null
     teacher.denoiser.autocast, teacher.denoiser.attention = torch.bfloat16, "math"
-    print(f"transformer {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     schedule, count = Flow(), len(latents)
     run = Run(folder, "transformer", model, model.parameters(), lr=1e-3, ema=0.999)
 
     def loss():
         i = torch.randint(0, count, (batch,))
-        t = torch.sigmoid(0.3 + 1.2 * torch.randn(batch)).double()
+        t = torch.sigmoid(
+            0.6 + 1.2 * torch.randn(batch)
+        ).double()  # names are learned where noise hides the image
         x0, eps = latents[i], torch.randn_like(latents[i])
         x_t = schedule.add_noise(x0, eps, t)
         share = torch.rand(batch)
         name, null = share < 0.9 * (1 - GROUPED), share >= 0.9
         kind = (~name).long()
-        row = torch.where(null, count, i)
         target = x0.clone()
         with torch.no_grad():
             group = ~name & ~null
@@ -260,13 +226,7 @@ def train_transformer(folder: Path, steps: int, cooldown: int, init: Path | None
             target[open_] = teacher.denoiser.x0(view, time, cond)
         velocity = schedule.convert(target, x_t, t.clamp(min=0.02), "x0", "flow")
         with torch.autocast("cpu", torch.bfloat16):
-            output = model(
-                x_t,
-                encoder_hidden_states=embeds[kind, row],
-                encoder_attention_mask=mask[kind, row],
-                timestep=t.float(),
-                return_dict=False,
-            )[0].float()
+            output = model(x_t, t.float(), ids[kind, i], seen[kind, i], null).float()
         error = (output - velocity).pow(2).mean((1, 2, 3))
         return {"flow": error.mean()}
 
@@ -283,33 +243,53 @@ def train_vae(folder: Path, steps: int, cooldown: int, init: Path | None, batch:
 
     def loss():
         i = torch.randint(0, len(images), (batch,))
-        z = latents[i] + 0.05 * torch.randn_like(latents[i])  # what a student makes is never exact
         with torch.autocast("cpu", torch.bfloat16):
             encoded = vae.encode(images[i]).latent.float()
-            output = vae.decode(z).sample.float()
-        return {
-            **reconstruction_terms(output, images[i]),
-            "latents": 0.1 * (encoded - latents[i]).pow(2).mean(),
-        }
+        away = 0.1 * (encoded - latents[i]).pow(2).mean()
+        return {**drawing_terms(vae, latents[i], images[i]), "latents": away}
 
     run.train(steps, cooldown, loss)
 
 
+def train_decoder(folder: Path, steps: int, cooldown: int, init: Path | None, batch: int = 16) -> None:
+    """More steps of the decoder alone, at half the price; the latents stay as they are."""
+    _, images, latents = source()
+    vae = make_vae()
+    if init:
+        vae.load_state_dict(unpack(init, folder).vae.float().state_dict())
+    else:
+        vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True)["ema"])
+    run = Run(folder, "decoder", vae, vae.decoder.parameters(), lr=2e-3, ema=0.998)
+
+    def loss():
+        i = torch.randint(0, len(images), (batch,))
+        return drawing_terms(vae, latents[i], images[i])
+
+    run.train(steps, cooldown, loss)
+
+
+def drawing_terms(vae: AutoencoderDC, latents: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    z = latents + 0.05 * torch.randn_like(latents)  # what a student makes is never exact
+    with torch.autocast("cpu", torch.bfloat16):
+        output = vae.decode(z).sample.float()
+    return reconstruction_terms(output, images)
+
+
 # --------------------------------------------------------------------------------------------------------- saving
-def pipeline(folder: Path, transformer: SanaTransformer2DModel, vae: AutoencoderDC) -> SanaPipeline:
-    tokenizer, encoder = load_text_encoder(folder)
-    return SanaPipeline(
-        tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=transformer, scheduler=scheduler()
-    )
-
-
 def save_pipeline(folder: Path, target: Path) -> None:
     """Everything as one stock pipeline folder; transformer and VAE in fp16 to stay small, loaded as fp32 by default."""
-    parts = {"transformer": make_transformer(), "vae": make_vae()}
-    for name, module in parts.items():
-        module.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True)["ema"])
-        module.eval().half()
-    pipe = pipeline(folder, **parts)
+    tokenizer = GemmaTokenizer.from_pretrained(folder / "tokenizer")
+    model, vae = Denoiser(tokenizer), make_vae()
+    model.load_state_dict(torch.load(folder / "transformer.pt", weights_only=True)["ema"])
+    drawn = "decoder" if (folder / "decoder.pt").exists() else "vae"
+    vae.load_state_dict(torch.load(folder / f"{drawn}.pt", weights_only=True)["ema"])
+    pipe = SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=model.text_encoder.eval(),
+        vae=vae.eval().half(),
+        transformer=model.transformer.eval().half(),
+        scheduler=scheduler(),
+    )
     # The name that transformers 4 reads from tokenizer.json; version 5 has one class under both.
     pipe.register_to_config(tokenizer=("transformers", "GemmaTokenizerFast"))
     pipe.save_pretrained(target)
@@ -322,20 +302,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints and logs")
-    parser.add_argument("--stage", choices=["all", "text", "transformer", "vae", "save"], default="all")
+    parser.add_argument("--stage", choices=["all", "transformer", "vae", "decoder", "save"], default="all")
     parser.add_argument("--steps", type=int, help="steps of the chosen stage")
     parser.add_argument("--cooldown", type=int, default=4000, help="steps of falling learning rate")
-    parser.add_argument("--init", type=Path, help="pipeline to go on from (transformer, vae)")
+    parser.add_argument("--init", type=Path, help="pipeline to go on from (transformer, vae, decoder)")
     parser.add_argument("--to", type=Path, help="where `save` writes the pipeline (default RUN/pipeline)")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
-    wanted = ["text", "transformer", "vae", "save"] if args.stage == "all" else [args.stage]
-    if "text" in wanted:
-        train_text(args.run, args.steps or 600)
+    wanted = ["transformer", "vae", "decoder", "save"] if args.stage == "all" else [args.stage]
     if "transformer" in wanted:
         train_transformer(args.run, args.steps or 9000, args.cooldown, args.init)
     if "vae" in wanted:
         train_vae(args.run, args.steps or 4000, args.cooldown, args.init)
+    if "decoder" in wanted:
+        train_decoder(args.run, args.steps or 6000, args.cooldown, args.init)
     if "save" in wanted:
         save_pipeline(args.run, args.to or args.run / "pipeline")
 
