@@ -98,7 +98,7 @@ def two_steps(teacher, kind, method: str) -> tuple[str, Trainer]:
     )
     before = {name: weight.clone() for name, weight in teacher.net.named_parameters()}
     roles, built = build(recipe, teacher, Process())
-    check_exportable(built.student, role, teacher)
+    check_exportable(built.student, [role], teacher)
     trainer = Trainer(built, roles, Data(teacher, kind.prompts), recipe.train, quiet=True)
     trainer.train()  # refuses to end with a student that has not changed
     assert trainer.progress.iteration == 2 and not any(trainer.divergence.skipped.values())

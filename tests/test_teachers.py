@@ -441,10 +441,10 @@ def test_what_a_pipeline_cannot_be_told_is_refused_before_training(name, teacher
     teacher = teachers(name)
     role, student = student_of(teacher, [999, 700])
     with pytest.raises(RecipeError, match=r"makes steps on an even grid only \(its call has no timesteps\)"):
-        check_exportable(student, role.config, teacher)
+        check_exportable(student, [role.config], teacher)
     role, student = student_of(teacher, [999, 499], "fixed")
     with pytest.raises(RecipeError, match=r"method.noise: fixed: .* has no callback"):
-        check_exportable(student, role.config, teacher)
+        check_exportable(student, [role.config], teacher)
 
 
 def test_the_names_of_dits_classes_are_exported(teachers, tmp_path, monkeypatch):

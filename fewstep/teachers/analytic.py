@@ -30,6 +30,7 @@ class GaussianMixture:
         uniform = torch.full((len(means),), 1 / len(means), dtype=means.dtype)
         self.weights = torch.as_tensor(uniform if weights is None else weights, dtype=means.dtype)
         self.null = Cond({"label": torch.tensor([-1])}) if self.weights.ndim == 2 else None
+        self.example = self.null or Cond({})
 
     @classmethod
     def ring(

@@ -96,6 +96,7 @@ class On:
     def __init__(self, denoiser, schedule):
         self.denoiser, self.schedule = denoiser, schedule
         self.net, self.null = getattr(denoiser, "net", None), getattr(denoiser, "null", None)
+        self.example = denoiser.example
 
     def x0(self, x_t, t, cond, *, guidance=1.0):
         x, s = change_schedule(x_t, t, self.schedule, self.denoiser.schedule)
