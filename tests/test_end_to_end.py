@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fewstep import recipe as recipes
 from fewstep.cli import load_recipe, main, recipe_files
@@ -75,6 +76,18 @@ def test_a_run_directory_holds_everything(sdxl_run):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "samples/FD(effnet-lite0@32)" not in r] == [1, 2, 3, 4]
     assert not list(folder.rglob(".part-*")) and not list(folder.parent.rglob("*pwned*"))
+
+
+def test_a_checkpoint_is_as_large_as_the_trained_weights_and_their_state(sdxl_run):
+    folder, _ = sdxl_run
+    numbers = json.loads((folder / "run.json").read_text())["parameters"]
+    # Weight and two moments of each, the student's average, and a step count per tensor.
+    wanted = 4 * (3 * sum(numbers.values()) + numbers["student"])
+    path = next((folder / "checkpoints").glob("step_*4")) / "state.safetensors"
+    names = list(load_file(path))
+    header = 200 * len(names)
+    assert wanted <= path.stat().st_size < wanted + header
+    assert not any("lora" not in name for name in names if name.startswith(("student/", "critic/")))
 
 
 def test_the_distance_to_real_images_is_logged_beside_the_grids(sdxl_run):
@@ -219,7 +232,6 @@ def test_one_step_sd15_exports_and_resumes_exactly(tiny_sd15, tmp_path, kind):
     resolved.write_text(recipes.dump(recipe))
     broken = resume(resolved.parent)
     a, b = (folder / "checkpoints" / "step_00000004" / "state.safetensors" for folder in (straight, broken))
-    from safetensors.torch import load_file
 
     first, second = load_file(a), load_file(b)
     assert first.keys() == second.keys()
