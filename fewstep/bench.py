@@ -16,12 +16,13 @@ from torch import nn
 
 from . import recipe as recipes
 from .bare import Bare
+from .checks import check_data
 from .data.blank import Blank
 from .distributed import Process, start
 from .plan.meter import Meter, storage_bytes
 from .recipe import Recipe
 from .rng import Rng
-from .run import Session, build, check_data, hardware
+from .run import Session, build, hardware
 from .trainer import Trainer
 
 ROUNDS = 5  # of the trainer and the bare loop, in turn
@@ -112,11 +113,9 @@ def _real(recipe: Recipe) -> tuple[Trainer, dict[str, nn.Module]]:
 def _random(recipe: Recipe) -> tuple[Trainer, dict[str, nn.Module]]:
     from .teachers.skeleton import skeleton_teacher
 
-    process, t = start(recipe.train.device), recipe.teacher
+    process = start(recipe.train.device)
     with process.device:
-        teacher = skeleton_teacher(
-            t.path, dtype=t.dtype, resolution=t.resolution, autocast=t.autocast, attention=t.attention
-        )
+        teacher = skeleton_teacher(recipe.teacher.path, **recipe.teacher.options())
     roles, method = build(recipe, teacher, process)
 
     def draws(iteration: int, micro: int) -> tuple[Rng, Rng]:

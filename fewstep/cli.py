@@ -105,10 +105,8 @@ def _pairs(args, rest) -> int:
     folder = args.out or (recipe.data.pairs and Path(recipe.data.pairs))
     if folder is None:
         raise FewstepError("pairs: give --out, or a recipe with data.pairs")
-    prompts, process, t = load_prompts(recipe.data.prompts), start(recipe.train.device), recipe.teacher
-    teacher = load_teacher(
-        t.path, dtype=t.dtype, resolution=t.resolution, autocast=t.autocast, attention=t.attention
-    ).to(process.device)
+    prompts, process = load_prompts(recipe.data.prompts), start(recipe.train.device)
+    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options()).to(process.device)
     make_pairs(
         folder,
         teacher,
@@ -186,9 +184,9 @@ def _floor(args, rest) -> int:
 def _measured_floor(args, rest) -> int:
     """The rows of a recipe's evaluation that need no student: what it will have to beat."""
     from . import recipe as recipes
+    from .checks import check_data
     from .evaluation.cli_sampling import device
     from .evaluation.students import evaluate_run
-    from .run import check_data
     from .teachers import load_teacher
 
     recipe = recipes.override(load_recipe(args.teacher), [*rest, "--evaluation.floor_steps", str(args.steps)])
@@ -197,10 +195,7 @@ def _measured_floor(args, rest) -> int:
     if args.out.exists() and any(args.out.iterdir()):
         raise FewstepError(f"--out {args.out} is not empty: give another folder")
     prompts, images = check_data(recipe)
-    t = recipe.teacher
-    teacher = load_teacher(
-        t.path, dtype=t.dtype, resolution=t.resolution, autocast=t.autocast, attention=t.attention
-    )
+    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options())
     evaluate_run(recipe, args.out, teacher.to(device(args.device)), prompts, images)
     print(args.out / "eval.json")
     return 0

@@ -46,6 +46,10 @@ class TeacherConfig:
     compile: bool = False
     channels_last: bool = False
 
+    def options(self) -> dict[str, str | int | None]:
+        """What :func:`~fewstep.teachers.load_teacher` takes beside the path."""
+        return {name: getattr(self, name) for name in ("dtype", "resolution", "autocast", "attention")}
+
 
 @dataclass
 class DataConfig:

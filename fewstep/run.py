@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import platform
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +18,11 @@ import torch.distributed as dist
 
 from . import __version__, checkpoint, export, kernels
 from . import recipe as recipes
+from .checks import check_class, check_data, check_gain, check_output, check_space
 from .data import Ahead, Batches
 from .data.cache import Store, encode_images, encode_prompts
-from .data.images import CaptionedImages, load_images
+from .data.images import CaptionedImages
 from .data.pairs import Pairs, check_pairs, load_pairs
-from .data.prompts import load_prompts
 from .distributed import Process, distribute, gathered, start
 from .errors import FewstepError, LostProcess, RecipeError, TrainingError, tell
 from .files import WriteError, write, write_json
@@ -37,9 +35,9 @@ from .report import write_report
 from .reward import load_reward, of_latents
 from .roles import Role, averaged, build_role
 from .router import RoutedStudent
-from .teachers import adapters, load_teacher, pipeline_class_of
+from .teachers import load_teacher
 from .teachers.base import Teacher
-from .trackers import Trackers, check_trackers
+from .trackers import Trackers
 from .trainer import Trainer
 
 
@@ -133,9 +131,9 @@ def execute(recipe: Recipe, resuming: bool = False) -> Path:
     recipe = recipes.from_dict(recipes.to_dict(recipe))
     folder = Path(recipe.output)
     if not resuming:
-        _check_output(folder)
+        check_output(folder)
     prompts, images = check_data(recipe)
-    _check_class(recipe)
+    check_class(recipe)
     kernels.check_attention(recipe.teacher.attention)
     process = start(recipe.train.device, recipe.train.shard)
     session = Session(recipe, prompts, images, process)
@@ -162,101 +160,19 @@ def execute(recipe: Recipe, resuming: bool = False) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------------------ checks
-def _check_output(folder: Path) -> None:
-    if folder.is_file():
-        raise RecipeError(f"output: {folder} is a file; expected a folder to create")
-    if folder.exists() and any(folder.iterdir()):
-        held = "holds a run already" if (folder / "recipe.yaml").exists() else "is not empty"
-        raise RecipeError(
-            f"output: {folder} {held}; continue it with `fewstep resume {folder}`, or give another --output"
-        )
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        reason = f"no permission to write in {parent}" if parent.is_dir() else f"{parent} is a file"
-        raise RecipeError(f"output: {folder} cannot be created: {reason}")
-
-
-def _check_space(folder: Path, roles: dict[str, Role], recipe: Recipe) -> None:
-    """Weights, two moments and an average per checkpoint, one more while it is written, and the export."""
-    trained = sum(w.numel() for role in roles.values() for w in role.weights.values())
-    needed = 4 * trained * 4 * (recipe.train.keep + 1) + (64 << 20)
-    free = shutil.disk_usage(next(p for p in [folder, *folder.absolute().parents] if p.exists())).free
-    if free < needed:
-        raise RecipeError(
-            f"output: {folder}: {free / 1e9:.2f} GB free, about {needed / 1e9:.2f} GB needed for {recipe.train.keep} "
-            "checkpoints and the export; free some, lower train.keep, or give another --output"
-        )
-
-
-def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
-    check_trackers(recipe.train.trackers)
-    prompts = load_prompts(recipe.data.prompts)
-    if recipe.evaluation.prompts:
-        load_prompts(recipe.evaluation.prompts, "evaluation.prompts")
-    if recipe.samples.distance:
-        _check_distance(recipe)
-    needs = recipe.method_class.needs(recipe.method)
-    if "pairs" in needs:
-        load_pairs(recipe.data.pairs, Path(recipe.output).name)
-    if recipe.data.images is None and "images" not in needs:
-        return prompts, None
-    if recipe.data.images is None:
-        raise RecipeError(
-            "data.images: missing; this configuration needs real images. Give a folder of captioned "
-            "images, or set method.gan_weight 0 to run data-free"
-        )
-    return prompts, load_images(recipe.data.images)
-
-
-def _check_distance(recipe: Recipe) -> None:
-    from .evaluation.training import check_torchmetrics
-
-    if recipe.samples.distance < 2 or recipe.data.images is None:
-        raise RecipeError(
-            f"samples.distance: {recipe.samples.distance} with data.images {recipe.data.images}: expected at least 2 "
-            "samples, and real images to compare them with"
-        )
-    check_torchmetrics()
-
-
-def _check_class(recipe: Recipe) -> None:
-    found, expected = pipeline_class_of(recipe.teacher.path), recipe.teacher.pipeline_class
-    if expected and found != expected:
-        raise RecipeError(
-            f"teacher.path: {recipe.teacher.path} is a {found}, but this recipe was written for a {expected}; choose "
-            "another recipe, or set teacher.pipeline_class null"
-        )
-    kind, wanted = adapters()[found].kind, recipe.method_class.teacher_kind
-    if kind != wanted:
-        raise RecipeError(
-            f"method.name: {recipe.method_class.name} distills {wanted} teachers, and {recipe.teacher.path} is "
-            f"{kind} ({found}); choose another method or teacher"
-        )
-    if kind == "autoregressive" and recipe.evaluation.floor_steps:
-        raise RecipeError(
-            f"evaluation.floor_steps: {recipe.evaluation.floor_steps}: an autoregressive teacher has no training-free "
-            "solver in few steps; leave them out"
-        )
-
-
 def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
     """The run directory comes into being when everything is known to fit together."""
     write(folder / "recipe.yaml", recipes.dump(recipe))
     session.write_summary(report=False)
 
 
-# ----------------------------------------------------------------------------------------------------------- session
 class Session:
     """What a recipe becomes once loaded: teacher, roles, method, data, trainer."""
 
     def __init__(self, recipe: Recipe, prompts: list[str], images: CaptionedImages | None, process: Process):
         self.recipe, self.process, self.folder = recipe, process, Path(recipe.output)
         quiet = not process.main
-        t = recipe.teacher
-        self.teacher = load_teacher(
-            t.path, dtype=t.dtype, resolution=t.resolution, autocast=t.autocast, attention=t.attention
-        )
+        self.teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options())
         self.teacher.to(process.device)
         kernels.set_precision(process.device, recipe.train.tf32)
         self.roles, self.method = build(recipe, self.teacher, process)
@@ -264,7 +180,7 @@ class Session:
         check_length(self.method, train.steps, train.batch_size * train.accumulate * process.world)
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
         export.check_exportable(self.method.student, [role.config for role in self.experts], self.teacher)
-        _check_space(self.folder, self.roles, recipe)
+        check_space(self.folder, self.roles, recipe)
         if not process.main:
             process.barrier()  # the first rank encodes, the others find the cache
         encoded = encode(recipe, self.teacher, prompts, images, quiet)
@@ -413,9 +329,9 @@ def cache(recipe: Recipe) -> dict[str, Store]:
     """
     recipe = recipes.from_dict(recipes.to_dict(recipe))
     prompts, images = check_data(recipe)
-    _check_class(recipe)
-    process, t = start(recipe.train.device), recipe.teacher
-    teacher = load_teacher(t.path, dtype=t.dtype, resolution=t.resolution).to(process.device)
+    check_class(recipe)
+    process = start(recipe.train.device)
+    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options()).to(process.device)
     stores = encode(recipe, teacher, prompts, images)
     return {name: store for name, store in stores.items() if name != "pairs"}
 
@@ -454,32 +370,11 @@ def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str,
         method = cls(recipe.method, teacher.denoiser, teacher.latent_shape, **denoisers)
     for name, module in method.heads().items():
         roles[name] = Role(name, module, recipe.role(name))
-    _check_gain(method, teacher)
+    check_gain(method, teacher)
     for role in roles.values():
         distribute(role.module, process)
         role.collect()
     return roles, method
-
-
-def _check_gain(method: Method, teacher: Teacher) -> None:
-    """An eps student near zero SNR multiplies its error, and at zero SNR has no x0; say so before hours are spent.
-
-    Raises:
-        RecipeError: at zero SNR.
-    """
-    start, denoiser = method.student.times[0], teacher.denoiser
-    gain = denoiser.schedule.x0_gain(start, denoiser.prediction)
-    if gain > 1e4:
-        raise RecipeError(
-            f"method.start: {start:g}: there is no signal at this time of {teacher.source} (zero terminal SNR), so an "
-            f"{denoiser.prediction} prediction says nothing of x0; give an earlier start, or a v-prediction teacher"
-        )
-    if gain > 10:
-        print(
-            f"fewstep: note: at its first time {start} this {denoiser.prediction} student multiplies its error "
-            f"by {gain:.1f}; an earlier method.start (399 for one-step SDXL) is gentler",
-            file=sys.stderr,
-        )
 
 
 def hardware(process: Process) -> str:

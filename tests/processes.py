@@ -7,8 +7,9 @@ import socket
 import torch
 
 from fewstep import recipe as recipes
+from fewstep.checks import check_data
 from fewstep.distributed import start
-from fewstep.run import Session, check_data, execute
+from fewstep.run import Session, execute
 
 
 def train(recipe, resuming: bool = False) -> None:

@@ -15,6 +15,7 @@ from test_distributed import state
 from test_end_to_end import PROMPTS, STOCK, stock_latents, tiny
 
 from fewstep import recipe as recipes
+from fewstep.checks import check_data
 from fewstep.cli import main
 from fewstep.distributed import Process
 from fewstep.errors import RecipeError
@@ -22,7 +23,7 @@ from fewstep.export import ExportError, load_exported, stock_call, stock_sample,
 from fewstep.generate import generate
 from fewstep.roles import averaged, resize
 from fewstep.router import RoutedPipeline, Router
-from fewstep.run import Session, check_data, execute, resume
+from fewstep.run import Session, execute, resume
 from fewstep.teachers import load_teacher
 
 # Without decay, which counts back from the end of the run, half a run is the beginning of a whole one.

@@ -50,9 +50,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         for count, rng in ((size, Shapes(last=True)), (size + 1, Shapes(last=False))):
             # Weights that were gathered once would not be counted again.
             if trainer is None or process.mesh is not None:
-                teacher = skeleton_teacher(
-                    t.path, dtype=t.dtype, resolution=t.resolution, autocast=t.autocast, attention=t.attention
-                )
+                teacher = skeleton_teacher(t.path, **t.options())
                 roles, method = build(recipe, teacher, process)
                 trainer = Trainer(method, roles, None, train, process=process, quiet=True)
                 _fill_optimizers(trainer)

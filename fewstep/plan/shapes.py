@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
@@ -59,9 +59,9 @@ def norms_as_on_a_gpu() -> Iterator[None]:
 
         return norm
 
-    with torch.library._scoped_library("aten", "IMPL") as library:
+    with library._scoped_library("aten", "IMPL") as scope:
         for function in (torch.ops.aten.group_norm, torch.ops.aten.layer_norm):
-            library.impl(function.default, in_fp32(function), "AutocastCPU")
+            scope.impl(function.default, in_fp32(function), "AutocastCPU")
         yield
 
 

@@ -375,3 +375,18 @@ def test_the_report_shows_the_warnings(tmp_path):
         "step 3: health/latent_std is 2.5 (normal: near 1" in page
         and "<b>latent_std</b>: normal is near 1" in page
     )
+
+
+def test_the_last_update_of_a_phase_is_made_good_before_its_roles_begin_again(trainer, monkeypatch):
+    """Otherwise what is left of it would be added to weights and moments that are new."""
+    critic = trainer.phases[1]
+    begun = replace(critic, name="critic_2", share=(0.125, 1.0), fresh=("critic",))
+    trainer.phases[1:] = [replace(critic, share=(0.0, 0.125)), begun]
+    trainer.divergence.skipped["critic_2"] = 0
+    poison(trainer, lambda i, m: [3] if i == 4 else [])
+    lines = said(trainer, monkeypatch)
+    for _ in range(6):
+        trainer.iterate()
+    trainer.divergence.settle()
+    assert [line.split(":")[0] for line in lines] == ["step 4"]
+    assert trainer.optimizers["critic"].state_dict()["state"][0]["step"] == 1
