@@ -6,7 +6,7 @@ mixture, and several steps come closer than their first.
 
 import pytest
 import torch
-from toys import SD, Mlp, Rows, energy_distance, fit, labels_of, toy, view
+from toys import SD, Mlp, Rows, energy_distance, fit, labelled_mixture, labels_of, toy, view
 
 from fewstep.cond import Cond
 from fewstep.methods import METHODS, Progress
@@ -14,7 +14,6 @@ from fewstep.rng import Rng
 from fewstep.roles import averaged
 from fewstep.schedules import EDM, Flow, Schedule, change_schedule
 from fewstep.solvers import ddim
-from fewstep.teachers.analytic import GaussianMixture
 from fewstep.times import TimeLaw
 
 LABELS = torch.arange(1000) % 4
@@ -39,12 +38,7 @@ FEW = {  # f-distill and DisBack roll out as DMD2 does, SIM as SiD, whose four s
 
 @pytest.fixture(scope="module")
 def mixture():
-    """Four labels of two modes each."""
-    means = torch.randn(8, 16, generator=torch.Generator().manual_seed(3))
-    weights = torch.full((4, 8), 0.01)
-    for label in range(4):
-        weights[label, 2 * label : 2 * label + 2] = 1
-    return GaussianMixture(SD, means, torch.tensor(0.04), weights / weights.sum(1, keepdim=True))
+    return labelled_mixture()
 
 
 @pytest.fixture(scope="module")

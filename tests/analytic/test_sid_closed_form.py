@@ -8,7 +8,7 @@ import pytest
 import torch
 import toys
 from diffusers import DDPMScheduler
-from toys import NONE, SD, Mlp, Rows, distance, energy_distance, fit, view
+from toys import NONE, SD, Mlp, Rows, distance, energy_distance, fit, labelled_mixture, view
 
 from fewstep import objectives
 from fewstep.cond import Cond
@@ -568,12 +568,7 @@ def test_the_weight_of_the_critic():
 # ------------------------------------------------------------------------------------------------------------ guidance
 @pytest.fixture(scope="module")
 def labelled():
-    """Four labels of two modes each in 16 dimensions."""
-    means = torch.randn(8, 16, generator=torch.Generator().manual_seed(3))
-    weights = torch.full((4, 8), 0.01)
-    for label in range(4):
-        weights[label, 2 * label : 2 * label + 2] = 1
-    return GaussianMixture(SD, means, torch.tensor(0.04), weights / weights.sum(1, keepdim=True))
+    return labelled_mixture()
 
 
 LABELS = torch.arange(1000) % 4

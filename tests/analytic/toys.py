@@ -15,6 +15,7 @@ from fewstep.distributed import Process, distribute
 from fewstep.rng import Rng
 from fewstep.roles import Role, RoleConfig, averaged, build_role
 from fewstep.schedules import VP
+from fewstep.teachers.analytic import GaussianMixture
 from fewstep.trainer import TrainConfig, Trainer
 
 SD = VP.from_scheduler(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
@@ -130,6 +131,15 @@ def spread(roles, process):
         distribute(role.module, process)
         role.collect()
     return process
+
+
+def labelled_mixture():
+    """Four labels of two modes each in 16 dimensions, each label with a little of the others'."""
+    means = torch.randn(8, 16, generator=torch.Generator().manual_seed(3))
+    weights = torch.full((4, 8), 0.01)
+    for label in range(4):
+        weights[label, 2 * label : 2 * label + 2] = 1
+    return GaussianMixture(SD, means, torch.tensor(0.04), weights / weights.sum(1, keepdim=True))
 
 
 def toy(
