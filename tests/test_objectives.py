@@ -160,3 +160,34 @@ def test_gan_gradients_push_the_logits_the_right_way():
     assert (of_real < 0).all() and (of_fake > 0).all()
     (of_generator,) = torch.autograd.grad(o.gan_generator(fake), fake)
     assert (of_generator < 0).all()
+
+
+# --------------------------------------------------------------------------------------------- cross-entropies of SiDA
+def test_discrimination_by_hand():
+    """Per row half of -log D(real) - log(1 - D(fake)), mean over the map, weighted; rows that do not count add 0."""
+    real, fake = (
+        torch.tensor([[2.0, 0.0], [1.0, 1.0], [math.nan, 0.0]]),
+        torch.tensor([[-1.0, 3.0], [0.5, 0.5], [9.0, 9.0]]),
+    )
+    weight, keep = torch.tensor([0.5, 3.0, 7.0]), torch.tensor([True, True, False])
+
+    def log_odds(p):  # softplus by its definition
+        return math.log1p(math.exp(p))
+
+    first = (log_odds(-2) + log_odds(-1) + log_odds(0) + log_odds(3)) / 4
+    second = (log_odds(-1) + log_odds(0.5)) / 2
+    found = o.discrimination(real, fake, weight, keep)
+    assert found.item() == pytest.approx((0.5 * first + 3 * second) / 3, rel=1e-6)
+    chance = o.discrimination(torch.zeros(4, 2), torch.zeros(4, 2), torch.ones(4), torch.ones(4).bool())
+    assert chance.item() == pytest.approx(math.log(2))
+
+
+def test_deception_by_hand():
+    fake = torch.tensor([[-1.0, 3.0], [-50.0, -50.0], [math.nan, 0.0]], requires_grad=True)
+    weight, keep = torch.tensor([0.5, 3.0, math.inf]), torch.tensor([True, True, False])
+    loss = o.deception(fake, weight, keep)
+    first = (math.log1p(math.exp(1)) + math.log1p(math.exp(-3))) / 2
+    assert loss.item() == pytest.approx((0.5 * first + 3 * math.log1p(math.exp(10))) / 3, rel=1e-6)
+    loss.backward()
+    assert (fake.grad[0] < 0).all()  # more real
+    assert (fake.grad[1:] == 0).all()  # beyond the bound, or not counted
