@@ -105,8 +105,8 @@ class ConvHead(nn.Module):
         pool = [] if exact else [nn.AdaptiveAvgPool2d(4)]
         self.layers = nn.Sequential(*halved, *pool, *conv(4, 0), nn.Conv2d(channels, 1, 1), nn.Flatten())
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+    def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
+        return _logits(self.layers[:-2](x).flatten(1)[:, None], self.layers[-2], told)
 
 
 class TokenHead(nn.Module):
@@ -118,8 +118,35 @@ class TokenHead(nn.Module):
             nn.LayerNorm(channels), nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x).flatten(1)
+    def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
+        hidden = self.layers[:-1](x)
+        return _logits(hidden if x.ndim == 3 else hidden[:, None], self.layers[-1], told)
+
+
+def _logits(hidden: Tensor, last: nn.Module, told: Tensor | None) -> Tensor:
+    """(B, n, C) -> (B, n) by the last layer, to whose weights each sample's condition adds ``told`` (B, C)."""
+    logits = nn.functional.linear(hidden, last.weight.flatten(1), last.bias)[..., 0]
+    return logits if told is None else logits + (hidden @ told[:, :, None])[..., 0]
+
+
+LEVELS = 16  # cosines of the noise level
+
+
+def condition_vector(denoiser: NetDenoiser, t: Tensor, cond: Cond) -> Tensor:
+    """What heads are told, (B, n): the noise level, then the pooled text embedding or the class if there is one.
+
+    The level enters as cosines of the TrigFlow angle ``atan2(sigma, alpha)``, the embedding by its direction, and each
+    of them with a norm of at most 1, so that neither drowns the other.
+    """
+    angle = torch.atan2(denoiser.schedule.sigma(t), denoiser.schedule.alpha(t)).float()
+    told = [torch.cos(angle[:, None] * 2 * torch.arange(LEVELS, device=t.device)) / math.sqrt(LEVELS)]
+    config = getattr(denoiser.net, "config", {})
+    classes = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
+    if "pooled" in cond.tensors:
+        told.append(nn.functional.normalize(cond["pooled"].float(), dim=1))
+    elif "label" in cond.tensors and classes:  # DiT's null comes after its last class
+        told.append(nn.functional.one_hot(cond["label"], classes + 1).float())
+    return torch.cat(told, 1)
 
 
 class Discriminator(nn.Module):
@@ -127,28 +154,50 @@ class Discriminator(nn.Module):
 
     Args:
         denoiser: whose network is tapped. taps: names of its blocks. latent_shape: (C, H, W) of one sample.
+        conditional: heads are told noise level and condition (:func:`condition_vector`) beside what the features say
+            of them: ``logit = psi(h) + <V c, h>`` (projection discriminator, arXiv 1802.05637). V starts at zero.
 
     Raises:
         RecipeError: a tap is no block of the network; the message lists the top-level ones.
     """
 
-    def __init__(self, denoiser: NetDenoiser, taps: Sequence[str], latent_shape: Sequence[int]):
+    def __init__(
+        self,
+        denoiser: NetDenoiser,
+        taps: Sequence[str],
+        latent_shape: Sequence[int],
+        conditional: bool = False,
+    ):
         super().__init__()
         check_taps(denoiser, taps, "taps")
         self.taps = list(taps)
         parameter = next(denoiser.net.parameters())
         x = torch.zeros(1, *latent_shape, device=parameter.device)
         t = torch.full((1,), denoiser.schedule.t_max, device=x.device)
+        example = denoiser.example.to(x.device)
         with torch.no_grad():
-            maps = tap_features(denoiser, self.taps, x, t, denoiser.example.to(x.device))
+            maps = tap_features(denoiser, self.taps, x, t, example)
         self.heads = nn.ModuleList(
             ConvHead(*m.shape[1:]) if m.ndim == 4 else TokenHead(m.shape[-1]) for m in maps
         ).to(x.device)
+        self.projections: nn.ModuleList | None = None
+        if conditional:
+            told = condition_vector(denoiser, t, example).shape[1]
+            widths = [m.shape[1] if m.ndim == 4 else m.shape[-1] for m in maps]
+            self.projections = nn.ModuleList(nn.Linear(told, width, bias=False) for width in widths)
+            for projection in self.projections.to(x.device):
+                nn.init.zeros_(projection.weight)
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Logits (B, n) of all heads side by side."""
+    def forward(self, features: Sequence[Tensor], told: Tensor | None = None) -> Tensor:
+        """Logits (B, n) of all heads side by side; conditional ones want ``told`` (B, m)."""
         with torch.autocast(features[0].device.type, enabled=False):
-            return torch.cat([head(f.float()) for head, f in zip(self.heads, features)], 1)
+            weights = (
+                [project(told) for project in self.projections]
+                if self.projections
+                else [None] * len(features)
+            )
+            return torch.cat([head(f.float(), w) for head, f, w in zip(self.heads, features, weights)], 1)
 
     def logits(self, denoiser: NetDenoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self(tap_features(denoiser, self.taps, x_t, t, cond))
+        told = condition_vector(denoiser, t, cond) if self.projections else None
+        return self(tap_features(denoiser, self.taps, x_t, t, cond), told)

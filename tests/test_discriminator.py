@@ -4,9 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.discriminator import ConvHead, Discriminator, TokenHead, tap_features
+from fewstep import objectives
+from fewstep.cond import Cond
+from fewstep.denoiser import NetDenoiser
+from fewstep.discriminator import ConvHead, Discriminator, TokenHead, condition_vector, tap_features
 from fewstep.errors import RecipeError
 from fewstep.roles import RoleConfig, build_role
+from fewstep.schedules import Flow
+from fewstep.teachers import load_teacher
+from fewstep.teachers.tiny import write_tiny_pipeline
 
 
 def halving(head):
@@ -111,6 +117,125 @@ def test_logits_depend_on_time_and_on_the_condition(sdxl, batch):
         assert not torch.allclose(logits, judge.logits(sdxl.denoiser, x, t + 100, cond))
         swapped = cond.rows(torch.tensor([1, 0]))
         assert not torch.allclose(logits, judge.logits(sdxl.denoiser, x, t, swapped))
+
+
+# ------------------------------------------------------------------------------------------------ conditional heads
+def perturbed(judge):
+    """Its projections away from zero."""
+    torch.manual_seed(1)
+    for projection in judge.projections:
+        nn.init.normal_(projection.weight)
+    return judge
+
+
+def test_conditional_heads_start_as_the_others(sdxl, batch):
+    for taps in (["mid_block"], ["down_blocks.0", "mid_block"]):
+        plain, told = (
+            Discriminator(sdxl.denoiser, taps, sdxl.latent_shape, conditional)
+            for conditional in (False, True)
+        )
+        told.heads.load_state_dict(plain.heads.state_dict())
+        assert told.logits(sdxl.denoiser, *batch).equal(plain.logits(sdxl.denoiser, *batch))
+        told.logits(sdxl.denoiser, *batch).sum().backward()
+        assert all(p.weight.grad.abs().sum() > 0 for p in told.projections)
+        assert plain.projections is None
+
+
+def test_conditional_heads_are_told_the_level_and_the_pooled_text_and_nothing_else(sdxl, batch):
+    """With the features held, so that only the heads can know."""
+    x, t, cond = batch
+    judge = perturbed(Discriminator(sdxl.denoiser, ["mid_block"], sdxl.latent_shape, conditional=True))
+    with torch.no_grad():
+        features = tap_features(sdxl.denoiser, ["mid_block"], x, t, cond)
+
+        def logits(t, cond):
+            return judge(features, condition_vector(sdxl.denoiser, t, cond))
+
+        first, swapped = logits(t, cond), cond.rows(torch.tensor([1, 0]))
+        assert ((logits(t + 50, cond) - first).abs() > 1e-3).all()
+        assert ((logits(t, Cond({**cond.tensors, "pooled": swapped["pooled"]})) - first).abs() > 1e-3).all()
+        assert logits(t, Cond({**cond.tensors, "embeds": swapped["embeds"]})).equal(first)
+        louder = Cond({**cond.tensors, "pooled": 3 * cond["pooled"]})
+        torch.testing.assert_close(logits(t, louder), first)  # its direction counts
+        plain = Discriminator(sdxl.denoiser, ["mid_block"], sdxl.latent_shape)
+        assert plain(features, condition_vector(sdxl.denoiser, t + 50, swapped)).equal(plain(features))
+
+
+def test_each_logit_is_one_linear_layer_whose_weights_the_condition_moves():
+    torch.manual_seed(0)
+    for head, x in ((TokenHead(6), torch.randn(3, 5, 6)), (ConvHead(8, 8, 8), torch.randn(3, 8, 8, 8))):
+        told = torch.randn(3, x.shape[2] if x.ndim == 3 else x.shape[1])
+        last = head.layers[-1] if x.ndim == 3 else head.layers[-2]
+        plain, moved = head(x), head(x, told)
+        weight = last.weight.clone()
+        for i in range(3):
+            with torch.no_grad():
+                last.weight.copy_(weight + told[i].view_as(last.weight))
+            torch.testing.assert_close(head(x[i : i + 1])[0], moved[i])
+        assert not torch.allclose(plain, moved)
+
+
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("StableDiffusionPipeline", 0),  # no pooled embedding: the level alone
+        ("StableDiffusion3Pipeline", "pooled"),
+        ("SanaPipeline", 0),
+        ("DiTPipeline", "classes"),
+    ],
+)
+def test_every_teacher_tells_what_it_has(name, more, tmp_path):
+    teacher = load_teacher(str(write_tiny_pipeline(name, tmp_path)))
+    cond = teacher.encode(["0", "1"] if more == "classes" else ["a cat", "a dog"])
+    told = condition_vector(
+        teacher.denoiser, torch.tensor([300.0, 300.0]) / teacher.denoiser.schedule.time_scale, cond
+    )
+    null = condition_vector(teacher.denoiser, torch.full((1,), 0.3), teacher.denoiser.null)
+    widths = {
+        "pooled": lambda: cond["pooled"].shape[1],
+        "classes": lambda: teacher.net.config.num_embeds_ada_norm + 1,
+    }
+    assert told.shape[1] == null.shape[1] == 16 + (widths[more]() if more else 0)
+    assert told[0].equal(told[1]) == (not more)
+    assert told.isfinite().all() and (told.norm(dim=1) <= 2**0.5 + 1e-5).all()
+
+
+class Blind(nn.Module):
+    """A network whose features know the image only."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 16), nn.SiLU(), nn.Linear(16, 2))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("conditional, bound", [(True, (0.0, 0.3)), (False, (1.9, 2.1))])
+@pytest.mark.parametrize("what", ["caption", "level"])
+def test_only_conditional_heads_tell_a_right_image_from_one_of_another_caption_or_level(
+    what, conditional, bound
+):
+    """Each image is seen as often real as fake, so without the condition the hinge loss stays at 2."""
+    torch.manual_seed(0)
+    example = Cond({"pooled": torch.ones(1, 4)})
+    call = lambda net, x, t, cond: net(x)  # noqa: E731
+    denoiser = NetDenoiser(Blind().requires_grad_(False), Flow(), "flow", call, example=example)
+    judge = Discriminator(denoiser, ["layers.1"], (2,), conditional)
+    side = torch.tensor([-1.0, 1.0]).repeat(64)
+    images = torch.stack([side, 0 * side], 1) + 0.1 * torch.randn(128, 2)
+    told = side if what == "caption" else torch.ones(128)
+    cond = Cond({"pooled": told[:, None] * torch.tensor([5.0, -3.0, 1.0, 2.0])})
+    t = 0.5 + 0.4 * side if what == "level" else torch.full((128,), 0.5)
+    optimizer = torch.optim.Adam(judge.parameters(), 1e-2)
+    for _ in range(150):
+        real = judge.logits(denoiser, images, t, cond)
+        fake = judge.logits(denoiser, images.roll(1, 0), t, cond)
+        loss = objectives.hinge_discriminator(real, fake)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert bound[0] <= loss.item() <= bound[1]
 
 
 def test_several_taps_give_logits_side_by_side(sdxl, batch):

@@ -29,6 +29,8 @@ class AdversarialOptions:
         taps: blocks of the frozen teacher whose features the heads see, several of them.
         noise_mean, noise_std: of the log-normal law of the noise on what the discriminator sees, ``sigma / alpha =
             exp(mean + std n)``, the logit-normal law of a flow's time. Much noise judges structure, little texture.
+        conditional_heads: the heads are told the noise level and, where the teacher has one, the pooled text embedding
+            or the class (LADD, section 3; SANA-Sprint's published code tells them neither).
         misaligned: real images under the captions of others count as fakes too (SANA-Sprint's published code).
         student_every: iterations per student update; the discriminator is trained in each.
         synthetic: the teacher's own samples (``fewstep pairs``) as "real" in place of real images.
@@ -37,6 +39,7 @@ class AdversarialOptions:
     taps: list[str] = field(default_factory=lambda: ["mid_block"])
     noise_mean: float = 1.0
     noise_std: float = 1.0
+    conditional_heads: bool = True
     misaligned: bool = False
     student_every: int = 1
     synthetic: bool = False
@@ -58,7 +61,7 @@ class Adversary:
 
     def __init__(self, config: AdversarialOptions, teacher: NetDenoiser, latent_shape: Sequence[int]):
         self.config, self.teacher = config, teacher
-        self.discriminator = Discriminator(teacher, config.taps, latent_shape)
+        self.discriminator = Discriminator(teacher, config.taps, latent_shape, config.conditional_heads)
 
     def student_loss(self, fake: Tensor, cond: Cond, rng: Rng) -> Tensor:
         return objectives.hinge_generator(self.judge(fake, cond, *self.noise(fake, rng)))

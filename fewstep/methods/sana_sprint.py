@@ -58,6 +58,7 @@ class SanaSprint(Method):
         prior: Literal["one", "1/tan"] = "1/tan"
         taps: list[str] = field(default_factory=lambda: [f"transformer_blocks.{i}" for i in (2, 8, 14, 19)])
         noise_mean: float = -0.6 + math.log(2)
+        conditional_heads: bool = False
         misaligned: bool = True
 
         def __post_init__(self):
