@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .errors import FewstepError
 from .teachers.classes import labels_of, num_classes
+from .teachers.transformers import text_length
 
 
 def call_pipeline(
@@ -31,6 +32,8 @@ def call_pipeline(
     name, prompts = type(pipe).__name__, list(prompts)
     if name == "DiTPipeline":
         return pipe(labels_of(pipe, prompts), generator=generator, **options)
+    if name in ("SanaPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline"):
+        options.setdefault("max_sequence_length", text_length(pipe))
     if name != "DDPMPipeline":
         return pipe(prompts, generator=generator, **options)
     scale = options.pop("guidance_scale", 1.0)

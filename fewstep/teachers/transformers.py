@@ -43,6 +43,15 @@ class StableDiffusion3(Teacher):
         )[0]
 
 
+def text_length(pipe: Any) -> int:
+    """Tokens of a text in a pipeline of this file that masks the padding behind it.
+
+    A tokenizer with a shorter limit than the pipeline's call saves work, and changes nothing for texts within it.
+    """
+    default = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
+    return min(default, pipe.tokenizer.model_max_length)
+
+
 class _Masked(Teacher):
     """One text encoder whose padding is masked."""
 
@@ -50,9 +59,7 @@ class _Masked(Teacher):
     max_tokens: int  # default of the stock pipeline's call
 
     def _encode(self, prompts: Sequence[str], **options: Any) -> Cond:
-        # Padding is masked, so a tokenizer with a shorter limit of its own saves work and changes nothing.
-        length = min(self.max_tokens, self.pipe.tokenizer.model_max_length)
-        device = self.pipe.text_encoder.device
+        device, length = self.pipe.text_encoder.device, text_length(self.pipe)
         embeds, mask, _, _ = self.pipe.encode_prompt(
             list(prompts), False, device=device, max_sequence_length=length, **options
         )
