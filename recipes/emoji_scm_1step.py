@@ -6,7 +6,8 @@ The teacher is smooth enough as it is: ``fewstep prepare`` measures 1.4 for |dF/
 more than about 3, prepare the teacher first.
 
 The learning rate matters: at three times this one the tangent grew to twice what it is here, and half of the samples
-collapsed to one texture (FD 1610). Hardware: two CPU cores, 4 GB of memory. Result: ``eval/results/emoji_scm_1step.json``.
+collapsed to one texture (FD 1610). Hardware: two CPU cores, 4 GB of memory. Result:
+``eval/results/emoji_scm_1step.json``.
 """
 
 from fewstep.methods.scm import SCM
