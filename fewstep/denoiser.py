@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from .cond import Cond
 from .errors import FewstepError
 from .kernels import ATTENTION, exact_products
 from .schedules import Schedule, change_schedule, expand, solve
+
+if TYPE_CHECKING:
+    from .embedding import Scalar
 
 Guidance = float | Tensor
 
@@ -72,7 +75,7 @@ class NetDenoiser:
         self.example = example or null or Cond({})
         self.embeds_guidance = embeds_guidance
         self.products = nullcontext  # how fp32 ones are made, see fewstep.kernels
-        self.scalars: dict[str, float] = {}  # see fewstep.embedding
+        self.scalars: dict[str, Scalar] = {}
 
     def with_net(self, net: nn.Module) -> NetDenoiser:
         """The same view of another network of this class: a student or a critic."""

@@ -8,6 +8,7 @@ what is left is a network of the teacher's own class.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,13 @@ def time_embedder(net: nn.Module) -> tuple[str, nn.Module, nn.Module]:
     )
 
 
+class Scalar(NamedTuple):
+    """What a student is told: the value by default, and what it is multiplied with before its sinusoids."""
+
+    default: float
+    scale: float = 0.1  # SANA-Sprint's, of a guidance scale
+
+
 class ScalarEmbedding(nn.Module):
     """(B,) -> (B, width) by sinusoids and an MLP whose last layer starts at zero."""
 
@@ -66,29 +74,26 @@ class ScalarEmbedding(nn.Module):
 class _ScalarCall:
     """Takes the scalar out of the condition, and hands it to the embedding while the network runs."""
 
-    def __init__(self, call: NetCall, name: str, default: float, scale: float):
-        self.call, self.name, self.default, self.scale = call, name, default, scale
+    def __init__(self, call: NetCall, name: str, scalar: Scalar):
+        self.call, self.name, self.scalar = call, name, scalar
 
     def __call__(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         rest = dict(cond.tensors)
         value = rest.pop(self.name, None)
         if value is None:
-            value = torch.full((len(x_t),), self.default, device=x_t.device)
+            value = torch.full((len(x_t),), self.scalar.default, device=x_t.device)
         embedding = getattr(net, self.name + "_embedding")
-        embedding.value = self.scale * value.float()
+        embedding.value = self.scalar.scale * value.float()
         try:
             return self.call(net, x_t, time, Cond(rest))
         finally:
             embedding.value = None
 
 
-def with_scalar(denoiser: NetDenoiser, name: str, default: float, scale: float = 0.1) -> NetDenoiser:
-    """The denoiser with a further input ``cond[name]`` (B,); ``default`` where a condition does not have it.
+def with_scalar(denoiser: NetDenoiser, name: str, scalar: Scalar) -> NetDenoiser:
+    """The denoiser with a further input ``cond[name]`` (B,), by default the scalar's.
 
     The network gets a module ``{name}_embedding``, which is trained and saved with it.
-
-    Args:
-        scale: what the number is multiplied with before its sinusoids (SANA-Sprint: guidance by 0.1).
 
     Raises:
         RecipeError: a network whose time embedding is not known.
@@ -98,41 +103,43 @@ def with_scalar(denoiser: NetDenoiser, name: str, default: float, scale: float =
     denoiser.net.add_module(name + "_embedding", embedding)
     mlp.register_forward_hook(embedding.hook)
     view = denoiser.with_net(denoiser.net)
-    view.call = _ScalarCall(denoiser.call, name, default, scale)
-    view.scalars = {**denoiser.scalars, name: default}
+    view.call = _ScalarCall(denoiser.call, name, scalar)
+    view.scalars = {**denoiser.scalars, name: scalar}
     return view
 
 
-def folded(
-    weights: Mapping[str, Tensor], net: nn.Module, name: str, value: float, scale: float = 0.1
-) -> dict[str, Tensor]:
-    """Weights of the network's own class with the scalar fixed: its embedding becomes a part of a bias.
+def folded(weights: Mapping[str, Tensor], net: nn.Module, name: str, scalar: Scalar) -> dict[str, Tensor]:
+    """Weights of the network's own class with the scalar at its default: its embedding becomes a part of a bias.
 
     Args:
         weights: of a network with :func:`with_scalar`, by name. net: of the plain class.
     """
-    prefix = name + "_embedding."
-    path, mlp, _ = time_embedder(net)
-    embedding = ScalarEmbedding(mlp.linear_2.out_features)
-    embedding.load_state_dict(
-        {k[len(prefix) :]: v.float() for k, v in weights.items() if k.startswith(prefix)}
-    )
-    plain = {k: v for k, v in weights.items() if not k.startswith(prefix)}
+    path, _, _ = time_embedder(net)
+    plain, added = _split(weights, name, scalar)
     bias = f"{path}.linear_2.bias"
-    with torch.no_grad():
-        plain[bias] = plain[bias] + embedding(torch.tensor([scale * value]))[0].to(plain[bias])
+    plain[bias] = plain[bias] + added.to(plain[bias])
     return plain
+
+
+@torch.no_grad()
+def _split(state: Mapping[str, Tensor], name: str, scalar: Scalar) -> tuple[dict[str, Tensor], Tensor]:
+    """The weights without the scalar's embedding, and the vector that it adds to the time embedding's output."""
+    prefix = name + "_embedding."
+    own = {k[len(prefix) :]: v.float() for k, v in state.items() if k.startswith(prefix)}
+    embedding = ScalarEmbedding(len(own["embedder.linear_2.bias"]))
+    embedding.load_state_dict(own)
+    added = embedding(torch.tensor([scalar.scale * scalar.default]))[0]
+    return {k: v for k, v in state.items() if not k.startswith(prefix)}, added
 
 
 def folded_lora(
     state: Mapping[str, Tensor],
     net: nn.Module,
     name: str,
-    value: float,
+    scalar: Scalar,
     times: Tensor,
-    scale: float = 0.1,
 ) -> dict[str, Tensor]:
-    """A LoRA with the scalar fixed: its embedding becomes one more rank of the time embedding's last layer.
+    """A LoRA with the scalar at its default: its embedding becomes one more rank of the time embedding's last layer.
 
     A LoRA carries no bias. But a few-step student is called at K times only, where that layer is given K known vectors
     h_k; with ``a`` the smallest vector for which ``a h_k = 1`` at all of them, the update ``c a`` adds the constant c.
@@ -142,13 +149,9 @@ def folded_lora(
             The layer before the last must not be adapted.
         times: (K,) in the network's own unit, all that it will ever be given.
     """
-    prefix = name + "_embedding."
     path, mlp, sinusoids = time_embedder(net)
-    embedding = ScalarEmbedding(mlp.linear_2.out_features)
-    embedding.load_state_dict({k[len(prefix) :]: v.float() for k, v in state.items() if k.startswith(prefix)})
-    plain = {k: v for k, v in state.items() if not k.startswith(prefix)}
+    plain, added = _split(state, name, scalar)
     with torch.no_grad():
-        added = embedding(torch.tensor([scale * value]))[0]
         weight = mlp.linear_1.weight
         hidden = mlp.act(mlp.linear_1(sinusoids(times.to(weight.device)).to(weight.dtype))).double().cpu()
         one = torch.linalg.pinv(hidden) @ torch.ones(len(hidden), dtype=torch.float64)

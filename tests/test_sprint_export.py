@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fewstep import export
-from fewstep.embedding import folded, with_scalar
+from fewstep.embedding import Scalar, folded, with_scalar
 from fewstep.errors import FewstepError, RecipeError
 from fewstep.export.scheduler import scm_scheduler
 from fewstep.methods.scm import student_of
@@ -21,6 +21,9 @@ ANGLES = [[math.pi / 2], [math.pi / 2, 1.3], [math.pi * k / 8 for k in (4, 3, 2,
 ABOUT = {"title": "x", "method": "sana_sprint", "recipe": "0", "guidance_scale": 4.5, "trained_steps": 0}
 
 
+SCALAR = Scalar(4.5, scale=0.25)  # not the default, so that an export which forgets it is found out
+
+
 @pytest.fixture(
     scope="module", params=["SanaPipeline", "StableDiffusion3Pipeline", "StableDiffusionXLPipeline"]
 )
@@ -28,7 +31,7 @@ def told(request, tmp_path_factory):
     """A teacher, and a student of it that listens to its guidance scale."""
     teacher = load_teacher(str(write_tiny_pipeline(request.param, tmp_path_factory.mktemp("tiny"))))
     role = build_role("student", teacher.net, RoleConfig(kind="full"))
-    denoiser = with_scalar(teacher.denoiser.with_net(role.module), "guidance", 4.5)
+    denoiser = with_scalar(teacher.denoiser.with_net(role.module), "guidance", SCALAR)
     torch.manual_seed(0)
     return teacher, role, denoiser
 
@@ -70,7 +73,7 @@ def test_stock_diffusers_samples_it_at_every_number_of_steps(told, tmp_path):
 
 def test_folding_the_scale_into_a_bias_is_exact(told):
     teacher, role, denoiser = told
-    weights = folded(speak(role), teacher.net, "guidance", 4.5)
+    weights = folded(speak(role), teacher.net, "guidance", SCALAR)
     assert weights.keys() == dict(teacher.net.named_parameters()).keys()
     plain = build_role("student", teacher.net, RoleConfig(kind="full")).module
     plain.load_state_dict({**plain.state_dict(), **weights})

@@ -9,7 +9,7 @@ import torch
 from test_end_to_end import PROMPTS, STOCK, tiny
 
 from fewstep.cli import main
-from fewstep.embedding import folded, folded_lora, time_embedder, with_scalar
+from fewstep.embedding import Scalar, folded, folded_lora, time_embedder, with_scalar
 from fewstep.errors import RecipeError
 from fewstep.export import load_exported, stock_sample, student_scheduler
 from fewstep.export.write import check_exportable
@@ -105,9 +105,10 @@ def test_a_flow_has_no_tcd_steps():
 # ------------------------------------------------------------------------------------------------------- folding
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("times", [[999], [999, 749, 499, 249]])
-def test_what_a_student_is_told_is_folded_into_stock_weights(sdxl, kind, times):
+@pytest.mark.parametrize("scalar", [Scalar(0.0), Scalar(0.7, scale=3.0)])
+def test_what_a_student_is_told_is_folded_into_stock_weights(sdxl, kind, times, scalar):
     role = build_role("student", sdxl.net, RoleConfig(kind=kind, rank=2, alpha=2.0))
-    student = with_scalar(sdxl.denoiser.with_net(role.module), "level", 0.0)
+    student = with_scalar(sdxl.denoiser.with_net(role.module), "level", scalar)
     role.collect()
     with torch.no_grad():
         for name, weight in role.weights.items():
@@ -116,11 +117,11 @@ def test_what_a_student_is_told_is_folded_into_stock_weights(sdxl, kind, times):
     weights = {name.replace(".default.", "."): w.detach() for name, w in role.weights.items()}
     plain = build_role("plain", sdxl.net, RoleConfig(kind="full")).module
     if kind == "full":
-        plain.load_state_dict({**plain.state_dict(), **folded(weights, sdxl.net, "level", 0.0)})
+        plain.load_state_dict({**plain.state_dict(), **folded(weights, sdxl.net, "level", scalar)})
     else:
         from fewstep.export.weights import merged
 
-        state = folded_lora(weights, sdxl.net, "level", 0.0, torch.tensor(times, dtype=torch.float32))
+        state = folded_lora(weights, sdxl.net, "level", scalar, torch.tensor(times, dtype=torch.float32))
         assert all(".lora_" in name for name in state)
         plain.load_state_dict({**plain.state_dict(), **merged(sdxl.net, state)})
     cond = sdxl.encode(PROMPTS[:2])
@@ -130,13 +131,13 @@ def test_what_a_student_is_told_is_folded_into_stock_weights(sdxl, kind, times):
         told = student.predict(x, t, cond)
         assert (sdxl.denoiser.with_net(plain).predict(x, t, cond) - told).abs().max() < 1e-4
         assert (
-            student.predict(x, t, type(cond)({**cond.tensors, "level": torch.ones(2)})) - told
+            student.predict(x, t, type(cond)({**cond.tensors, "level": torch.ones(2) * 1.5})) - told
         ).abs().max() > 1e-3
 
 
 def test_a_lora_on_the_first_layer_of_the_time_embedding_is_refused_before_training(sdxl):
     student = Student(with_scalar(sdxl.denoiser.with_net(build_role("s", sdxl.net, RoleConfig(kind="full")).module),
-                                  "level", 0.0), [999])  # fmt: skip
+                                  "level", Scalar(0.0)), [999])  # fmt: skip
     path, _, _ = time_embedder(sdxl.net)
     check_exportable(student, [RoleConfig(rank=2, targets=["to_q"])], sdxl)
     with pytest.raises(RecipeError, match=rf"{path}\.linear_1"):

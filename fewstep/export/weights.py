@@ -120,9 +120,9 @@ def save_network(
 
 
 def save_sprint(
-    teacher: Teacher, weights: Mapping[str, Tensor], scheduler, dtype: torch.dtype, folder: Path
+    teacher: Teacher, weights: Mapping[str, Tensor], scale: float, scheduler, dtype: torch.dtype, folder: Path
 ) -> None:
-    """A SANA student that is told its guidance scale, as the stock ``SanaSprintPipeline``, whose class has that."""
+    """A SANA student that is told its guidance, times ``scale``, as the stock ``SanaSprintPipeline`` has it."""
     from diffusers import SanaSprintPipeline, SanaTransformer2DModel
 
     names = {
@@ -133,7 +133,9 @@ def save_sprint(
     for name, value in weights.items():
         old = next((prefix for prefix in names if name.startswith(prefix)), "")
         renamed[names.get(old, "") + name[len(old) :]] = value.float()
-    net = SanaTransformer2DModel.from_config({**teacher.net.config, "guidance_embeds": True})
+    net = SanaTransformer2DModel.from_config(
+        {**teacher.net.config, "guidance_embeds": True, "guidance_embeds_scale": scale}
+    )
     net.load_state_dict({**net.state_dict(), **renamed})
     save_network(teacher, net.to(dtype), scheduler, folder, SanaSprintPipeline)
 

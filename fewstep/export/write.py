@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..embedding import folded, folded_lora, time_embedder
+from ..embedding import Scalar, folded, folded_lora, time_embedder
 from ..errors import RecipeError
 from ..files import replacing, write, write_json
 from ..roles import RoleConfig, lora_targets
@@ -51,8 +51,8 @@ def _network_times(teacher: Teacher, student: Student) -> Tensor:
     return torch.tensor(times) * teacher.denoiser.schedule.time_scale
 
 
-def scalars_of(student: Student | RoutedStudent) -> dict[str, float]:
-    """What the student is told beside its condition, at the values it is exported with."""
+def scalars_of(student: Student | RoutedStudent) -> dict[str, Scalar]:
+    """What the student is told beside its condition; it is exported at the defaults."""
     return getattr(student.denoisers[0], "scalars", {})
 
 
@@ -84,7 +84,7 @@ def samplers_of(teacher: Teacher, student: Student | RoutedStudent) -> dict[int,
 def _samplers(teacher: Teacher, student: Student | RoutedStudent) -> dict[int, tuple[Any, dict[str, Any]]]:
     told, variants = scalars_of(student), student.variants()
     if "guidance" in told and teacher.pipeline_class == "SanaPipeline":
-        return {one.num_steps: scm_scheduler(one.times, told["guidance"]) for one in variants}
+        return {one.num_steps: scm_scheduler(one.times, told["guidance"].default) for one in variants}
     scheduler, call = student_scheduler(teacher.pipe.scheduler, student.times, student.noise, eta=student.eta)
     if "timesteps" not in call and "sigmas" not in call and _nested(student) and not is_flow(scheduler):
         return {
@@ -166,8 +166,8 @@ def export_student(
     def told_away(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The LoRA alone; what the student is told is one of its ranks."""
         state = lora_state_dict(tensors, role)
-        for scalar, value in told.items():
-            state = folded_lora(state, teacher.net, scalar, value, _network_times(teacher, student))
+        for name, scalar in told.items():
+            state = folded_lora(state, teacher.net, name, scalar, _network_times(teacher, student))
         return state
 
     with replacing(folder) as part:
@@ -182,10 +182,12 @@ def export_student(
                 if role.kind == "lora":
                     tensors = merged(teacher.net, told_away(tensors))
                 elif not sprint:
-                    for scalar, value in told.items():
-                        tensors = folded(tensors, teacher.net, scalar, value)
+                    for scalar_name, scalar in told.items():
+                        tensors = folded(tensors, teacher.net, scalar_name, scalar)
                 if sprint:
-                    save_sprint(teacher, tensors, scheduler, precision, part / "pipeline")
+                    save_sprint(
+                        teacher, tensors, told["guidance"].scale, scheduler, precision, part / "pipeline"
+                    )
                 else:
                     net = student.denoisers[0].net
                     save_pipeline(teacher, net, tensors, scheduler, precision, part / "pipeline")

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import objectives, trajectory
 from ..cond import Cond
 from ..denoiser import Denoiser, Guidance, NetDenoiser
-from ..embedding import with_scalar
+from ..embedding import Scalar, with_scalar
 from ..errors import RecipeError
 from ..rng import Rng
 from ..student import Student
@@ -69,9 +69,9 @@ class BOOT(Method):
         self, config: BOOT.Config, teacher: Denoiser, latent_shape: Sequence[int], *, student: NetDenoiser
     ):
         self.config, self.teacher, self.schedule = config, teacher, teacher.schedule
-        student = with_scalar(student, "level", 0.0, scale=1000.0)
+        student = with_scalar(student, "level", Scalar(0.0, scale=1000.0))
         if config.guidance_range is not None:
-            student = with_scalar(student, "guidance", config.guidance_scale)
+            student = with_scalar(student, "guidance", Scalar(config.guidance_scale))
         self.student = Student(student, [self.schedule.t_max])
         last = self.schedule.alpha(torch.tensor(self.schedule.t_max))
         self.exact = config.boundary == "exact" or (config.boundary == "auto" and bool(last > 1e-3))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..cond import Cond
 from ..denoiser import Denoiser, Guidance
-from ..embedding import with_scalar
+from ..embedding import Scalar, with_scalar
 from ..errors import RecipeError
 from ..rng import Rng
 from ..schedules import TrigFlow, expand
@@ -79,7 +79,7 @@ class SanaSprint(Method):
         self, config: SanaSprint.Config, teacher: Denoiser, latent_shape: Sequence[int], *, student: Denoiser
     ):
         if config.guidance_embedding:
-            student = with_scalar(student, "guidance", config.guidance_scale)
+            student = with_scalar(student, "guidance", Scalar(config.guidance_scale))
         self.config, self.student = config, student_of(student, config.angles)
         self.term = Consistency(config, teacher, student)
         self.term.check(latent_shape)
