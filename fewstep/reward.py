@@ -1,8 +1,9 @@
 """Differentiable scores of images and prompts, for training on feedback.
 
 A reward is ``function(images, prompts)``: images (B, 3, H, W) in [0, 1] with gradient and B prompts to B numbers, of
-which higher ones are better. It is named in a recipe by ``module:function``, or by a preference model of
-:mod:`fewstep.evaluation.scores` that is CLIP underneath: ``clip:PATH``, ``pickscore:PATH``, ``hpsv2.1:PATH``.
+which higher ones are better. It is named in a recipe by ``module:function``, by a preference model of
+:mod:`fewstep.evaluation.scores` that is CLIP underneath (``clip:PATH``, ``pickscore:PATH``, ``hpsv2.1:PATH``), or by
+one of :mod:`fewstep.reward_models`: ``imagereward:FOLDER``, ``aesthetic:CLIP:FILE``.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import FewstepError, RecipeError
 from .evaluation.clip import pooled
 from .evaluation.scores import ClipScore, get_scorer
+from .reward_models import Aesthetic, ImageReward, prepared
 from .teachers.base import Teacher
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 CLIPS = ("clip", "pickscore", "hpsv2.1")
+KINDS = (*(f"{name}:PATH" for name in CLIPS), "imagereward:FOLDER", "aesthetic:CLIP:FILE")
 
 
 def load_reward(spec: str, device: str = "cpu") -> Reward:
@@ -30,17 +32,21 @@ def load_reward(spec: str, device: str = "cpu") -> Reward:
         RecipeError: no such function, or weights that are not there.
     """
     kind, _, rest = spec.partition(":")
-    if kind in CLIPS:
-        try:
+    try:
+        if kind in CLIPS:
             return _differentiable(get_scorer(spec, device))
-        except FewstepError as error:
-            raise RecipeError(f"method.reward: {error}") from None
+        if kind == "imagereward":
+            return ImageReward(rest, device)
+        if kind == "aesthetic":
+            return Aesthetic(*rest.rpartition(":")[::2], device)
+    except FewstepError as error:
+        raise RecipeError(f"method.reward: {error}") from None
     try:
         reward = getattr(importlib.import_module(kind), rest)
     except (ImportError, AttributeError, ValueError) as error:
         raise RecipeError(
             f"method.reward: {spec}: {error}; expected module:function of an importable module, or one of "
-            f"{', '.join(f'{name}:PATH' for name in CLIPS)}"
+            f"{', '.join(KINDS)}"
         ) from None
     if not callable(reward):
         raise RecipeError(f"method.reward: {spec} is a {type(reward).__name__}; expected a function")
@@ -70,14 +76,13 @@ def of_latents(
 
 
 def _differentiable(scorer: ClipScore) -> Reward:
-    """The scorer's model behind a resize that has a gradient; Pillow's, which evaluation uses, has none."""
+    """The scorer's model behind a resize that has a gradient."""
     clip = scorer.clip
     clip.model.requires_grad_(False)
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        x = F.interpolate(images, (clip.size, clip.size), mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (clip.mean, clip.std))
-        seen = pooled(clip.model.get_image_features(pixel_values=(x - mean) / std))
+        x = prepared(images, clip.size, clip.mean, clip.std)
+        seen = pooled(clip.model.get_image_features(pixel_values=x))
         texts = clip.texts([scorer.prefix + prompt for prompt in prompts]).to(x.device)
         return scorer.scale * F.cosine_similarity(seen.float(), texts)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from toys import NONE, Mlp, distance, fit, toy, view
+from toys import NONE, Mlp, distance, fit, per_noise, toy, view
 
 from fewstep import objectives
 from fewstep.cond import Cond
@@ -32,7 +32,8 @@ def ring():
 @pytest.fixture(scope="module")
 def fitted(ring):
     torch.manual_seed(0)
-    return fit(ring, Mlp(smooth=8), prediction="flow")
+    # What is fitted half passes its fault on: with 300 steps its own ODE ends 0.044 from the ring, with 600 0.009.
+    return fit(ring, Mlp(smooth=8), steps=600, prediction="flow")
 
 
 def flow_view(net):
@@ -332,16 +333,14 @@ def converge(method, config, ring, fitted, steps, teacher=None):
     noise = Rng(7).normal(3000, 2)
     with averaged(trainer.roles["student"]):
         made = trainer.method.student.sample(noise, NONE, Rng(6).normal_like)
-    solved = ddim(ring, noise, NONE, 200)
-    pairwise = (made - solved).norm(dim=1).mean().item()
-    print(f"energy distance {distance(trainer, ring):.4f}, error per noise {pairwise:.3f}")
-    return distance(trainer, ring), pairwise
+    reached = distance(trainer, ring)
+    return reached, per_noise(made, ddim(ring, noise, NONE, 200), method.name, reached)
 
 
 @pytest.mark.slow
 def test_scm_reaches_the_ring_in_one_step(ring, fitted):
-    reached, pairwise = converge(SCM, SCM.Config(warmup=150, time_mean=-0.4), ring, fitted, 700)
-    assert reached < 0.03 and pairwise < 0.45
+    reached, apart = converge(SCM, SCM.Config(warmup=150, time_mean=-0.4), ring, fitted, 500)
+    assert reached < 0.03 and apart < 0.2
 
 
 @pytest.mark.slow
@@ -355,13 +354,12 @@ def test_scm_with_ladd_reaches_the_ring_in_one_step(ring, fitted):
         "misaligned": False,
         "noise_mean": -1.0,
     }
-    reached, pairwise = converge(
-        SanaSprint, SanaSprint.Config(**options), ring, fitted, 700, flow_view(fitted)
-    )
-    assert reached < 0.03 and pairwise < 0.5
+    config = SanaSprint.Config(**options)
+    reached, apart = converge(SanaSprint, config, ring, fitted, 500, flow_view(fitted))
+    assert reached < 0.02 and apart < 0.2
 
 
 @pytest.mark.slow
 def test_ladd_alone_reaches_the_ring(ring, fitted):
     config = LADD.Config(taps=["layers.0", "layers.2", "layers.4"], steps=[1], early=0, noise_mean=-1.0)
-    assert converge(LADD, config, ring, fitted, 500, flow_view(fitted))[0] < 0.06
+    assert converge(LADD, config, ring, fitted, 500, flow_view(fitted))[0] < 0.02

@@ -95,6 +95,16 @@ def energy_distance(x, y):
     return (2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()).item()
 
 
+def per_noise(made, solved, name, reached):
+    """How far a student is from the teacher's ODE for the same noise, as a share of that for different noises.
+
+    0 is the ODE, about 1 a student that knows the distribution only (LADD and the score family may be anywhere).
+    """
+    share = (made - solved).square().mean().sqrt() / (made.roll(1, 0) - solved).square().mean().sqrt()
+    print(f"\n| {name} | {reached:.4f} | {share:.3f} |")
+    return share.item()
+
+
 def labels_of(teacher, rng, count):
     """Conditions for ``count`` samples of a closed-form teacher."""
     if teacher.weights.ndim == 1:

@@ -27,30 +27,6 @@ CAPTIONS = ["a red apple", "a cat on a mat", "blue", "crescent moon over the sea
 
 
 @pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """A tiny random CLIP as transformers writes it."""
-    from transformers import CLIPConfig, CLIPModel
-
-    from fewstep.teachers.tiny import _tokenizer
-
-    folder = tmp_path_factory.mktemp("clip") / "tiny-clip"
-    tokenizer = _tokenizer(folder)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    special = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
-    text = {**size, **special, "vocab_size": len(tokenizer)}
-    vision = {**size, "image_size": 32, "patch_size": 8}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = CLIPModel(config)
-        for parameter in model.parameters():
-            parameter.data += 0.3 * torch.randn_like(parameter)  # far from its symmetric initial state
-    model.logit_scale.data.fill_(2.0)
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def images():
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 40, 56, 3)).astype(np.uint8))
 
