@@ -112,16 +112,22 @@ class Model:
                 f"--steps {steps}: a student of several experts or of fixed noise runs at its "
                 f"{self.record['num_steps']} steps only"
             )
+        own = self.record["call"]
+        if "max_timesteps" in own:  # SanaSprintPipeline, whose scheduler spreads angles evenly
+            return self.scheduler, {**own, "num_inference_steps": steps, "intermediate_timesteps": None}
+        from fewstep.schedules import Flow
         from fewstep.student import even_times
         from fewstep.teachers.base import schedule_of
 
+        flow = is_flow(self.scheduler)  # whose shift is in its times, and not in its scheduler
+        schedule = Flow(self.record.get("shift", 1.0)) if flow else schedule_of(self.scheduler)
         try:
-            times = even_times(schedule_of(self.scheduler), steps, self.record["timesteps"][0])
+            times = even_times(schedule, steps, self.record["timesteps"][0])
         except FewstepError as error:
             raise FewstepError(f"--steps {steps}: {error}") from None
         noise = self.record.get("noise") if self.record.get("noise") in ("ddim", "tcd") else "fresh"
         scheduler, call = student_scheduler(self.scheduler, times, noise)
-        kept = {k: v for k, v in self.record["call"].items() if k not in STEPPING}
+        kept = {k: v for k, v in own.items() if k not in STEPPING}
         return scheduler, {**call, **kept}
 
     @property

@@ -52,7 +52,15 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / "fewstep.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"kind": str, "num_steps": int, "call": dict, "scheduler": str, "noise": str, "network": str}
+        kinds = {
+            "kind": str,
+            "num_steps": int,
+            "call": dict,
+            "scheduler": str,
+            "noise": str,
+            "network": str,
+            "shift": float,
+        }
         wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key, kind()), kind)]
         names = [*record.get("parts", ()), *record.get("experts", ()), record.get("network", "unet")]
         wrong += [name for name in names if not re.fullmatch(r"\w+", name)]

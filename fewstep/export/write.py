@@ -17,6 +17,7 @@ from ..errors import RecipeError
 from ..files import replacing, write, write_json
 from ..roles import RoleConfig, lora_targets
 from ..router import RoutedStudent
+from ..schedules import Flow
 from ..student import Student
 from ..teachers.base import Teacher, is_flow, size_options, takes
 from ..teachers.classes import num_classes
@@ -152,6 +153,8 @@ def export_student(
     }
     if (classes := num_classes(teacher.pipe)) is not None:
         record["num_classes"] = classes
+    if isinstance(student.schedule, Flow):  # the exported scheduler's is 1: its times are shifted already
+        record["shift"] = float(student.schedule.shift)
     if experts:
         record["experts"] = experts
     absent = [name for name, part in teacher.pipe.components.items() if part is None]

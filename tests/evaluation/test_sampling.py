@@ -1,6 +1,7 @@
 """Generated folders: the image of a sample depends on nothing but the sample; kills, shards, refusals."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -11,13 +12,21 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.embedding import Scalar, with_scalar
 from fewstep.errors import FewstepError
 from fewstep.evaluation import sampling
 from fewstep.evaluation.images import open_images
 from fewstep.evaluation.models import open_model
 from fewstep.evaluation.prompts import read_prompts
 from fewstep.evaluation.sampling import Job, read_manifest, sample_folder
+from fewstep.export import export_student
+from fewstep.methods.scm import student_of
+from fewstep.roles import RoleConfig, build_role
+from fewstep.student import Student, even_times
+from fewstep.teachers import load_teacher
+from fewstep.teachers.tiny import write_tiny_pipeline
 
+ABOUT = {"title": "x", "recipe": "0", "guidance_scale": 4.5, "trained_steps": 0}
 TEXTS = ["red apple", "a cat", "blue square", "crescent moon", "green tree", "house", "sun"]
 
 
@@ -280,6 +289,51 @@ def test_a_student_runs_at_its_own_and_other_even_steps(student, prompts, tmp_pa
         assert model.pipe.scheduler.timesteps.tolist() == times and call["guidance_scale"] == 0.0
     with pytest.raises(FewstepError, match="--steps 3"):
         model.prepare(3)
+
+
+@pytest.mark.parametrize("noise", ["fresh", "ddim"])
+def test_a_flow_student_at_other_steps_follows_its_teachers_shift(noise, tmp_path):
+    """As it would have been trained for that number, and as stock diffusers calls the network."""
+    teacher = load_teacher(str(write_tiny_pipeline("StableDiffusion3Pipeline", tmp_path / "sd3")))
+    schedule = teacher.denoiser.schedule
+    assert schedule.shift == 3.0
+    role = build_role("student", teacher.net, RoleConfig(kind="full"))
+    student = Student(teacher.denoiser.with_net(role.module), even_times(schedule, 4), noise)
+    weights = {"student": {n: w.detach() for n, w in role.weights.items()}}
+    about = {**ABOUT, "method": "dmd2"}
+    export_student(tmp_path / "s" / "export", teacher, student, weights, role.config, about=about)
+    model = open_model(str(tmp_path / "s"))
+    assert model.record["shift"] == 3.0
+    for steps, times in [(1, [1.0]), (2, [1.0, 0.75]), (3, [1.0, 6 / 7, 0.6]), (4, [1, 0.9, 0.75, 0.5])]:
+        assert even_times(schedule, steps) == pytest.approx(times)
+        called = []
+        hook = model.network.register_forward_pre_hook(
+            lambda _net, _args, options, seen=called: seen.append(options["timestep"]), with_kwargs=True
+        )
+        model.pipe("a cat", output_type="latent", **model.prepare(steps))
+        hook.remove()
+        assert [t.flatten()[0].item() / 1000 for t in called] == pytest.approx(times, abs=1e-5)
+
+
+def test_a_sana_sprint_student_at_other_steps_has_even_angles(tmp_path):
+    teacher = load_teacher(str(write_tiny_pipeline("SanaPipeline", tmp_path / "sana")))
+    role = build_role("student", teacher.net, RoleConfig(kind="full"))
+    denoiser = with_scalar(teacher.denoiser.with_net(role.module), "guidance", Scalar(4.5))
+    role.collect()
+    student = student_of(denoiser, [[math.pi / 2, 1.3]])
+    weights = {"student": {n: w.detach() for n, w in role.weights.items()}}
+    about = {**ABOUT, "method": "sana_sprint"}
+    export_student(tmp_path / "s" / "export", teacher, student, weights, role.config, about=about)
+    model = open_model(str(tmp_path / "s"))
+    for steps, angles in [
+        (2, [math.pi / 2, 1.3]),
+        (1, [math.pi / 2]),
+        (3, [math.pi / 2 * k / 3 for k in (3, 2, 1)]),
+    ]:
+        call = model.prepare(steps)
+        model.pipe("a cat", output_type="latent", **call)
+        assert model.pipe.scheduler.timesteps[:-1].tolist() == pytest.approx(angles, abs=1e-5)
+        assert type(model.pipe.scheduler).__name__ == "SCMScheduler" and call["guidance_scale"] == 4.5
 
 
 def test_replaced_network(tiny_sd15, model, tmp_path):
