@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import sdpa_kernel
 
 from .cond import Cond
 from .errors import FewstepError
-from .kernels import ATTENTION, exact_products
+from .kernels import arithmetic, exact_products
 from .schedules import Schedule, change_schedule, expand, solve
 
 if TYPE_CHECKING:
@@ -118,11 +117,7 @@ class NetDenoiser:
         return self.schedule.convert(prediction, x_t, t, self.prediction, "x0")
 
     def _forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        dtype, backend = self.autocast, ATTENTION.get(self.attention)  # other kernels sit in the network
-        # Its cache would hand on weights that were cast without gradient: to a later call, where the caller casts too.
-        cast = torch.autocast(x_t.device.type, dtype, cache_enabled=False) if dtype else None
-        precision = cast or self.products()
-        with precision, sdpa_kernel(backend) if backend else nullcontext():
+        with self.products(), arithmetic(x_t.device.type, self.autocast, self.attention):
             out = self.call(self.net, x_t, t * self.schedule.time_scale, cond)
         # Networks with a learned variance output 2C channels; the mean is the first half.
         return out[:, : x_t.shape[1]].float() if out.shape[1] != x_t.shape[1] else out.float()

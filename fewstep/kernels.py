@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import RecipeError
 
@@ -73,6 +73,16 @@ def set_attention(net: nn.Module, name: str) -> None:
             )
     except (ValueError, NotImplementedError, ImportError, ModuleNotFoundError) as error:
         raise RecipeError(f"teacher.attention: {name}: {error}") from error
+
+
+@contextmanager
+def arithmetic(device: str, autocast: torch.dtype | None, attention: str) -> Iterator[None]:
+    """Around a network's call: autocast to a dtype, or not, and the attention kernel where torch chooses it."""
+    backend = ATTENTION.get(attention)  # other kernels sit in the network
+    # Its cache would hand on weights that were cast without gradient: to a later call, where the caller casts too.
+    cast = torch.autocast(device, autocast, cache_enabled=False) if autocast else nullcontext()
+    with cast, sdpa_kernel(backend) if backend else nullcontext():
+        yield
 
 
 def use_channels_last(net: nn.Module) -> None:

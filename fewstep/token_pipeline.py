@@ -102,11 +102,11 @@ class AutoregressivePipeline(DiffusionPipeline):
         """(V, C), as the decoder sees them."""
         return codes_of(self.vqvae)
 
-    def teacher(self) -> CodebookDenoiser:
+    def teacher(self, **arithmetic) -> CodebookDenoiser:
+        """The transformer as a denoiser of codes. arithmetic: ``autocast`` and ``attention`` of it."""
         c = self.config
-        return CodebookDenoiser(
-            self.transformer, self.codes, Law(c.temperature, c.top_k, c.top_p), self.null()
-        )
+        law = Law(c.temperature, c.top_k, c.top_p)
+        return CodebookDenoiser(self.transformer, self.codes, law, self.null(), **arithmetic)
 
     def student(self) -> Student:
         if isinstance(self.transformer, CausalStudent):

@@ -16,6 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .cond import Cond
+from .kernels import arithmetic
 from .schedules import Flow, expand
 from .teachers.llamagen import GPT
 from .teachers.var import VAR
@@ -32,7 +33,10 @@ def plain_config(module: ConfigMixin) -> dict[str, Any]:
 class TokenStudent(ModelMixin, ConfigMixin):
     """What both have: a teacher's transformer that reads embeddings, the codes, and the flow."""
 
-    prediction, autocast = "x0", None
+    prediction, autocast, attention = "x0", None, "auto"
+
+    def _arithmetic(self, x: Tensor):
+        return arithmetic(x.device.type, self.autocast, self.attention)
 
     def _build(self, base_class: str, base_config: dict, num_codes: int, code_dim: int) -> int:
         self.schedule = Flow()
@@ -86,10 +90,13 @@ class ParallelStudent(TokenStudent):
             x_t: (B, n, C), embeddings of known tokens or unit noise. t: (B, n, 1) or (B,), 0 where known, else 1.
         """
         known = (expand(t, x_t)[..., 0] == 0).expand(x_t.shape[:2])
-        features = self.trunk.aligned_features(x_t, self.marks(known.long()), cond)
-        shift, scale = (self.shift_scale.weight + self.trunk.condition(cond)[:, None]).unsqueeze(2).unbind(1)
-        embedded = self.embed(F.layer_norm(features, features.shape[-1:]) * (1 + scale) + shift)
-        return self.trunk.logits(features, cond), embedded.float()
+        with self._arithmetic(x_t):
+            features = self.trunk.aligned_features(x_t, self.marks(known.long()), cond)
+            shift, scale = (
+                (self.shift_scale.weight + self.trunk.condition(cond)[:, None]).unsqueeze(2).unbind(1)
+            )
+            embedded = self.embed(F.layer_norm(features, features.shape[-1:]) * (1 + scale) + shift)
+            return self.trunk.logits(features, cond), embedded.float()
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
         """(B, n, C): known tokens as they are, codes before ``split``, the continuous head's embeddings after it."""
@@ -137,9 +144,10 @@ class CausalStudent(TokenStudent):
         features: Tensor | None = None,
     ) -> Tensor:
         """Features (B, n, width) of embeddings (B, n, C) and their condition; or, given features, velocities of x_t."""
-        if features is None:
-            return self.trunk.features(tokens, cond)
-        return self.head(x_t, expand(t, x_t).expand(*x_t.shape[:-1], 1), features).float()
+        with self._arithmetic(tokens if features is None else x_t):
+            if features is None:
+                return self.trunk.features(tokens, cond)
+            return self.head(x_t, expand(t, x_t).expand(*x_t.shape[:-1], 1), features).float()
 
     def context(self, clean: Tensor, cond: Cond, *, guidance: float = 1.0) -> Cond:
         """Features of what comes before each token; clean (B, n, C) as it is, quantised or not."""

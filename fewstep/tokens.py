@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .cond import Cond
+from .kernels import arithmetic
 from .schedules import Flow, Schedule, expand
 from .solvers import ode
 
@@ -90,18 +91,29 @@ class CodebookDenoiser:
 
     Args:
         net: see :class:`TokenNetwork`. codes: (V, C) as the decoder sees them. law: how the teacher samples.
-        null: one row of the null condition, for guidance.
+        null: one row of the null condition, for guidance. autocast, attention: of contexts, students and critics, see
+            :func:`fewstep.kernels.arithmetic`; tokens that are decoded are decided in the weights' own dtype.
     """
 
-    prediction, autocast = "x0", None
+    prediction = "x0"
 
-    def __init__(self, net: TokenNetwork, codes: Tensor, law: Law | None = None, null: Cond | None = None):
+    def __init__(
+        self,
+        net: TokenNetwork,
+        codes: Tensor,
+        law: Law | None = None,
+        null: Cond | None = None,
+        autocast: torch.dtype | None = None,
+        attention: str = "auto",
+    ):
         self.net, self.codes, self.law, self.null = net, codes, law or Law(), null
+        self.autocast, self.attention = autocast, attention
         self.schedule = Flow()
         self.ramp = getattr(net, "ramp", (1.0,) * len(net.groups))
 
     def with_net(self, net):
         """Students and critics of an autoregressive teacher are networks of another kind: denoisers themselves."""
+        net.autocast, net.attention = self.autocast, self.attention
         return net
 
     def context(self, clean: Tensor, cond: Cond, *, guidance: float = 1.0) -> Cond:
@@ -113,7 +125,7 @@ class CodebookDenoiser:
         """
         reads = clean.ndim == 2 or getattr(self.net, "reads_codes", False)
         tokens = clean if reads else nearest_code(clean, self.codes)
-        with torch.no_grad():
+        with torch.no_grad(), arithmetic(tokens.device.type, self.autocast, self.attention):
             scale = [g for g, size in zip(self._scales(guidance), self.net.groups) for _ in range(size)]
             scale = torch.tensor(scale, device=tokens.device)[:, None]
             if guidance == 1.0:

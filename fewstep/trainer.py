@@ -263,7 +263,7 @@ class Trainer:
         begin, end = phase.span(self.progress)
         warm = (done - begin + 1) / c.warmup if c.warmup else 1.0
         left = (end - done) / c.decay if c.decay else 1.0
-        return c.lr * self.config.rollback_lr**self.rolled_back * min(1.0, warm, left)
+        return c.lr * phase.rate * self.config.rollback_lr**self.rolled_back * min(1.0, warm, left)
 
     # --------------------------------------------------------------------------------------------- side effects
     @contextlib.contextmanager

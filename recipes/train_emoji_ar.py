@@ -125,6 +125,7 @@ def train_decoder(folder: Path, steps: int, batch: int = 32) -> None:
 
 # ----------------------------------------------------------------------------------------------- the transformer
 def make_gpt() -> GPT:
+    """It reads tokens as their codes: what is learned is what a student can start from, which reads noise there."""
     return GPT(
         vocab_size=CODES,
         dim=128,
@@ -136,6 +137,7 @@ def make_gpt() -> GPT:
         cls_token_num=SLOTS,
         multiple_of=64,
         rotated_condition=True,
+        code_dim=CODE_DIM,
     )
 
 
@@ -150,7 +152,8 @@ def text_features(captions: list[str]) -> torch.Tensor:
 
 
 def train_gpt(folder: Path, steps: int, cooldown: int, batch: int = 32) -> None:
-    captions, tokens = emoji.load()[1], load_codes(folder)[1]
+    captions, (vq, tokens) = emoji.load()[1], load_codes(folder)
+    codes = vq.quantize.embedding.weight.detach()
     features = text_features([*captions, *emoji.groups()]).view(2, len(captions), SLOTS, -1)
     torch.manual_seed(0)
     gpt = make_gpt()
@@ -162,10 +165,19 @@ def train_gpt(folder: Path, steps: int, cooldown: int, batch: int = 32) -> None:
         kind = (torch.rand(batch) < GROUPED).long()  # its name, or what it shares with its kind
         cond = Cond({"embeds": features[kind, i], "null": torch.rand(batch) < 0.1})
         with torch.autocast("cpu", torch.bfloat16):
-            logits = gpt(tokens[i], cond)
+            logits = gpt(codes[tokens[i]], cond)
         return {"ce": F.cross_entropy(logits.flatten(0, 1), tokens[i].flatten())}
 
     run.train(steps, cooldown, loss, save_every=100)
+
+
+def with_table(gpt: GPT, codes: torch.Tensor) -> GPT:
+    """The same network over indices: what the linear layer makes of every code is the table."""
+    config = {**gpt.config, "code_dim": None}
+    other = GPT(**{k: v for k, v in config.items() if not k.startswith("_")})
+    state = {k: v for k, v in gpt.state_dict().items() if not k.startswith("tok_embeddings.")}
+    other.load_state_dict(state | {"tok_embeddings.weight": gpt.tok_embeddings(codes).detach()})
+    return other
 
 
 def save_pipeline(folder: Path, target: Path) -> None:
@@ -173,7 +185,7 @@ def save_pipeline(folder: Path, target: Path) -> None:
     gpt, (vq, _) = make_gpt(), load_codes(folder)
     gpt.load_state_dict(torch.load(folder / "gpt.pt", weights_only=True)["ema"])
     pipe = LlamaGenPipeline(
-        gpt.half(),
+        with_table(gpt, vq.quantize.embedding.weight).half(),
         vq.half(),
         CLIPTextModelWithProjection.from_pretrained(XL / "text_encoder_2"),
         CLIPTokenizer.from_pretrained(XL / "tokenizer_2"),

@@ -1,10 +1,16 @@
 """GPT and VAR as teachers: masks, caches, published layouts, pipelines, pairs, exports, and what is refused."""
 
 import json
+import os
+import random
+import signal
+import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_kills import child_of
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from fewstep.cond import Cond
 from fewstep.data import pairs as pairs_module
@@ -431,6 +437,43 @@ def test_sequences_of_another_length_and_unknown_labels_are_refused(pipe):
         )
 
 
+def test_contexts_and_students_run_as_the_recipe_says(pipe):
+    plain = Autoregressive(pipe, "x")
+    cast = Autoregressive(pipe, "x", autocast=torch.bfloat16, attention="math")
+    tokens, seen = Rng("tokens").permutation(16)[: pipe.num_tokens].expand(3, -1), []
+    if tokens.shape[1] < pipe.num_tokens:
+        tokens = torch.arange(pipe.num_tokens).expand(3, -1)
+
+    def look(*_):
+        seen.append((torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
+                     SDPBackend.FLASH_ATTENTION in _cur_sdpa_kernel_backends()))  # fmt: skip
+
+    def attended(net, teacher, call):
+        hooks = [
+            m.register_forward_hook(look) for m in net.modules() if type(m).__name__.endswith("Attention")
+        ]
+        seen.clear()
+        out = call(teacher)
+        for hook in hooks:
+            hook.remove()
+        return out, set(seen)
+
+    fast, how = attended(pipe.transformer, cast, lambda t: t.denoiser.context(tokens, LABELS)["log_prob"])
+    slow, plainly = attended(
+        pipe.transformer, plain, lambda t: t.denoiser.context(tokens, LABELS)["log_prob"]
+    )
+    assert how == {(torch.bfloat16, False)} and plainly == {(None, True)}
+    finite = slow.isfinite() & fast.isfinite()
+    assert fast.dtype == torch.float32 and 0 < (fast - slow)[finite].abs().max() < 0.5
+    x, ones = Rng("x").normal(3, *plain.latent_shape), torch.ones(3, pipe.num_tokens, 1)
+    parallel = ParallelStudent.of(pipe.transformer, pipe.codes, 4)
+    causal = CausalStudent.of(pipe.transformer, pipe.codes, head_width=16)
+    for teacher, expected in ((cast, {(torch.bfloat16, False)}), (plain, {(None, True)})):
+        _, how = attended(parallel, teacher, lambda t: t.denoiser.with_net(parallel).x0(x, ones, LABELS))
+        context, then = attended(causal, teacher, lambda t: t.denoiser.with_net(causal).context(x, LABELS))
+        assert how == then == expected and causal.x0(x, ones, context).dtype == torch.float32
+
+
 # ------------------------------------------------------------------------------------------------- pairs and runs
 @pytest.fixture
 def teacher(pipe, tmp_path):
@@ -464,6 +507,32 @@ def test_token_pairs_are_the_same_whatever_interrupts_their_making(teacher, tmp_
         check_pairs(loaded, teacher, 1.0)
     with pytest.raises(FewstepError, match="midpoint, heun, euler"):
         make_pairs(tmp_path / "c", teacher, ["0"], num=1, solver="unipc")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork")
+def test_killed_at_any_moment_the_making_of_token_pairs_gives_identical_files(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs_module, "SHARD", 4)
+    options = {"num": 240, "guidance": 2.0, "seed": 3}
+    whole = make_pairs(tmp_path / "a", teacher, ["0", "1", "2"], **options)
+    torn, chance = tmp_path / "b", random.Random(0)
+
+    def made():
+        return {p.name: p.stat().st_mtime_ns for p in torn.glob("[0-9]*.safetensors")}
+
+    for _ in range(4):
+        before = made()
+        child = child_of(lambda: make_pairs(torn, teacher, ["0", "1", "2"], **options))
+        goal = len(before) + chance.randint(1, 4)
+        while len(made()) < goal:
+            assert os.waitpid(child, os.WNOHANG)[0] == 0, "it was done before it was killed"
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert before.items() <= made().items()  # what is there is not made again
+    make_pairs(torn, teacher, ["0", "1", "2"], **options)
+    files = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (whole, torn)]
+    assert files[0] == files[1] and len(files[0]) == 62
 
 
 def test_pairs_of_another_teacher_are_refused(teacher, tmp_path):

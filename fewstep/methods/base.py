@@ -110,6 +110,7 @@ class Phase:
 
     Attributes:
         share: (begin, end) as fractions of the run; learning rates warm up and decay within it.
+        rate: times the learning rates of its roles.
         fresh: roles that start again from the teacher, optimiser and all, when the share begins.
         follows: (role, decay) instead of a loss: the weights become ``decay`` times their own plus the rest of that
             role's; 0 copies them.
@@ -121,6 +122,7 @@ class Phase:
     every: int = 1
     when: Callable[[Progress], bool] = always
     share: tuple[float, float] = (0.0, 1.0)
+    rate: float = 1.0
     fresh: tuple[str, ...] = ()
     follows: tuple[str, float] | None = None
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from .. import objectives
 from ..cond import Cond
 from ..errors import RecipeError
-from ..roles import hand_over
 from ..student import Student
 from ..tokens import CodebookDenoiser
 from .base import Batch, Method, Phase, Progress, register
@@ -47,8 +46,10 @@ class DD2(Method):
             time_range: noise levels of the generator's loss*. critic_time_range: of the critic's*.
             copies, critic_copies: noise levels per token that share one prefix (the critic's is that of MAR, 4)*.
             initial_share: of the run, for stage 1 (published: 330k of some 400k iterations, on teacher samples).
-            regression_share: of the run after stage 1, in which the generator learns DD1's map first; 0 is none, as in
-                the paper*.
+            regression_share: of the run after stage 1, in which the generator learns DD1's map first, at
+                ``regression_rate`` times its learning rate; 0 is none, as in the paper*.
+            alignment_share: of the run after that, in which the critic alone learns what the generator makes; the paper
+                does so once in the middle*.
             prefix: what teacher and critic are conditioned on: "nearest" codes of what the generator made, which needs
                 no change of the teacher*, or "continuous" embeddings, which the teacher must read (published, after a
                 fine-tuning that makes LlamaGen read them).
@@ -65,6 +66,8 @@ class DD2(Method):
         critic_copies: int = 4
         initial_share: float = 0.3
         regression_share: float = 0.0
+        regression_rate: float = 1.0
+        alignment_share: float = 0.0
         prefix: Literal["nearest", "continuous"] = "nearest"
         head_width: int = 1024
         head_depth: int = 3
@@ -77,10 +80,15 @@ class DD2(Method):
             for name in ("critic_steps", "copies", "critic_copies", "head_width", "head_depth"):
                 if getattr(self, name) < 1:
                     raise RecipeError(f"method.{name}: {getattr(self, name)}: expected at least 1")
-            if not 0 < self.initial_share <= self.initial_share + self.regression_share < 1:
+            later = self.regression_share, self.alignment_share
+            if self.initial_share <= 0 or min(later) < 0 or self.initial_share + sum(later) >= 1:
                 raise RecipeError(
-                    f"method.initial_share: {self.initial_share} with regression_share {self.regression_share}: "
-                    "expected a positive share, and something left of the run after both"
+                    f"method.initial_share: {self.initial_share} with regression_share {later[0]} and alignment_share "
+                    f"{later[1]}: expected a positive one, none below 0, and something left of the run after all"
+                )
+            if self.regression_rate <= 0:
+                raise RecipeError(
+                    f"method.regression_rate: {self.regression_rate}: expected a positive number"
                 )
 
     def __init__(
@@ -115,13 +123,24 @@ class DD2(Method):
 
     def phases(self) -> list[Phase]:
         c = self.config
-        begin = c.initial_share + c.regression_share
-        regression = Phase("regression", ("student",), self.regression_loss, share=(c.initial_share, begin))
+        taught = c.initial_share
+        ready = taught + c.regression_share
+        begin = ready + c.alignment_share
+
+        def starts(progress: Progress) -> bool:
+            return progress.iteration == round(taught * progress.steps)
+
+        learns = {"share": (taught, ready), "rate": c.regression_rate}
         return [
-            Phase("initial", ("critic",), self.initial_loss, share=(0.0, c.initial_share)),
-            *([regression] if c.regression_share else []),
+            Phase("initial", ("critic",), self.initial_loss, share=(0.0, taught)),
+            Phase("start", ("student",), None, when=starts, share=(taught, 1.0), follows=("critic", 0.0)),
+            *(
+                [Phase("regression", ("student",), self.regression_loss, **learns)]
+                if c.regression_share
+                else []
+            ),
             Phase("generator", ("student",), self.generator_loss, every=c.critic_steps, share=(begin, 1.0)),
-            Phase("critic", ("critic",), self.critic_loss, share=(c.initial_share, 1.0)),
+            Phase("critic", ("critic",), self.critic_loss, share=(ready, 1.0)),
         ]
 
     # ------------------------------------------------------------------------------------------------- stage 1
@@ -134,23 +153,16 @@ class DD2(Method):
         fake = self.critic.context(q, batch.pair_cond)
         return {"score": self._denoising(q, fake, batch, real)}
 
-    def regression_loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+    def regression_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
         """DD1's map by mean squared error."""
-        self._begin(self.phases()[1], progress)
         noise, tokens = batch.pairs
         made = self.student.x0(noise, 0, batch.pair_cond)
         return {"regression": (made - self.teacher.codes[tokens]).square().mean()}
 
-    def _begin(self, phase: Phase, progress: Progress) -> None:
-        if progress.iteration == phase.span(progress)[0]:
-            hand_over(self.critic, self.net)
-
     # ------------------------------------------------------------------------------------------------- stage 2
-    def generator_loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+    def generator_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
         """The gradient reaches a token through its own noisy version only; prefixes are given."""
         c = self.config
-        if not c.regression_share:
-            self._begin(next(p for p in self.phases() if p.name == "generator"), progress)
         q = self._generate(batch)
         batch.carry["x0"] = q.detach()
         with torch.no_grad():

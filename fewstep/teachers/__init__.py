@@ -13,7 +13,7 @@ from ..errors import FewstepError
 from .base import Teacher, check_pipeline_folder
 
 ASSETS = Path(__file__).parent.parent / "assets"
-BUILTIN = {"builtin:emoji-xl": ASSETS / "emoji-xl", "builtin:emoji-flow": ASSETS / "emoji-flow"}
+BUILTIN = {f"builtin:{name}": ASSETS / name for name in ("emoji-xl", "emoji-flow", "emoji-ar")}
 
 
 REGISTERED: dict[str, type[Teacher]] = {}

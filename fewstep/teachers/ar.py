@@ -45,7 +45,8 @@ class Autoregressive(Teacher):
         self.net = pipe.transformer
         self.encoders = ("text_encoder",) if pipe.text_encoder is not None else ()
         self.latent_shape = (pipe.num_tokens, pipe.codes.shape[1])
-        self.denoiser = pipe.teacher()
+        self.arithmetic = {"autocast": autocast, "attention": attention}
+        self.denoiser = pipe.teacher(**self.arithmetic)
         self.resolution = pipe.resolution
         if resolution not in (None, self.resolution):
             raise FewstepError(
@@ -87,7 +88,7 @@ class Autoregressive(Teacher):
 
     def to(self, device: torch.device | str) -> Autoregressive:
         self.pipe.to(device)
-        self.denoiser = self.pipe.teacher()
+        self.denoiser = self.pipe.teacher(**self.arithmetic)
         return self
 
 

@@ -407,6 +407,54 @@ def test_the_generator_starts_from_the_critic_of_the_first_stage(teacher):
     assert all(a.equal(b) for a, b in zip(before["student"], before["critic"]))
 
 
+def test_between_the_stages_the_generator_learns_the_map_and_then_the_critic_catches_up(teacher):
+    shares = {"initial_share": 0.25, "regression_share": 0.25, "alignment_share": 0.25}
+    config = DD2.Config(head_width=16, critic_steps=1, regression_rate=3.0, **shares)
+    trainer = token_toy(DD2, config, teacher, 8, 16, known_pairs(teacher, 64), student=RoleConfig(lr=1e-3, **FULL),
+                        critic=RoleConfig(lr=2e-3, **FULL))  # fmt: skip
+    inner, seen = trainer.update, []
+
+    def update(phase, roles):
+        seen.append((trainer.progress.iteration, phase.name, trainer.learning_rate(roles[0], phase)))
+        return inner(phase, roles)
+
+    trainer.update = update
+    for _ in range(8):
+        trainer.iterate()
+    pair = [("generator", 1e-3), ("critic", 2e-3)]
+    expected = (
+        [[("initial", 2e-3)]] * 2 + [[("regression", 3e-3)]] * 2 + [[("critic", 2e-3)]] * 2 + [pair] * 2
+    )
+    assert seen == [(i, name, pytest.approx(lr)) for i, row in enumerate(expected) for name, lr in row]
+
+
+def test_the_maps_regression_is_the_squared_error_of_the_generator(teacher):
+    trainer = student_of(teacher, DD2)
+    method, batch = trainer.method, trainer.data.batch(0, 0)
+    torch.nn.init.normal_(method.net.head.output.weight)
+    noise, tokens = batch.pairs
+    features = method.net(tokens=noise, cond=batch.pair_cond)
+    ones = torch.ones(16, TOKENS, 1, dtype=torch.float64)
+    made = noise - method.net(x_t=noise, t=ones, features=features)  # one step of Euler from t = 1
+    expected = (made - teacher.denoiser.codes[tokens]).square().mean()
+    assert method.regression_loss(batch, Progress())["regression"].item() == pytest.approx(
+        expected.item(), rel=1e-4
+    )
+
+
+def test_shares_of_the_stages_leave_something_for_the_last(teacher):
+    for wrong in (
+        {"initial_share": 0.0},
+        {"initial_share": 0.5, "regression_share": 0.3, "alignment_share": 0.2},
+        {"regression_share": -0.1},
+        {"alignment_share": -0.1},
+    ):
+        with pytest.raises(RecipeError, match=r"method\.initial_share"):
+            DD2.Config(**wrong)
+    with pytest.raises(RecipeError, match=r"method\.regression_rate"):
+        DD2.Config(regression_rate=0.0)
+
+
 # ------------------------------------------------------------------------------------------------- convergence
 @pytest.mark.slow
 def test_dd1_learns_the_joint_in_one_step_and_in_two(teacher):

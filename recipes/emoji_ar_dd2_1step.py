@@ -1,0 +1,57 @@
+"""One-step student of the built-in autoregressive teacher with Distilled Decoding 2, on two CPU cores.
+
+    fewstep pairs emoji_ar_dd2_1step --num 12288     # once, some minutes; those of emoji_ar_dd1_2step serve as well
+    fewstep train emoji_ar_dd2_1step
+
+Hardware: two CPU cores, 4 GB of memory. Time and result: ``eval/results/emoji_ar_dd2_1step.json``. Between the paper's
+two stages the generator learns DD1's map for a while: from the paper's own start it needs many more updates than
+twenty minutes hold. Rates and updates are those of a small teacher and a short run.
+"""
+
+from fewstep.methods.dd2 import DD2
+from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
+from fewstep.roles import RoleConfig
+from fewstep.trainer import TrainConfig
+
+recipe = Recipe(
+    output="runs/emoji_ar_dd2_1step",
+    teacher=TeacherConfig(
+        path="builtin:emoji-ar", pipeline_class="LlamaGenPipeline", autocast="bfloat16", attention="math"
+    ),
+    method=DD2.Config(
+        guidance_scale=1.5,
+        critic_steps=2,
+        matching="dmd",
+        copies=2,
+        critic_copies=2,
+        initial_share=0.2,
+        regression_share=0.4,
+        head_width=128,
+        head_depth=3,
+    ),
+    data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji-ar"),
+    roles={
+        "student": RoleConfig(
+            kind="full", lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100, decay=250, ema=0.99
+        ),
+        "critic": RoleConfig(kind="full", lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100),
+    },
+    train=TrainConfig(
+        steps=1500, batch_size=32, clip_norm=1.0, log_every=25, sample_every=500, checkpoint_every=250
+    ),
+    samples=SampleConfig(count=24, columns=12, scale=2),
+    evaluation=EvalConfig(
+        num=500,
+        prompts="builtin:emoji-groups",
+        named=500,
+        floor_steps=[],
+        teacher_steps=64,
+        teacher_guidance=1.5,
+        extractor="effnet-lite0@96",
+    ),
+)
+
+if __name__ == "__main__":
+    from fewstep import run
+
+    run(recipe)

@@ -1,0 +1,84 @@
+"""``builtin:emoji-ar`` and the recipe that trains it: what it trains is what the pipeline holds."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep import load_teacher
+from fewstep.cond import Cond
+from fewstep.data import emoji
+from fewstep.rng import Rng
+from fewstep.teachers import BUILTIN
+from fewstep.token_students import CausalStudent
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    sys.path.insert(0, str(RECIPES))
+    try:
+        import train_emoji_ar
+
+        yield train_emoji_ar
+    finally:
+        sys.path.remove(str(RECIPES))
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_teacher("builtin:emoji-ar")
+
+
+def test_the_network_in_training_is_the_pipelines(recipe, tmp_path):
+    torch.manual_seed(0)
+    gpt, vq = recipe.make_gpt().eval(), recipe.make_vqvae().eval()
+    torch.nn.init.normal_(gpt.output.weight, std=0.1)
+    for part in (gpt, vq):  # saved as fp16
+        part.half().float()
+    torch.save({"ema": gpt.state_dict()}, tmp_path / "gpt.pt")
+    torch.save({"vq": vq.state_dict(), "tokens": torch.zeros(1, 64)}, tmp_path / "codes.pt")
+    recipe.save_pipeline(tmp_path, tmp_path / "pipeline")
+    saved = load_teacher(str(tmp_path / "pipeline"))
+    names = ["red apple", "any food fruit", "dog face"]
+    features = recipe.text_features(names).view(3, recipe.SLOTS, -1)
+    cond = saved.encode(names)
+    assert torch.allclose(cond["embeds"], features, atol=1e-4)
+    tokens = Rng("tokens").permutation(1024)[:192].view(3, 64)
+    null = torch.tensor([False, False, True])
+    with torch.no_grad():
+        own = gpt(vq.quantize.embedding(tokens), Cond({"embeds": features, "null": null}))
+        made = saved.net(tokens, Cond({"embeds": cond["embeds"], "null": null}))
+    assert own.std() > 0.1 and torch.allclose(own, made, atol=0.02)  # the table is rounded once more
+
+
+def test_students_start_from_what_the_teacher_knows(teacher):
+    """Its table is linear in the codes, so a network that reads codes is the same network."""
+    tokens = Rng("tokens").permutation(1024)[:128].view(2, 64)
+    student = CausalStudent.of(teacher.net, teacher.denoiser.codes, head_width=16, head_depth=1)
+    cond = teacher.encode(["red apple", "dog face"])
+    with torch.no_grad():
+        features = student.context(teacher.denoiser.codes[tokens], cond)["features"]
+        assert torch.allclose(features, teacher.net.features(tokens, cond), atol=0.05)
+
+
+def test_it_is_small_and_draws_what_it_is_asked_for(teacher):
+    files = [p for p in BUILTIN["builtin:emoji-ar"].rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 16e6
+    images, names = emoji.load()
+    order = Rng("asked").permutation(len(names))[:24].tolist()
+    real = torch.cat([teacher.pipe.tokenize(x[None]) for x in _unit(images[order])])
+    cond = teacher.encode([names[i] for i in order])
+    made = teacher.denoiser.sample(Rng("draw").uniform(24, 64), cond, guidance=1.5)
+    equal = (made[:, None] == real[None]).float().mean(-1)
+    assert (equal.argmax(1) == torch.arange(24)).float().mean() > 0.3  # by chance 1 in 24
+    # Codes have the spread of the noise that flows to them, and decode to the image.
+    assert 0.5 < teacher.denoiser.codes.std() < 1.5
+    decoded = teacher.decode_pixels(teacher.denoiser.codes[real])
+    assert (decoded - _unit(images[order])).abs().mean() < 0.12
+
+
+def _unit(images):
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
