@@ -24,20 +24,21 @@ recipe = Recipe(
         matching="dmd",
         copies=2,
         critic_copies=2,
-        initial_share=0.2,
-        regression_share=0.4,
+        initial_share=0.15,
+        regression_share=0.58,
+        regression_rate=6.0,
+        alignment_share=0.05,
         head_width=128,
-        head_depth=3,
     ),
     data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji-ar"),
     roles={
         "student": RoleConfig(
-            kind="full", lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100, decay=250, ema=0.99
+            kind="full", lr=3e-4, betas=(0.9, 0.99), weight_decay=1e-3, warmup=50, decay=300, ema=0.99
         ),
         "critic": RoleConfig(kind="full", lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100),
     },
     train=TrainConfig(
-        steps=1500, batch_size=32, clip_norm=1.0, log_every=25, sample_every=500, checkpoint_every=250
+        steps=1360, batch_size=32, clip_norm=1.0, log_every=25, sample_every=680, checkpoint_every=250
     ),
     samples=SampleConfig(count=24, columns=12, scale=2),
     evaluation=EvalConfig(

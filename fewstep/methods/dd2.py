@@ -130,18 +130,16 @@ class DD2(Method):
         def starts(progress: Progress) -> bool:
             return progress.iteration == round(taught * progress.steps)
 
-        learns = {"share": (taught, ready), "rate": c.regression_rate}
-        return [
+        phases = [
             Phase("initial", ("critic",), self.initial_loss, share=(0.0, taught)),
             Phase("start", ("student",), None, when=starts, share=(taught, 1.0), follows=("critic", 0.0)),
-            *(
-                [Phase("regression", ("student",), self.regression_loss, **learns)]
-                if c.regression_share
-                else []
-            ),
             Phase("generator", ("student",), self.generator_loss, every=c.critic_steps, share=(begin, 1.0)),
             Phase("critic", ("critic",), self.critic_loss, share=(ready, 1.0)),
         ]
+        if c.regression_share:
+            share, rate = (taught, ready), c.regression_rate
+            phases.insert(2, Phase("regression", ("student",), self.regression_loss, share=share, rate=rate))
+        return phases
 
     # ------------------------------------------------------------------------------------------------- stage 1
     def initial_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
