@@ -12,11 +12,13 @@ Images and latents are (B, ...); times and weights are (B,).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from .errors import RecipeError
 from .schedules import expand
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> F
@@ -61,6 +63,18 @@ def forward_mode(velocity: Velocity, x_t: Tensor, t: Tensor, ode: Tensor) -> tup
     """
     factor = torch.cos(t) * torch.sin(t)
     return torch.func.jvp(velocity, (x_t, t), (expand(factor, x_t) * ode, factor))
+
+
+@contextmanager
+def refusing_without(net: nn.Module, option: str, remedy: str) -> Iterator[None]:
+    """Around a trial: a network that cannot be differentiated in forward mode is refused by name, with what to do."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        raise RecipeError(
+            f"{option}: {type(net).__name__} cannot be differentiated in forward mode "
+            f"({str(error).splitlines()[0]}); {remedy}"
+        ) from error
 
 
 def central_difference(

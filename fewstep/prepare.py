@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cond import Cond
-from .consistency import angles
+from .consistency import angles, refusing_without
 from .data import Batches
 from .data.cache import encode_images, encode_prompts
 from .data.images import CaptionedImages
@@ -168,6 +168,19 @@ def stiffness(denoiser: NetDenoiser, x_t: Tensor, t: Tensor, ode: Tensor, cond: 
     return ((weight * in_time).norm() / (weight * in_space).norm()).item()
 
 
+def check_stiffness(denoiser: NetDenoiser, latent_shape: Sequence[int]) -> None:
+    """Measures it once on a single row, before expensive work.
+
+    Raises:
+        RecipeError: the network cannot be differentiated in forward mode.
+    """
+    x = torch.zeros(1, *latent_shape, device=next(denoiser.net.parameters()).device)
+    t = torch.ones(1, dtype=torch.float64, device=x.device)
+    remedy = "distill the teacher as it is, with method.tangent difference and method.difference 1e-4"
+    with refusing_without(denoiser.net, "prepare: stiffness", remedy):
+        stiffness(denoiser, x, t, torch.ones_like(x), denoiser.example.to(x.device))
+
+
 @torch.no_grad()
 def compare(teacher: NetDenoiser, student: NetDenoiser, batch: Batch) -> dict[str, float]:
     """Relative error of the student's velocity and its stiffness, at the noise levels of sCM's training."""
@@ -222,10 +235,12 @@ def prepare(
         What ``prepare.json`` in the folder says: error and stiffness before, after the cut, and in the end.
 
     Raises:
-        FewstepError: the folder is there already, or the network has no time embedding that is known.
+        FewstepError: the folder is there already, or the network has no time embedding that is known or no
+            forward-mode derivative.
     """
     if out.exists():
         raise FewstepError(f"prepare: {out} is there already; give another folder")
+    check_stiffness(teacher.denoiser, teacher.latent_shape)
     net = with_qk_norm(teacher.net) if config.qk_norm else copy.deepcopy(teacher.net)
     student = teacher.denoiser.with_net(net.float().requires_grad_(True))
     cut = smooth_time(student, teacher.latent_shape, config.turns)

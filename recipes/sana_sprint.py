@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 recipes/sana_sprint.py --prompts prompts.txt --images images
 
 Hardware: eight H100, 80 GB each. Not yet run at scale. The paper: 20,000 iterations of 512 on 32 A100, where iterations
-count both turns, so 10,000 of ours; its optimiser is CAME, ours AdamW.
+count both turns, so 10,000 of ours, and 5,000 of warm-up 2,500; rate, batch and clipping are its own. Its optimiser is
+CAME, ours AdamW, and the average of the weights is ours: its code has none.
 """
 
 import math

@@ -4,6 +4,8 @@
     torchrun --nproc_per_node 8 recipes/sd3_scm_1step.py --prompts prompts.txt --images images
 
 Hardware: eight H100, 80 GB each. Not yet run at scale. The network sees 1000 t, so it is prepared first.
+Noise law, tangent warm-up and batch are SANA-Sprint's (arXiv 2503.09641), Adam's constants those of sCM; rank, rate,
+length and guidance are ours.
 """
 
 from fewstep.methods.scm import SCM

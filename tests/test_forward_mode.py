@@ -3,35 +3,33 @@
 import pytest
 import torch
 from torch import nn
+from zoo import ZOO
 
 from fewstep.consistency import central_difference, forward_mode
 from fewstep.denoiser import ScheduleView
 from fewstep.errors import RecipeError
 from fewstep.methods.scm import SCM, Consistency
+from fewstep.prepare import check_stiffness
 from fewstep.roles import RoleConfig, build_role
 from fewstep.schedules import TrigFlow
 from fewstep.teachers import load_teacher
 from fewstep.teachers.tiny import write_tiny_pipeline
 
-CLASSES = [
-    "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusion3Pipeline",
-    "SanaPipeline",
-    "PixArtSigmaPipeline",
-]
+KINDS = [
+    name for name in ZOO if name not in ("SD 2.1, v", "FLUX.1-schnell", "PixArt-alpha")
+]  # others' networks
 
 
-@pytest.fixture(scope="module", params=CLASSES)
-def teacher(request, tmp_path_factory):
-    return load_teacher(str(write_tiny_pipeline(request.param, tmp_path_factory.mktemp("tiny"))))
+@pytest.fixture(scope="module", params=KINDS)
+def teacher(request, teachers):
+    return teachers(request.param)
 
 
-def inputs(teacher, rows=2):
+def inputs(teacher):
     torch.manual_seed(0)
-    x, ode = torch.randn(2, rows, *teacher.latent_shape)
-    t = torch.tensor([0.6, 1.2], dtype=torch.float64)[:rows]
-    return x, t, ode, teacher.encode(["a cat", "a dog"][:rows])
+    x, ode = torch.randn(2, 2, *teacher.latent_shape)
+    t = torch.tensor([0.6, 1.2], dtype=torch.float64)
+    return x, t, ode, teacher.encode(["0", "1"])  # texts or labels
 
 
 def velocity_of(denoiser, cond):
@@ -118,6 +116,9 @@ def test_a_network_without_forward_mode_is_refused_with_the_remedy(teacher):
     ):
         SCM(SCM.Config(), teacher.denoiser, shape, student=denoiser)
     SCM(SCM.Config(tangent="difference"), teacher.denoiser, shape, student=denoiser)
+    with pytest.raises(RecipeError, match=r"prepare: stiffness: WithOpaque .*method.tangent difference"):
+        check_stiffness(denoiser, shape)
+    check_stiffness(teacher.denoiser, shape)
 
 
 def test_half_precision_weights_are_refused_with_the_remedy(tmp_path):

@@ -92,13 +92,10 @@ class Consistency:
         x = torch.zeros(1, *latent_shape, device=weight.device)
         t = torch.ones(1, dtype=torch.float64, device=weight.device)
         cond = self.student.denoiser.example.to(weight.device)
-        try:
+        with scm.refusing_without(
+            net, f"method.tangent: {self.config.tangent}", "set method.tangent difference"
+        ):
             self.derivative(x, t, torch.ones_like(x), cond)
-        except (RuntimeError, NotImplementedError) as error:
-            raise RecipeError(
-                f"method.tangent: {self.config.tangent}: {type(net).__name__} cannot be differentiated in forward mode "
-                f"({str(error).splitlines()[0]}); set method.tangent difference"
-            ) from error
 
     def draw(self, normal: Tensor) -> Tensor:
         """Times (B,) of the proposal, within what the teacher's schedule covers."""

@@ -78,6 +78,11 @@ class DDPM(Teacher):
                 "which no stock scheduler of students takes; drop the second half of its conv_out"
             )
         super().__init__(pipe, source, *args)
+        # Attention hands on tokens turned into channels, of which torch's group norm has no forward-mode derivative;
+        # the copy is one that the norm itself would make.
+        for module in self.net.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.register_forward_pre_hook(_contiguous)
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         if num_classes(self.pipe) is None:
@@ -102,3 +107,7 @@ class DDPM(Teacher):
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         return latents.float().clamp(-1, 1)
+
+
+def _contiguous(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])

@@ -263,7 +263,7 @@ def test_a_network_without_a_time_embedding_is_refused():
 def test_one_step_reaches_the_ring():
     ring = GaussianMixture.ring(SD, radius=2.2, std=0.2)
     torch.manual_seed(0)
-    net, steps = fit(ring, TimedMlp(), steps=300), 1500
+    net, steps = fit(ring, TimedMlp(), steps=600), 2200
     role = RoleConfig(kind="full", lr=3e-3, ema=0.95, weight_decay=0.0, decay=steps)
     trainer = toy(BOOT, BOOT.Config(intervals=25), ring, net, steps=steps, student=role)
     before = distance(trainer, ring)
