@@ -7,7 +7,8 @@
 Captioned images train it, prompts alone the score stage. Batch 512, rate 1e-6 and stages 8-4-2-1 with an average as
 target are the paper's (arXiv 2404.13686, section 4.1), rank 64 and the layers are those of its published files. It took
 about 200 A100-hours a stage; iterations, the weights of the adversarial term and guidance are unpublished, so those
-here are ours, guidance of 7 to 8 being PCM's (arXiv 2405.18407). For feedback set method.feedback_length and method.reward. Not yet run at scale.
+here are ours, guidance of 7 to 8 being PCM's (arXiv 2405.18407). For feedback set method.feedback_length and
+method.reward. Not yet run at scale.
 """
 
 from fewstep.methods.hyper_sd import HyperSD

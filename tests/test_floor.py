@@ -125,6 +125,16 @@ def test_weights_leave_the_end_alone_and_stay_finite_without_signal():
     for schedule in (SD, Flow()):
         for weights in node_weights(schedule, reference_times(schedule, 5)):
             assert weights.shape == (6,) and np.isfinite(weights).all() and weights[-1] == 1
+        # From nothing to the guess that early errors die out, and to the one that they grow.
+        assert [w[2] for w in node_weights(schedule, reference_times(schedule, 5))] == pytest.approx(
+            [level_share(schedule) ** power for power in (0, -2, -1, 1, 2)]
+        )
+
+
+def level_share(schedule):
+    """Signal of the third of five nodes, where signal and noise are a vector of length 1."""
+    alpha, sigma = levels(schedule, reference_times(schedule, 5))[:, 2]
+    return alpha / np.hypot(alpha, sigma)
 
 
 # ------------------------------------------------------------------------------------------------------- AYS tables
