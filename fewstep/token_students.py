@@ -165,10 +165,18 @@ class CausalStudent(TokenStudent):
 class Generator:
     """A :class:`CausalStudent` as DD2's one-step generator: noise is its own prefix, ``x = eps - v(eps, 1)``."""
 
-    prediction, autocast = "x0", None
+    prediction = "x0"
 
     def __init__(self, net: CausalStudent):
         self.net, self.schedule = net, net.schedule
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return self.net.autocast
+
+    @autocast.setter
+    def autocast(self, dtype: torch.dtype | None) -> None:
+        self.net.autocast = dtype
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
         return self.net.x0(x_t, t, self.net.context(x_t, cond))

@@ -578,7 +578,7 @@ def recipe_of(name, teacher, tmp_path, **role):
     roles = {n: RoleConfig(**{"kind": "full", "lr": 1e-3, **role}) for n in ("student", "critic")}
     return Recipe(
         output=str(tmp_path / "run"),
-        teacher=TeacherConfig(path=teacher.source),
+        teacher=TeacherConfig(path=teacher.source, autocast="bfloat16", attention="math"),
         method=METHODS[name].Config(**RUN[name]),
         data=DataConfig(prompts=str(tmp_path / "prompts.txt"), pairs=str(tmp_path / "pairs")),
         train=TrainConfig(
@@ -600,7 +600,7 @@ def test_a_run_ends_with_a_verified_export_that_samples(name, teacher, tmp_path)
     steps = len(teacher.net.groups)
     measured = EvalConfig(num=4, teacher_steps=steps, teacher_guidance=2.0, batch_size=2)
     folder = execute(replace(recipe_of(name, teacher, tmp_path), evaluation=measured))
-    taught, made = json.loads((folder / "eval.json").read_text())["rows"]
+    taught, *_, made = json.loads((folder / "eval.json").read_text())["rows"]
     assert taught["kind"] == "teacher" and taught["nfe"] == 2 * steps and taught["token TV"] == 0
     assert made["speed-up"] == pytest.approx(
         taught["seconds per image"] / made["seconds per image"], rel=0.05
@@ -608,6 +608,7 @@ def test_a_run_ends_with_a_verified_export_that_samples(name, teacher, tmp_path)
     assert 1 <= made["token perplexity"] <= 16 and 0 <= made["token TV"] <= 1
     record = json.loads((folder / "export" / "fewstep.json").read_text())
     assert record["num_steps"] == (2 if name == "dd1" else 1) and record["kind"] == "full"
+    assert list(record.get("steps", {})) == (["1", "2"] if name == "dd1" else [])
     assert (folder / "samples" / "step_000004.png").is_file()
     out = tmp_path / "out.png"
     assert (

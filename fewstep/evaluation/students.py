@@ -68,7 +68,10 @@ def evaluate_run(
                 taught = (tokens, seconds)
             elif kind == "student" and taught:
                 row["speed-up"] = round(taught[1] / seconds, 2)
-            row |= token_statistics(tokens, taught[0] if taught else tokens, len(teacher.denoiser.codes))
+            found = token_statistics(tokens, taught[0] if taught else tokens, len(teacher.denoiser.codes))
+            row |= {
+                k: v for k, v in found.items() if taught or k != "token TV"
+            }  # which is against the teacher's
         row |= {"seconds per image": round(seconds, 5), "grid": f"eval/{_slug(name)}.png"}
         cut = len(asked.prompts)
         some = np.concatenate([pictures[:cut][: GRID // 2], pictures[cut:][: GRID - GRID // 2]])

@@ -29,4 +29,6 @@ def save_token_student(
     with hushed():
         parts = {**teacher.pipe.components, "transformer": net.to(dtype)}
         type(teacher.pipe)(**parts, **config).save_pretrained(folder)
-    return {"student": type(net).__name__, "call": {"num_inference_steps": student.num_steps}}
+    calls = {str(k): {"call": {"num_inference_steps": k}} for k in range(1, student.num_steps + 1)}
+    made = {"student": type(net).__name__, **calls[str(student.num_steps)]}
+    return made | ({"steps": calls} if len(calls) > 1 else {})  # fewer steps are the first ones

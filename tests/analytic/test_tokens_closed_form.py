@@ -1,6 +1,8 @@
 """Autoregressive teachers where everything is known: the flow to codes, posterior means, and DD1 and DD2 on a joint."""
 
 import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,6 +270,24 @@ def test_the_losses_of_dd1_are_means_over_the_unknown_tokens(teacher):
     assert losses["embedding"].item() == pytest.approx(0.5 * error.item(), rel=1e-5)
 
 
+def test_the_image_loss_of_dd1_is_of_the_second_heads_tokens_where_they_are_unknown(teacher):
+    options = {"split": 2, "entries": [0, 3], "image_weight": 0.5, "regression": "features"}
+    trainer, compared = student_of(teacher, **options), []
+    method = trainer.method
+    method.distance = lambda made, q: compared.append((made, q)) or (made - q).square().mean()
+    batch = trainer.data.batch(0, 0)
+    loss = method.loss(batch, Progress())["image"]
+    again = trainer.data.batch(0, 0)
+    begin = torch.tensor([0, 3])[(again.rng.uniform(16) * 2).long()]
+    unknown = (torch.arange(TOKENS) >= begin[:, None])[..., None]
+    noise, tokens = batch.pairs
+    q = teacher.denoiser.codes[tokens]
+    embedded = method.net(torch.where(unknown, noise, q), unknown.double(), batch.pair_cond)[1]
+    expected = torch.where(unknown, embedded, q)
+    assert torch.allclose(compared[0][0], expected, atol=1e-6) and compared[0][1].equal(q)
+    assert loss.item() == pytest.approx(0.5 * (expected - q).square().mean().item(), rel=1e-5)
+
+
 def test_entries_must_begin_groups_and_start_at_0(teacher):
     for entries in ([1], [0, 0], [0, 3, 2], []):
         with pytest.raises(RecipeError, match=r"method\.entries"):
@@ -293,6 +313,35 @@ class Exact:
 
     def x0(self, x_t, t, cond, *, guidance=1.0):
         return self.denoiser.x0(x_t, t, cond)
+
+
+def test_the_first_stage_learns_the_teachers_velocity_and_every_stage_its_guidance(teacher):
+    """The exact conditional mean takes the place of a drawn target, at every one of the copies."""
+    trainer = student_of(teacher, DD2, critic_copies=2, copies=2, guidance_scale=1.0)
+    method, batch = trainer.method, trainer.data.batch(0, 0)
+    initial = method.phases()[0]
+    assert initial.train == ("critic",)
+    loss = initial.loss(batch, Progress())["score"]
+    again, tokens = trainer.data.batch(0, 0), batch.pairs[1]
+    q, denoiser = teacher.denoiser.codes[tokens], teacher.denoiser
+    features = method.critic.context(q, batch.pair_cond)["features"]
+    expected = 0.0
+    for _ in range(2):
+        t = 0.005 + 0.995 * again.rng.uniform(16, TOKENS, 1)
+        x_t = denoiser.schedule.add_noise(q, again.rng.normal(16, TOKENS, DIM), t)
+        velocity = (x_t - denoiser.x0(x_t, t, denoiser.context(tokens, batch.pair_cond))) / t
+        expected += (method.critic(x_t=x_t, t=t, features=features) - velocity).square().mean().item() / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    asked, context = [], denoiser.context
+    method.teacher = SimpleNamespace(**vars(denoiser), x0=denoiser.x0)
+    method.teacher.context = lambda *given, guidance=1.0: asked.append(guidance) or context(*given)
+    method.config = replace(method.config, guidance_scale=3.0)
+    one = method.generator_loss(trainer.data.batch(0, 0), Progress(5, 10))["sid"]
+    method.initial_loss(trainer.data.batch(0, 0), Progress())
+    assert asked == [3.0, 3.0]
+    # Copies are averaged, so their number does not scale the gradient.
+    method.config = replace(method.config, copies=1)
+    assert 0.3 < one / method.generator_loss(trainer.data.batch(0, 0), Progress(5, 10))["sid"] < 1.8
 
 
 def test_the_critics_loss_is_that_of_the_velocity(teacher):

@@ -1,12 +1,24 @@
-"""Autoregressive toys: a known joint law of four tokens as the teacher, and small students of it."""
+"""Autoregressive toys: a known joint law of four tokens as the teacher, and small students of it.
 
+python tests/analytic/token_toys.py dd1      # or dd2, dd2-from-dd1: the full length, minutes; see LENGTHS
+"""
+
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from toys import Rows, spread
 
 from fewstep.cond import Cond
 from fewstep.data import Batches
+from fewstep.methods.dd1 import DD1
+from fewstep.methods.dd2 import DD2
 from fewstep.rng import Rng
 from fewstep.roles import RoleConfig, averaged, build_role
 from fewstep.teachers.analytic import KnownJoint
@@ -81,3 +93,53 @@ def student_tokens(trainer, teacher, count=40_000, average=True):
     return (
         torch.cat(made) @ teacher.denoiser.codes.T - 0.5 * teacher.denoiser.codes.square().sum(-1)
     ).argmax(-1)
+
+
+# Iterations of the full length; the tests run a share of them. A batch is 256.
+LENGTHS = {"dd1": 4000, "dd2": 6000, "dd2-from-dd1": 2000}
+FULL = {"kind": "full", "weight_decay": 0.0}
+SMALL = {"head_width": 64, "head_depth": 2}
+
+
+def student_of_the_joint(name, teacher, share=1.0):
+    """The trainer of a student whose tokens are to have the known joint. Rates and noise levels are ours: a generator
+    that moves faster than its critic learns (twice the rate here) collapses now and then."""
+    steps = round(share * LENGTHS[name])
+    if name == "dd1":
+        config = DD1.Config(split=TOKENS, embedding_weight=0.0)
+        student = RoleConfig(lr=3e-3, betas=(0.9, 0.95), ema=0.99, warmup=20, decay=steps, **FULL)
+        return token_toy(DD1, config, teacher, steps, 256, known_pairs(teacher, 60_000), student=student)
+    stages = {"critic_steps": 3, "copies": 4, "critic_copies": 4, "matching": "dmd", **SMALL}
+    if name == "dd2":
+        config = DD2.Config(initial_share=0.08, **stages)
+        student = RoleConfig(
+            lr=5e-4, betas=(0.5, 0.99), ema=0.99, warmup=100, decay=round(0.6 * steps), **FULL
+        )
+        critic = RoleConfig(lr=1.5e-3, betas=(0.9, 0.99), warmup=50, decay=round(0.6 * steps), **FULL)
+    else:
+        shares = {"initial_share": 0.1, "regression_share": 0.5, "alignment_share": 0.1}
+        config = DD2.Config(regression_rate=10.0, **shares, **stages)
+        student = RoleConfig(
+            lr=2e-4, betas=(0.9, 0.99), ema=0.99, warmup=20, decay=round(0.3 * steps), **FULL
+        )
+        critic = RoleConfig(lr=1.5e-3, betas=(0.9, 0.99), warmup=20, decay=round(0.3 * steps), **FULL)
+    pairs = known_pairs(teacher, 20_000)
+    return token_toy(DD2, config, teacher, steps, 256, pairs, student=student, critic=critic)
+
+
+def main(name):
+    teacher = known_teacher()
+    trainer = student_of_the_joint(name, teacher)
+    begin, every = time.process_time(), LENGTHS[name] // 10
+    for step in range(1, LENGTHS[name] + 1):
+        trainer.iterate()
+        if step % every == 0:
+            distance = teacher.denoiser.net.total_variation(student_tokens(trainer, teacher))
+            print(
+                f"{step} iterations, {time.process_time() - begin:.0f} s of a core: {distance:.4f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
