@@ -500,6 +500,7 @@ def test_token_pairs_are_the_same_whatever_interrupts_their_making(teacher, tmp_
     loaded = load_pairs(str(torn))
     rows = loaded.rows(torch.tensor([7, 2]))
     assert rows["tokens"].dtype == torch.long and rows["noise"].shape == (2, *teacher.latent_shape)
+    assert not rows["noise"][0].equal(rows["noise"][1])  # each pair has its own
     cond = teacher.encode([loaded.prompts[7], loaded.prompts[2]])
     assert teacher.denoiser.flow(rows["noise"], cond, guidance=2.0).equal(rows["tokens"])
     assert json.loads((torn / "pairs.json").read_text())["solver"] == "midpoint"
