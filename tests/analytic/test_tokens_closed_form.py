@@ -529,6 +529,18 @@ def test_dd2_comes_near_the_joint_from_its_own_first_stage(teacher):
 
 
 @pytest.mark.slow
+def test_dd2_does_not_lose_what_dd1s_map_has_given_it(teacher):
+    """A quarter of the run of eval/results/token_joint.md, whose map ends at 0.03."""
+    trainer, joint = student_of_the_joint("dd2-from-dd1", teacher, share=0.25), teacher.denoiser.net
+    begin = next(p for p in trainer.phases if p.name == "generator").span(trainer.progress)[0]
+    while trainer.progress.iteration < begin:
+        trainer.iterate()
+    before = joint.total_variation(student_tokens(trainer, teacher))
+    trainer.train()
+    assert before < 0.15 and joint.total_variation(student_tokens(trainer, teacher)) < before + 0.015
+
+
+@pytest.mark.slow
 def test_dd1_learns_the_joint_in_one_step_and_in_two(teacher):
     pairs, joint = known_pairs(teacher, 60_000), teacher.denoiser.net
     student = RoleConfig(lr=3e-3, ema=0.99, warmup=20, decay=900, **FULL)
