@@ -1,7 +1,10 @@
 """Options, a private cache, and tiny pipelines on disk that go through the loading code of the real ones."""
 
+import importlib
 import os
+import sys
 from collections import Counter, defaultdict
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 # Tests compare runs bit for bit, some in child processes, and several workers share the cores: one thread each,
@@ -155,3 +158,12 @@ def clip_folder(tmp_path_factory):
     model.logit_scale.data.fill_(2.0)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def training_recipe():
+    """The module of a recipe that trains a built-in teacher, by name; such recipes import one another."""
+    folder = str(Path(__file__).parents[1] / "recipes")
+    sys.path.insert(0, folder)
+    yield importlib.import_module
+    sys.path.remove(folder)

@@ -1,8 +1,5 @@
 """``builtin:emoji-ar`` and the recipe that trains it: what it trains is what the pipeline holds."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,18 +10,10 @@ from fewstep.rng import Rng
 from fewstep.teachers import BUILTIN
 from fewstep.token_students import CausalStudent
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-
 
 @pytest.fixture(scope="module")
-def recipe():
-    sys.path.insert(0, str(RECIPES))
-    try:
-        import train_emoji_ar
-
-        yield train_emoji_ar
-    finally:
-        sys.path.remove(str(RECIPES))
+def recipe(training_recipe):
+    return training_recipe("train_emoji_ar")
 
 
 @pytest.fixture(scope="module")

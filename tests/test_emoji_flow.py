@@ -1,8 +1,5 @@
 """The recipe that trains ``builtin:emoji-flow``: what it trains on is what the stock pipeline computes."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,18 +9,10 @@ from fewstep.generate import generate
 from fewstep.teachers import BUILTIN
 from fewstep.teachers.base import size_options
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-
 
 @pytest.fixture(scope="module")
-def recipe():
-    sys.path.insert(0, str(RECIPES))
-    try:
-        import train_emoji_flow
-
-        yield train_emoji_flow
-    finally:
-        sys.path.remove(str(RECIPES))
+def recipe(training_recipe):
+    return training_recipe("train_emoji_flow")
 
 
 def test_the_network_in_training_is_the_stock_pipelines(recipe, tmp_path):
