@@ -50,7 +50,7 @@ def test_the_network_in_training_is_the_stock_pipelines(recipe, tmp_path):
 def test_padding_of_texts_that_the_stock_pipeline_would_mask_is_left_out():
     """Images are the same, at a quarter of the time."""
     teacher = load_teacher("builtin:emoji-flow")
-    prompts = ["dog face", "any food fruit"]
+    prompts = ["dog face", "woman and man holding hands with medium light skin tone and dark skin tone"]
     call = {"num_inference_steps": 2, "guidance_scale": 2.0, **size_options(teacher.pipe)}
     short, _ = generate(teacher.pipe, prompts, call, quiet=True)
     full, _ = generate(teacher.pipe, prompts, {**call, "max_sequence_length": 300}, quiet=True)
