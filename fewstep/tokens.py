@@ -37,10 +37,10 @@ class Law:
             least = logits.topk(self.top_k, -1).values[..., -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
         if self.top_p < 1:
-            ordered, order = logits.sort(-1, descending=True)
+            ordered = logits.sort(-1, descending=True).values
             mass = ordered.softmax(-1)
-            dropped = (mass.cumsum(-1) - mass >= self.top_p).gather(-1, order.argsort(-1))
-            logits = logits.masked_fill(dropped, -torch.inf)
+            kept = (mass.cumsum(-1) - mass < self.top_p).sum(-1, keepdim=True)
+            logits = logits.masked_fill(logits < ordered.gather(-1, kept - 1), -torch.inf)
         return logits.log_softmax(-1)
 
 

@@ -18,15 +18,15 @@ recipe = Recipe(
     teacher=TeacherConfig(
         path="builtin:emoji-ar", pipeline_class="LlamaGenPipeline", autocast="bfloat16", attention="math"
     ),
-    method=DD1.Config(entries=[0, 24], split=64, guidance_scale=1.5),
+    method=DD1.Config(entries=[0, 24], split=64, guidance_scale=1.0),
     data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji-ar"),
     roles={
         "student": RoleConfig(
-            kind="full", lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100, decay=1900, ema=0.995
+            kind="full", lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100, decay=2400, ema=0.995
         )
     },
     train=TrainConfig(
-        steps=2800, batch_size=32, clip_norm=1.0, log_every=25, sample_every=1400, checkpoint_every=250
+        steps=3400, batch_size=32, clip_norm=1.0, log_every=25, sample_every=1700, checkpoint_every=250
     ),
     samples=SampleConfig(count=24, columns=12, scale=2),
     evaluation=EvalConfig(
@@ -35,7 +35,7 @@ recipe = Recipe(
         named=500,
         floor_steps=[],
         teacher_steps=64,
-        teacher_guidance=1.5,
+        teacher_guidance=1.0,
         extractor="effnet-lite0@96",
     ),
 )

@@ -19,26 +19,27 @@ recipe = Recipe(
         path="builtin:emoji-ar", pipeline_class="LlamaGenPipeline", autocast="bfloat16", attention="math"
     ),
     method=DD2.Config(
-        guidance_scale=1.5,
+        guidance_scale=1.0,
+        generator="codes",
         critic_steps=2,
         matching="dmd",
         copies=2,
-        critic_copies=2,
+        critic_copies=4,
         initial_share=0.08,
-        regression_share=0.3,
-        regression_rate=3.6,
-        alignment_share=0.05,
+        regression_share=0.45,
+        regression_rate=10.0,
+        alignment_share=0.04,
         head_width=128,
     ),
     data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji-ar"),
     roles={
         "student": RoleConfig(
-            kind="full", lr=5e-4, betas=(0.9, 0.99), weight_decay=1e-3, warmup=50, decay=500, ema=0.99
+            kind="full", lr=2e-4, betas=(0.9, 0.99), weight_decay=1e-3, warmup=50, decay=500, ema=0.99
         ),
         "critic": RoleConfig(kind="full", lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100),
     },
     train=TrainConfig(
-        steps=1500, batch_size=32, clip_norm=1.0, log_every=25, sample_every=0, checkpoint_every=250
+        steps=2800, batch_size=32, clip_norm=1.0, log_every=25, sample_every=0, checkpoint_every=250
     ),
     samples=SampleConfig(count=24, columns=12, scale=2),
     evaluation=EvalConfig(
@@ -47,7 +48,7 @@ recipe = Recipe(
         named=500,
         floor_steps=[],
         teacher_steps=64,
-        teacher_guidance=1.5,
+        teacher_guidance=1.0,
         extractor="effnet-lite0@96",
     ),
 )

@@ -623,6 +623,38 @@ def test_a_run_ends_with_a_verified_export_that_samples(name, teacher, tmp_path)
     assert scope["image"].size == (6, 6)
 
 
+def test_dd2_may_start_from_the_student_of_dd1(teacher, tmp_path):
+    from dataclasses import replace
+
+    from fewstep.export import load_exported
+    from fewstep.methods.dd2 import DD2
+    from fewstep.run import execute
+
+    first = execute(recipe_of("dd1", teacher, tmp_path))
+    student = load_exported(first / "export")[0].transformer
+    options = {**RUN["dd2"], "generator": "codes", "start": str(first / "export")}
+    begun = DD2.network(DD2.Config(**options), teacher, "student")
+    assert begun.config.split == sum(teacher.net.groups)  # the logits make every token
+    assert all(a.equal(b) for a, b in zip(begun.state_dict().values(), student.state_dict().values()))
+    second = replace(
+        recipe_of("dd2", teacher, tmp_path), method=DD2.Config(**options), output=str(tmp_path / "two")
+    )
+    folder = execute(second)
+    assert json.loads((folder / "export" / "fewstep.json").read_text())["student"] == "ParallelStudent"
+    latents = load_exported(folder / "export")[0](["0", "1"], output_type="latent").images
+    assert (torch.cdist(latents, teacher.denoiser.codes).amin(-1) < 1e-5).all()
+
+    def refused(start, problem):
+        with pytest.raises(RecipeError, match=rf"method\.start: .*{problem}"):
+            DD2.network(replace(second.method, start=str(start)), teacher, "student")
+
+    refused(tmp_path / "nothing", "nothing: expected the export folder of a run of dd1")
+    third = execute(replace(recipe_of("dd2", teacher, tmp_path), output=str(tmp_path / "three")))
+    refused(third / "export", "holds a CausalStudent; expected the ParallelStudent of a run of dd1")
+    teacher.denoiser.codes = teacher.denoiser.codes + 1
+    refused(first / "export", "was trained for another codebook than this teacher's")
+
+
 def test_methods_and_teachers_must_be_of_one_kind(teacher, tmp_path, tiny_sd15):
     from dataclasses import replace
 

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import objectives
 from ..cond import Cond
-from ..errors import RecipeError
-from ..student import Student
+from ..errors import FewstepError, RecipeError
+from ..student import EntryStudent, Student
 from ..tokens import CodebookDenoiser
 from .base import Batch, Method, Phase, Progress, register
 
 if TYPE_CHECKING:
-    from ..token_students import CausalStudent
+    from ..token_students import CausalStudent, ParallelStudent
 
 
 @register("dd2")
@@ -53,6 +54,11 @@ class DD2(Method):
             prefix: what teacher and critic are conditioned on: "nearest" codes of what the generator made, which needs
                 no change of the teacher*, or "continuous" embeddings, which the teacher must read (published, after a
                 fine-tuning that makes LlamaGen read them).
+            generator: "embeddings", the paper's, whose tokens are what its flow head makes of the noise; or "codes", a
+                student as DD1 has it, whose tokens are the likeliest codes. Gradients pass to the mean code of its
+                probabilities (straight through)*, and its stage of regression is DD1's cross-entropy.
+            start: of "codes": the export folder of a run of DD1, whose student the generator starts from; null is the
+                teacher*.
             head_width, head_depth: of the flow head (3 blocks of 1024).
         """
 
@@ -69,6 +75,8 @@ class DD2(Method):
         regression_rate: float = 1.0
         alignment_share: float = 0.0
         prefix: Literal["nearest", "continuous"] = "nearest"
+        generator: Literal["embeddings", "codes"] = "embeddings"
+        start: str | None = None
         head_width: int = 1024
         head_depth: int = 3
 
@@ -90,6 +98,10 @@ class DD2(Method):
                 raise RecipeError(
                     f"method.regression_rate: {self.regression_rate}: expected a positive number"
                 )
+            if self.start and self.generator != "codes":
+                raise RecipeError(
+                    f"method.start: {self.start}: a student of DD1 makes codes; set method.generator to codes"
+                )
 
     def __init__(
         self,
@@ -97,7 +109,7 @@ class DD2(Method):
         teacher: CodebookDenoiser,
         latent_shape: Sequence[int],
         *,
-        student: CausalStudent,
+        student: CausalStudent | ParallelStudent,
         critic: CausalStudent,
     ):
         self.config, self.teacher, self.critic, self.net = config, teacher, critic, student
@@ -106,15 +118,25 @@ class DD2(Method):
                 "method.prefix: continuous: this teacher reads token indices only; use nearest, or a teacher whose "
                 "transformer reads embeddings"
             )
-        from ..token_students import Generator
+        if config.generator == "codes":
+            self.student: Student = EntryStudent(student, [0], latent_shape[0])
+        else:
+            from ..token_students import Generator
 
-        self.student = Student(Generator(student), [student.schedule.t_max])
+            self.student = Student(Generator(student), [student.schedule.t_max])
 
     @classmethod
     def network(cls, config: DD2.Config, teacher, name: str) -> nn.Module:
-        options = {"head_width": config.head_width, "head_depth": config.head_depth}
-        from ..token_students import CausalStudent
+        from ..token_students import CausalStudent, ParallelStudent
 
+        if name == "student" and config.start:
+            try:
+                return ParallelStudent.exported(config.start, teacher.denoiser.codes)
+            except FewstepError as error:
+                raise RecipeError(f"method.start: {error}") from error
+        if name == "student" and config.generator == "codes":
+            return ParallelStudent.of(teacher.net, teacher.denoiser.codes, split=sum(teacher.net.groups))
+        options = {"head_width": config.head_width, "head_depth": config.head_depth}
         return CausalStudent.of(teacher.net, teacher.denoiser.codes, **options)
 
     @classmethod
@@ -132,13 +154,17 @@ class DD2(Method):
 
         phases = [
             Phase("initial", ("critic",), self.initial_loss, share=(0.0, taught)),
-            Phase("start", ("student",), None, when=starts, share=(taught, 1.0), follows=("critic", 0.0)),
             Phase("generator", ("student",), self.generator_loss, every=c.critic_steps, share=(begin, 1.0)),
             Phase("critic", ("critic",), self.critic_loss, share=(ready, 1.0)),
         ]
         if c.regression_share:
             share, rate = (taught, ready), c.regression_rate
-            phases.insert(2, Phase("regression", ("student",), self.regression_loss, share=share, rate=rate))
+            phases.insert(1, Phase("regression", ("student",), self.regression_loss, share=share, rate=rate))
+        if c.generator == "embeddings":
+            copied = Phase(
+                "start", ("student",), None, when=starts, share=(taught, 1.0), follows=("critic", 0.0)
+            )
+            phases.insert(1, copied)
         return phases
 
     # ------------------------------------------------------------------------------------------------- stage 1
@@ -152,8 +178,11 @@ class DD2(Method):
         return {"score": self._denoising(q, fake, batch, real)}
 
     def regression_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
-        """DD1's map by mean squared error."""
+        """DD1's map, by mean squared error or by the cross-entropy of its codes."""
         noise, tokens = batch.pairs
+        if self.config.generator == "codes":
+            logits = self._logits(noise, batch.pair_cond)
+            return {"regression": F.cross_entropy(logits.flatten(0, 1), tokens.flatten())}
         made = self.student.x0(noise, 0, batch.pair_cond)
         return {"regression": (made - self.teacher.codes[tokens]).square().mean()}
 
@@ -203,7 +232,15 @@ class DD2(Method):
         return loss / self.config.critic_copies
 
     def _generate(self, batch: Batch) -> Tensor:
-        return self.student.x0(batch.rng.normal(*batch.shape), 0, batch.cond)
+        noise = batch.rng.normal(*batch.shape)
+        if self.config.generator == "embeddings":
+            return self.student.x0(noise, 0, batch.cond)
+        logits, codes = self._logits(noise, batch.cond), self.teacher.codes
+        mean = logits.softmax(-1) @ codes
+        return codes[logits.argmax(-1)] + (mean - mean.detach())
+
+    def _logits(self, noise: Tensor, cond: Cond) -> Tensor:
+        return self.net(noise, torch.ones_like(noise[..., :1]), cond)[0]
 
     def _prefix(self, q: Tensor) -> Tensor:
         return self.critic.quantised(q.detach()) if self.config.prefix == "nearest" else q.detach()

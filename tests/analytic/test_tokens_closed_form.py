@@ -506,6 +506,51 @@ def test_the_maps_regression_is_the_squared_error_of_the_generator(teacher):
     )
 
 
+def logits_of(method, noise, cond):
+    """Of a generator of codes; its head is zero at first, which hides everything."""
+    torch.manual_seed(0)
+    torch.nn.init.normal_(method.net.trunk.output.weight)
+    return lambda: method.net(noise, torch.ones(*noise.shape[:2], 1), cond)[0]
+
+
+def test_a_generator_of_codes_makes_codes_and_has_the_gradient_of_their_mean(teacher):
+    """By hand: of the loss ``sum(g q)`` the gradient is ``p_v (c_v - mean) g`` in the logit of code v."""
+    trainer = student_of(teacher, DD2, generator="codes", matching="dmd")
+    method, batch, codes = trainer.method, trainer.data.batch(0, 0), teacher.denoiser.codes
+    logits = logits_of(method, trainer.data.batch(0, 0).rng.normal(16, TOKENS, DIM), batch.cond)()
+    q = method._generate(batch)
+    assert torch.allclose(q, codes[logits.argmax(-1)], atol=1e-6)
+    assert torch.allclose(q, method.student.sample(trainer.data.batch(0, 0).rng.normal(16, TOKENS, DIM), batch.cond,
+                                                   torch.randn_like), atol=1e-6)  # fmt: skip
+    p, g = logits.softmax(-1), Rng("g").normal(16, TOKENS, DIM)
+    by_hand = p * ((codes - (p @ codes)[..., None, :]) * g[..., None, :]).sum(-1)
+    last = method.net.trunk.output.weight
+    given = torch.autograd.grad(logits, last, by_hand.detach())[0]
+    made = torch.autograd.grad((g * q).sum(), last)[0]
+    assert given.abs().max() > 1e-3 and torch.allclose(made, given, rtol=1e-3, atol=1e-5)
+
+
+def test_a_generator_of_codes_learns_the_map_by_cross_entropy(teacher):
+    trainer = student_of(teacher, DD2, generator="codes")
+    method, batch = trainer.method, trainer.data.batch(0, 0)
+    noise, tokens = batch.pairs
+    log_prob = logits_of(method, noise, batch.pair_cond)().log_softmax(-1)
+    expected = -log_prob.gather(-1, tokens[..., None]).mean()
+    assert method.regression_loss(batch, Progress())["regression"].item() == pytest.approx(expected.item())
+
+
+def test_a_generator_of_codes_keeps_its_own_weights_when_the_critic_is_ready(teacher):
+    config = DD2.Config(generator="codes", head_width=16, critic_steps=1, initial_share=0.5)
+    trainer = token_toy(DD2, config, teacher, 4, 16, known_pairs(teacher, 64))
+    assert [p.name for p in trainer.phases] == ["initial", "generator", "critic"]
+    before = [w.clone() for w in trainer.roles["student"].weights.values()]
+    for _ in range(2):
+        trainer.iterate()
+    assert all(a.equal(b) for a, b in zip(before, trainer.roles["student"].weights.values()))
+    trainer.iterate()
+    assert trainer.updates == {"student": 1, "critic": 3}
+
+
 def test_shares_of_the_stages_leave_something_for_the_last(teacher):
     for wrong in (
         {"initial_share": 0.0},
@@ -517,6 +562,8 @@ def test_shares_of_the_stages_leave_something_for_the_last(teacher):
             DD2.Config(**wrong)
     with pytest.raises(RecipeError, match=r"method\.regression_rate"):
         DD2.Config(regression_rate=0.0)
+    with pytest.raises(RecipeError, match=r"method\.start: runs/dd1: .* set method\.generator to codes"):
+        DD2.Config(start="runs/dd1")
 
 
 # ------------------------------------------------------------------------------------------------- convergence
