@@ -43,6 +43,31 @@ def test_the_network_in_training_is_the_pipelines(recipe, tmp_path):
     assert own.std() > 0.1 and torch.allclose(own, made, atol=0.02)  # the table is rounded once more
 
 
+def test_some_tokens_are_misread_and_never_more_than_half_on_average(recipe):
+    torch.manual_seed(0)
+    tokens = torch.zeros(4000, 64, dtype=torch.long)
+    wrong = (recipe.misread(tokens) != tokens).float().mean(1)
+    assert wrong.mean() == pytest.approx(recipe.WRONG / 3, abs=0.01)  # the mean of half a squared uniform
+    assert (wrong < 0.02).float().mean() > 0.15 and 0.4 < wrong.quantile(0.99) < 0.6
+    assert tokens.eq(0).all()
+
+
+def test_one_wrong_token_does_not_spoil_those_after_it(teacher):
+    """A student makes mistakes, and the teacher's opinion of what follows is what DD2 learns from."""
+    images, names = emoji.load()
+    order = Rng("asked").permutation(len(names))[:32].tolist()
+    real = torch.cat([teacher.pipe.tokenize(x[None]) for x in _unit(images[order])])
+    wrong = real.clone()
+    wrong[:, 20] = (wrong[:, 20] + 500) % 1024
+    cond = teacher.encode([names[i] for i in order])
+    with torch.no_grad():
+        right, spoiled = (
+            teacher.net(t, cond).log_softmax(-1).gather(-1, real[..., None])[:, 21:].exp().mean()
+            for t in (real, wrong)
+        )
+    assert right > 0.9 and spoiled > 0.85
+
+
 def test_students_start_from_what_the_teacher_knows(teacher):
     """Its table is linear in the codes, so a network that reads codes is the same network."""
     tokens = Rng("tokens").permutation(1024)[:128].view(2, 64)
@@ -60,13 +85,13 @@ def test_it_is_small_and_draws_what_it_is_asked_for(teacher):
     order = Rng("asked").permutation(len(names))[:24].tolist()
     real = torch.cat([teacher.pipe.tokenize(x[None]) for x in _unit(images[order])])
     cond = teacher.encode([names[i] for i in order])
-    made = teacher.denoiser.sample(Rng("draw").uniform(24, 64), cond, guidance=1.5)
+    made = teacher.denoiser.sample(Rng("draw").uniform(24, 64), cond)
     equal = (made[:, None] == real[None]).float().mean(-1)
-    assert (equal.argmax(1) == torch.arange(24)).float().mean() > 0.3  # by chance 1 in 24
+    assert (equal.argmax(1) == torch.arange(24)).float().mean() > 0.7  # by chance 1 in 24
     # Codes have the spread of the noise that flows to them, and decode to the image.
     assert 0.5 < teacher.denoiser.codes.std() < 1.5
     decoded = teacher.decode_pixels(teacher.denoiser.codes[real])
-    assert (decoded - _unit(images[order])).abs().mean() < 0.12
+    assert (decoded - _unit(images[order])).abs().mean() < 0.06
 
 
 def _unit(images):
