@@ -4,8 +4,8 @@
     fewstep train emoji_ar_dd2_1step
 
 Hardware: two CPU cores, 4 GB of memory. Time and result: ``eval/results/emoji_ar_dd2_1step.json``. Between the paper's
-two stages the generator learns DD1's map for a while: from the paper's own start it needs many more updates than
-twenty minutes hold. Rates and updates are those of a small teacher and a short run.
+two stages the generator, which makes codes, learns DD1's map for a while: from the paper's own start it needs many
+more updates than twenty minutes hold. Rates and updates are those of a small teacher and a short run.
 """
 
 from fewstep.methods.dd2 import DD2
@@ -26,20 +26,20 @@ recipe = Recipe(
         copies=2,
         critic_copies=4,
         initial_share=0.08,
-        regression_share=0.45,
-        regression_rate=10.0,
+        regression_share=0.42,
+        regression_rate=7.0,
         alignment_share=0.04,
         head_width=128,
     ),
     data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji-ar"),
     roles={
         "student": RoleConfig(
-            kind="full", lr=2e-4, betas=(0.9, 0.99), weight_decay=1e-3, warmup=50, decay=500, ema=0.99
+            kind="full", lr=3e-4, betas=(0.9, 0.99), weight_decay=1e-3, warmup=50, decay=500, ema=0.99
         ),
         "critic": RoleConfig(kind="full", lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100),
     },
     train=TrainConfig(
-        steps=2800, batch_size=32, clip_norm=1.0, log_every=25, sample_every=0, checkpoint_every=250
+        steps=2400, batch_size=32, clip_norm=1.0, log_every=25, sample_every=0, checkpoint_every=250
     ),
     samples=SampleConfig(count=24, columns=12, scale=2),
     evaluation=EvalConfig(

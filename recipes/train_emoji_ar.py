@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints and logs")
     parser.add_argument("--stage", choices=["all", "codes", "decoder", "gpt", "save"], default="all")
     parser.add_argument("--steps", type=int, help="steps of the chosen stage")
-    parser.add_argument("--cooldown", type=int, default=1000, help="steps of falling learning rate (gpt)")
+    parser.add_argument("--cooldown", type=int, default=4000, help="steps of falling learning rate (gpt)")
     parser.add_argument("--to", type=Path, help="where `save` writes the pipeline (default RUN/pipeline)")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
@@ -222,9 +222,9 @@ def main() -> None:
     if "codes" in wanted and not (args.run / "codes.pt").exists():
         make_codes(args.run)
     if "decoder" in wanted:
-        train_decoder(args.run, args.steps or 600)
+        train_decoder(args.run, args.steps or 1500)
     if "gpt" in wanted:
-        train_gpt(args.run, args.steps or 3000, args.cooldown)
+        train_gpt(args.run, args.steps or 9000, args.cooldown)
     if "save" in wanted:
         save_pipeline(args.run, args.to or args.run / "pipeline")
 

@@ -588,6 +588,18 @@ def test_dd2_does_not_lose_what_dd1s_map_has_given_it(teacher):
 
 
 @pytest.mark.slow
+def test_a_generator_of_codes_comes_nearer_to_the_joint(teacher):
+    """A part of the run of eval/results/token_joint.md, from a map that has been learned for a while only."""
+    trainer, joint = student_of_the_joint("dd2-codes", teacher, share=0.5), teacher.denoiser.net
+    begin = next(p for p in trainer.phases if p.name == "generator").span(trainer.progress)[0]
+    while trainer.progress.iteration < begin:
+        trainer.iterate()
+    before = joint.total_variation(student_tokens(trainer, teacher))
+    trainer.train()
+    assert joint.total_variation(student_tokens(trainer, teacher)) < 0.75 * before
+
+
+@pytest.mark.slow
 def test_dd1_learns_the_joint_in_one_step_and_in_two(teacher):
     pairs, joint = known_pairs(teacher, 60_000), teacher.denoiser.net
     student = RoleConfig(lr=3e-3, ema=0.99, warmup=20, decay=900, **FULL)

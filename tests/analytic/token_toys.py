@@ -1,6 +1,6 @@
 """Autoregressive toys: a known joint law of four tokens as the teacher, and small students of it.
 
-python tests/analytic/token_toys.py dd1      # or dd2, dd2-from-dd1: the full length, minutes; see LENGTHS
+python tests/analytic/token_toys.py dd1      # or dd2, dd2-from-dd1, dd2-codes: the full length, minutes; see LENGTHS
 """
 
 import sys
@@ -96,7 +96,7 @@ def student_tokens(trainer, teacher, count=40_000, average=True):
 
 
 # Iterations of the full length; the tests run a share of them. A batch is 256.
-LENGTHS = {"dd1": 4000, "dd2": 6000, "dd2-from-dd1": 2000}
+LENGTHS = {"dd1": 4000, "dd2": 6000, "dd2-from-dd1": 2000, "dd2-codes": 1200}
 FULL = {"kind": "full", "weight_decay": 0.0}
 SMALL = {"head_width": 64, "head_depth": 2}
 
@@ -117,6 +117,12 @@ def student_of_the_joint(name, teacher, share=1.0):
             lr=5e-4, betas=(0.5, 0.99), ema=0.99, warmup=100, decay=round(0.6 * steps), **FULL
         )
         critic = RoleConfig(lr=1.5e-3, betas=(0.9, 0.99), warmup=50, decay=round(0.6 * steps), **FULL)
+    elif name == "dd2-codes":  # a map that is barely learned, which leaves something to do
+        shares = {"initial_share": 0.1, "regression_share": 0.06, "alignment_share": 0.1}
+        config = DD2.Config(generator="codes", regression_rate=5.0, **shares, **stages)
+        decay = round(0.3 * steps)
+        student = RoleConfig(lr=4e-4, betas=(0.9, 0.99), ema=0.99, warmup=20, decay=decay, **FULL)
+        critic = RoleConfig(lr=1.5e-3, betas=(0.9, 0.99), warmup=20, decay=decay, **FULL)
     else:
         shares = {"initial_share": 0.1, "regression_share": 0.5, "alignment_share": 0.1}
         stages |= {"critic_steps": 6, "critic_copies": 8}

@@ -1,0 +1,58 @@
+"""One-step student of the built-in autoregressive teacher with Distilled Decoding 2, from DD1's student, on two CPU cores.
+
+    fewstep pairs emoji_ar_dd1_2step --num 12288     # once, some minutes
+    fewstep train emoji_ar_dd1_2step
+    fewstep train emoji_ar_dd2_from_dd1_1step
+
+Hardware: two CPU cores, 4 GB of memory. Time and result: ``eval/results/emoji_ar_dd2_from_dd1_1step.json``. As
+emoji_ar_dd2_1step, but the generator starts from a student that DD1 has finished, and the whole run is DD2's.
+"""
+
+from fewstep.methods.dd2 import DD2
+from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
+from fewstep.roles import RoleConfig
+from fewstep.trainer import TrainConfig
+
+recipe = Recipe(
+    output="runs/emoji_ar_dd2_from_dd1_1step",
+    teacher=TeacherConfig(
+        path="builtin:emoji-ar", pipeline_class="LlamaGenPipeline", autocast="bfloat16", attention="math"
+    ),
+    method=DD2.Config(
+        guidance_scale=1.0,
+        generator="codes",
+        start="runs/emoji_ar_dd1_2step/export",
+        critic_steps=2,
+        matching="dmd",
+        copies=2,
+        critic_copies=4,
+        initial_share=0.1,
+        alignment_share=0.1,
+        head_width=128,
+    ),
+    data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji-ar"),
+    roles={
+        "student": RoleConfig(
+            kind="full", lr=2e-4, betas=(0.9, 0.99), weight_decay=1e-3, warmup=50, decay=500, ema=0.99
+        ),
+        "critic": RoleConfig(kind="full", lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100),
+    },
+    train=TrainConfig(
+        steps=2000, batch_size=32, clip_norm=1.0, log_every=25, sample_every=0, checkpoint_every=250
+    ),
+    samples=SampleConfig(count=24, columns=12, scale=2),
+    evaluation=EvalConfig(
+        num=500,
+        prompts="builtin:emoji-groups",
+        named=500,
+        floor_steps=[],
+        teacher_steps=64,
+        teacher_guidance=1.0,
+        extractor="effnet-lite0@96",
+    ),
+)
+
+if __name__ == "__main__":
+    from fewstep import run
+
+    run(recipe)
