@@ -55,6 +55,8 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
         few_turns["score_length"] = 1.0  # a stage of its own within four steps
     if getattr(recipe.method, "regression", None) == "lpips":
         few_turns["regression"] = "features"  # whose weights come with fewstep
+    if getattr(recipe.method, "from_dd1", None):
+        few_turns["from_dd1"] = None  # a run of its own
     if any(tap.startswith("transformer_blocks.") for tap in getattr(recipe.method, "taps", ())):
         few_turns["taps"] = [
             "transformer_blocks.0",

@@ -1,4 +1,4 @@
-"""One-step student of the built-in autoregressive teacher with Distilled Decoding 2, from DD1's student, on two CPU cores.
+"""Student of the built-in autoregressive teacher in one step: Distilled Decoding 2 from DD1's, on two CPU cores.
 
     fewstep pairs emoji_ar_dd1_2step --num 12288     # once, some minutes
     fewstep train emoji_ar_dd1_2step
@@ -21,7 +21,7 @@ recipe = Recipe(
     method=DD2.Config(
         guidance_scale=1.0,
         generator="codes",
-        start="runs/emoji_ar_dd1_2step/export",
+        from_dd1="runs/emoji_ar_dd1_2step/export",
         critic_steps=2,
         matching="dmd",
         copies=2,

@@ -632,7 +632,7 @@ def test_dd2_may_start_from_the_student_of_dd1(teacher, tmp_path):
 
     first = execute(recipe_of("dd1", teacher, tmp_path))
     student = load_exported(first / "export")[0].transformer
-    options = {**RUN["dd2"], "generator": "codes", "start": str(first / "export")}
+    options = {**RUN["dd2"], "generator": "codes", "from_dd1": str(first / "export")}
     begun = DD2.network(DD2.Config(**options), teacher, "student")
     assert begun.config.split == sum(teacher.net.groups)  # the logits make every token
     assert all(a.equal(b) for a, b in zip(begun.state_dict().values(), student.state_dict().values()))
@@ -645,8 +645,8 @@ def test_dd2_may_start_from_the_student_of_dd1(teacher, tmp_path):
     assert (torch.cdist(latents, teacher.denoiser.codes).amin(-1) < 1e-5).all()
 
     def refused(start, problem):
-        with pytest.raises(RecipeError, match=rf"method\.start: .*{problem}"):
-            DD2.network(replace(second.method, start=str(start)), teacher, "student")
+        with pytest.raises(RecipeError, match=rf"method\.from_dd1: .*{problem}"):
+            DD2.network(replace(second.method, from_dd1=str(start)), teacher, "student")
 
     refused(tmp_path / "nothing", "nothing: expected the export folder of a run of dd1")
     third = execute(replace(recipe_of("dd2", teacher, tmp_path), output=str(tmp_path / "three")))

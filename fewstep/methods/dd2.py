@@ -57,7 +57,7 @@ class DD2(Method):
             generator: "embeddings", the paper's, whose tokens are what its flow head makes of the noise; or "codes", a
                 student as DD1 has it, whose tokens are the likeliest codes. Gradients pass to the mean code of its
                 probabilities (straight through)*, and its stage of regression is DD1's cross-entropy.
-            start: of "codes": the export folder of a run of DD1, whose student the generator starts from; null is the
+            from_dd1: of "codes": the export folder of a DD1 run, whose student the generator starts from; null is the
                 teacher*.
             head_width, head_depth: of the flow head (3 blocks of 1024).
         """
@@ -76,7 +76,7 @@ class DD2(Method):
         alignment_share: float = 0.0
         prefix: Literal["nearest", "continuous"] = "nearest"
         generator: Literal["embeddings", "codes"] = "embeddings"
-        start: str | None = None
+        from_dd1: str | None = None
         head_width: int = 1024
         head_depth: int = 3
 
@@ -98,9 +98,9 @@ class DD2(Method):
                 raise RecipeError(
                     f"method.regression_rate: {self.regression_rate}: expected a positive number"
                 )
-            if self.start and self.generator != "codes":
+            if self.from_dd1 and self.generator != "codes":
                 raise RecipeError(
-                    f"method.start: {self.start}: a student of DD1 makes codes; set method.generator to codes"
+                    f"method.from_dd1: {self.from_dd1}: a student of DD1 makes codes; set method.generator to codes"
                 )
 
     def __init__(
@@ -129,11 +129,11 @@ class DD2(Method):
     def network(cls, config: DD2.Config, teacher, name: str) -> nn.Module:
         from ..token_students import CausalStudent, ParallelStudent
 
-        if name == "student" and config.start:
+        if name == "student" and config.from_dd1:
             try:
-                return ParallelStudent.exported(config.start, teacher.denoiser.codes)
+                return ParallelStudent.exported(config.from_dd1, teacher.denoiser.codes)
             except FewstepError as error:
-                raise RecipeError(f"method.start: {error}") from error
+                raise RecipeError(f"method.from_dd1: {error}") from error
         if name == "student" and config.generator == "codes":
             return ParallelStudent.of(teacher.net, teacher.denoiser.codes, split=sum(teacher.net.groups))
         options = {"head_width": config.head_width, "head_depth": config.head_depth}

@@ -562,8 +562,8 @@ def test_shares_of_the_stages_leave_something_for_the_last(teacher):
             DD2.Config(**wrong)
     with pytest.raises(RecipeError, match=r"method\.regression_rate"):
         DD2.Config(regression_rate=0.0)
-    with pytest.raises(RecipeError, match=r"method\.start: runs/dd1: .* set method\.generator to codes"):
-        DD2.Config(start="runs/dd1")
+    with pytest.raises(RecipeError, match=r"method\.from_dd1: runs/dd1: .* set method\.generator to codes"):
+        DD2.Config(from_dd1="runs/dd1")
 
 
 # ------------------------------------------------------------------------------------------------- convergence
