@@ -25,21 +25,21 @@ recipe = Recipe(
         matching="dmd",
         copies=2,
         critic_copies=4,
-        initial_share=0.08,
-        regression_share=0.42,
-        regression_rate=7.0,
-        alignment_share=0.04,
+        initial_share=0.09,
+        regression_share=0.56,
+        regression_rate=10.0,
+        alignment_share=0.05,
         head_width=128,
     ),
     data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji-ar"),
     roles={
         "student": RoleConfig(
-            kind="full", lr=3e-4, betas=(0.9, 0.99), weight_decay=1e-3, warmup=50, decay=500, ema=0.99
+            kind="full", lr=2e-4, betas=(0.9, 0.99), weight_decay=1e-3, warmup=50, decay=300, ema=0.99
         ),
         "critic": RoleConfig(kind="full", lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100),
     },
     train=TrainConfig(
-        steps=2400, batch_size=32, clip_norm=1.0, log_every=25, sample_every=0, checkpoint_every=250
+        steps=2250, batch_size=32, clip_norm=1.0, log_every=25, sample_every=0, checkpoint_every=250
     ),
     samples=SampleConfig(count=24, columns=12, scale=2),
     evaluation=EvalConfig(

@@ -20,7 +20,7 @@ from ..cond import Cond
 from ..errors import FewstepError, RecipeError
 from ..student import EntryStudent, Student
 from ..tokens import CodebookDenoiser
-from .base import Batch, Method, Phase, Progress, register
+from .base import Batch, Method, Phase, Progress, check_options, register
 
 if TYPE_CHECKING:
     from ..token_students import CausalStudent, ParallelStudent
@@ -49,6 +49,8 @@ class DD2(Method):
             initial_share: of the run, for stage 1 (published: 330k of some 400k iterations, on teacher samples).
             regression_share: of the run after stage 1, in which the generator learns DD1's map first, at
                 ``regression_rate`` times its learning rate; 0 is none, as in the paper*.
+            regression_weight: of the same loss beside the distillation, which anchors the generator to the map as DMD
+                does (arXiv 2311.18828); 0 is none, as in the paper*.
             alignment_share: of the run after that, in which the critic alone learns what the generator makes; the paper
                 does so once in the middle*.
             prefix: what teacher and critic are conditioned on: "nearest" codes of what the generator made, which needs
@@ -73,6 +75,7 @@ class DD2(Method):
         initial_share: float = 0.3
         regression_share: float = 0.0
         regression_rate: float = 1.0
+        regression_weight: float = 0.0
         alignment_share: float = 0.0
         prefix: Literal["nearest", "continuous"] = "nearest"
         generator: Literal["embeddings", "codes"] = "embeddings"
@@ -98,6 +101,7 @@ class DD2(Method):
                 raise RecipeError(
                     f"method.regression_rate: {self.regression_rate}: expected a positive number"
                 )
+            check_options(self, regression_weight=(self.regression_weight >= 0, "0 or more"))
             if self.from_dd1 and self.generator != "codes":
                 raise RecipeError(
                     f"method.from_dd1: {self.from_dd1}: a student of DD1 makes codes; set method.generator to codes"
@@ -187,7 +191,7 @@ class DD2(Method):
         return {"regression": (made - self.teacher.codes[tokens]).square().mean()}
 
     # ------------------------------------------------------------------------------------------------- stage 2
-    def generator_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
+    def generator_loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """The gradient reaches a token through its own noisy version only; prefixes are given."""
         c = self.config
         q = self._generate(batch)
@@ -203,7 +207,10 @@ class DD2(Method):
                 real, fake = self.teacher.x0(x_t, t, given), self.critic.x0(x_t, t, seen)
             loss = loss + self._matching(*(v.flatten(0, 1) for v in (q, real, fake, t))) / c.copies
         batch.note_health(q, real, fake)
-        return {c.matching: loss}
+        losses = {c.matching: loss}
+        if c.regression_weight:
+            losses["regression"] = c.regression_weight * self.regression_loss(batch, progress)["regression"]
+        return losses
 
     def critic_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
         """Flow matching on what the generator makes, which then stands for itself as the target (FCS)."""

@@ -551,6 +551,18 @@ def test_a_generator_of_codes_keeps_its_own_weights_when_the_critic_is_ready(tea
     assert trainer.updates == {"student": 1, "critic": 3}
 
 
+@pytest.mark.parametrize("generator", ["embeddings", "codes"])
+def test_the_map_may_stay_beside_the_distillation(teacher, generator):
+    trainer = student_of(teacher, DD2, generator=generator, regression_weight=0.3)
+    method, batch = trainer.method, trainer.data.batch(0, 0)
+    losses = method.generator_loss(batch, Progress(5, 10))
+    expected = 0.3 * method.regression_loss(batch, Progress())["regression"].item()
+    assert losses["regression"].item() == pytest.approx(expected) and expected > 0
+    method.config = replace(method.config, regression_weight=0.0)
+    alone = method.generator_loss(trainer.data.batch(0, 0), Progress(5, 10))
+    assert list(alone) == ["sid"] and alone["sid"].item() == pytest.approx(losses["sid"].item())
+
+
 def test_shares_of_the_stages_leave_something_for_the_last(teacher):
     for wrong in (
         {"initial_share": 0.0},
@@ -562,6 +574,8 @@ def test_shares_of_the_stages_leave_something_for_the_last(teacher):
             DD2.Config(**wrong)
     with pytest.raises(RecipeError, match=r"method\.regression_rate"):
         DD2.Config(regression_rate=0.0)
+    with pytest.raises(RecipeError, match=r"method\.regression_weight: -1.0: expected 0 or more"):
+        DD2.Config(regression_weight=-1.0)
     with pytest.raises(RecipeError, match=r"method\.from_dd1: runs/dd1: .* set method\.generator to codes"):
         DD2.Config(from_dd1="runs/dd1")
 
