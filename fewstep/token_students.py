@@ -7,7 +7,6 @@ a saved one needs nothing else.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .cond import Cond
-from .errors import FewstepError
 from .kernels import arithmetic
 from .schedules import Flow, expand
 from .teachers.llamagen import GPT
@@ -84,29 +82,6 @@ class ParallelStudent(TokenStudent):
     def of(cls, net: nn.Module, codes: Tensor, split: int) -> ParallelStudent:
         """Starts from a teacher's network and codes (V, C)."""
         return cls.around(net.reading_codes(codes, aligned=True), codes, split=split)
-
-    @classmethod
-    def exported(cls, folder: str | Path, codes: Tensor) -> ParallelStudent:
-        """The student of a run's export, or of a pipeline folder; all its tokens are the logits'.
-
-        Args:
-            codes: (V, C), which it must have been trained for.
-
-        Raises:
-            FewstepError: nothing there, another kind of student, or one of other codes.
-        """
-        places = [Path(folder, *inner) for inner in (("pipeline", "transformer"), ("transformer",))]
-        place = next((p for p in places if (p / "config.json").is_file()), None)
-        if place is None:
-            raise FewstepError(f"{folder}: expected the export folder of a run of dd1; no {places[0]} there")
-        kind = cls.load_config(place)["_class_name"]
-        if kind != cls.__name__:
-            raise FewstepError(f"{folder}: holds a {kind}; expected the ParallelStudent of a run of dd1")
-        student = cls.from_pretrained(place).float()
-        if student.codes.shape != codes.shape or not torch.allclose(student.codes, codes.cpu(), atol=1e-3):
-            raise FewstepError(f"{folder}: its student was trained for another codebook than this teacher's")
-        student.register_to_config(split=sum(student.trunk.groups))
-        return student.to(codes.device)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Logits (B, n, V) and embeddings (B, n, C), both fp32.

@@ -648,11 +648,14 @@ def test_dd2_may_start_from_the_student_of_dd1(teacher, tmp_path):
         with pytest.raises(RecipeError, match=rf"method\.from_dd1: .*{problem}"):
             DD2.network(replace(second.method, from_dd1=str(start)), teacher, "student")
 
-    refused(tmp_path / "nothing", "nothing: expected the export folder of a run of dd1")
+    refused(tmp_path / "nothing", "nothing is no export")
     third = execute(replace(recipe_of("dd2", teacher, tmp_path), output=str(tmp_path / "three")))
-    refused(third / "export", "holds a CausalStudent; expected the ParallelStudent of a run of dd1")
+    refused(third / "export", "holds a CausalStudent; expected the ParallelStudent of a DD1 run")
     teacher.denoiser.codes = teacher.denoiser.codes + 1
     refused(first / "export", "was trained for another codebook than this teacher's")
+    weights = next((first / "export").glob("pipeline/transformer/*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(first / "export", "this export cannot be loaded")
 
 
 def test_methods_and_teachers_must_be_of_one_kind(teacher, tmp_path, tiny_sd15):

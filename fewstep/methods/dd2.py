@@ -134,10 +134,7 @@ class DD2(Method):
         from ..token_students import CausalStudent, ParallelStudent
 
         if name == "student" and config.from_dd1:
-            try:
-                return ParallelStudent.exported(config.from_dd1, teacher.denoiser.codes)
-            except FewstepError as error:
-                raise RecipeError(f"method.from_dd1: {error}") from error
+            return _finished(config.from_dd1, teacher)
         if name == "student" and config.generator == "codes":
             return ParallelStudent.of(teacher.net, teacher.denoiser.codes, split=sum(teacher.net.groups))
         options = {"head_width": config.head_width, "head_depth": config.head_depth}
@@ -256,3 +253,29 @@ class DD2(Method):
         """At a time per token (B, n, 1)."""
         t = self.teacher.schedule.draw_times(batch.rng.uniform(*q.shape[:2], 1), low, high)
         return self.teacher.schedule.add_noise(q, batch.rng.normal_like(q), t), t
+
+
+def _finished(folder: str, teacher) -> nn.Module:
+    """The student of DD1 in an export; all its tokens are the logits' from here on.
+
+    Raises:
+        RecipeError: no export or a damaged one, another kind of student, or one of other codes.
+    """
+    from ..export import load_exported
+    from ..token_students import ParallelStudent
+
+    try:
+        student = getattr(load_exported(folder)[0], "transformer", None)
+    except FewstepError as error:
+        raise RecipeError(f"method.from_dd1: {error}") from error
+    if not isinstance(student, ParallelStudent):
+        raise RecipeError(
+            f"method.from_dd1: {folder}: holds a {type(student).__name__}; expected the ParallelStudent of a DD1 run"
+        )
+    codes = teacher.denoiser.codes
+    if student.codes.shape != codes.shape or not torch.allclose(student.codes, codes.cpu(), atol=1e-3):
+        raise RecipeError(
+            f"method.from_dd1: {folder}: its student was trained for another codebook than this teacher's"
+        )
+    student.register_to_config(split=sum(student.trunk.groups))
+    return student.to(codes.device)
