@@ -18,6 +18,7 @@ from . import recipe as recipes
 from .bare import Bare
 from .checks import check_data
 from .data.blank import Blank
+from .device import Mark, peak, reset_peak, wait
 from .distributed import Process, start
 from .plan.meter import Meter, storage_bytes
 from .recipe import Recipe
@@ -31,30 +32,23 @@ ROUNDS = 5  # of the trainer and the bare loop, in turn
 class Clock:
     """Adds up seconds by name. Nested calls of timed things count once, for the outermost.
 
-    On a GPU the seconds are those of its own queue, so that timing does not empty it.
+    The seconds are those of the device's own queue, so that timing does not empty it.
     """
 
     def __init__(self, device: torch.device):
         self.device, self.depth = device, 0
-        self.spans: list[tuple[str, Any, Any]] = []
-
-    def _mark(self):
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self.spans: list[tuple[str, Mark, Mark]] = []
 
     def wrap(self, name: str, function):
         def timed(*args, **kwargs):
             self.depth += 1
-            begin = self._mark()
+            begin = Mark(self.device)
             try:
                 return function(*args, **kwargs)
             finally:
                 self.depth -= 1
                 if self.depth == 0:
-                    self.spans.append((name, begin, self._mark()))
+                    self.spans.append((name, begin, Mark(self.device)))
 
         return timed
 
@@ -62,14 +56,8 @@ class Clock:
         wait(self.device)
         sums: dict[str, float] = {}
         for name, begin, end in self.spans:
-            took = end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000
-            sums[name] = sums.get(name, 0.0) + took
+            sums[name] = sums.get(name, 0.0) + begin.seconds_until(end)
         return sums
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def bench(
@@ -189,11 +177,11 @@ def _timed(process: Process, function) -> tuple[float, float]:
 
 
 def _peak(trainer: Trainer, nets, meter: Meter, train: Callable[[], None]) -> float:
-    """Bytes: of the allocator on a GPU; on a CPU, what is held and what the meter saw beside it."""
-    if trainer.process.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    """Bytes: of the device's allocator; where none counts, what is held and what the meter saw beside it."""
+    reset_peak(trainer.process.device)
+    if peak(trainer.process.device) is not None:
         train()
-        return torch.cuda.max_memory_allocated()
+        return peak(trainer.process.device)
     held = [t for net in nets.values() for t in (*net.parameters(), *net.buffers())]
     for name, optimizer in trainer.optimizers.items():
         held += [m for state in optimizer.state.values() for m in state.values() if torch.is_tensor(m)]
@@ -222,7 +210,7 @@ def _shares(trainer: Trainer, nets, train: Callable[[], None]) -> dict[str, floa
 
 def matmul_rate(device: torch.device, dtype: str | None, repeats: int = 10) -> float:
     """FLOP/s of a large square product on this device, the best of some."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = 1024 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype or "float32")) for _ in "ab")
     best = math.inf
     for _ in range(repeats):

@@ -149,13 +149,12 @@ def _floor(args, rest) -> int:
         raise FewstepError(f"floor: {' '.join(rest)}: options of a recipe, but {args.teacher} is a teacher")
 
     from .data.prompts import load_prompts
-    from .evaluation.cli_sampling import device
     from .evaluation.statistics import table
     from .floor import calibrate, write_floor
     from .teachers import load_teacher
 
     prompts = load_prompts(args.prompts, "--prompts")
-    teacher = load_teacher(args.teacher, dtype=args.dtype, resolution=args.size).to(device(args.device))
+    teacher = load_teacher(args.teacher, dtype=args.dtype, resolution=args.size).to(args.device)
     own = inspect.signature(teacher.pipe.__call__).parameters["guidance_scale"].default
     record = calibrate(
         teacher,
@@ -185,7 +184,6 @@ def _measured_floor(args, rest) -> int:
     """The rows of a recipe's evaluation that need no student: what it will have to beat."""
     from . import recipe as recipes
     from .checks import check_data
-    from .evaluation.cli_sampling import device
     from .evaluation.students import evaluate_run
     from .teachers import load_teacher
 
@@ -196,7 +194,7 @@ def _measured_floor(args, rest) -> int:
         raise FewstepError(f"--out {args.out} is not empty: give another folder")
     prompts, images = check_data(recipe)
     teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options())
-    evaluate_run(recipe, args.out, teacher.to(device(args.device)), prompts, images)
+    evaluate_run(recipe, args.out, teacher.to(args.device), prompts, images)
     print(args.out / "eval.json")
     return 0
 
@@ -204,7 +202,6 @@ def _measured_floor(args, rest) -> int:
 def _prepare(args, _rest) -> int:
     """A teacher whose time embedding is smooth, for sCM and SANA-Sprint."""
     from .data.images import load_images
-    from .distributed import start
     from .prepare import PrepareConfig, prepare
     from .teachers import load_teacher
 
@@ -212,8 +209,8 @@ def _prepare(args, _rest) -> int:
     config = PrepareConfig(**{name: getattr(args, name) for name in names})
     if args.out.exists():
         raise FewstepError(f"prepare: {args.out} is there already; give another --out")
-    images, process = load_images(args.images), start()
-    teacher = load_teacher(args.teacher, autocast=args.autocast, attention=args.attention).to(process.device)
+    images = load_images(args.images)
+    teacher = load_teacher(args.teacher, autocast=args.autocast, attention=args.attention).to(args.device)
     record = prepare(teacher, args.out, images, config)
     after, before = record["after"], record["before"]
     words = "" if record["reached"] else f"; its bounds were not reached in {config.steps} steps"
@@ -346,7 +343,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--num", type=int, default=1, help="images per prompt")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--scale", type=int, default=1, help="integer enlargement")
-    sample.add_argument("--device", default="cpu")
+    sample.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, ...")
     sample.add_argument("--out", type=Path, default=Path("sample.png"))
     prepare = command("prepare", _prepare, "a teacher with a smooth time embedding, which sCM needs")
     prepare.add_argument("teacher", metavar="TEACHER", help="pipeline folder, hub id or builtin: name")
@@ -361,6 +358,7 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument("--lr", type=float, default=2e-5)
     prepare.add_argument("--batch-size", type=int, default=16)
     prepare.add_argument("--seed", type=int, default=0)
+    prepare.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, ...")
     prepare.add_argument("--autocast", choices=["bfloat16"])
     prepare.add_argument(
         "--attention", default="auto", choices=["auto", "math", "flash", "efficient", "cudnn"]
@@ -413,7 +411,7 @@ def parser() -> argparse.ArgumentParser:
         "--size", type=int, metavar="PIXELS", help="height and width (default: the pipeline's)"
     )
     floor.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    floor.add_argument("--device", help="default: cuda if there is one")
+    floor.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, ...")
     floor.add_argument("--seed", type=int, default=0)
     floor.add_argument("--batch-size", type=int, default=16)
     add_eval(commands)
@@ -451,6 +449,10 @@ def main(arguments: list[str] | None = None) -> int:
     if rest and args.command not in ("train", "resume", "bench", "pairs", "floor", "plan", "cache"):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        if "device" in args:
+            from .device import choose
+
+            args.device = str(choose(args.device, "--device"))
         return args.function(args, rest) if hasattr(args, "function") else args.run(args)
     except BaseException as error:
         return tell(error)

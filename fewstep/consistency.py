@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .device import real
 from .errors import RecipeError
 from .schedules import expand
 
@@ -25,11 +26,11 @@ Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> F
 
 
 def angles(normal: Tensor, mean: float, std: float, sigma_data: float = 0.5) -> Tensor:
-    """Standard normal numbers -> ``t = arctan(exp(mean + std normal) / sigma_data)``, float64 (sCM, section 4.1).
+    """Standard normal numbers -> ``t = arctan(exp(mean + std normal) / sigma_data)`` (sCM, section 4.1).
 
     With sigma_data 1 it is the logit-normal law of a flow's time (LADD, arXiv 2403.12015, section 3).
     """
-    return torch.atan(torch.exp(mean + std * normal.to(torch.float64)) / sigma_data)
+    return torch.atan(torch.exp(mean + std * normal.to(real(normal.device))) / sigma_data)
 
 
 def consistency_function(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def normalized(g: Tensor, constant: float = 0.1) -> Tensor:
     meaning at every resolution. The result's norm is below 1.
     """
     flat = g.flatten(1)
-    size = flat.norm(dim=1, dtype=torch.float64) / math.sqrt(flat.shape[1])
+    size = flat.norm(dim=1, dtype=real(g.device)) / math.sqrt(flat.shape[1])
     return g / expand(size + constant, g)
 
 

@@ -124,8 +124,9 @@ class NetDenoiser:
 
 
 def _told(cond: Cond, guidance: Guidance, x_t: Tensor) -> Cond:
-    scale = torch.as_tensor(guidance, dtype=torch.float32, device=x_t.device).expand(len(x_t))
-    return Cond({**cond.tensors, EMBEDDED: scale})
+    mixed = isinstance(guidance, Tensor)
+    scale = guidance.float() if mixed else torch.full((len(x_t),), float(guidance), device=x_t.device)
+    return Cond({**cond.tensors, EMBEDDED: scale.expand(len(x_t))})
 
 
 class ScheduleView:

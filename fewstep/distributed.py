@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .device import choose
 from .errors import RecipeError
 
 
@@ -72,29 +73,31 @@ class Process:
 
 
 def start(device: str = "auto", shard: int = 1) -> Process:
-    """Joins the group that torchrun or ``accelerate launch`` set up; accelerate picks device and backend.
+    """Joins the group that torchrun or ``accelerate launch`` set up; accelerate picks the backend.
 
     Args:
-        device: "auto", "cpu" or "cuda". shard: ranks over which one copy of the trained weights is split.
+        device: see :func:`fewstep.device.choose`. shard: ranks over which one copy of the trained weights is split.
 
     Raises:
         RecipeError: a device that is not there, or a world that ``shard`` does not divide.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("train.device: cuda, but this torch sees no CUDA device; use auto or cpu")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % shard:
         raise RecipeError(
             f"train.shard: {shard} does not divide the number of processes, {world}; start a multiple of it (torchrun "
             f"--nproc_per_node {shard}), or set train.shard to a divisor"
         )
+    if world > 1 and ":" in device:
+        raise RecipeError(
+            f"train.device: {device}: each of {world} processes takes its own; expected {device.split(':')[0]} or auto"
+        )
+    chosen = choose(device)
     if world == 1:
-        chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-        return Process(device=torch.device(chosen))
+        return Process(device=chosen)
     from accelerate import PartialState
     from torch.distributed.device_mesh import init_device_mesh
 
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    state = PartialState(cpu=chosen.type == "cpu")
     mesh = init_device_mesh(state.device.type, (world // shard, shard), mesh_dim_names=("replicate", "shard"))
     return Process(state.process_index, world, state.device, mesh, dist.new_group(backend="gloo"))
 
@@ -139,28 +142,6 @@ def gather(module: nn.Module) -> None:
         module.set_reshard_after_forward(False)
         for unit in units:
             unit.unshard()
-
-
-def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """To the device without waiting for it: from pinned memory, so that a GPU's queue is not drained first."""
-    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-class Download:
-    """Numbers on their way from the device; reading them waits only where they have not arrived."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor, self.arrived = tensor.detach().to("cpu", non_blocking=True), None  # into pinned memory
-        if tensor.device.type == "cuda":
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def read(self) -> list:
-        if self.arrived:
-            self.arrived.synchronize()
-        return self.tensor.tolist()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .distributed import Download
+from .device import Download
 from .errors import TrainingError
 from .means import Means
 from .methods.base import Phase

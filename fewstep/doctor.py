@@ -82,15 +82,9 @@ def report() -> tuple[str, bool]:
     for package, purpose in EXTRAS.items():
         lines.append(f"{package:32} {_version(package) or f'not installed (optional: {purpose})'}")
     if _version("torch"):
-        import torch
+        from .device import all_of_them
 
-        for i in range(torch.cuda.device_count()):
-            card = torch.cuda.get_device_properties(i)
-            lines.append(f"{f'cuda:{i}':32} {card.name}, {card.total_memory / 1e9:.0f} GB")
-        if not torch.cuda.is_available():
-            built = torch.version.cuda or torch.version.hip
-            why = "no driver or device for it was found" if built else "this torch is built for the CPU"
-            lines.append(f"no CUDA device ({why}); {torch.get_num_threads()} CPU threads")
+        lines += [f"{device!s:32} {what}" for device, what in all_of_them().items()]
     faults = problems()
     lines += ["", *(f"PROBLEM: {fault}" for fault in faults)] if faults else ["", "no problem found"]
     return "\n".join(lines), not faults

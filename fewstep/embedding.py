@@ -153,7 +153,7 @@ def folded_lora(
     plain, added = _split(state, name, scalar)
     with torch.no_grad():
         weight = mlp.linear_1.weight
-        hidden = mlp.act(mlp.linear_1(sinusoids(times.to(weight.device)).to(weight.dtype))).double().cpu()
+        hidden = mlp.act(mlp.linear_1(sinusoids(times.to(weight.device)).to(weight.dtype))).cpu().double()
         one = torch.linalg.pinv(hidden) @ torch.ones(len(hidden), dtype=torch.float64)
     layer = f"{path}.linear_2.lora_"
     for side, rank, axis in (("A", one.float()[None], 0), ("B", added[:, None], 1)):

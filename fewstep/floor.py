@@ -22,7 +22,7 @@ from .denoiser import Denoiser
 from .errors import FewstepError
 from .files import write_json
 from .rng import Rng
-from .schedules import Flow, Schedule
+from .schedules import Flow, Schedule, repeated
 from .solvers import FLOOR
 
 ORDERS = {"euler": 1, "dpm++": 2}  # of the jumps: Euler's is DDIM's on a variance-preserving path
@@ -88,7 +88,7 @@ def sample(
     """
     x, states, predictions, level = noise, [], [], levels(denoiser.schedule, times).T
     for k, now in enumerate(times):
-        t = torch.full((len(x),), now, dtype=torch.float64, device=x.device)
+        t = repeated(now, x)
         states.append(x)
         predictions.append(denoiser.x0(x, t, cond, guidance=guidance))
         second = order == 2 and 0 < k < len(times) - 1

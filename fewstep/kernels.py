@@ -116,7 +116,7 @@ def set_precision(device: torch.device, tf32: bool) -> None:
 
     Everything else is bf16 under the teacher's ``autocast``, and fp32 in losses, schedules and trained weights.
     """
-    if device.type == "cuda":
+    if device.type != "cpu":
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
 

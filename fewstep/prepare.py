@@ -34,7 +34,7 @@ from .files import replacing, write_json
 from .methods.base import Batch, Method, Phase, Progress
 from .methods.scm import angle_range
 from .roles import Role, RoleConfig, averaged
-from .schedules import TrigFlow, expand
+from .schedules import TrigFlow, expand, repeated
 from .student import Student
 from .teachers.base import Teacher
 from .trainer import TrainConfig, Trainer
@@ -80,12 +80,13 @@ def turns_of(denoiser: NetDenoiser, latent_shape: Sequence[int]) -> tuple[Tensor
     """Turns (C,) that each sinusoid makes over the times the network is given, and the largest of these times."""
     _, _, sinusoids = time_embedder(denoiser.net)
     seen: list[Tensor] = []
-    handle = sinusoids.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].double()))
+    handle = sinusoids.register_forward_pre_hook(
+        lambda _module, inputs: seen.append(inputs[0].cpu().double())
+    )
     device = next(denoiser.net.parameters()).device
-    end = torch.full((1,), denoiser.schedule.t_max, dtype=torch.float64, device=device)
     try:
         x = torch.zeros(1, *latent_shape, device=device)
-        denoiser.predict(x, end, denoiser.example.to(device))
+        denoiser.predict(x, repeated(denoiser.schedule.t_max, x), denoiser.example.to(device))
     finally:
         handle.remove()
     longest = seen[0].max().item()
@@ -175,10 +176,9 @@ def check_stiffness(denoiser: NetDenoiser, latent_shape: Sequence[int]) -> None:
         RecipeError: the network cannot be differentiated in forward mode.
     """
     x = torch.zeros(1, *latent_shape, device=next(denoiser.net.parameters()).device)
-    t = torch.ones(1, dtype=torch.float64, device=x.device)
     remedy = "distill the teacher as it is, with method.tangent difference and method.difference 1e-4"
     with refusing_without(denoiser.net, "prepare: stiffness", remedy):
-        stiffness(denoiser, x, t, torch.ones_like(x), denoiser.example.to(x.device))
+        stiffness(denoiser, x, repeated(1.0, x), torch.ones_like(x), denoiser.example.to(x.device))
 
 
 @torch.no_grad()

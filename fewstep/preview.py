@@ -19,6 +19,7 @@ from .methods import Method
 from .recipe import Recipe
 from .rng import Rng
 from .roles import Role, averaged
+from .schedules import repeated
 from .teachers import hushed
 from .teachers.base import Teacher, to_bytes
 
@@ -99,9 +100,7 @@ class Preview:
     def _health(self, name: str, latents: Tensor, rng: Rng, write: bool) -> None:
         """Three rows: the student, and what teacher and critic see in it behind as much noise as signal."""
         schedule, cond = self.teacher.denoiser.schedule, self.cond.rows(slice(0, len(latents)))
-        t = schedule.t_from_log_snr(
-            torch.zeros(len(latents), dtype=torch.float64, device=latents.device)
-        ).round(decimals=0 if schedule.t_max > 100 else 6)
+        t = schedule.t_from_log_snr(repeated(0.0, latents)).round(decimals=0 if schedule.t_max > 100 else 6)
         x_t = schedule.add_noise(latents, rng.normal_like(latents), t)
         rows = [latents]
         for denoiser, guidance in ((self.teacher.denoiser, self.guidance), (self.method.critic, 1.0)):

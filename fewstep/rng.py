@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .distributed import upload
+from .device import real, upload
 
 
 class Rng:
@@ -34,11 +34,12 @@ class Rng:
         return self.normal(*x.shape)
 
     def uniform(self, *shape: int) -> Tensor:
-        """In [0, 1), float64."""
-        return upload(torch.rand(shape, generator=self.generator, dtype=torch.float64), self.device)
+        """In [0, 1), float64, or what the device has of it (:func:`fewstep.device.real`)."""
+        u = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return upload(u.to(real(self.device)), self.device)
 
     def choice(self, rows: int, values: Sequence[float], chances: Sequence[float] | None = None) -> Tensor:
-        """(rows,) of values with these probabilities, default equal ones; float64."""
+        """(rows,) of values with these probabilities, default equal ones."""
         u, edge = self.uniform(rows), 0.0
         chosen = torch.full_like(u, values[0])
         for value, chance in zip(values[1:], chances or [1 / len(values)] * len(values)):

@@ -23,6 +23,7 @@ from .data import Ahead, Batches
 from .data.cache import Store, encode_images, encode_prompts
 from .data.images import CaptionedImages
 from .data.pairs import Pairs, check_pairs, load_pairs
+from .device import name_of
 from .distributed import Process, distribute, gathered, start
 from .errors import FewstepError, LostProcess, RecipeError, TrainingError, tell
 from .files import WriteError, write, write_json
@@ -214,7 +215,7 @@ class Session:
         self.trainer = Trainer(
             self.method,
             self.roles,
-            Ahead(data) if process.device.type == "cuda" else data,
+            Ahead(data),
             recipe.train,
             folder=self.folder,
             process=process,
@@ -378,9 +379,9 @@ def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str,
 
 
 def hardware(process: Process) -> str:
-    if process.device.type == "cuda":
-        return f"{process.world} x {torch.cuda.get_device_name(process.device)}"
-    return f"{process.world} process(es) on CPU, {torch.get_num_threads()} threads each"
+    if process.device.type == "cpu":
+        return f"{process.world} process(es) on CPU, {torch.get_num_threads()} threads each"
+    return f"{process.world} x {name_of(process.device)}"
 
 
 def versions() -> dict[str, str]:

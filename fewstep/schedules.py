@@ -2,7 +2,8 @@
 
 A schedule defines ``x_t = alpha(t) x0 + sigma(t) eps`` with ``eps ~ N(0, I)``; t grows with noise. Every method
 takes t of any shape that broadcasts from the left against x_t, usually ``(B,)``. Coefficients are computed in
-float64, which costs nothing on ``(B,)`` numbers, and cast to the dtype of x_t before they touch an image.
+float64 (on MPS, which has none, in float32), which costs nothing on ``(B,)`` numbers, and cast to the dtype of x_t
+before they touch an image.
 
 A network's output is ``a x0 + b eps`` for some (a, b): x0 (1, 0), eps (0, 1), v (-sigma, alpha), flow
 (d_alpha, d_sigma). Together with x_t that is a 2x2 system, so one solve converts between all of them.
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .device import real
 from .errors import FewstepError
 
 KINDS = ("x0", "eps", "v", "flow")
@@ -25,6 +27,11 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
     """Shape ``(B,)`` -> ``(B, 1, ..., 1)`` so that it broadcasts over ``like`` (B, ...), in its dtype and device."""
     shape = coefficient.shape + (1,) * (like.ndim - coefficient.ndim)
     return coefficient.reshape(shape).to(like.device, like.dtype)
+
+
+def repeated(time: float, like: Tensor) -> Tensor:
+    """(B,) of one time, for the B samples of ``like``."""
+    return torch.full((len(like),), time, dtype=real(like.device), device=like.device)
 
 
 Pair = tuple[Tensor, Tensor]
@@ -80,7 +87,7 @@ class Schedule:
 
         Where the path has a closed form for it, exact and differentiable at the ends too, where log-SNR is infinite.
         """
-        return self.t_from_log_snr(2 * (torch.log(_f64(alpha)) - torch.log(_f64(sigma))))
+        return self.t_from_log_snr(2 * (torch.log(_real(alpha)) - torch.log(_real(sigma))))
 
     def log_snr(self, t: Tensor) -> Tensor:
         """``log(alpha^2 / sigma^2)``, float64; +-inf at the ends of a flow."""
@@ -92,7 +99,7 @@ class Schedule:
         Raises:
             ValueError: kind is none of "x0", "eps", "v", "flow".
         """
-        one, zero = torch.ones_like(_f64(t)), torch.zeros_like(_f64(t))
+        one, zero = torch.ones_like(_real(t)), torch.zeros_like(_real(t))
         if kind == "x0":
             return one, zero
         if kind == "eps":
@@ -159,14 +166,14 @@ class Schedule:
 
         0.02 to 0.98 is DMD's range for the student's gradient; the critic uses all of it.
         """
-        return self.t_min + (low + (high - low) * _f64(u)) * (self.t_max - self.t_min)
+        return self.t_min + (low + (high - low) * _real(u)) * (self.t_max - self.t_min)
 
     def at(self, fraction: Tensor) -> Tensor:
         """Times at fractions of the way from clean (0) to noisiest (1), float64: the even grid of few-step samplers.
 
         k / K for k = K..1 gives the times of a K-step student (999, 749, 499, 249 for SD), and 0 is ``clean``.
         """
-        u = _f64(fraction)
+        u = _real(fraction)
         return torch.where(u > 0, self._spaced(u), self.clean)
 
     def _spaced(self, u: Tensor) -> Tensor:
@@ -184,8 +191,8 @@ class Schedule:
         return abs((self.sigma(time) / det).item())
 
 
-def _f64(t: Tensor) -> Tensor:
-    return t.to(torch.float64)
+def _real(t: Tensor) -> Tensor:
+    return t.to(real(t.device))
 
 
 class VP(Schedule):
@@ -218,17 +225,17 @@ class VP(Schedule):
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._on_device:
-            self._on_device[device] = self.table.to(device)
+            self._on_device[device] = self.table.to(device, real(device))
         return self._on_device[device]
 
     def _interval(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         table = self._table(t.device)
-        low = _f64(t).floor().clamp(0, len(table) - 2).long()
-        return table[low], table[low + 1] - table[low], _f64(t) - low
+        low = _real(t).floor().clamp(0, len(table) - 2).long()
+        return table[low], table[low + 1] - table[low], _real(t) - low
 
     def log_snr(self, t: Tensor) -> Tensor:
         start, slope, fraction = self._interval(t)
-        return torch.where(_f64(t) < 0, torch.inf, start + slope * fraction)
+        return torch.where(_real(t) < 0, torch.inf, start + slope * fraction)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.sigmoid(self.log_snr(t)).sqrt()
@@ -247,7 +254,7 @@ class VP(Schedule):
         # Integers, both ends included, as in training: {20..980} for (0.02, 0.98), {0..T-1} for (0, 1).
         steps = len(self.table)
         first, last = round(low * steps), min(round(high * steps), steps - 1)
-        return first + torch.floor(_f64(u) * (last - first + 1))
+        return first + torch.floor(_real(u) * (last - first + 1))
 
     def _spaced(self, u: Tensor) -> Tensor:
         return (torch.round(u * len(self.table)) - 1).clamp(min=0)
@@ -257,9 +264,9 @@ class VP(Schedule):
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         table = self._table(log_snr.device)
-        falling = -_f64(log_snr).contiguous()
+        falling = -_real(log_snr).contiguous()
         low = (torch.searchsorted(-table, falling, right=True) - 1).clamp(0, len(table) - 2)
-        return low + (_f64(log_snr) - table[low]) / (table[low + 1] - table[low])
+        return low + (_real(log_snr) - table[low]) / (table[low + 1] - table[low])
 
 
 class Flow(Schedule):
@@ -286,22 +293,22 @@ class Flow(Schedule):
         return t / (self.shift - (self.shift - 1) * t)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return 1 - _f64(t)
+        return 1 - _real(t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return _f64(t)
+        return _real(t)
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        return -torch.ones_like(_f64(t))
+        return -torch.ones_like(_real(t))
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return torch.ones_like(_f64(t))
+        return torch.ones_like(_real(t))
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        return torch.sigmoid(-_f64(log_snr) / 2)
+        return torch.sigmoid(-_real(log_snr) / 2)
 
     def time_at(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return _f64(sigma) / (_f64(alpha) + _f64(sigma))
+        return _real(sigma) / (_real(alpha) + _real(sigma))
 
 
 class EDM(Schedule):
@@ -312,30 +319,30 @@ class EDM(Schedule):
 
     def draw_times(self, u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
         # Uniform in sigma^(1/7), EDM's grid (eq. 5, rho = 7).
-        ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64, device=u.device) ** (1 / 7)
-        return (ends[0] + (low + (high - low) * _f64(u)) * (ends[1] - ends[0])) ** 7
+        first, last = self.t_min ** (1 / 7), self.t_max ** (1 / 7)
+        return (first + (low + (high - low) * _real(u)) * (last - first)) ** 7
 
     def fraction_above(self, t: float) -> float:
         low, high = self.t_min ** (1 / 7), self.t_max ** (1 / 7)
         return (t ** (1 / 7) - low) / (high - low)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.ones_like(_f64(t))
+        return torch.ones_like(_real(t))
 
     def sigma(self, t: Tensor) -> Tensor:
-        return _f64(t)
+        return _real(t)
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(_f64(t))
+        return torch.zeros_like(_real(t))
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return torch.ones_like(_f64(t))
+        return torch.ones_like(_real(t))
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        return torch.exp(-_f64(log_snr) / 2)
+        return torch.exp(-_real(log_snr) / 2)
 
     def time_at(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return _f64(sigma) / _f64(alpha)
+        return _real(sigma) / _real(alpha)
 
 
 class TrigFlow(Schedule):
@@ -344,22 +351,22 @@ class TrigFlow(Schedule):
     t_min, t_max = 0.0, math.pi / 2
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.cos(_f64(t))
+        return torch.cos(_real(t))
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sin(_f64(t))
+        return torch.sin(_real(t))
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        return -torch.sin(_f64(t))
+        return -torch.sin(_real(t))
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return torch.cos(_f64(t))
+        return torch.cos(_real(t))
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        return torch.atan(torch.exp(-_f64(log_snr) / 2))
+        return torch.atan(torch.exp(-_real(log_snr) / 2))
 
     def time_at(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return torch.atan2(_f64(sigma), _f64(alpha))
+        return torch.atan2(_real(sigma), _real(alpha))
 
 
 def change_schedule(x_t: Tensor, t: Tensor, source: Schedule, target: Schedule) -> tuple[Tensor, Tensor]:

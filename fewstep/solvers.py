@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from .cond import Cond
 from .denoiser import Denoiser, NetDenoiser
-from .schedules import Flow
+from .device import real
+from .schedules import Flow, repeated
 
 
 @torch.no_grad()
@@ -34,17 +36,14 @@ def ddim(
     """
     schedule = denoiser.schedule
     start = schedule.t_max if start is None else start
-    times = torch.linspace(start, schedule.t_min, num_steps + 1, dtype=torch.float64, device=noise.device)
+    times = torch.linspace(start, schedule.t_min, num_steps + 1, dtype=torch.float64)
     if isinstance(schedule, Flow):  # even before the shift
         times = schedule.shifted(times / start * schedule.fraction_above(start))
-    x = noise
-    for now, following in zip(times[:-1].tolist(), times[1:].tolist()):
-        t, s = (
-            torch.full((len(x),), value, dtype=torch.float64, device=x.device) for value in (now, following)
-        )
+    x, last = noise, times[-1].item()
+    for now, following in pairwise(times.tolist()):
+        t, s = repeated(now, x), repeated(following, x)
         x0 = denoiser.x0(x, t, cond, guidance=guidance)
-        last = following == times[-1].item()
-        x = x0 if last else schedule.ddim_step(x, x0, t, s)
+        x = x0 if following == last else schedule.ddim_step(x, x0, t, s)
     return x
 
 
@@ -66,7 +65,7 @@ def ode(
         end: above ``t_min``, and above every time at which the network cannot be called.
     """
     schedule = denoiser.schedule
-    times = torch.linspace(schedule.t_max, end, num_steps + 1, dtype=torch.float64, device=noise.device)
+    times = torch.linspace(schedule.t_max, end, num_steps + 1, dtype=real(noise.device), device=noise.device)
     x = noise
 
     def slope(x: Tensor, t: Tensor) -> Tensor:
@@ -100,7 +99,7 @@ def scheduler_sample(
     scheduler.set_timesteps(num_steps, device=noise.device)
     x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for time in scheduler.timesteps:
-        t = time.expand(len(x)).to(torch.float64) / denoiser.schedule.time_scale
+        t = time.expand(len(x)).to(real(x.device)) / denoiser.schedule.time_scale
         scaled = scheduler.scale_model_input(x, time) if hasattr(scheduler, "scale_model_input") else x
         prediction = denoiser.predict(scaled, t, cond, guidance=guidance)
         x = scheduler.step(prediction, time, x, return_dict=False)[0]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .cond import Cond
 from .denoiser import Denoiser
+from .device import real
 from .errors import RecipeError
-from .schedules import VP, Flow, Schedule
+from .schedules import VP, Flow, Schedule, repeated
 
 Draw = Callable[[Tensor], Tensor]  # fresh unit noise of the shape of its argument
 
@@ -183,7 +184,7 @@ class Student:
         return self.rollout(noise, cond, draw, self.num_steps - 1)
 
     def _time(self, step: int, x: Tensor) -> Tensor:
-        return torch.full((len(x),), float(self.times[step]), dtype=torch.float64, device=x.device)
+        return repeated(self.times[step], x)
 
 
 class EntryStudent(Student):
@@ -203,7 +204,7 @@ class EntryStudent(Student):
     def times_from(self, entry: Tensor) -> Tensor:
         """Times (B, n, 1) of tokens, given the first unknown one (B, 1)."""
         places = torch.arange(self.num_tokens, device=entry.device)
-        return (places >= entry).to(torch.float64)[..., None]
+        return (places >= entry).to(real(entry.device))[..., None]
 
     def _time(self, step: int, x: Tensor) -> Tensor:
         return self.times_from(torch.full((len(x), 1), self.entries[step], device=x.device))

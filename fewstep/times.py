@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .device import real
 from .errors import RecipeError
 from .rng import Rng
 from .schedules import EDM, VP, Flow, Schedule
@@ -61,10 +62,10 @@ class TimeLaw:
         return TimeLaw("uniform")
 
     def draw(self, schedule: Schedule, rng: Rng, count: int) -> Tensor:
-        """Times (count,), float64; whole numbers on a discrete schedule."""
+        """Times (count,); whole numbers on a discrete schedule."""
         if self.kind == "uniform":
             return schedule.draw_times(rng.uniform(count), self.low, self.high)
-        log_ratio = self.mean + self.std * rng.normal(count).double()
+        log_ratio = self.mean + self.std * rng.normal(count).to(real(rng.device))
         t = schedule.t_from_log_snr(-2 * log_ratio).clamp(schedule.t_min, schedule.t_max)
         return t.round() if isinstance(schedule, VP) else t
 

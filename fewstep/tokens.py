@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .cond import Cond
+from .device import upload
 from .kernels import arithmetic
-from .schedules import Flow, Schedule, expand
+from .schedules import Flow, Schedule, expand, repeated
 from .solvers import ode
 
 
@@ -127,7 +128,7 @@ class CodebookDenoiser:
         tokens = clean if reads else nearest_code(clean, self.codes)
         with torch.no_grad(), arithmetic(tokens.device.type, self.autocast, self.attention):
             scale = [g for g, size in zip(self._scales(guidance), self.net.groups) for _ in range(size)]
-            scale = torch.tensor(scale, device=tokens.device)[:, None]
+            scale = upload(torch.tensor(scale), tokens.device)[:, None]
             if guidance == 1.0:
                 logits = self.net(tokens, cond)
             else:
@@ -210,7 +211,7 @@ class CodebookDenoiser:
         def choose(log_prob: Tensor, where: slice) -> Tensor:
             context = Cond({"log_prob": log_prob})
             x = ode(self, noise[:, where], context, steps, solver=solver, end=end)
-            return self.tokens(x, torch.full((len(x),), end, dtype=torch.float64, device=x.device), context)
+            return self.tokens(x, repeated(end, x), context)
 
         return self.decode(len(noise), cond, choose, guidance=guidance)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
+from .device import check_name
 from .distributed import Process, sync_gradients, whole
 from .divergence import Divergence, Outcome
 from .errors import Interrupted, RecipeError, TrainingError
@@ -44,7 +45,8 @@ class TrainConfig:
         best: a number of the log, e.g. "generator/dm"; the checkpoint before which its mean was best is kept too.
         rollbacks: how often a run without finite gradients returns to its newest checkpoint and goes on with learning
             rates times ``rollback_lr``, instead of stopping.
-        device: "auto", "cpu" or "cuda". shard: processes over which trained weights are split.
+        device: "auto", "cpu", "cuda", "xpu", "mps", or one of several: "cuda:1".
+        shard: processes over which trained weights are split.
         trackers: "tensorboard", "wandb" and others of accelerate's, which get the log's numbers too.
         tf32: round fp32 products of a GPU to TF32.
     """
@@ -76,8 +78,7 @@ class TrainConfig:
         for name in ("clip_norm", "rollback_lr"):
             if not getattr(self, name) > 0:
                 raise RecipeError(f"train.{name}: {getattr(self, name)}: expected a number above 0")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise RecipeError(f"train.device: {self.device!r}: expected auto, cpu or cuda")
+        check_name(self.device)
 
 
 class Data(Protocol):

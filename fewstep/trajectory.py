@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .schedules import Schedule, expand
+from .device import real
+from .schedules import Schedule, expand, repeated
 
 
 def terminal_signal(noise: Tensor, schedule: Schedule) -> Tensor:
@@ -16,7 +17,7 @@ def terminal_signal(noise: Tensor, schedule: Schedule) -> Tensor:
     Args:
         noise: eps (B, ...).
     """
-    t = torch.full((len(noise),), schedule.t_max, dtype=torch.float64, device=noise.device)
+    t = repeated(schedule.t_max, noise)
     return expand((1 - schedule.sigma(t)) / schedule.alpha(t), noise) * noise
 
 
@@ -45,7 +46,7 @@ def segment_start(n: Tensor, nodes: int, segments: int) -> Tensor:
     2404.13686, alg. 1) gives such a node, 875, 500 or 125 of 1000 with 8 segments, an empty segment.
     """
     above = torch.div(n.long() * segments + nodes - 1, nodes, rounding_mode="floor")  # ceil in integers
-    return (above - 1).to(torch.float64) / segments
+    return (above - 1).to(real(n.device)) / segments
 
 
 def jump(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -246,8 +246,8 @@ def test_no_disk_space(refused, monkeypatch):
 
 
 def test_cuda_where_there_is_none(refused, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused("no CUDA device", "--train.device", "cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    refused("train.device: cuda: this torch sees no accelerator", "--train.device", "cuda")
 
 
 def test_a_run_that_ends_before_its_stages_do(refused, recipe):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cond import Cond
-from ..distributed import upload
+from ..device import upload
 from ..methods.base import Batch
 from ..rng import Rng
 from .cache import Store
@@ -89,6 +89,7 @@ class Ahead:
     def __init__(self, data: Batches):
         self.data, self.thread = data, ThreadPoolExecutor(1)
         self.coming: dict[tuple[int, int], Future[Batch]] = {}
+        self.rows = data.rows
 
     def batch(self, iteration: int, micro: int) -> Batch:
         found = self.coming.pop((iteration, micro), None)

@@ -135,7 +135,7 @@ def encode_images(
             pixels = [
                 torch.tensor(images.load(j, teacher.resolution)) for j in range(i, min(i + batch_size, stop))
             ]
-            generator = torch.Generator(teacher.device).manual_seed(i)
+            generator = torch.Generator().manual_seed(i)  # of the CPU: the same draw on every device
             parts.append(teacher.latents(torch.stack(pixels), generator))
         return {"latents": torch.cat(parts)}
 

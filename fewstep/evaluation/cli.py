@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from fewstep.evaluation.cli_sampling import add_sampling, device, process
+from fewstep.evaluation.cli_sampling import add_sampling, process
 
 EMOJI = "builtin:emoji"
 IMAGES = "folder or zip of image files, npz of images, statistics file, or builtin:emoji"
@@ -93,7 +92,7 @@ def add_parser(subparsers: Any) -> None:
     for added in (fid, stats, scores):
         added.add_argument("--protocol", metavar="NAME", help="see `fewstep eval protocols`")
     for added in (fid, stats, scores):
-        added.add_argument("--device", help="of the network (default: cuda if there is one)")
+        added.add_argument("--device", help="of the network: auto (default), cpu, cuda, cuda:1, ...")
     for added in (fid, stats):
         added.add_argument(
             "--skip-bad",
@@ -112,16 +111,9 @@ def add_parser(subparsers: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs `eval ...` alone, for the scripts in `eval/`. Returns the exit code."""
-    from fewstep.errors import FewstepError
+    from fewstep.cli import main
 
-    parser = argparse.ArgumentParser(prog="fewstep")
-    add_parser(parser.add_subparsers(required=True))
-    args = parser.parse_args(arguments)
-    try:
-        return args.run(args)
-    except FewstepError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+    return main(arguments)
 
 
 def _fid(args: argparse.Namespace) -> int:
@@ -146,7 +138,7 @@ def _fid(args: argparse.Namespace) -> int:
         protocol=protocol,
         weights=args.weights,
         declared=args.declared,
-        device=device(args.device),
+        device=args.device,
     )
     return _finish(result, args.out)
 
@@ -159,7 +151,7 @@ def _stats(args: argparse.Namespace) -> int:
     from fewstep.evaluation.images import ImageSource
     from fewstep.evaluation.statistics import Statistics
 
-    on = device(args.device)
+    on = args.device
     if args.protocol:
         extractor = protocols.load(args.protocol).get_extractor(args.extractor, on, args.weights)
     else:
@@ -249,7 +241,7 @@ def _scores(args: argparse.Namespace) -> int:
         extractor="effnet-lite0",  # which scores do not need
         captions=prompts.of_images(len(fake), args.per_prompt),
         scorers=args.scorer,
-        device=device(args.device),
+        device=args.device,
     )
     return _finish({**result, "warnings": []}, args.out)
 

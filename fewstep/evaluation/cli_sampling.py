@@ -55,7 +55,7 @@ def add_sampling(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--scorer", action="append", default=[], metavar="KIND:PATH", help="of images and captions"
     )
     run.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets index.html and table.md")
-    run.add_argument("--device", help="default: cuda if there is one, one per process")
+    run.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, ...; one per process")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora", metavar="EXPORT", help="export of a fewstep run, or a LoRA file")
     parser.add_argument("--network", metavar="FILE", help="state dict in place of the denoiser's own")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
-    parser.add_argument("--device", help="default: cuda if there is one, one per process")
+    parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, ...; one per process")
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
@@ -102,15 +102,6 @@ def process() -> tuple[int, int]:
     return int(words[0]), int(words[1])
 
 
-def device(wanted: str | None) -> str:
-    """The device asked for, else this process's CUDA device, else the CPU."""
-    import torch
-
-    if wanted:
-        return wanted
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-
-
 def job_of(args: argparse.Namespace, steps: int, **others: Any) -> Any:
     """The `Job` of the options."""
     from fewstep.evaluation.sampling import Job
@@ -130,7 +121,7 @@ def _generate(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts)
     num = check_num(args.num, prompts, args.per_prompt)
     rank, world = process()
-    model = open_model(args.pipeline, args.lora, args.network, args.dtype, device(args.device))
+    model = open_model(args.pipeline, args.lora, args.network, args.dtype, args.device)
     for job in jobs:
         folder = args.out / f"{job.steps}-{'step' if job.steps == 1 else 'steps'}"
         manifest = sample_folder(
@@ -154,7 +145,7 @@ def _run(args: argparse.Namespace) -> int:
 
     spec = load_spec(args.spec) if args.spec else _spec_of(args)
     rank, world = process()
-    whole = run_spec(spec, args.out, device=device(args.device), rank=rank, world=world)
+    whole = run_spec(spec, args.out, device=args.device, rank=rank, world=world)
     if whole:
         print(to_markdown(whole) + f"\n{args.out / 'index.html'}")
     return 0

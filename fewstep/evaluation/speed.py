@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..device import name_of, peak, reset_peak, wait
+
 
 class Rows:
     """How many samples went through a network."""
@@ -47,31 +49,29 @@ def measure_speed(draw: Callable[[], Any], network: nn.Module, runs: int = 5) ->
         as of a normal sample), `runs`, `peak_memory_mb` (MiB) and `peak_memory_kind`, `device`, `threads`.
     """
     device = next(network.parameters()).device
-    cuda = device.type == "cuda"
 
-    def wait() -> float:
-        if cuda:
-            torch.cuda.synchronize(device)
+    def now() -> float:
+        wait(device)
         return time.perf_counter()
 
     draw()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     seconds = []
     with counted(network) as rows:
         for _ in range(runs):
-            begin = wait()
+            begin = now()
             draw()
-            seconds.append(wait() - begin)
+            seconds.append(now() - begin)
+    most = peak(device)
     spread = statistics.stdev(seconds) if runs > 1 else 0.0
     return {
         "nfe": rows.count / runs,
         "seconds": statistics.median(seconds),
         "seconds_error": 1.2533 * spread / runs**0.5,
         "runs": runs,
-        "peak_memory_mb": (torch.cuda.max_memory_allocated(device) if cuda else resident_peak()) / 2**20,
-        "peak_memory_kind": "CUDA allocator, batch 1" if cuda else "process, high-water mark",
-        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "peak_memory_mb": (resident_peak() if most is None else most) / 2**20,
+        "peak_memory_kind": "process, high-water mark" if most is None else "device's allocator, batch 1",
+        "device": name_of(device),
         "threads": torch.get_num_threads(),
     }
 

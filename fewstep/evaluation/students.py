@@ -255,7 +255,7 @@ def _reconstructions(teacher, images: CaptionedImages, asked: Asked, seed: int) 
     order = Rng(seed, "reconstruction").permutation(len(images)).tolist()
     chosen = [*order[: len(asked.prompts)], *asked.named]
     pixels = torch.tensor(np.stack([images.load(i, teacher.resolution) for i in chosen]))
-    generator = torch.Generator(teacher.device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     return np.concatenate([teacher.decode(teacher.latents(p, generator)) for p in pixels.split(32)])
 
 

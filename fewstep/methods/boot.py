@@ -20,6 +20,7 @@ from ..denoiser import Denoiser, Guidance, NetDenoiser
 from ..embedding import Scalar, with_scalar
 from ..errors import RecipeError
 from ..rng import Rng
+from ..schedules import repeated
 from ..student import Student
 from .base import Batch, Method, Phase, Progress, register
 
@@ -137,5 +138,4 @@ class BOOT(Method):
         """The signal where the trajectory begins."""
         if self.exact:
             return trajectory.terminal_signal(noise, self.schedule)
-        last = torch.full((len(noise),), self.schedule.t_max, dtype=torch.float64, device=noise.device)
-        return self.teacher.x0(noise, last, cond, guidance=guidance)
+        return self.teacher.x0(noise, repeated(self.schedule.t_max, noise), cond, guidance=guidance)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..device import upload
 from ..errors import RecipeError
 from ..student import EntryStudent
 from ..tokens import CodebookDenoiser
@@ -102,7 +103,7 @@ class DD1(Method):
         c, (noise, tokens) = self.config, batch.pairs
         q = self.teacher.codes[tokens]
         chosen = (batch.rng.uniform(len(q)) * len(c.entries)).long()
-        entry = torch.tensor(c.entries, device=q.device)[chosen]
+        entry = upload(torch.tensor(c.entries), q.device)[chosen]
         t = self.student.times_from(entry[:, None])
         logits, embedded = self.net(self.teacher.schedule.add_noise(q, noise, t), t, batch.pair_cond)
         unknown = t[..., 0].to(q.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import objectives
 from ..cond import Cond
 from ..denoiser import Denoiser, NetDenoiser
+from ..device import real, upload
 from ..discriminator import Discriminator
 from ..errors import RecipeError
 from ..student import Student, uniform_times
@@ -175,7 +176,8 @@ class DMD2(Method):
             exit_step = batch.shared.integer(self.student.num_steps)
             return self.student.rollout(noise, cond, batch.rng.normal_like, exit_step), cond
         steps = torch.floor(batch.rng.uniform(len(noise)) * self.student.num_steps).long()
-        t = torch.tensor(self.student.times, dtype=torch.float64, device=noise.device)[steps]
+        times = torch.tensor(self.student.times, dtype=real(noise.device))
+        t = upload(times, noise.device)[steps]
         noisy = self.student.denoiser.schedule.add_noise(batch.real, noise, t)
         first = (steps == 0).view(-1, *[1] * (noise.ndim - 1))
         return self.student.denoiser.x0(torch.where(first, noise, noisy), t, cond), cond

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import objectives
 from ..denoiser import Denoiser
 from ..errors import RecipeError
+from ..schedules import repeated
 from ..student import Student
 from ..times import chosen_times
 from .base import Batch, Method, Phase, Progress, register
@@ -166,7 +167,7 @@ class PhasedDMD(Method):
         return k == self.config.phases - 1
 
     def level(self, k: int, like: Tensor) -> Tensor:
-        return torch.full((len(like),), self.levels[k], dtype=torch.float64, device=like.device)
+        return repeated(self.levels[k], like)
 
     def times_above(self, k: int, batch: Batch, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Times in (s, 1], nested: all phases see the highest noise, where student and teacher overlap (3.4)."""

@@ -15,7 +15,7 @@ from ..cond import Cond
 from ..denoiser import Denoiser, Guidance, ScheduleView
 from ..distributed import gather
 from ..errors import RecipeError
-from ..schedules import Schedule, TrigFlow
+from ..schedules import Schedule, TrigFlow, repeated
 from ..student import Student, times_at
 from .base import Batch, Method, Phase, Progress, register
 
@@ -90,12 +90,11 @@ class Consistency:
                 "teacher.dtype float32, or roles.student.kind full, which trains a copy in fp32"
             )
         x = torch.zeros(1, *latent_shape, device=weight.device)
-        t = torch.ones(1, dtype=torch.float64, device=weight.device)
         cond = self.student.denoiser.example.to(weight.device)
         with scm.refusing_without(
             net, f"method.tangent: {self.config.tangent}", "set method.tangent difference"
         ):
-            self.derivative(x, t, torch.ones_like(x), cond)
+            self.derivative(x, repeated(1.0, x), torch.ones_like(x), cond)
 
     def draw(self, normal: Tensor) -> Tensor:
         """Times (B,) of the proposal, within what the teacher's schedule covers."""

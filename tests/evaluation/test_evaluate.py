@@ -317,7 +317,7 @@ def test_cli_diversity_compare_and_protocols(pictures, tmp_path, capsys):
 def test_main_prints_one_error_and_exits_with_two(tmp_path, capsys):
     assert cli.main(["eval", "fid", str(tmp_path / "x"), str(tmp_path / "y")]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and "does not exist" in captured.err and not captured.out
+    assert captured.err.startswith("fewstep: ") and "does not exist" in captured.err and not captured.out
 
 
 def test_patch_fd_sees_the_middle_at_full_resolution(pictures):

@@ -102,7 +102,7 @@ def test_bad_sets_end_with_two_before_the_network_runs(sets, capsys, spoil, word
     words = [word.format(folder=sets) for word in words]
     assert fid(sets, *words, **options) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and all(message in error for message in messages), error
+    assert error.startswith("fewstep: ") and all(message in error for message in messages), error
     assert not probes() or spoil is other_statistics
 
 

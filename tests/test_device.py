@@ -1,0 +1,188 @@
+"""The one place that knows kinds of devices, and that data prefetched by a thread are the data."""
+
+import json
+import re
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep import device, rng
+from fewstep.cli import main
+from fewstep.cond import Cond
+from fewstep.data import Ahead, Batches
+from fewstep.device import Download, Mark, all_of_them, choose, name_of, peak, real, reset_peak, upload, wait
+from fewstep.errors import RecipeError
+from fewstep.schedules import VP, Flow, repeated
+
+CPU = torch.device("cpu")
+PACKAGE = Path(device.__file__).parent
+
+
+class Machine:
+    """torch.accelerator of a machine with some cards."""
+
+    def __init__(self, monkeypatch, kind: str, count: int):
+        found = torch.device(kind) if count else None
+        self.current = None
+        for name, value in {
+            "current_accelerator": lambda check_available=False: found,
+            "device_count": lambda: count,
+            "set_device_index": lambda index: setattr(self, "current", index),
+        }.items():
+            monkeypatch.setattr(torch.accelerator, name, value)
+
+
+def test_names_of_devices_on_a_machine_with_two_cards(monkeypatch):
+    machine = Machine(monkeypatch, "xpu", 2)
+    assert choose() == choose("auto") == choose("xpu") == torch.device("xpu:0") and machine.current == 0
+    assert choose("xpu:1") == torch.device("xpu:1") and machine.current == 1
+    assert choose("cpu") == CPU and choose("cpu:0") == CPU
+    monkeypatch.setenv("LOCAL_RANK", "1")  # as launchers number processes
+    assert choose("auto") == choose("xpu") == torch.device("xpu:1")
+    assert choose("xpu:0") == torch.device("xpu:0")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", "Cuda", "cuda 1"])
+def test_what_names_no_device_is_refused_by_name(name, monkeypatch):
+    Machine(monkeypatch, "cuda", 1)
+    with pytest.raises(RecipeError, match=f"--device: '{name}': expected auto, cpu"):
+        choose(name, "--device")
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch):
+    Machine(monkeypatch, "cuda", 2)
+    with pytest.raises(RecipeError, match=r"train\.device: cuda:2: there are 2; expected a number below 2"):
+        choose("cuda:2")
+    with pytest.raises(RecipeError, match=r"train\.device: mps: this torch sees cuda and the CPU"):
+        choose("mps")
+    Machine(monkeypatch, "cuda", 0)
+    assert choose() == CPU
+    with pytest.raises(RecipeError, match="cuda: this torch sees no accelerator"):
+        choose("cuda")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "fid", "a", "b"],
+        ["eval", "stats", "a", "-o", "b"],
+        ["eval", "scores", "a", "b", "--scorer", "clip:x"],
+        ["eval", "generate", "x", "--prompts", "builtin:emoji", "--steps", "1", "--num", "2", "--out", "x"],
+        ["eval", "run", "x", "--out", "x"],
+        ["sample", "x", "--prompt", "a"],
+        ["floor", "x", "--steps", "4", "--out", "x"],
+        ["prepare", "x", "--images", "y", "--out", "z"],
+    ],
+    ids=lambda words: "-".join(words[:2]),
+)
+@pytest.mark.parametrize("name", ["gpu", "cuda"])
+def test_every_command_refuses_a_missing_device_in_one_line(words, name, monkeypatch, capsys):
+    Machine(monkeypatch, "cuda", 0)
+    assert main([*words, "--device", name]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fewstep: --device: ") and error.count("\n") == 1 and name in error
+
+
+def test_several_processes_take_a_device_each(monkeypatch):
+    from fewstep.distributed import start
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="cuda:1: each of 2 processes takes its own; expected cuda or auto"):
+        start("cuda:1")
+
+
+def test_no_other_module_asks_for_a_kind_of_device():
+    for path in PACKAGE.rglob("*.py"):
+        code = path.read_text()
+        if path.name != "device.py":
+            assert not re.search(r"torch\.(cuda|xpu|mps)\b", code), path
+            assert not re.search(r"""[=!]= ?["'](cuda|xpu|mps)""", code), path
+
+
+def test_transfers_and_marks_on_the_cpu():
+    x = torch.arange(3.0)
+    assert upload(x, "cpu") is x
+    assert Download(x).read() == [0.0, 1.0, 2.0]
+    begin = Mark(CPU)
+    time.sleep(0.01)
+    end = Mark(CPU)
+    end.wait()
+    wait(CPU)
+    assert 0.005 < begin.seconds_until(end) < 5
+    reset_peak(CPU)
+    assert peak(CPU) is None and name_of(CPU) == "CPU" and "threads" in all_of_them()["cpu"]
+
+
+def test_times_take_what_precision_the_device_has(monkeypatch):
+    assert real(CPU) == torch.float64
+    assert repeated(0.5, torch.zeros(2, 3)).dtype == torch.float64
+    for module in ("fewstep.schedules", "fewstep.rng"):  # as on MPS, which has no float64
+        monkeypatch.setattr(f"{module}.real", lambda _device: torch.float32)
+    table = torch.linspace(0.999, 0.005, 1000, dtype=torch.float64)
+    x, t32 = torch.randn(2, 3), torch.tensor([999.0, 300.0])
+    for schedule, t in ((VP(table), t32), (Flow(3.0), t32 / 1000)):
+        t = schedule.draw_times(rng.Rng(0).uniform(2)) if t is None else t
+        assert schedule.alpha(t).dtype == schedule.log_snr(t).dtype == torch.float32
+        monkeypatch.undo()
+        exact = schedule.add_noise(x, x, t.double())
+        monkeypatch.setattr("fewstep.schedules.real", lambda _device: torch.float32)
+        schedule.__dict__.get("_on_device", {}).clear()
+        assert torch.allclose(schedule.add_noise(x, x, t), exact, atol=1e-5)
+        schedule.__dict__.get("_on_device", {}).clear()
+
+
+class Rows:
+    """A store whose rows say which they are."""
+
+    def __len__(self):
+        return 7
+
+    def rows(self, index):
+        return {"latents": index.float()[:, None, None, None], "embeds": index.float()[:, None]}
+
+
+def batches():
+    return Batches(Rows(), (1, 1, 1), batch_size=2, per_iteration=2, latents=Rows(), captions=Rows())
+
+
+def test_batches_read_ahead_are_the_batches_in_any_order():
+    data, ahead = batches(), Ahead(batches())
+    assert ahead.rows == data.rows == {"prompts": 7, "images": 7}
+    for iteration in (0, 1, 2, 5, 6, 0, 1):  # a rescue and a return to a checkpoint go back
+        for micro in (0, 1):
+            one, two = data.batch(iteration, micro), ahead.batch(iteration, micro)
+            assert one.index.equal(two.index) and one.real.equal(two.real)
+            assert isinstance(two.cond, Cond) and one.cond["embeds"].equal(two.cond["embeds"])
+            assert one.rng.normal(3).equal(two.rng.normal(3))
+            assert one.shared.integer(100) == two.shared.integer(100)
+
+
+def test_a_batch_is_read_in_a_thread_before_it_is_asked_for():
+    data, seen, done = batches(), [], threading.Event()
+    read = data.batch
+
+    def batch(iteration, micro):
+        seen.append((iteration, threading.current_thread() is threading.main_thread()))
+        if iteration == 1:
+            done.set()
+        return read(iteration, micro)
+
+    data.batch = batch
+    ahead = Ahead(data)
+    ahead.batch(0, 0)
+    assert done.wait(10) and seen == [(0, True), (1, False)]
+    ahead.batch(1, 0)
+    assert (1, True) not in seen
+
+
+def test_a_fault_of_the_thread_reaches_whoever_asks_for_the_batch():
+    data = batches()
+    read = data.batch
+    data.batch = lambda iteration, micro: read(iteration, micro) if iteration == 0 else json.loads("{")
+    ahead = Ahead(data)
+    ahead.batch(0, 0)
+    with pytest.raises(json.JSONDecodeError):
+        ahead.batch(1, 0)
