@@ -255,7 +255,10 @@ def bin_means(values: Tensor, u: Tensor, bins: int) -> Tensor:
     """For each of values (B,) the mean of those in its bin; u (B,) in [0, 1) says which of equal bins that is."""
     index = (u * bins).long().clamp(0, bins - 1)
     sums = values.new_zeros(bins).index_add_(0, index, values)
-    return (sums / index.bincount(minlength=bins).clamp(min=1))[index]
+    counts = values.new_zeros(bins).index_add_(
+        0, index, torch.ones_like(values)
+    )  # bincount makes the host wait
+    return (sums / counts.clamp(min=1))[index]
 
 
 def denoising_target_between(

@@ -370,7 +370,7 @@ def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str,
         torch.manual_seed(recipe.train.seed)  # heads start equal on every rank
         method = cls(recipe.method, teacher.denoiser, teacher.latent_shape, **denoisers)
     for name, module in method.heads().items():
-        roles[name] = Role(name, module, recipe.role(name))
+        roles[name] = Role(name, module.to(process.device), recipe.role(name))
     check_gain(method, teacher)
     for role in roles.values():
         distribute(role.module, process)

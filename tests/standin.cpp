@@ -392,7 +392,10 @@ int64_t attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::
                   bool causal, std::optional<double> scale, bool gqa) {
   Call call;
   auto& context = at::globalContext();
-  if (!context.userEnabledMathSDP() && !context.userEnabledFlashSDP() && context.userEnabledMemEfficientSDP())
+  const bool wrapped = q.key_set().has(c10::DispatchKey::FuncTorchGradWrapper);  // by torch.func: no memory to look at
+  if (wrapped && !context.userEnabledFlashSDP()) return static_cast<int64_t>(sdp::SDPBackend::math);
+  const bool efficient_alone = context.userEnabledMemEfficientSDP() && !context.userEnabledMathSDP() && !context.userEnabledFlashSDP();
+  if (wrapped || efficient_alone)
     return static_cast<int64_t>(sdp::SDPBackend::flash_attention);  // the CPU has one fused kernel for both
   const bool masked = mask && mask->defined();
   return at::_fused_sdp_choice(call.to_cpu(q), call.to_cpu(k), call.to_cpu(v),

@@ -51,32 +51,37 @@ class Batches:
 
     def batch(self, iteration: int, micro: int) -> Batch:
         position = (iteration * self.per_iteration + micro) * self.shape[0]
-        real = real_cond = None
+        real, host = None, {}
         if self.latents is not None:
             index = self._index("images", position, len(self.latents))
             real = self._upload(self.latents.rows(index))["latents"]
-            real_cond = Cond(self._upload(self.captions.rows(index)))
+            host["real_cond"] = Cond(self.captions.rows(index))
         pairs = pair_cond = None
         if self.pairs is not None:
             index = self._index("pairs", position, len(self.pairs))
             rows = self._upload(self.pairs.rows(index))
             pairs = (rows["noise"], rows["tokens" if "tokens" in rows else "x0"])
-            pair_cond = Cond(self._upload(self.pair_conditions.rows(index)))
+            pair_cond = self._moved(Cond(self.pair_conditions.rows(index)))
         index = self._index("prompts", position, len(self.conditions))
+        host["cond"] = Cond(self.conditions.rows(index))
         return Batch(
-            cond=Cond(self._upload(self.conditions.rows(index))),
+            cond=self._moved(host["cond"]),
             shape=self.shape,
             rng=Rng(self.seed, "micro", iteration, micro, device=self.device),
             shared=Rng(self.seed, "shared", iteration),
             real=real,
-            real_cond=real_cond,
+            real_cond=self._moved(host["real_cond"]) if "real_cond" in host else None,
             pairs=pairs,
             pair_cond=pair_cond,
             index=index,
+            host=host,
         )
 
     def _upload(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: upload(value, self.device) for name, value in rows.items()}
+
+    def _moved(self, cond: Cond) -> Cond:
+        return Cond(self._upload(cond.tensors))
 
     def _index(self, stream: str, position: int, length: int) -> Tensor:
         places = [divmod(position + i, length) for i in range(self.shape[0])]

@@ -45,6 +45,7 @@ class Batch:
         rng: randomness of this micro-batch. shared: randomness all ranks and micro-batches agree on.
         pairs: a teacher's own noise and the x0, or tokens, it made of it, or None. pair_cond: their conditions.
         index: rows of ``cond`` in the list of prompts, on the CPU.
+        host: ``cond`` and ``real_cond`` by name as they were before the device got them; see :meth:`on_host`.
         carry: what one phase leaves for the next ones of the same iteration.
         log: numbers worth a curve that are no part of the loss.
     """
@@ -58,12 +59,17 @@ class Batch:
     pairs: tuple[Tensor, Tensor] | None = None
     pair_cond: Cond | None = None
     index: Tensor | None = None
+    host: dict[str, Cond] = field(default_factory=dict)
     carry: dict[str, Any] = field(default_factory=dict)
     log: dict[str, Tensor] = field(default_factory=dict)
 
     def clean(self, synthetic: bool) -> tuple[Tensor, Cond]:
         """Latents to be noised and their conditions: real ones, or those that a teacher made (its pairs)."""
         return (self.pairs[1], self.pair_cond) if synthetic else (self.real, self.real_cond)
+
+    def on_host(self, name: str) -> Cond:
+        """Conditions that the host decides by, without asking the device for them."""
+        return self.host.get(name) or getattr(self, name)
 
     def row(self, i: int, rng: Rng) -> Batch:
         """Sample i as a micro-batch of its own, with randomness of its own and nothing carried over."""
@@ -78,6 +84,7 @@ class Batch:
             pairs=None if self.pairs is None else (self.pairs[0][one], self.pairs[1][one]),
             pair_cond=None if self.pair_cond is None else self.pair_cond.rows(one),
             index=None if self.index is None else self.index[one],
+            host={name: cond.rows(one) for name, cond in self.host.items()},
             carry={},
             log={},
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import objectives
 from ..cond import Cond
 from ..denoiser import Denoiser
+from ..device import upload
 from ..discriminator import Discriminator
 from ..errors import RecipeError
 from ..roles import resize
@@ -210,12 +211,14 @@ class MultiStudent(Method):
         With this weight the mean over micro-batches and processes is that over all rows of the part, however they are
         spread. Where there are none, the first row stands in with weight 0: every process calls the same networks.
         """
-        cond: Cond = getattr(batch, name)
-        if f"part of {name}" not in batch.carry:
-            batch.carry[f"part of {name}"] = self.router(cond)
-        rows = (batch.carry[f"part of {name}"] == k).nonzero()[:, 0]
-        share = self.config.parts * len(rows) / len(cond)
-        return (rows if len(rows) else torch.zeros(1, dtype=torch.long)), share
+        if f"parts of {name}" not in batch.carry:
+            parts = self.router(batch.on_host(name))
+            rows = [(parts == part).nonzero()[:, 0] for part in range(self.config.parts)]
+            shares = [self.config.parts * len(part) / len(parts) for part in rows]
+            rows = [part if len(part) else torch.zeros(1, dtype=torch.long) for part in rows]
+            batch.carry[f"parts of {name}"] = [upload(part, batch.rng.device) for part in rows], shares
+        rows, shares = batch.carry[f"parts of {name}"]
+        return rows[k], shares[k]
 
     def generate(self, k: int, batch: Batch) -> tuple[Tensor, Cond, float]:
         """What student k makes of its rows, their conditions, and the weight of a mean over them."""

@@ -236,15 +236,18 @@ class Teacher:
         sample = torch.cat(parts)
         return (sample - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Scaled latents (B, C, h, w) -> uint8 images (B, H, W, 3)."""
+        return to_bytes(self.pixels(latents))
+
+    @torch.no_grad()
+    def pixels(self, latents: Tensor) -> Tensor:
+        """The same as numbers (B, 3, H, W) in [-1, 1], fp32; the VAE comes to the device meanwhile."""
         with self._vae_at_hand():
-            images = [self.decode_pixels(z.to(self.device)) for z in latents.split(self._at_once())]
-        return to_bytes(torch.cat(images))
+            return torch.cat([self.decode_pixels(z.to(self.device)) for z in latents.split(self._at_once())])
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> images (B, 3, H, W) in [-1, 1], fp32, differentiable."""
+        """The same where the VAE is, differentiable."""
         vae = self.pipe.vae
         unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         return vae.decode(unscaled, return_dict=False)[0].float().clamp(-1, 1)

@@ -38,12 +38,12 @@ class Pyramid(nn.Module):
     They are buffers: no transformer trains them.
     """
 
-    def __init__(self, patches: Sequence[int], size: int, dim: int):
+    def __init__(self, patches: Sequence[int], size: int, dim: int, device: torch.device | None = None):
         super().__init__()
         self.patches = tuple(patches)
-        self.register_buffer("codes", torch.zeros(size, dim))
-        self.register_buffer("weight", torch.zeros(PHIS, dim, dim, 3, 3))
-        self.register_buffer("bias", torch.zeros(PHIS, dim))
+        self.register_buffer("codes", torch.zeros(size, dim, device=device))
+        self.register_buffer("weight", torch.zeros(PHIS, dim, dim, 3, 3, device=device))
+        self.register_buffer("bias", torch.zeros(PHIS, dim, device=device))
 
     @torch.no_grad()
     def take(self, quantize: Quantizer) -> None:
@@ -340,7 +340,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
 
     def pyramid(self) -> Pyramid:
         codes = self.quantize.embedding.weight
-        pyramid = Pyramid(self.config.patch_nums, *codes.shape).to(codes.device)
+        pyramid = Pyramid(self.config.patch_nums, *codes.shape, codes.device)
         pyramid.take(self.quantize)
         return pyramid
 
