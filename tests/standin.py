@@ -5,7 +5,7 @@
 Mixing it with tensors of the CPU is an error as on a GPU, random draws are other ones than the CPU's, a download
 arrives only when it is waited for, and whatever makes a GPU's host wait is counted::
 
-    with standin.reads() as found:
+    with standin.waits() as found:
         trainer.iterate()
     assert not found, found[0]
 
@@ -32,7 +32,7 @@ import torch
 
 NAME = "standin"
 SOURCE = Path(__file__).with_suffix(".cpp")
-FEWSTEP = f"{os.sep}fewstep{os.sep}"
+PLACES = (f"{os.sep}fewstep{os.sep}", f"{os.sep}tests{os.sep}")
 
 
 def compiler() -> str | None:
@@ -97,14 +97,19 @@ def _module() -> ModuleType:
     return module
 
 
-# -------------------------------------------------------------------------------------------------- what the host read
+def device() -> torch.device:
+    """The stand-in where this process has it, the CPU elsewhere."""
+    return torch.device(NAME if torch._C._get_privateuse1_backend_name() == NAME else "cpu")
+
+
+# ------------------------------------------------------------------------------------------- what the host waited for
 @dataclass(frozen=True)
-class Read:
+class Wait:
     """Something that a GPU's host would have waited for.
 
     Attributes:
         kind: "read", values that the host asked for; "upload", a copy to the device out of memory that is not pinned.
-        op: the operator. where: the lines of fewstep that led there, innermost last.
+        op: the operator. where: the lines of fewstep and of the tests that led there, innermost last.
     """
 
     kind: str
@@ -112,28 +117,37 @@ class Read:
     where: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.kind} by {self.op} at {' > '.join(self.where) or 'no line of fewstep'}"
+        return f"{self.kind} by {self.op} at {' > '.join(self.where)}"
 
 
-_open: list[list[Read]] = []
+_open: list[list[Wait]] = []
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p)
 def _heard(kind: bytes, op: bytes) -> None:
     if _open:
-        stack = [f for f in traceback.extract_stack() if FEWSTEP in f.filename or "tests" in f.filename]
+        stack = [f for f in traceback.extract_stack() if any(place in f.filename for place in PLACES)]
         lines = tuple(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in stack[-6:-1])
         for found in _open:
-            found.append(Read(kind.decode(), op.decode(), lines))
+            found.append(Wait(kind.decode(), op.decode(), lines))
 
 
 @contextlib.contextmanager
-def reads(*kinds: str) -> Iterator[list[Read]]:
-    """Collects what the host waits for meanwhile; of the kinds named, or reads alone."""
-    found: list[Read] = []
+def waits() -> Iterator[list[Wait]]:
+    """Collects what the host waits for meanwhile, in any thread."""
+    found: list[Wait] = []
     _open.append(found)
     try:
         yield found
     finally:
-        _open.remove(found)
-        found[:] = [read for read in found if read.kind in (kinds or ("read",))]
+        _open[:] = [other for other in _open if other is not found]
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Meanwhile nothing is collected."""
+    before, _open[:] = list(_open), []
+    try:
+        yield
+    finally:
+        _open[:] = before

@@ -44,7 +44,7 @@ class GaussianMixture:
     def _log_weights(self, cond: Cond | None, rows: int, null: bool) -> Tensor:
         if self.weights.ndim == 1:
             return self.weights.log().expand(rows, -1)
-        labels = torch.full((rows,), -1) if null else cond["label"]
+        labels = torch.full((rows,), -1, device=self.weights.device) if null else cond["label"]
         table = torch.cat(
             [self.weights, self.weights.mean(0, keepdim=True)]
         )  # label -1 is the null condition
@@ -115,7 +115,7 @@ class KnownJoint:
 
     def start(self, cond: Cond, prefix: Tensor | None = None) -> tuple[Tensor, list]:
         # Without a condition nothing says how many rows there are; one broadcasts.
-        prefix = torch.empty(1, 0, dtype=torch.long) if prefix is None else prefix
+        prefix = self.joint.new_empty(1, 0, dtype=torch.long) if prefix is None else prefix
         return self._next(prefix)[:, None], [prefix]
 
     def step(self, tokens: Tensor, group: int, cond: Cond, cache: list) -> Tensor:

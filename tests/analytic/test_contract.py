@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from standin import deaf
 from token_toys import known_pairs, known_teacher, token_toy
 from toys import SD, Mlp, Rows, TimedMlp, fit, toy, view
 
@@ -84,9 +85,10 @@ def test_a_method_runs_changes_only_what_a_phase_names_and_leaves_the_rest_alone
     def turn(phase, batches):
         start = weights(trainer)
         result = inner(phase, batches)
-        changed = {
-            key.split("/")[0] for key, value in weights(trainer).items() if not value.equal(start[key])
-        }
+        with deaf():  # on an accelerator the test may look
+            changed = {
+                key.split("/")[0] for key, value in weights(trainer).items() if not value.equal(start[key])
+            }
         copied = name == "disback"  # a node takes over the weights of the one before it
         assert changed <= set(phase.train) or copied, (phase.name, changed)
         turns.append(phase.name)

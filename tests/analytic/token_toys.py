@@ -13,10 +13,12 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from toys import Rows, spread
+from standin import device
+from toys import Rows, placed, spread
 
 from fewstep.cond import Cond
 from fewstep.data import Batches
+from fewstep.distributed import Process
 from fewstep.methods.dd1 import DD1
 from fewstep.methods.dd2 import DD2
 from fewstep.rng import Rng
@@ -59,7 +61,8 @@ def token_toy(
         "student": student or RoleConfig(lr=2e-3, ema=0.99, warmup=20, decay=steps, **shared),
         "critic": critic or RoleConfig(lr=2e-3, warmup=20, **shared),
     }
-    roles = {}
+    roles, place = {}, (process or Process(device=device())).device
+    teacher = SimpleNamespace(**{name: placed(value, place) for name, value in vars(teacher).items()})
     for name in method.networks_for(config):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
@@ -73,6 +76,7 @@ def token_toy(
         per_iteration=accumulate * process.world,
         pairs=pairs,
         pair_conditions=Rows(len(pairs), label=torch.zeros(len(pairs), dtype=torch.long)),
+        device=place,
     )
     return Trainer(
         method,

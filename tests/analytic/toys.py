@@ -1,11 +1,13 @@
 """Toys of the closed-form tests: small networks, teachers whose score is known, and a trainer around any method."""
 
+import copy
 import itertools
 import math
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.models.embeddings import TimestepEmbedding
+from standin import device
 from torch import nn
 
 from fewstep.cond import Cond
@@ -14,7 +16,7 @@ from fewstep.denoiser import NetDenoiser
 from fewstep.distributed import Process, distribute
 from fewstep.rng import Rng
 from fewstep.roles import Role, RoleConfig, averaged, build_role
-from fewstep.schedules import VP
+from fewstep.schedules import VP, Schedule
 from fewstep.teachers.analytic import GaussianMixture
 from fewstep.trainer import TrainConfig, Trainer
 
@@ -77,7 +79,7 @@ class TimedMlp(nn.Module):
 
 class Phases(nn.Module):
     def forward(self, t):
-        phase = t.float()[:, None] * torch.tensor([1.0, 2, 4, 8]) * (math.pi / 1000)
+        phase = t.float()[:, None] * 2.0 ** torch.arange(4, device=t.device) * (math.pi / 1000)
         return torch.cat([phase.sin(), phase.cos()], 1)
 
 
@@ -134,9 +136,21 @@ def fit(teacher, net, steps=300, lr=2e-3, prediction="v", seed=0):
     return net.requires_grad_(False)
 
 
+def placed(thing, device):
+    """A closed-form teacher or a network on a device; itself on the CPU."""
+    if device.type == "cpu":
+        return thing
+    if isinstance(thing, (torch.Tensor, Cond, nn.Module)):
+        return copy.deepcopy(thing).to(device)
+    if type(thing).__module__.startswith("fewstep.") and not isinstance(thing, Schedule):
+        thing = copy.copy(thing)
+        vars(thing).update({name: placed(value, device) for name, value in vars(thing).items()})
+    return thing
+
+
 def spread(roles, process):
     """The roles over several processes, or this one."""
-    process = process or Process()
+    process = process or Process(device=device())
     for role in roles.values():
         distribute(role.module, process)
         role.collect()
@@ -177,6 +191,8 @@ def toy(
         labels: (N,) conditions the batches are drawn from, for conditional teachers; ``real`` has the first ones.
         process: of several; trained weights are then sharded over them. network: the students' own, if not ``net``.
     """
+    dim, place = net.dim, (process or Process(device=device())).device
+    teacher, net, network = (placed(thing, place) for thing in (teacher, net, network))
     shared = {"kind": "full", "weight_decay": 0.0, "decay": steps}
     configs = {
         "student": student or RoleConfig(lr=1e-3, ema=0.95, **shared),
@@ -186,7 +202,6 @@ def toy(
     students = [n for n in names if n.startswith("student") or n in method.followers]
     roles = {n: build_role(n, net, configs["critic"]) for n in names if n not in students}
     roles |= {n: build_role(n, network or net, configs["student"]) for n in students}
-    dim = net.dim
     views = {n: view(r.module, teacher.schedule, prediction) for n, r in roles.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # heads start equal, as in a real run
@@ -194,7 +209,7 @@ def toy(
     for role in roles.values():
         role.collect()  # a method may have added to its network
     for name, head in method.heads().items():
-        roles[name] = Role(name, head, heads or RoleConfig(kind="full"))
+        roles[name] = Role(name, head.to(place), heads or RoleConfig(kind="full"))
     conditions = Rows(1000, id=torch.arange(1000)) if labels is None else Rows(len(labels), label=labels)
     method.prepare(conditions)
     process = spread(roles, process)
@@ -209,6 +224,7 @@ def toy(
         per_iteration=accumulate * process.world,
         latents=None if real is None else Rows(len(real), latents=real),
         captions=captions,
+        device=place,
     )
     train = TrainConfig(steps=steps, batch_size=batch_size, accumulate=accumulate)
     return Trainer(method, roles, data, train, process=process, quiet=True)
