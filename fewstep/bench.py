@@ -103,7 +103,7 @@ def _random(recipe: Recipe) -> tuple[Trainer, dict[str, nn.Module]]:
 
     process = start(recipe.train.device)
     with process.device:
-        teacher = skeleton_teacher(recipe.teacher.path, **recipe.teacher.options())
+        teacher = skeleton_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
     roles, method = build(recipe, teacher, process)
 
     def draws(iteration: int, micro: int) -> tuple[Rng, Rng]:
@@ -147,9 +147,11 @@ def _measure(recipe: Recipe, trainer: Trainer, nets, iterations: int, baseline: 
     seconds = statistics.median(wall for wall, _ in ours) / count
     shares = _shares(trainer, nets, train)
     network = seconds * (shares["forward"] + shares["backward"])
-    rate = matmul_rate(process.device, recipe.teacher.autocast)
+    denoiser = next(iter(trainer.method.student.denoisers))
+    rate = matmul_rate(process.device, denoiser.autocast or torch.float32)
     result = {
         "iterations": count * ROUNDS,
+        "autocast": str(denoiser.autocast).removeprefix("torch."),
         "seconds_per_iteration": round(seconds, 4),
         "images_per_second": round(images / seconds, 2),
         "peak_memory_gb": round(memory / 1e9, 3),
@@ -208,10 +210,10 @@ def _shares(trainer: Trainer, nets, train: Callable[[], None]) -> dict[str, floa
     return {**shares, "outside": 1 - sum(shares.values())}
 
 
-def matmul_rate(device: torch.device, dtype: str | None, repeats: int = 10) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
     """FLOP/s of a large square product on this device, the best of some."""
     size = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype or "float32")) for _ in "ab")
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
     best = math.inf
     for _ in range(repeats):
         wait(device)

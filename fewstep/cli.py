@@ -106,7 +106,7 @@ def _pairs(args, rest) -> int:
     if folder is None:
         raise FewstepError("pairs: give --out, or a recipe with data.pairs")
     prompts, process = load_prompts(recipe.data.prompts), start(recipe.train.device)
-    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options()).to(process.device)
+    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
     make_pairs(
         folder,
         teacher,
@@ -154,7 +154,8 @@ def _floor(args, rest) -> int:
     from .teachers import load_teacher
 
     prompts = load_prompts(args.prompts, "--prompts")
-    teacher = load_teacher(args.teacher, dtype=args.dtype, resolution=args.size).to(args.device)
+    options = {"dtype": args.dtype, "resolution": args.size, "device": args.device}
+    teacher = load_teacher(args.teacher, **options)
     own = inspect.signature(teacher.pipe.__call__).parameters["guidance_scale"].default
     record = calibrate(
         teacher,
@@ -193,8 +194,8 @@ def _measured_floor(args, rest) -> int:
     if args.out.exists() and any(args.out.iterdir()):
         raise FewstepError(f"--out {args.out} is not empty: give another folder")
     prompts, images = check_data(recipe)
-    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options())
-    evaluate_run(recipe, args.out, teacher.to(args.device), prompts, images)
+    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=args.device)
+    evaluate_run(recipe, args.out, teacher, prompts, images)
     print(args.out / "eval.json")
     return 0
 
@@ -210,7 +211,8 @@ def _prepare(args, _rest) -> int:
     if args.out.exists():
         raise FewstepError(f"prepare: {args.out} is there already; give another --out")
     images = load_images(args.images)
-    teacher = load_teacher(args.teacher, autocast=args.autocast, attention=args.attention).to(args.device)
+    options = {"autocast": args.autocast, "attention": args.attention, "device": args.device}
+    teacher = load_teacher(args.teacher, **options)
     record = prepare(teacher, args.out, images, config)
     after, before = record["after"], record["before"]
     words = "" if record["reached"] else f"; its bounds were not reached in {config.steps} steps"
@@ -359,9 +361,9 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument("--batch-size", type=int, default=16)
     prepare.add_argument("--seed", type=int, default=0)
     prepare.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, ...")
-    prepare.add_argument("--autocast", choices=["bfloat16"])
+    prepare.add_argument("--autocast", choices=["auto", "bfloat16"])
     prepare.add_argument(
-        "--attention", default="auto", choices=["auto", "math", "flash", "efficient", "cudnn"]
+        "--attention", default="auto", choices=["auto", "sdpa", "math", "flash", "efficient", "cudnn"]
     )
     export = command("export", _export, "export a checkpoint of a run again")
     export.add_argument("run_folder", type=Path, metavar="RUN")

@@ -53,8 +53,8 @@ class NetDenoiser:
         example: one row of any condition, for a trial call; by default the null one.
         embeds_guidance: a network distilled from a guided one, which is told the scale as ``cond[EMBEDDED]``.
         autocast: dtype of the network's arithmetic, or None for the weights' own. x_t and x0 stay fp32.
-        attention: kernel of scaled-dot-product attention, see :mod:`fewstep.kernels`. "math" is 1.5 times faster than
-            torch's fused kernel on a CPU with a few dozen tokens, and the only one with forward-mode derivatives.
+        attention: kernel of scaled-dot-product attention, see :mod:`fewstep.kernels`; "math" is the only one with
+            forward-mode derivatives.
     """
 
     def __init__(

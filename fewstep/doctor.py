@@ -74,6 +74,21 @@ def _does_not_load(package: str) -> str | None:
     return (lines[-1] if lines else f"exit code {done.returncode}") if done.returncode else None
 
 
+def chosen(devices: Iterable[str]) -> list[str]:
+    """What ``auto`` in a recipe's teacher becomes on each device, and why."""
+    from .kernels import FEW, bf16_units, choose_attention, choose_autocast
+
+    lines = []
+    for device in devices:
+        kind = device.split(":")[0]
+        autocast, why = choose_autocast(kind, bf16_units(device))
+        lines.append(f"{f'autocast: auto on {device}':32} {autocast or 'null, so float32'}: {why}")
+        few, many = (choose_attention(kind, autocast, n) for n in (FEW, FEW + 1))
+        large = f"; {many[0]} for larger samples" if few != many else ""
+        lines.append(f"{f'attention: auto on {device}':32} {few[0]}: {few[1]}{large}")
+    return lines
+
+
 def report() -> tuple[str, bool]:
     """(text, healthy)."""
     lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
@@ -84,7 +99,9 @@ def report() -> tuple[str, bool]:
     if _version("torch"):
         from .device import all_of_them
 
-        lines += [f"{device!s:32} {what}" for device, what in all_of_them().items()]
+        devices = all_of_them()
+        lines += [f"{device!s:32} {what}" for device, what in devices.items()]
+        lines += chosen(devices)
     faults = problems()
     lines += ["", *(f"PROBLEM: {fault}" for fault in faults)] if faults else ["", "no problem found"]
     return "\n".join(lines), not faults

@@ -1,9 +1,11 @@
-"""How networks are run: attention kernel, memory format, compiled blocks, precision of fp32 products. All of it."""
+"""How networks are run: autocast, attention kernel, memory format, compiled blocks, fp32 products. All of it."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -15,13 +17,92 @@ from .errors import RecipeError
 
 # Kernels of torch's scaled_dot_product_attention; any other name is one of diffusers' dispatcher, or "xformers".
 ATTENTION = {
-    "auto": None,  # torch chooses
-    "sdpa": None,
+    "auto": None,  # decided where a teacher is loaded
+    "sdpa": None,  # torch chooses
     "math": SDPBackend.MATH,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+
+
+FEW = 192  # tokens up to which "math" is the faster kernel for bf16 on a CPU: 0.8 times at 144, 1.3 at 256
+
+
+def bf16_units(device: torch.device | str) -> bool | None:
+    """Whether a device multiplies bf16 in units of its own; None where torch does not say.
+
+    A CPU of x86-64 does with AMX. AVX-512's bf16 instructions alone take longer than fp32, and without either a product
+    is several times as long as in fp32. ``ONEDNN_MAX_CPU_ISA`` hides units from torch.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+            hidden = limit not in ("", "ALL", "DEFAULT") and "AMX" not in limit
+            return torch.cpu._is_amx_tile_supported() and not hidden
+        # Of other processors this asks for the instructions; of x86-64 for less than them.
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ask = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    if ask is None:
+        return None
+    try:
+        return bool(ask(including_emulation=False))  # of CUDA, where cards without it say yes by default
+    except TypeError:
+        return bool(ask())
+
+
+def choose_autocast(kind: str, units: bool | None) -> tuple[str | None, str]:
+    """What ``autocast: auto`` means on a kind of device ("cpu", "cuda", ...), and why.
+
+    Args:
+        units: see :func:`bf16_units`.
+
+    Returns:
+        ("bfloat16" or None, half a sentence).
+    """
+    if units:
+        return "bfloat16", "it has units for bf16"
+    if units is None:
+        return None, "torch does not say whether it has units for bf16; teacher.autocast=bfloat16 if it has"
+    if kind == "cpu":
+        return None, "it has no matrix units for bf16, without which fp32 is faster"
+    return None, "it has no bf16, and fp16 would need its losses scaled, which is not supported"
+
+
+def choose_attention(kind: str, autocast: str | None, positions: int) -> tuple[str, str]:
+    """What ``attention: auto`` means: torch's own choice, but for one case; and why.
+
+    Args:
+        autocast: as decided, "bfloat16" or None. positions: of a sample, the most tokens that attention may see.
+    """
+    if kind == "cpu" and autocast and positions <= FEW:
+        return "math", f"torch's fused kernel is slow in bf16 on a CPU up to {FEW} tokens"
+    return "sdpa", "torch chooses"
+
+
+def autocast_for(option: str | None, device: torch.device | str) -> str | None:
+    """A recipe's ``teacher.autocast`` with "auto" decided for a device."""
+    if option != "auto":
+        return option
+    return choose_autocast(torch.device(device).type, bf16_units(device))[0]
+
+
+def doubt(autocast: str | None, device: torch.device | str) -> str | None:
+    """What to say of a dtype that a recipe or an earlier part of its run fixed, where ``auto`` would not choose it."""
+    kind = torch.device(device).type
+    units = bf16_units(device)
+    if not autocast or units is not False:
+        return None
+    why = choose_autocast(kind, units)[1]
+    return f"teacher.autocast: {autocast} on {kind}: {why}; --teacher.autocast=auto decides anew"
+
+
+def attention_for(option: str, device: torch.device | str, autocast: str | None, positions: int) -> str:
+    """A recipe's ``teacher.attention`` with "auto" decided for a device."""
+    if option != "auto":
+        return option
+    return choose_attention(torch.device(device).type, autocast, positions)[0]
 
 
 def check_attention(name: str) -> None:

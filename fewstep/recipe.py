@@ -28,9 +28,11 @@ class TeacherConfig:
     Attributes:
         path: folder of ``save_pretrained``, hub id, or ``builtin:emoji-xl``.
         pipeline_class: what the recipe was written for; another class is refused.
-        dtype: of the frozen weights. autocast: of the networks' arithmetic, or null.
-        attention: kernel: auto, math, flash, efficient or cudnn of torch's own attention, xformers, or a name of
-            diffusers' dispatcher where the network goes through it; "math" is the fastest for small maps on a CPU.
+        dtype: of the frozen weights.
+        autocast: of the networks' arithmetic, or null; auto is bfloat16 where the device has units for it, else null.
+        attention: kernel: sdpa (torch chooses), math, flash, efficient or cudnn of torch's own attention, xformers, or
+            a name of diffusers' dispatcher where the network goes through it; auto is math for small maps in bf16 on a
+            CPU, else sdpa. A run's own recipe holds what either auto became, see :mod:`fewstep.kernels`.
         resolution: pixels; null is the pipeline's own.
         gradient_checkpointing: recompute activations in the backward pass; a role may choose for itself.
         compile: torch.compile the blocks that the networks repeat. channels_last: memory format, for UNets.
@@ -39,7 +41,7 @@ class TeacherConfig:
     path: str
     pipeline_class: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    autocast: Literal["bfloat16"] | None = None
+    autocast: Literal["auto", "bfloat16"] | None = None
     attention: str = "auto"
     resolution: int | None = None
     gradient_checkpointing: bool = False

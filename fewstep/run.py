@@ -138,7 +138,10 @@ def execute(recipe: Recipe, resuming: bool = False) -> Path:
     kernels.check_attention(recipe.teacher.attention)
     process = start(recipe.train.device, recipe.train.shard)
     session = Session(recipe, prompts, images, process)
+    recipe = session.recipe
     if process.main:
+        if note := kernels.doubt(recipe.teacher.autocast, process.device):
+            print(f"fewstep: note: {note}", file=sys.stderr)
         _claim(folder, recipe, session)
     process.barrier()
     try:
@@ -167,14 +170,23 @@ def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
     session.write_summary(report=False)
 
 
+def settled(recipe: Recipe, teacher: Teacher, process: Process) -> Recipe:
+    """With what ``auto`` became, on all ranks as on the first one, so that the run goes on with it anywhere."""
+    denoiser = teacher.denoiser
+    denoiser.autocast, denoiser.attention = process.collect((denoiser.autocast, denoiser.attention))[0]
+    autocast = str(denoiser.autocast).removeprefix("torch.") if denoiser.autocast else None
+    config = dataclasses.replace(recipe.teacher, autocast=autocast, attention=denoiser.attention)
+    return dataclasses.replace(recipe, teacher=config)
+
+
 class Session:
     """What a recipe becomes once loaded: teacher, roles, method, data, trainer."""
 
     def __init__(self, recipe: Recipe, prompts: list[str], images: CaptionedImages | None, process: Process):
-        self.recipe, self.process, self.folder = recipe, process, Path(recipe.output)
+        self.process, self.folder = process, Path(recipe.output)
         quiet = not process.main
-        self.teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options())
-        self.teacher.to(process.device)
+        self.teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
+        self.recipe = recipe = settled(recipe, self.teacher, process)
         kernels.set_precision(process.device, recipe.train.tf32)
         self.roles, self.method = build(recipe, self.teacher, process)
         train = recipe.train
@@ -296,6 +308,7 @@ class Session:
             "seconds": round(trainer.seconds, 1) if trainer else 0,
             "parameters": {n: sum(w.numel() for w in r.weights.values()) for n, r in self.roles.items()},
             "hardware": hardware(self.process),
+            "arithmetic": {name: getattr(self.recipe.teacher, name) for name in ("autocast", "attention")},
             "versions": versions(),
         }
         write_json(self.folder / "run.json", summary)
@@ -331,8 +344,8 @@ def cache(recipe: Recipe) -> dict[str, Store]:
     recipe = recipes.from_dict(recipes.to_dict(recipe))
     prompts, images = check_data(recipe)
     check_class(recipe)
-    process = start(recipe.train.device)
-    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options()).to(process.device)
+    device = start(recipe.train.device).device
+    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=device)
     stores = encode(recipe, teacher, prompts, images)
     return {name: store for name, store in stores.items() if name != "pairs"}
 

@@ -102,11 +102,11 @@ class AutoregressivePipeline(DiffusionPipeline):
         """(V, C), as the decoder sees them."""
         return codes_of(self.vqvae)
 
-    def teacher(self, **arithmetic) -> CodebookDenoiser:
-        """The transformer as a denoiser of codes. arithmetic: ``autocast`` and ``attention`` of it."""
+    def teacher(self, autocast: torch.dtype | None = None, attention: str = "auto") -> CodebookDenoiser:
+        """The transformer as a denoiser of codes, of which see the arguments."""
         c = self.config
         law = Law(c.temperature, c.top_k, c.top_p)
-        return CodebookDenoiser(self.transformer, self.codes, law, self.null(), **arithmetic)
+        return CodebookDenoiser(self.transformer, self.codes, law, self.null(), autocast, attention)
 
     def student(self) -> Student:
         if isinstance(self.transformer, CausalStudent):

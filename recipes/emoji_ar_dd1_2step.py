@@ -15,9 +15,7 @@ from fewstep.trainer import TrainConfig
 
 recipe = Recipe(
     output="runs/emoji_ar_dd1_2step",
-    teacher=TeacherConfig(
-        path="builtin:emoji-ar", pipeline_class="LlamaGenPipeline", autocast="bfloat16", attention="math"
-    ),
+    teacher=TeacherConfig(path="builtin:emoji-ar", pipeline_class="LlamaGenPipeline", autocast="auto"),
     method=DD1.Config(entries=[0, 24], split=64, guidance_scale=1.0),
     data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji-ar"),
     roles={

@@ -15,9 +15,7 @@ from fewstep.trainer import TrainConfig
 
 recipe = Recipe(
     output="runs/emoji_ar_dd2_1step",
-    teacher=TeacherConfig(
-        path="builtin:emoji-ar", pipeline_class="LlamaGenPipeline", autocast="bfloat16", attention="math"
-    ),
+    teacher=TeacherConfig(path="builtin:emoji-ar", pipeline_class="LlamaGenPipeline", autocast="auto"),
     method=DD2.Config(
         guidance_scale=1.0,
         generator="codes",

@@ -16,8 +16,7 @@ recipe = Recipe(
     teacher=TeacherConfig(
         path="builtin:emoji-xl",
         pipeline_class="StableDiffusionXLPipeline",
-        autocast="bfloat16",
-        attention="math",
+        autocast="auto",
     ),
     method=DMD.Config(start=799, guidance_scale=2.0, regression_weight=0.25),
     data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji"),

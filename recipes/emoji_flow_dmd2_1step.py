@@ -15,8 +15,7 @@ recipe = Recipe(
     teacher=TeacherConfig(
         path="builtin:emoji-flow",
         pipeline_class="SanaPipeline",
-        autocast="bfloat16",
-        attention="math",
+        autocast="auto",
     ),
     method=DMD2.Config(
         num_steps=1,

@@ -15,9 +15,7 @@ from fewstep.trainer import TrainConfig
 
 recipe = Recipe(
     output="runs/emoji_flow_sana_sprint",
-    teacher=TeacherConfig(
-        path="builtin:emoji-flow", pipeline_class="SanaPipeline", autocast="bfloat16", attention="math"
-    ),
+    teacher=TeacherConfig(path="builtin:emoji-flow", pipeline_class="SanaPipeline", autocast="auto"),
     method=SanaSprint.Config(
         angles=[[math.pi / 2], [math.pi / 2, 1.3], [math.pi * k / 8 for k in (4, 3, 2, 1)]],
         guidance_scales=[1.5, 2.0, 2.5],

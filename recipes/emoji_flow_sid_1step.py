@@ -17,8 +17,7 @@ recipe = Recipe(
     teacher=TeacherConfig(
         path="builtin:emoji-flow",
         pipeline_class="SanaPipeline",
-        autocast="bfloat16",
-        attention="math",
+        autocast="auto",
     ),
     method=SiD.Config(guidance_scale=2.0),
     data=DataConfig(prompts="builtin:emoji", images="builtin:emoji"),

@@ -15,8 +15,7 @@ recipe = Recipe(
     teacher=TeacherConfig(
         path="builtin:emoji-xl",
         pipeline_class="StableDiffusionXLPipeline",
-        autocast="bfloat16",
-        attention="math",
+        autocast="auto",
     ),
     method=HyperSD.Config(
         segments=[8, 4, 2, 1],

@@ -15,8 +15,7 @@ recipe = Recipe(
     teacher=TeacherConfig(
         path="builtin:emoji-xl",
         pipeline_class="StableDiffusionXLPipeline",
-        autocast="bfloat16",
-        attention="math",
+        autocast="auto",
     ),
     method=PhasedDMD.Config(num_steps=4, phases=2, guidance_scale=2.0, critic_steps=4),
     data=DataConfig(prompts="builtin:emoji", images="builtin:emoji"),

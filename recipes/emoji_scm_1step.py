@@ -20,8 +20,7 @@ recipe = Recipe(
     teacher=TeacherConfig(
         path="builtin:emoji-xl",
         pipeline_class="StableDiffusionXLPipeline",
-        autocast="bfloat16",
-        attention="math",
+        autocast="auto",
     ),
     method=SCM.Config(guidance_scale=2.0, time_mean=0.2, time_std=1.6, warmup=150),
     data=DataConfig(prompts="builtin:emoji", images="builtin:emoji"),

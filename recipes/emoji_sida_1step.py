@@ -17,8 +17,7 @@ recipe = Recipe(
     teacher=TeacherConfig(
         path="builtin:emoji-xl",
         pipeline_class="StableDiffusionXLPipeline",
-        autocast="bfloat16",
-        attention="math",
+        autocast="auto",
     ),
     method=SiD.Config(guidance_scale=2.0, gan_weight=1e-4, gan_schedule=(1200, 4800)),
     data=DataConfig(prompts="builtin:emoji", images="builtin:emoji"),

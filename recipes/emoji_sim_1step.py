@@ -17,8 +17,7 @@ recipe = Recipe(
     teacher=TeacherConfig(
         path="builtin:emoji-xl",
         pipeline_class="StableDiffusionXLPipeline",
-        autocast="bfloat16",
-        attention="math",
+        autocast="auto",
     ),
     method=SIM.Config(guidance_scale=2.0),
     data=DataConfig(prompts="builtin:emoji", images="builtin:emoji"),

@@ -35,6 +35,8 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         RecipeError: as when the recipe is run.
     """
     recipe = recipes.from_dict(recipes.to_dict(recipe))
+    if recipe.teacher.autocast == "auto":  # every card has units for it
+        recipe = replace(recipe, teacher=replace(recipe.teacher, autocast="bfloat16"))
     full, recipe = recipe, _plainly(recipe)
     t, size = recipe.teacher, recipe.train.batch_size
     if processes % recipe.train.shard:
@@ -70,7 +72,8 @@ def _plainly(recipe: Recipe) -> Recipe:
 
     Fused attention of any kind keeps what torch's does, and compiled blocks at most as much as eager ones.
     """
-    attention = recipe.teacher.attention if recipe.teacher.attention in ATTENTION else "auto"
+    attention = recipe.teacher.attention
+    attention = attention if attention in ATTENTION and attention != "auto" else "sdpa"
     names = (*recipe.method_class.networks_for(recipe.method), *recipe.method_class.extras)
     roles = {name: replace(recipe.role(name), optimizer="adamw") for name in names}
     return replace(recipe, teacher=replace(recipe.teacher, attention=attention, compile=False), roles=roles)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .. import kernels
 from ..errors import FewstepError
 from .base import Teacher, check_pipeline_folder
+
+if TYPE_CHECKING:
+    import torch
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN = {f"builtin:{name}": ASSETS / name for name in ("emoji-xl", "emoji-flow", "emoji-ar")}
@@ -197,14 +203,16 @@ def load_teacher(
     resolution: int | None = None,
     autocast: str | None = None,
     attention: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> Teacher:
     """A pipeline folder, hub id or ``builtin:`` name as a teacher.
 
     Args:
         source: what ``DiffusionPipeline.from_pretrained`` takes, or ``builtin:emoji-xl``.
         dtype: of the frozen weights, "float32" or "bfloat16"; the VAE stays in float32.
-        resolution: pixels; default the pipeline's own. autocast: dtype of the networks' arithmetic, or None.
-        attention: kernel, see :class:`~fewstep.denoiser.NetDenoiser`.
+        resolution: pixels; default the pipeline's own. autocast: dtype of the networks' arithmetic, "auto" or None.
+        attention: kernel, see :class:`~fewstep.recipe.TeacherConfig`. device: where it will be, for which ``auto`` is
+            decided.
 
     Raises:
         FewstepError: no pipeline there, or no adapter for its class.
@@ -216,4 +224,20 @@ def load_teacher(
     if cls.autoencoder:
         with hushed():
             getattr(pipe, cls.autoencoder).to(torch.float32)
-    return cls(pipe, source, resolution, getattr(torch, autocast) if autocast else None, attention)
+    teacher = with_arithmetic(partial(cls, pipe, source, resolution), autocast, attention, device)
+    return teacher.to(device)
+
+
+def with_arithmetic(
+    build: Callable[[torch.dtype | None, str], Teacher],
+    autocast: str | None,
+    attention: str,
+    device: torch.device | str,
+) -> Teacher:
+    """A teacher whose ``auto`` is decided for the device where it will be."""
+    import torch
+
+    autocast = kernels.autocast_for(autocast, device)
+    teacher = build(getattr(torch, autocast) if autocast else None, attention)
+    teacher.denoiser.attention = kernels.attention_for(attention, device, autocast, teacher.positions)
+    return teacher

@@ -45,8 +45,7 @@ class Autoregressive(Teacher):
         self.net = pipe.transformer
         self.encoders = ("text_encoder",) if pipe.text_encoder is not None else ()
         self.latent_shape = (pipe.num_tokens, pipe.codes.shape[1])
-        self.arithmetic = {"autocast": autocast, "attention": attention}
-        self.denoiser = pipe.teacher(**self.arithmetic)
+        self.denoiser = pipe.teacher(autocast, attention)
         self.resolution = pipe.resolution
         if resolution not in (None, self.resolution):
             raise FewstepError(
@@ -88,8 +87,12 @@ class Autoregressive(Teacher):
 
     def to(self, device: torch.device | str) -> Autoregressive:
         self.pipe.to(device)
-        self.denoiser = self.pipe.teacher(**self.arithmetic)
+        self.denoiser = self.pipe.teacher(self.denoiser.autocast, self.denoiser.attention)
         return self
+
+    @property
+    def positions(self) -> int:
+        return self.latent_shape[0]
 
 
 # ------------------------------------------------------------------------------------------- published checkpoints

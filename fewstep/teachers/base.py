@@ -281,6 +281,11 @@ class Teacher:
         return self
 
     @property
+    def positions(self) -> int:
+        """Places of a sample: the most tokens that a network's attention may see of it."""
+        return math.prod(self.latent_shape[1:])
+
+    @property
     def stock_shape(self) -> tuple[int, ...]:
         """Shape of one sample as the stock pipeline holds it; see :meth:`pack`."""
         return tuple(self.pack(torch.empty(1, *self.latent_shape, device="meta")).shape[1:])

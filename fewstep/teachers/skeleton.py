@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..errors import FewstepError
-from . import ASSETS, adapters, hushed, pipeline_class_of, resolve
+from . import ASSETS, adapters, hushed, pipeline_class_of, resolve, with_arithmetic
 from .base import Teacher
 from .classes import DDPM
 
@@ -71,6 +72,7 @@ def skeleton_teacher(
     resolution: int | None = None,
     autocast: str | None = None,
     attention: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> Teacher:
     """A teacher that knows every shape and no number; arguments as of :func:`~fewstep.teachers.load_teacher`."""
     cls = adapters()[pipeline_class_of(configs_of(source))]
@@ -83,4 +85,4 @@ def skeleton_teacher(
     if cls is not DDPM:  # which has none
         methods["null"] = lambda self: self.blank(1)
     blank = type(cls.__name__, (cls,), methods)
-    return blank(pipe, source, resolution, getattr(torch, autocast) if autocast else None, attention)
+    return with_arithmetic(partial(blank, pipe, source, resolution), autocast, attention, device)
