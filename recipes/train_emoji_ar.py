@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, VQModel
-from train_emoji_xl import GROUPED, Run, reconstruction_terms, to_unit
+from train_emoji_xl import GROUPED, Run, as_this_cpu_likes, reconstruction_terms, to_unit
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from fewstep.cond import Cond
@@ -118,7 +118,7 @@ def train_decoder(folder: Path, steps: int, batch: int = 32) -> None:
     def loss():
         i = torch.randint(0, len(images), (batch,))
         q = vq.quantize.embedding(tokens[i]).view(batch, 8, 8, CODE_DIM).permute(0, 3, 1, 2)
-        with torch.autocast("cpu", torch.bfloat16):
+        with as_this_cpu_likes():
             output = vq.decode(q, force_not_quantize=True).sample.float()
         return reconstruction_terms(output, images[i])
 
@@ -175,7 +175,7 @@ def train_gpt(folder: Path, steps: int, cooldown: int, batch: int = 32) -> None:
         i = torch.randint(0, len(tokens), (batch,))
         kind = (torch.rand(batch) < GROUPED).long()  # its name, or what it shares with its kind
         cond = Cond({"embeds": features[kind, i], "null": torch.rand(batch) < 0.1})
-        with torch.autocast("cpu", torch.bfloat16):
+        with as_this_cpu_likes():
             logits = gpt(codes[misread(tokens[i])], cond)
         return {"ce": F.cross_entropy(logits.flatten(0, 1), tokens[i].flatten())}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from train_emoji_xl import Run, latents_of, reconstruction_terms, to_unit
+from train_emoji_xl import Run, as_this_cpu_likes, latents_of, reconstruction_terms, to_unit
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 from fewstep import Cond, load_teacher
@@ -122,7 +122,7 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
 @cache
 def source():
     """The teacher whose latents are used, the images and the unit-scale latents."""
-    teacher = load_teacher("builtin:emoji-xl")
+    teacher = load_teacher("builtin:emoji-xl", autocast="auto")
     images = to_unit(emoji.load()[0])
     vae = teacher.pipe.vae
     return teacher, images, latents_of(vae, images) * vae.config.scaling_factor
@@ -202,7 +202,6 @@ def train_transformer(folder: Path, steps: int, cooldown: int, init: Path | None
         for texts in (names, groups)
     ]
     old_null = teacher.denoiser.null
-    teacher.denoiser.autocast, teacher.denoiser.attention = torch.bfloat16, "math"
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     schedule, count = Flow(), len(latents)
     run = Run(folder, "transformer", model, model.parameters(), lr=1e-3, ema=0.999)
@@ -225,7 +224,7 @@ def train_transformer(folder: Path, steps: int, cooldown: int, init: Path | None
             view, time = change_schedule(x_t[open_], t[open_], schedule, teacher.denoiser.schedule)
             target[open_] = teacher.denoiser.x0(view, time, cond)
         velocity = schedule.convert(target, x_t, t.clamp(min=0.02), "x0", "flow")
-        with torch.autocast("cpu", torch.bfloat16):
+        with as_this_cpu_likes():
             output = model(x_t, t.float(), ids[kind, i], seen[kind, i], null).float()
         error = (output - velocity).pow(2).mean((1, 2, 3))
         return {"flow": error.mean()}
@@ -243,7 +242,7 @@ def train_vae(folder: Path, steps: int, cooldown: int, init: Path | None, batch:
 
     def loss():
         i = torch.randint(0, len(images), (batch,))
-        with torch.autocast("cpu", torch.bfloat16):
+        with as_this_cpu_likes():
             encoded = vae.encode(images[i]).latent.float()
         away = 0.1 * (encoded - latents[i]).pow(2).mean()
         return {**drawing_terms(vae, latents[i], images[i]), "latents": away}
@@ -270,7 +269,7 @@ def train_decoder(folder: Path, steps: int, cooldown: int, init: Path | None, ba
 
 def drawing_terms(vae: AutoencoderDC, latents: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
     z = latents + 0.05 * torch.randn_like(latents)  # what a student makes is never exact
-    with torch.autocast("cpu", torch.bfloat16):
+    with as_this_cpu_likes():
         output = vae.decode(z).sample.float()
     return reconstruction_terms(output, images)
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from tokenizers import pre_tokenizers, trainers
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from fewstep import kernels
 from fewstep.data import emoji
 from fewstep.schedules import VP
 
@@ -182,9 +182,7 @@ class Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * min(1.0, (self.step + 1) / 200, remaining)
             torch.manual_seed(self.step)  # stateless noise: a resumed run draws what an undisturbed one would
-            # Torch's fused CPU attention is slow on a few tokens, in its backward above all: 1.5 times a step.
-            with sdpa_kernel(SDPBackend.MATH):
-                terms = loss_of()
+            terms = loss_of()
             self.optimizer.zero_grad(set_to_none=True)
             sum(terms.values()).backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -222,6 +220,13 @@ def reconstruction_terms(output: torch.Tensor, target: torch.Tensor) -> dict[str
     }
 
 
+def as_this_cpu_likes():
+    """Around a call of a network on maps of 64 places: autocast and attention as ``auto`` in a recipe has them."""
+    autocast = kernels.autocast_for("auto", "cpu")
+    attention = kernels.attention_for("auto", "cpu", autocast, 64)
+    return kernels.arithmetic("cpu", getattr(torch, autocast) if autocast else None, attention)
+
+
 def train_vae(folder: Path, steps: int, batch: int = 32) -> None:
     vae, images = make_vae(), to_unit(emoji.load()[0])
     run = Run(folder, "vae", vae, vae.parameters(), lr=2e-3, ema=0.998)
@@ -229,10 +234,10 @@ def train_vae(folder: Path, steps: int, batch: int = 32) -> None:
     def loss():
         x = images[torch.randint(0, len(images), (batch,))]
         x = x.flip(-1) if run.step % 2 else x  # mirrored half of the time: free variety
-        with torch.autocast("cpu", torch.bfloat16):
+        with as_this_cpu_likes():
             posterior = vae.encode(x).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        with torch.autocast("cpu", torch.bfloat16):
+        with as_this_cpu_likes():
             output = vae.decode(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)).sample.float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean() / x[0].numel()
         return {**reconstruction_terms(output, x), "kl": 1e-3 * kl}
@@ -266,7 +271,7 @@ def train_decoder(folder: Path, steps: int, batch: int = 32) -> None:
     def loss():
         i = torch.randint(0, len(images), (batch,))
         z = latents[i] + 0.05 * scale * torch.randn_like(latents[i])  # what a student makes is never exact
-        with torch.autocast("cpu", torch.bfloat16):
+        with as_this_cpu_likes():
             output = vae.decode(z).sample.float()
         return reconstruction_terms(output, images[i])
 
@@ -307,7 +312,7 @@ def train_unet(folder: Path, steps: int, cooldown: int, init: Path | None, batch
         x_t = schedule.add_noise(x0, eps, t)
         drop = torch.rand(batch) < 0.1
         kind = (torch.rand(batch) < GROUPED).long()  # its name, or what it shares with its kind
-        with torch.autocast("cpu", torch.bfloat16):
+        with as_this_cpu_likes():
             v = model(x_t, t, ids[kind, i], drop).float()
         target = schedule.convert(eps, x_t, t, "eps", "v")
         return {"v": (v - target).pow(2).mean()}
