@@ -11,7 +11,8 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from .errors import RecipeError
 
@@ -175,6 +176,22 @@ def use_channels_last(net: nn.Module) -> None:
     if "UNet" not in type(net).__name__:
         raise RecipeError(f"teacher.channels_last: true: {type(net).__name__} is no UNet; expected false")
     net.to(memory_format=torch.channels_last)
+
+
+def checkpoint_blocks(net: nn.Module) -> None:
+    """Activations of a network's blocks are computed again in the backward pass: with the forward's attention kernel.
+
+    Torch remembers the autocast of a checkpointed forward, and not its kernel, of which each keeps other things.
+    """
+    net.enable_gradient_checkpointing(_checkpoint)
+
+
+def _checkpoint(module: nn.Module, *args):
+    return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=_same_kernel)
+
+
+def _same_kernel():
+    return nullcontext(), sdpa_kernel(_cur_sdpa_kernel_backends())
 
 
 def compile_blocks(net: nn.Module, **options) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .distributed import assign, settle
 from .errors import RecipeError
+from .kernels import checkpoint_blocks
 
 # DMD2's list for SDXL (arXiv 2405.14867, released code): 788 layers of the UNet.
 UNET_TARGETS = [
@@ -227,7 +228,7 @@ def resize(teacher, changes: Mapping[str, Any], option: str) -> nn.Module:
     same = {name: value for name, value in theirs.items() if name in own and own[name].shape == value.shape}
     small.load_state_dict({**own, **same})
     if getattr(net, "is_gradient_checkpointing", False):
-        small.enable_gradient_checkpointing()
+        checkpoint_blocks(small)
     return small.requires_grad_(False).eval()
 
 
@@ -273,7 +274,7 @@ def build_role(name: str, base: nn.Module, config: RoleConfig, seed: int = 0) ->
 def _recompute(module: nn.Module, config: RoleConfig) -> None:
     """A role's own choice; copies and shells have the teacher's."""
     if config.gradient_checkpointing:
-        module.enable_gradient_checkpointing()
+        checkpoint_blocks(module)
     elif config.gradient_checkpointing is False and getattr(module, "is_gradient_checkpointing", False):
         module.disable_gradient_checkpointing()
 

@@ -363,7 +363,7 @@ def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str,
     if t.channels_last:
         kernels.use_channels_last(teacher.net)
     if t.gradient_checkpointing:
-        teacher.net.enable_gradient_checkpointing()
+        kernels.checkpoint_blocks(teacher.net)
     roles: dict[str, Role] = {}
     for name in cls.networks_for(recipe.method):
         base = cls.network(recipe.method, teacher, name)

@@ -32,6 +32,27 @@ def test_this_installation_is_healthy_and_everything_is_named():
         assert name in text
 
 
+def test_what_auto_becomes_here_is_said_with_its_reason(monkeypatch):
+    from fewstep import kernels
+
+    for units, autocast, attention in (
+        (True, "bfloat16: it has", "math: "),
+        (False, "null, so float32: it has no", "sdpa"),
+    ):
+        monkeypatch.setattr(kernels, "bf16_units", lambda device, units=units: units)
+        text = doctor.report()[0]
+        assert any(
+            line.split("cpu", 1)[-1].strip().startswith(autocast)
+            for line in text.splitlines()
+            if "autocast" in line
+        )
+        assert any(
+            line.split("cpu", 1)[-1].strip().startswith(attention)
+            for line in text.splitlines()
+            if "attention: auto" in line
+        )
+
+
 @pytest.mark.parametrize("package", ["torch", "peft", "pyyaml"])
 def test_missing_and_old_packages_are_problems_with_their_remedy(installed, package):
     installed(**{package: None})

@@ -6,20 +6,23 @@ import os
 import subprocess
 import sys
 import textwrap
+from copy import copy
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fewstep import kernels
 from fewstep import recipe as recipes
 from fewstep.cli import load_recipe, main, recipe_files
 from fewstep.data.cache import cache_root
 from fewstep.errors import FewstepError
 from fewstep.export import load_exported, stock_sample
-from fewstep.run import Session, execute, resume
+from fewstep.run import Session, execute, resume, settled
 from fewstep.teachers import load_teacher
 
 PROMPTS = ["red apple", "a cat", "blue square", "crescent moon"]
@@ -72,7 +75,7 @@ def test_a_run_directory_holds_everything(sdxl_run):
     files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert {"recipe.yaml", "run.json", "metrics.jsonl", "report.html", "export/README.md"} <= files
     assert {"samples/teacher.png", "samples/step_000000.png", "samples/step_000004.png"} <= files
-    assert recipes.load(folder / "recipe.yaml") == recipe
+    assert recipes.load(folder / "recipe.yaml") == recipes.override(recipe, ["--teacher.attention=sdpa"])
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "samples/FD(effnet-lite0@32)" not in r] == [1, 2, 3, 4]
     assert not list(folder.rglob(".part-*")) and not list(folder.parent.rglob("*pwned*"))
@@ -224,6 +227,39 @@ def test_one_step_sd15_exports_and_resumes_exactly(tiny_sd15, tmp_path, kind):
     first, second = load_file(a), load_file(b)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_goes_on_elsewhere_with_the_arithmetic_it_began_with(tiny_sd15, tmp_path, monkeypatch, capsys):
+    """Its own recipe holds what auto became; another processor says what it thinks of that, and may be told."""
+    units = [True]
+    monkeypatch.setattr(kernels, "bf16_units", lambda device: units[0])
+    folders = [tmp_path / name for name in ("straight", "moved")]
+    for folder, steps in zip(folders, ("4", "2")):
+        folder.mkdir()
+        words = ("--teacher.autocast=auto", "--teacher.resolution=16", "--train.steps", steps)
+        execute(tiny("sd15_dmd2_1step", tiny_sd15, folder, *words))
+    assert "teacher.autocast" not in capsys.readouterr().err
+    units[0] = False
+    moved = resume(folders[1] / "run", ["--train.steps=4"])
+    assert "note: teacher.autocast: bfloat16 on cpu: it has no matrix units" in capsys.readouterr().err
+    a, b = (load_file(f / "run" / "checkpoints" / "step_00000004" / "state.safetensors") for f in folders)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    used = {"autocast": "bfloat16", "attention": "math"}
+    assert json.loads((moved / "run.json").read_text())["arithmetic"] == used
+    resume(moved, ["--train.steps=6", "--teacher.autocast=auto", "--teacher.attention=auto"])
+    teacher = recipes.load(moved / "recipe.yaml").teacher
+    assert (teacher.autocast, teacher.attention) == (None, "sdpa")
+    assert "teacher.autocast" not in capsys.readouterr().err
+
+
+def test_all_ranks_compute_as_the_first_one_does(sdxl):
+    """One of them may have a processor without units for bf16."""
+    teacher, recipe = copy(sdxl), load_recipe("emoji_dmd2_1step")
+    teacher.denoiser = copy(sdxl.denoiser)
+    first = SimpleNamespace(collect=lambda own: [(torch.bfloat16, "math"), own])
+    told = settled(recipe, teacher, first).teacher
+    assert (told.autocast, told.attention) == ("bfloat16", "math")
+    assert (teacher.denoiser.autocast, teacher.denoiser.attention) == (torch.bfloat16, "math")
 
 
 def test_a_half_precision_teacher_and_export_are_verified_too(tiny_sdxl, tmp_path, capsys):

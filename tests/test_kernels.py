@@ -1,4 +1,10 @@
-"""Attention kernels, memory format and compiled blocks: chosen in one place, refused where they would do nothing."""
+"""Autocast, attention kernels, memory format, compiled blocks: chosen in one place, refused where they do nothing."""
+
+import os
+import platform
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +58,113 @@ def test_a_run_with_an_unknown_kernel_ends_before_anything_is_loaded(tmp_path, c
         main(["train", "emoji_dmd2_4step", *words])
     assert stop.value.code == 2 and "did you mean flash?" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "kind, units, dtype, told",
+    [
+        ("cpu", True, "bfloat16", "it has units"),
+        ("cpu", False, None, "fp32 is faster"),
+        ("cuda", True, "bfloat16", "it has units"),
+        ("cuda", False, None, "fp16 would need"),
+        ("mps", None, None, "torch does not say"),
+    ],
+)
+def test_auto_means_bf16_where_there_are_units_for_it_and_says_why(kind, units, dtype, told):
+    assert (
+        kernels.choose_autocast(kind, units)[0] == dtype and told in kernels.choose_autocast(kind, units)[1]
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, autocast, positions, name",
+    [
+        ("cpu", "bfloat16", 64, "math"),
+        ("cpu", "bfloat16", kernels.FEW + 1, "sdpa"),
+        ("cpu", None, 64, "sdpa"),
+        ("cuda", "bfloat16", 64, "sdpa"),
+    ],
+)
+def test_only_few_tokens_in_bf16_on_a_cpu_are_not_left_to_torch(kind, autocast, positions, name):
+    assert kernels.choose_attention(kind, autocast, positions)[0] == name
+    assert kernels.attention_for("flash", kind, autocast, positions) == "flash"
+
+
+@pytest.mark.parametrize(
+    "machine, amx, arm, limit, units",
+    [
+        ("x86_64", True, True, None, True),
+        ("AMD64", True, True, "DEFAULT", True),
+        ("x86_64", True, True, "AVX512_CORE_AMX", True),
+        ("x86_64", True, True, "avx512_core_bf16", False),
+        ("x86_64", True, True, "AVX2", False),
+        ("x86_64", False, True, None, False),  # the other question has yes for an answer on any AVX-512
+        ("aarch64", False, True, None, True),
+        ("aarch64", True, False, None, False),
+    ],
+)
+def test_units_are_those_of_the_processor_that_torch_may_use(machine, amx, arm, limit, units, monkeypatch):
+    monkeypatch.setattr(kernels.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: arm)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert kernels.bf16_units("cpu") is units
+
+
+def test_a_card_is_asked_for_units_and_not_for_what_it_emulates(monkeypatch):
+    """``torch.cuda`` says yes for every card unless asked so; other kinds have no such question, or none at all."""
+    answers = {
+        "cuda": SimpleNamespace(is_bf16_supported=lambda including_emulation=True: including_emulation),
+        "xpu": SimpleNamespace(is_bf16_supported=lambda: True),
+        "mps": SimpleNamespace(),
+    }
+    monkeypatch.setattr(torch, "get_device_module", lambda device: answers[device.type])
+    assert [kernels.bf16_units(kind) for kind in answers] == [False, True, None]
+
+
+@pytest.mark.parametrize("units, dtype, attention", [(True, torch.bfloat16, "math"), (False, None, "sdpa")])
+def test_a_teacher_and_all_that_is_made_from_it_compute_as_auto_was_decided(
+    units, dtype, attention, tiny_sdxl, teachers, monkeypatch
+):
+    monkeypatch.setattr(kernels, "bf16_units", lambda device: units)
+    small = load_teacher(str(tiny_sdxl), resolution=16, autocast="auto")  # 8 x 8 latents
+    large = load_teacher(str(tiny_sdxl), resolution=32, autocast="auto")  # 16 x 16
+    tokens = load_teacher("builtin:emoji-ar", autocast="auto").to("cpu")
+    for teacher, kernel in ((small, attention), (large, "sdpa"), (tokens, attention)):
+        seen = [teacher.denoiser, teacher.denoiser.with_net(nn.Linear(2, 2))]
+        assert [(d.autocast, d.attention) for d in seen] == [(dtype, kernel)] * 2
+    asked = load_teacher(str(tiny_sdxl), resolution=16, autocast="bfloat16", attention="flash")
+    assert (asked.denoiser.autocast, asked.denoiser.attention) == (torch.bfloat16, "flash")
+
+
+def test_another_limit_of_the_instructions_is_another_choice():
+    """In a process of its own, since oneDNN reads it once; an older processor is one with fewer instructions."""
+    script = "from fewstep.kernels import autocast_for; print(autocast_for('auto', 'cpu'))"
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(
+        words, capture_output=True, text=True, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    )
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert done.stdout == "None\n"
+
+
+@pytest.mark.parametrize("kernel", ["math", "flash"])
+def test_recomputed_activations_are_those_of_the_forwards_kernel(kernel, tiny_sdxl):
+    """Each keeps other tensors for its backward, so another one there is an error at best."""
+    torch.manual_seed(0)
+    teacher = load_teacher(str(tiny_sdxl), attention=kernel)
+    x, t, cond = torch.randn(2, *teacher.latent_shape), torch.tensor([100.0, 800.0]), teacher.blank(2)
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            teacher.net.train()
+            kernels.checkpoint_blocks(teacher.net)
+        x = x.detach().requires_grad_()
+        teacher.denoiser.x0(x, t, cond).square().mean().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_channels_last_keeps_the_numbers_and_what_shells_share(tiny_sdxl):
