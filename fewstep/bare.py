@@ -34,7 +34,7 @@ class Call:
 
     Attributes:
         forward: of the module, unrecorded. grad: whether gradients were wanted. used: outputs, by position, that a
-            gradient came back to. taps: blocks whose features ended it early, and are its outputs then.
+            gradient came back to. taps: blocks whose features are its outputs. stops: whether those ended it early.
     """
 
     module: nn.Module
@@ -45,6 +45,7 @@ class Call:
     autocast: torch.dtype | None
     attention: list
     taps: list[str] = field(default_factory=list)
+    stops: bool = True
     used: set[int] = field(default_factory=set)
 
     def outputs(self, device: str) -> list[Tensor]:
@@ -55,7 +56,7 @@ class Call:
                 stack.enter_context(context)
             if not self.taps:
                 return _tensors(self.forward(*self.args, **self.kwargs))
-            features = stack.enter_context(_taps(self.module, self.taps, True))
+            features = stack.enter_context(_taps(self.module, self.taps, self.stops))
             with suppress(_LastTap):
                 self.forward(*self.args, **self.kwargs)
             return list(features.values())
@@ -122,13 +123,20 @@ class Bare:
             try:
                 out = forward(*args, **kwargs)
             except _LastTap:
-                call.taps = [name for name, inner in module.named_modules() if inner._forward_hooks]
-                call.used = set(range(len(call.taps)))
+                self._tapped(call)
                 raise
+            if call.grad and not torch.is_grad_enabled():  # off after its last tap
+                call.stops = False
+                self._tapped(call)
             self._watch(call, _tensors(out))
             return out
 
         return recorded
+
+    @staticmethod
+    def _tapped(call: Call) -> None:
+        call.taps = [name for name, inner in call.module.named_modules() if inner._forward_hooks]
+        call.used = set(range(len(call.taps)))
 
     @staticmethod
     def _watch(call: Call, outputs: list[Tensor]) -> None:

@@ -31,13 +31,17 @@ def _image_of(output) -> Tensor:
 
 @contextmanager
 def _taps(net: nn.Module, names: Sequence[str], stop: bool) -> Iterator[dict[str, Tensor]]:
+    """Features by name. After the last one the forward stops, or goes on without a graph, which nothing would use."""
     features: dict[str, Tensor] = {}
+    grad = torch.is_grad_enabled()
 
     def keep(name: str):
         def hook(_module, _inputs, output):
             features[name] = _image_of(output).float()
-            if stop and len(features) == len(names):
-                raise _LastTap
+            if len(features) == len(names):
+                if stop:
+                    raise _LastTap
+                torch.set_grad_enabled(False)
 
         return hook
 
@@ -45,6 +49,7 @@ def _taps(net: nn.Module, names: Sequence[str], stop: bool) -> Iterator[dict[str
     try:
         yield features
     finally:
+        torch.set_grad_enabled(grad)
         for handle in handles:
             handle.remove()
 
@@ -199,5 +204,21 @@ class Discriminator(nn.Module):
             return torch.cat([head(f.float(), w) for head, f, w in zip(self.heads, features, weights)], 1)
 
     def logits(self, denoiser: NetDenoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        told = condition_vector(denoiser, t, cond) if self.projections else None
-        return self(tap_features(denoiser, self.taps, x_t, t, cond), told)
+        return self(tap_features(denoiser, self.taps, x_t, t, cond), self._told(denoiser, t, cond))
+
+    def judged(
+        self, denoiser: NetDenoiser, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Logits as of :meth:`logits` and x0 without gradient, by one forward; guidance takes one of the null too."""
+        with _taps(denoiser.net, self.taps, False) as features:
+            x0 = denoiser.x0(x_t, t, cond).detach()
+        if guidance != 1.0:
+            with torch.no_grad():
+                if getattr(denoiser, "embeds_guidance", False):  # its features are those of another scale
+                    x0 = denoiser.x0(x_t, t, cond, guidance=guidance)
+                else:
+                    x0 = torch.lerp(denoiser.x0(x_t, t, cond, guidance=0.0), x0, guidance)
+        return self([features[name] for name in self.taps], self._told(denoiser, t, cond)), x0
+
+    def _told(self, denoiser: NetDenoiser, t: Tensor, cond: Cond) -> Tensor | None:
+        return condition_vector(denoiser, t, cond) if self.projections else None

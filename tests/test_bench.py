@@ -33,11 +33,19 @@ class NeverWait(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.fixture(scope="module", params=["sdxl_dmd2_4step", "sdxl_sid_4step"])
+ONE_NOISE = ("--method.one_noise=true", "--method.gan_time_range=[0.02, 0.98]")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("sdxl_dmd2_4step",), ("sdxl_dmd2_4step", *ONE_NOISE), ("sdxl_sid_4step",)],
+    ids=["dmd2", "dmd2-one-noise", "sid"],
+)
 def trained(request, tiny_sdxl, tmp_path_factory):
     """A trainer after a cycle of its phases, its networks, and the length of a cycle."""
-    folder = tmp_path_factory.mktemp(request.param)
-    trainer, nets = _random(tiny(request.param, tiny_sdxl, folder, "--train.steps=100"))
+    name, *words = request.param
+    folder = tmp_path_factory.mktemp(name)
+    trainer, nets = _random(tiny(name, tiny_sdxl, folder, "--train.steps=100", *words))
     cycle = math.lcm(*(phase.every for phase in trainer.phases))
     for _ in range(cycle):
         trainer.iterate()

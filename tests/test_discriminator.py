@@ -1,12 +1,15 @@
 """Heads sized by the feature map, and features tapped from a network as it is."""
 
+from contextlib import contextmanager
+from copy import copy
+
 import pytest
 import torch
 from torch import nn
 
 from fewstep import objectives
 from fewstep.cond import Cond
-from fewstep.denoiser import NetDenoiser
+from fewstep.denoiser import EMBEDDED, NetDenoiser
 from fewstep.discriminator import ConvHead, Discriminator, TokenHead, condition_vector, tap_features
 from fewstep.errors import RecipeError
 from fewstep.roles import RoleConfig, build_role
@@ -77,6 +80,52 @@ def test_an_early_stop_gives_the_features_of_a_full_forward(sdxl, batch):
     assert "up_blocks.0" not in seen  # the decoder did not run
     assert all(torch.equal(a, b) for a, b in zip(tapped, full))
     assert not any(m._forward_hooks for m in sdxl.net.modules())  # and no hook stays behind
+
+
+@contextmanager
+def calls_of(module):
+    """Whether gradients were wanted at the end of each forward of a module, as a list that grows."""
+    seen = []
+    handle = module.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0, 0.0])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_one_forward_gives_what_two_give_and_no_graph_after_the_last_tap(sdxl, batch, guidance, conditional):
+    x, t, cond = batch
+    x = x.requires_grad_()
+    judge = Discriminator(sdxl.denoiser, ["mid_block", "down_blocks.0"], sdxl.latent_shape, conditional)
+    apart = judge.logits(sdxl.denoiser, x, t, cond)
+    (wanted,) = torch.autograd.grad(apart.square().sum(), x)
+    with torch.no_grad():
+        x0 = sdxl.denoiser.x0(x, t, cond, guidance=guidance)
+    last = sdxl.net.get_submodule("conv_out")
+    with calls_of(sdxl.net) as network, calls_of(last) as ends:
+        logits, seen = judge.judged(sdxl.denoiser, x, t, cond, guidance)
+    assert len(network) == (1 if guidance == 1 else 2) and ends == [False] * len(network)
+    assert torch.is_grad_enabled() and not seen.requires_grad
+    assert torch.equal(logits, apart)
+    torch.testing.assert_close(seen, x0, rtol=1e-4, atol=1e-5)
+    (found,) = torch.autograd.grad(logits.square().sum(), x)
+    assert wanted.abs().sum() > 0 and torch.equal(found, wanted)
+    assert not any(m._forward_hooks for m in sdxl.net.modules())
+
+
+def test_a_network_that_is_told_its_guidance_is_asked_again_for_another(sdxl, batch):
+    """Its features at scale 1 are not those that its guided prediction passes through."""
+    told, scales = copy(sdxl.denoiser), []
+    told.embeds_guidance = True
+    told.call = lambda net, x, t, cond: (
+        scales.append(cond[EMBEDDED][0].item()) or sdxl.denoiser.call(net, x, t, cond)
+    )
+    judge = Discriminator(told, ["mid_block"], sdxl.latent_shape)
+    scales.clear()
+    judge.judged(told, *batch, 3.5)
+    assert scales == [1.0, 3.5]
 
 
 def test_features_come_in_the_order_of_the_names(sdxl, batch):

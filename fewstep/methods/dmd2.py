@@ -47,6 +47,8 @@ class DMD2(Method):
             gan_weight: of the student's adversarial term (SDXL 5e-3, ImageNet 3e-3, SD1.5 1e-3); 0 is data-free.
             gan_time_range: noise on what the discriminator sees, as fractions of the schedule (published: all of it). A
                 small teacher gives nothing away behind much noise; a lower end tells real from fake much sooner.
+            one_noise: on the student's turn score difference and discriminator see the same noisy sample, at times of
+                ``time_range``, by one forward of the network that judges (FastGen); as published each draws its own.
             discriminator_weight: of the discriminator's loss beside the critic's (1e-2).
             taps: blocks whose features the discriminator sees.
             discriminator_on: "critic" as published; "teacher" is NVlabs FastGen's variant.
@@ -66,6 +68,7 @@ class DMD2(Method):
         critic_loss: Literal["native", "x0", "eps", "v", "flow"] = "native"
         gan_weight: float = 5e-3
         gan_time_range: tuple[float, float] = (0.0, 1.0)
+        one_noise: bool = False
         discriminator_weight: float = 1e-2
         taps: list[str] = field(default_factory=lambda: ["mid_block"])
         discriminator_on: Literal["critic", "teacher"] = "critic"
@@ -77,6 +80,11 @@ class DMD2(Method):
                 low, high = getattr(self, name)
                 if not 0 <= low < high <= 1:
                     raise RecipeError(f"method.{name}: {(low, high)}: expected 0 <= low < high <= 1")
+            if self.one_noise and not (self.gan_weight > 0 and self.gan_time_range == self.time_range):
+                raise RecipeError(
+                    "method.one_noise: true: expected a positive gan_weight, and a gan_time_range that is time_range, "
+                    f"{self.time_range}"
+                )
             if self.critic_steps < 1:
                 raise RecipeError(f"method.critic_steps: {self.critic_steps}: expected at least 1")
             if self.critic_steps == 1 and not self.critic_on_student_turn:
@@ -128,6 +136,8 @@ class DMD2(Method):
         x0, cond = self.generate(batch)
         # The critic learns from this very sample, made before the student's update (as published).
         batch.carry["x0"] = x0.detach()
+        if self.config.one_noise:
+            return self.at_one_noise(x0, cond, batch)
         losses = {"dm": self.matching(x0, cond, batch)}
         if self.discriminator:
             x_t, t = self.noised(x0, batch, *self.config.gan_time_range)
@@ -155,9 +165,29 @@ class DMD2(Method):
             x_t = schedule.add_noise(x0, batch.rng.normal_like(x0), t)
             real = self.teacher.x0(x_t, t, cond, guidance=self.config.guidance_scale)
             fake = self.critic.x0(x_t, t, cond)
-            weight = objectives.matching_weight(self.config.weight, x0, real, schedule, t)
+        return self.difference(x0, real, fake, t, batch)
+
+    def difference(self, x0: Tensor, real: Tensor, fake: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            weight = objectives.matching_weight(self.config.weight, x0, real, self.teacher.schedule, t)
         batch.note_health(x0, real, fake)
         return objectives.distribution_matching(x0, real, fake, weight)
+
+    def at_one_noise(self, x0: Tensor, cond: Cond, batch: Batch) -> dict[str, Tensor]:
+        """Both losses of the student at one noisy sample: the judge's forward gives its x0 and what it thinks of it."""
+        x_t, t = self.noised(x0, batch, *self.config.time_range)
+        real, fake, logits = self.judged(x_t, t, cond)
+        gan = self.config.gan_weight * objectives.gan_generator(logits)
+        return {"dm": self.difference(x0, real, fake, t, batch), "gan": gan}
+
+    def judged(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
+        """Posterior means of teacher (guided) and critic, which carry no gradient, and the discriminator's logits."""
+        guidance, on_teacher = self.config.guidance_scale, self.judge is self.teacher
+        logits, seen = self.discriminator.judged(self.judge, x_t, t, cond, guidance if on_teacher else 1.0)
+        with torch.no_grad():
+            if on_teacher:
+                return seen, self.critic.x0(x_t, t, cond), logits
+            return self.teacher.x0(x_t, t, cond, guidance=guidance), seen, logits
 
     def discrimination(self, fake: Tensor, cond: Cond, batch: Batch) -> Tensor:
         """Real and fake, noised independently, each with its own condition, in one forward."""

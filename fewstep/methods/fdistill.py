@@ -130,9 +130,8 @@ class FDistill(Method):
         t = schedule.draw_times(u, *config.time_range)
         with torch.no_grad():
             x_t = schedule.add_noise(x0, batch.rng.normal_like(x0), t)
-            real = self.teacher.x0(x_t, t, cond, guidance=config.guidance_scale)
-            fake = self.critic.x0(x_t, t, cond)
-            ratio = self.ratio(x_t, t, cond)
+            real, fake, logits = self.host.judged(x_t, t, cond)
+            ratio = self.ratio(logits)
             if config.time_bins:
                 ratio = ratio / objectives.bin_means(ratio, u, config.time_bins)
             h = objectives.divergence_weight(config.divergence, ratio)
@@ -141,8 +140,7 @@ class FDistill(Method):
         batch.log |= {"h_std": (h / h.mean()).std(correction=0), "density_ratio": ratio.mean()}
         return objectives.distribution_matching(x0, real, fake, weight)
 
-    def ratio(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Density ratio p / q (B,) at x_t from the mean logit of all heads, bounded, without gradient."""
-        logits = self.host.discriminator.logits(self.host.judge, x_t, t, cond).detach().mean(1)
+    def ratio(self, logits: Tensor) -> Tensor:
+        """Density ratio p / q (B,) from the mean logit of all heads, (B, n), bounded."""
         limit = self.config.logit_limit
-        return logits.clamp(-limit, limit).exp().clamp(*self.config.ratio_range)
+        return logits.mean(1).clamp(-limit, limit).exp().clamp(*self.config.ratio_range)

@@ -1,6 +1,8 @@
 """DMD2 where everything is known: closed-form teachers, a small network, and a tiny SDXL for the bookkeeping."""
 
 import math
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from fewstep.distributed import Process
 from fewstep.errors import RecipeError
 from fewstep.methods import Progress
 from fewstep.methods.dmd2 import DMD2
+from fewstep.methods.fdistill import FDistill
 from fewstep.recipe import DataConfig, Recipe, TeacherConfig
 from fewstep.rng import Rng
 from fewstep.roles import RoleConfig
@@ -270,13 +273,13 @@ def test_without_a_gan_it_runs_without_images(ring, fitted):
 
 
 # ------------------------------------------------------------------------------------------------- tiny SDXL
-def spine(sdxl, **options):
+def spine(sdxl, method=DMD2, **options):
     """DMD2 on the tiny SDXL as a recipe builds it, with random latents as real images."""
     lora = RoleConfig(rank=2, lr=1e-2)
     recipe = Recipe(
         output="",
         teacher=TeacherConfig(path=""),
-        method=DMD2.Config(num_steps=1, start=399, guidance_scale=2.0, critic_steps=3, **options),
+        method=method.Config(num_steps=1, start=399, guidance_scale=2.0, critic_steps=3, **options),
         data=DataConfig(prompts=""),
         train=TrainConfig(steps=100, batch_size=2),
         roles={"student": lora, "critic": lora, "discriminator": RoleConfig(kind="full")},
@@ -329,6 +332,74 @@ def test_each_turn_has_gradients_in_its_own_roles_only_and_the_teacher_never_mov
     assert seen == [({"student"},) * 2, ({"critic", "discriminator"},) * 2]
     assert not changed(teacher, sdxl.net)
     assert all(p.grad is None and not p.requires_grad for p in sdxl.net.parameters())
+
+
+def counted(networks):
+    """Counts the forwards of modules by name, from now on."""
+    calls = Counter()
+    for name, module in networks.items():
+        module.forward = partial(
+            lambda f, name, *a, **k: (calls.update([name]), f(*a, **k))[1], module.forward, name
+        )
+    return calls
+
+
+@pytest.mark.parametrize("judge", ["critic", "teacher"])
+def test_the_gradient_at_one_noise_is_that_of_two_forwards_at_equal_draws(sdxl, judge):
+    """And the network that judges is called once for both; guidance alone takes its null condition beside."""
+    trainer = spine(sdxl, discriminator_on=judge, one_noise=True, gan_time_range=(0.02, 0.98))
+    method, weights = trainer.method, list(trainer.roles["student"].weights.values())
+    for role in trainer.roles.values():
+        for weight in role.weights.values():
+            torch.nn.init.normal_(weight, std=0.2)
+        role.requires_grad_(role.name == "student")
+    try:
+        calls = counted({"teacher": sdxl.net, **{n: trainer.roles[n].module for n in ("student", "critic")}})
+        together = method.generator_loss(trainer.data.batch(0, 0), Progress())
+        assert calls == {"student": 1, "critic": 1, "teacher": 2 if judge == "teacher" else 1}
+    finally:
+        del sdxl.net.forward
+
+    batch = trainer.data.batch(0, 0)
+    x0, cond = method.generate(batch)
+    x_t, t = method.noised(x0, batch, *method.config.time_range)
+    with torch.no_grad():
+        real, fake = sdxl.denoiser.x0(x_t, t, cond, guidance=2.0), method.critic.x0(x_t, t, cond)
+    logits = method.discriminator.logits(method.judge, x_t, t, cond)
+    apart = {
+        "dm": objectives.distribution_matching(
+            x0, real, fake, objectives.matching_weight("l1", x0, real, sdxl.denoiser.schedule, t)
+        ),
+        "gan": method.config.gan_weight * objectives.gan_generator(logits),
+    }
+    for name in ("dm", "gan"):
+        found, wanted = (
+            torch.autograd.grad(loss[name], weights, retain_graph=True) for loss in (together, apart)
+        )
+        assert sum(g.abs().sum() for g in wanted) > 0
+        for a, b in zip(found, wanted):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def test_one_noise_needs_one_law_of_times():
+    with pytest.raises(
+        RecipeError, match=r"method.one_noise: true: expected .*gan_time_range that is time_range"
+    ):
+        DMD2.Config(one_noise=True)
+    with pytest.raises(RecipeError, match="positive gan_weight"):
+        DMD2.Config(one_noise=True, gan_weight=0.0, gan_time_range=(0.02, 0.98))
+
+
+def test_f_distill_asks_its_judge_once_for_score_and_ratio(sdxl):
+    for judge, expected in (("critic", {"student": 1, "teacher": 1, "critic": 2}),
+                            ("teacher", {"student": 1, "teacher": 3, "critic": 1})):  # fmt: skip
+        trainer = spine(sdxl, FDistill, discriminator_on=judge)
+        calls = counted({"teacher": sdxl.net, **{n: trainer.roles[n].module for n in ("student", "critic")}})
+        try:
+            trainer.method.generator_loss(trainer.data.batch(0, 0), Progress())
+            assert calls == expected
+        finally:
+            del sdxl.net.forward
 
 
 def test_the_adversarial_gradient_reaches_the_student(sdxl):

@@ -414,7 +414,11 @@ def fdistill_gaussian(teacher, critic, student, logits=None, **options):
         log_ratio = teacher.log_prob(x_t, t) - critic.log_prob(x_t, t)
         return torch.stack([log_ratio + 3, log_ratio - 3], 1)
 
-    method.host.discriminator.logits = logits or exact
+    judge = method.host.discriminator
+    judge.judged = lambda critic, x_t, t, cond, _scale: (
+        (logits or exact)(critic, x_t, t, cond),
+        critic.x0(x_t, t, cond),
+    )
     return method
 
 
