@@ -7,6 +7,7 @@ functions and classes, so that what a GPU executes is what every test executes.
 from __future__ import annotations
 
 import os
+import platform
 import time
 from functools import lru_cache
 
@@ -76,6 +77,29 @@ def real(device: torch.device) -> torch.dtype:
     except (TypeError, RuntimeError):
         return torch.float32
     return torch.float64
+
+
+def bf16_units(device: torch.device | str) -> bool | None:
+    """Whether a device multiplies bf16 in units of its own; None where torch does not say.
+
+    A CPU of x86-64 does with AMX. AVX-512's bf16 instructions alone take longer than fp32, and without either a product
+    is several times as long as in fp32. ``ONEDNN_MAX_CPU_ISA`` hides units from torch.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+            hidden = limit not in ("", "ALL", "DEFAULT") and "AMX" not in limit
+            return torch.cpu._is_amx_tile_supported() and not hidden
+        # Of other processors this asks for the instructions; of x86-64 for less than them.
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ask = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    if ask is None:
+        return None
+    try:
+        return bool(ask(including_emulation=False))  # of CUDA, where cards without it say yes by default
+    except TypeError:
+        return bool(ask())
 
 
 # ------------------------------------------------------------------------------------------------------------ transfers

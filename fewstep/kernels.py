@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -14,6 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from .device import bf16_units
 from .errors import RecipeError
 
 # Kernels of torch's scaled_dot_product_attention; any other name is one of diffusers' dispatcher, or "xformers".
@@ -30,34 +29,11 @@ ATTENTION = {
 FEW = 192  # tokens up to which "math" is the faster kernel for bf16 on a CPU: 0.8 times at 144, 1.3 at 256
 
 
-def bf16_units(device: torch.device | str) -> bool | None:
-    """Whether a device multiplies bf16 in units of its own; None where torch does not say.
-
-    A CPU of x86-64 does with AMX. AVX-512's bf16 instructions alone take longer than fp32, and without either a product
-    is several times as long as in fp32. ``ONEDNN_MAX_CPU_ISA`` hides units from torch.
-    """
-    device = torch.device(device)
-    if device.type == "cpu":
-        if platform.machine().lower() in ("x86_64", "amd64"):
-            limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-            hidden = limit not in ("", "ALL", "DEFAULT") and "AMX" not in limit
-            return torch.cpu._is_amx_tile_supported() and not hidden
-        # Of other processors this asks for the instructions; of x86-64 for less than them.
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ask = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-    if ask is None:
-        return None
-    try:
-        return bool(ask(including_emulation=False))  # of CUDA, where cards without it say yes by default
-    except TypeError:
-        return bool(ask())
-
-
 def choose_autocast(kind: str, units: bool | None) -> tuple[str | None, str]:
     """What ``autocast: auto`` means on a kind of device ("cpu", "cuda", ...), and why.
 
     Args:
-        units: see :func:`bf16_units`.
+        units: see :func:`fewstep.device.bf16_units`.
 
     Returns:
         ("bfloat16" or None, half a sentence).

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,3 +188,37 @@ def test_a_fault_of_the_thread_reaches_whoever_asks_for_the_batch():
     ahead.batch(0, 0)
     with pytest.raises(json.JSONDecodeError):
         ahead.batch(1, 0)
+
+
+@pytest.mark.parametrize(
+    "machine, amx, arm, limit, units",
+    [
+        ("x86_64", True, True, None, True),
+        ("AMD64", True, True, "DEFAULT", True),
+        ("x86_64", True, True, "AVX512_CORE_AMX", True),
+        ("x86_64", True, True, "avx512_core_bf16", False),
+        ("x86_64", True, True, "AVX2", False),
+        ("x86_64", False, True, None, False),  # the other question has yes for an answer on any AVX-512
+        ("aarch64", False, True, None, True),
+        ("aarch64", True, False, None, False),
+    ],
+)
+def test_units_are_those_of_the_processor_that_torch_may_use(machine, amx, arm, limit, units, monkeypatch):
+    monkeypatch.setattr(device.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: arm)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert device.bf16_units("cpu") is units
+
+
+def test_a_card_is_asked_for_units_and_not_for_what_it_emulates(monkeypatch):
+    """``torch.cuda`` says yes for every card unless asked so; other kinds have no such question, or none at all."""
+    answers = {
+        "cuda": SimpleNamespace(is_bf16_supported=lambda including_emulation=True: including_emulation),
+        "xpu": SimpleNamespace(is_bf16_supported=lambda: True),
+        "mps": SimpleNamespace(),
+    }
+    monkeypatch.setattr(torch, "get_device_module", lambda which: answers[which.type])
+    assert [device.bf16_units(kind) for kind in answers] == [False, True, None]

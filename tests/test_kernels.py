@@ -4,7 +4,6 @@ import os
 import platform
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,40 +87,6 @@ def test_auto_means_bf16_where_there_are_units_for_it_and_says_why(kind, units, 
 def test_only_few_tokens_in_bf16_on_a_cpu_are_not_left_to_torch(kind, autocast, positions, name):
     assert kernels.choose_attention(kind, autocast, positions)[0] == name
     assert kernels.attention_for("flash", kind, autocast, positions) == "flash"
-
-
-@pytest.mark.parametrize(
-    "machine, amx, arm, limit, units",
-    [
-        ("x86_64", True, True, None, True),
-        ("AMD64", True, True, "DEFAULT", True),
-        ("x86_64", True, True, "AVX512_CORE_AMX", True),
-        ("x86_64", True, True, "avx512_core_bf16", False),
-        ("x86_64", True, True, "AVX2", False),
-        ("x86_64", False, True, None, False),  # the other question has yes for an answer on any AVX-512
-        ("aarch64", False, True, None, True),
-        ("aarch64", True, False, None, False),
-    ],
-)
-def test_units_are_those_of_the_processor_that_torch_may_use(machine, amx, arm, limit, units, monkeypatch):
-    monkeypatch.setattr(kernels.platform, "machine", lambda: machine)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: arm)
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    if limit:
-        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert kernels.bf16_units("cpu") is units
-
-
-def test_a_card_is_asked_for_units_and_not_for_what_it_emulates(monkeypatch):
-    """``torch.cuda`` says yes for every card unless asked so; other kinds have no such question, or none at all."""
-    answers = {
-        "cuda": SimpleNamespace(is_bf16_supported=lambda including_emulation=True: including_emulation),
-        "xpu": SimpleNamespace(is_bf16_supported=lambda: True),
-        "mps": SimpleNamespace(),
-    }
-    monkeypatch.setattr(torch, "get_device_module", lambda device: answers[device.type])
-    assert [kernels.bf16_units(kind) for kind in answers] == [False, True, None]
 
 
 @pytest.mark.parametrize("units, dtype, attention", [(True, torch.bfloat16, "math"), (False, None, "sdpa")])
