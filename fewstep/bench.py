@@ -18,7 +18,7 @@ from . import recipe as recipes
 from .bare import Bare
 from .checks import check_data
 from .data.blank import Blank
-from .device import Mark, peak, reset_peak, wait
+from .device import Mark, keep_freed, peak, reset_peak, wait
 from .distributed import Process, start
 from .plan.meter import Meter, storage_bytes
 from .recipe import Recipe
@@ -104,6 +104,7 @@ def _random(recipe: Recipe) -> tuple[Trainer, dict[str, nn.Module]]:
     process = start(recipe.train.device)
     with process.device:
         teacher = skeleton_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
+    keep_freed(process.device)
     roles, method = build(recipe, teacher, process)
 
     def draws(iteration: int, micro: int) -> tuple[Rng, Rng]:

@@ -23,7 +23,7 @@ from .data import Ahead, Batches
 from .data.cache import Store, encode_images, encode_prompts
 from .data.images import CaptionedImages
 from .data.pairs import Pairs, check_pairs, load_pairs
-from .device import name_of
+from .device import keep_freed, name_of
 from .distributed import Process, distribute, gathered, start
 from .errors import FewstepError, LostProcess, RecipeError, TrainingError, tell
 from .files import WriteError, write, write_json
@@ -188,6 +188,7 @@ class Session:
         self.teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
         self.recipe = recipe = settled(recipe, self.teacher, process)
         kernels.set_precision(process.device, recipe.train.tf32)
+        keep_freed(process.device)
         self.roles, self.method = build(recipe, self.teacher, process)
         train = recipe.train
         check_length(self.method, train.steps, train.batch_size * train.accumulate * process.world)

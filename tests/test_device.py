@@ -1,7 +1,10 @@
 """The one place that knows kinds of devices, and that data prefetched by a thread are the data."""
 
 import json
+import platform
 import re
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -211,6 +214,31 @@ def test_units_are_those_of_the_processor_that_torch_may_use(machine, amx, arm, 
     if limit:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert device.bf16_units("cpu") is units
+
+
+FAULTS = """
+import resource, sys, torch
+from fewstep.device import keep_freed
+if sys.argv[1] == "keep":
+    keep_freed(torch.device("cpu"))
+def forward_and_backward():
+    held = [torch.ones(5_000_000) for _ in range(6)]  # 20 MB each
+for _ in range(3):
+    forward_and_backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    forward_and_backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="allocators of other libraries are left alone")
+def test_memory_that_was_freed_is_not_asked_of_the_system_again():
+    def faults(how):
+        words = [sys.executable, "-c", FAULTS, how]
+        return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("keep") < 100 < 5_000 < faults("plain")
 
 
 def test_a_card_is_asked_for_units_and_not_for_what_it_emulates(monkeypatch):
