@@ -61,7 +61,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
             for turn in turns:
                 meter = _run(trainer, turn)
                 turn.peak[count] = meter.peak
-                turn.flops[count] = meter.flops * recipe.train.accumulate / accumulate
+                turn.flops[count] = sum(meter.flops.values()) * recipe.train.accumulate / accumulate
         images = len(recipe.samples.prompts or ()) or recipe.samples.count
         preview = 0 if recipe.samples.vae else _preview(teacher, images)
         return Plan(full, processes, *_parts(full, teacher, trainer), preview, turns)
