@@ -302,7 +302,7 @@ def _plan(args, rest) -> int:
         raise FewstepError(f"--gpu {args.gpu}: expected one of {', '.join(GPUS)}")
     if args.processes < 1:
         raise FewstepError(f"--processes {args.processes}: expected at least 1")
-    made = plan(recipes.override(load_recipe(args.recipe), rest), args.processes)
+    made = plan(recipes.override(load_recipe(args.recipe), rest), args.processes, quiet=False)
     print(json.dumps(made.to_dict(args.gpu), indent=1) if args.json else made.text(args.gpu))
     check_fits(made, args.gpu)
     return 0

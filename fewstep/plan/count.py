@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from tqdm import tqdm
 
 from .. import recipe as recipes
 from ..data.blank import Blank
@@ -19,16 +20,18 @@ from ..run import build, on_pixels
 from ..teachers.base import Teacher
 from ..teachers.skeleton import skeleton_teacher
 from ..trainer import Trainer
-from .meter import Meter, storage_bytes
-from .shapes import Shapeless, Shapes, group, norms_as_on_a_gpu, quietly
+from .disk import on_disk
+from .meter import Meter, Remembered, storage_bytes
+from .shapes import Shapeless, Shapes, group, norms_as_on_a_gpu, products, quietly
 from .table import Part, Plan, Turn
 
 
-def plan(recipe: Recipe, processes: int = 1) -> Plan:
+def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
     """Counts a recipe on one of ``processes`` devices.
 
-    Every kind of iteration of the whole run is executed at the recipe's micro-batch and at a second size, on tensors
-    without storage; with accumulation two micro-batches are run, which is where gradients meet activations.
+    Every kind of iteration of the whole run is executed at the recipe's micro-batch, on tensors without storage, and
+    at a second size where that tells something new: memory that another kind does not take as well, or a rollout of
+    another length. With accumulation the micro-batch that is run is not the first, so gradients meet activations.
 
     Raises:
         FewstepError: no configuration of the teacher can be read, or the method decides by values it computes.
@@ -43,13 +46,22 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         raise RecipeError(
             f"train.shard: {recipe.train.shard} does not divide the number of processes, {processes}"
         )
-    with quietly(), Shapeless(), norms_as_on_a_gpu(), group(processes, recipe.train.shard) as process:
-        accumulate = min(2, recipe.train.accumulate)
-        train = replace(recipe.train, accumulate=accumulate)
+    with (
+        quietly(),
+        Shapeless(),
+        products(recipe.train.tf32),
+        norms_as_on_a_gpu(),
+        group(processes, recipe.train.shard) as process,
+    ):
+        # Shards gather gradients in one way within an iteration and in another at its end.
+        count = min(2, recipe.train.accumulate) if process.mesh is not None else 1
+        train = replace(recipe.train, accumulate=count)
         needs = recipe.method_class.needs(recipe.method)
         turns: list[Turn] = []
         teacher = trainer = None
-        for count, rng in ((size, Shapes(last=True)), (size + 1, Shapes(last=False))):
+        known: dict = {}
+        bar = tqdm(desc="plan", unit=" turns", disable=quiet)
+        for batch_size, rng in ((size, Shapes(last=True)), (size + 1, Shapes(last=False))):
             # Weights that were gathered once would not be counted again.
             if trainer is None or process.mesh is not None:
                 teacher = skeleton_teacher(t.path, **t.options())
@@ -57,14 +69,32 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
                 trainer = Trainer(method, roles, None, train, process=process, quiet=True)
                 _fill_optimizers(trainer)
                 turns = turns or _turns(trainer)
-            trainer.data = Blank(teacher, count, needs, rng.pair)
+                bar.total = bar.total or 2 * len(turns)
+                if process.mesh is None:
+                    for net in {
+                        id(n): n for n in (teacher.net, *(r.module for r in roles.values()))
+                    }.values():
+                        net.forward = Remembered(net)
+            trainer.data = Blank(teacher, batch_size, needs, rng.pair)
             for turn in turns:
-                meter = _run(trainer, turn)
-                turn.peak[count] = meter.peak
-                turn.flops[count] = sum(meter.flops.values()) * recipe.train.accumulate / accumulate
+                bar.update()
+                if turn.told:
+                    continue
+                rng.chose = False
+                meter, kept = _run(trainer, turn, recipe.train.accumulate, known)
+                turn.peak[batch_size] = meter.peak + kept * (recipe.train.accumulate - count)
+                turn.flops[batch_size] = {
+                    k: v * recipe.train.accumulate / count for k, v in meter.flops.items()
+                }
+                turn.told = not rng.chose
+            for turn in turns:
+                turn.told &= any(
+                    set(turn.phases) < set(o.phases) and turn.peak[size] <= o.peak[size] for o in turns
+                )
+        bar.close()
         images = len(recipe.samples.prompts or ()) or recipe.samples.count
         preview = 0 if recipe.samples.vae else _preview(teacher, images)
-        return Plan(full, processes, *_parts(full, teacher, trainer), preview, turns)
+        return Plan(full, processes, *_parts(full, teacher, trainer), preview, turns, on_disk(full, teacher))
 
 
 def _plainly(recipe: Recipe) -> Recipe:
@@ -128,20 +158,26 @@ def _turns(trainer: Trainer) -> list[Turn]:
     return [Turn(phases, count) for phases, count in kinds.items() if phases]
 
 
-def _run(trainer: Trainer, turn: Turn) -> Meter:
+def _run(trainer: Trainer, turn: Turn, accumulate: int, known: dict) -> tuple[Meter, int]:
+    """Counts one iteration. Beside the meter, bytes that each micro-batch keeps from its first to its last phase."""
     count = trainer.config.accumulate
-    with Meter() as meter:
+    with Meter(known) as meter:
         batches = [trainer.data.batch(0, i) for i in range(count)]
         try:
             for phase in trainer.phases:
                 if phase.name in turn.phases:
+                    if accumulate > count and not phase.follows:
+                        for weight in (
+                            w for name in phase.train for w in trainer.roles[name].weights.values()
+                        ):
+                            weight.grad = torch.zeros_like(weight)
                     trainer.turn(phase, batches)
         except DataDependentOutputException as error:
             raise FewstepError(
                 f"plan: {trainer.method.name} decides by a value it computes ({error.func}), which a plan does not "
                 "have; measure it instead: fewstep bench RECIPE"
             ) from error
-    return meter
+        return meter, meter.alive // count
 
 
 @torch.no_grad()

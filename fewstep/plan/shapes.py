@@ -47,6 +47,17 @@ def quietly() -> Iterator[None]:
 
 
 @contextmanager
+def products(tf32: bool) -> Iterator[None]:
+    """As on a GPU of a run, whose fp32 products may be TF32 wherever nothing forbids it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def norms_as_on_a_gpu() -> Iterator[None]:
     """Under autocast a GPU normalises in fp32 where a CPU does not, which doubles what those layers keep."""
 
@@ -70,6 +81,7 @@ class Shapes(Rng):
 
     def __init__(self, last: bool):
         self.last, self.device = last, torch.device("cpu")
+        self.chose = False  # whether a choice between several was asked for
 
     def normal(self, *shape: int) -> Tensor:
         return torch.empty(shape)
@@ -78,6 +90,7 @@ class Shapes(Rng):
         return torch.full(shape, 0.5, dtype=torch.float64)
 
     def integer(self, below: int) -> int:
+        self.chose |= below > 1
         return below - 1 if self.last else 0
 
     def pair(self, iteration: int, micro: int) -> tuple[Rng, Rng]:

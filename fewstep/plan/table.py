@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +34,18 @@ class Turn:
 
     phases: tuple[str, ...]
     count: int
+    told: bool = False  # whether a second size would tell nothing new
     peak: dict[int, int] = field(default_factory=dict)  # batch size -> bytes beyond the parts
-    flops: dict[int, float] = field(default_factory=dict)  # batch size -> of all micro-batches on one device
+    # batch size -> of all micro-batches on one device, by the kind of arithmetic
+    flops: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def flops_at(self, batch_size: int) -> Counter[str]:
+        """Of one such iteration; both ends of a rollout's length count half."""
+        total: Counter[str] = Counter()
+        for counted, flops in self.flops.items():
+            for kind, number in flops.items():
+                total[kind] += number * batch_size / counted / len(self.flops)
+        return total
 
 
 @dataclass
@@ -47,6 +58,9 @@ class Plan:
     leaving: int
     preview: int
     turns: list[Turn]
+    cache: dict[str, dict[str, int | None]] = field(
+        default_factory=dict
+    )  # see :func:`~fewstep.plan.disk.on_disk`
 
     @property
     def held(self) -> int:
@@ -56,7 +70,7 @@ class Plan:
     def iteration(self, batch_size: int) -> float:
         """Peak of an iteration beyond what is held, gradients included: linear through two counted micro-batches."""
         peaks = []
-        for turn in self.turns:
+        for turn in (t for t in self.turns if len(t.peak) == 2):  # the others take no more than one of these
             (b1, p1), (b2, p2) = sorted(turn.peak.items())
             peaks.append(p1 + (p2 - p1) / (b2 - b1) * (batch_size - b1))
         return max(peaks)
@@ -75,17 +89,19 @@ class Plan:
             high *= 2
         return bisect_left(range(high), True, 1, key=lambda size: self.total(size) > memory) - 1
 
-    def flops(self) -> float:
-        """Of the whole run on one device; both ends of a rollout's length count half."""
-        size = self.recipe.train.batch_size
-        return sum(t.count * size * sum(f / b for b, f in t.flops.items()) / len(t.flops) for t in self.turns)
+    def flops(self) -> Counter[str]:
+        """Of the whole run on one device, by the kind of arithmetic."""
+        total: Counter[str] = Counter()
+        for turn in self.turns:
+            for kind, number in turn.flops_at(self.recipe.train.batch_size).items():
+                total[kind] += turn.count * number
+        return total
 
     def hours(self, device: Device) -> float:
-        rate = device.bfloat16 if self.recipe.teacher.autocast == "bfloat16" else device.float32
-        return self.flops() / (UTILISATION * rate) / 3600
+        return device.seconds(self.flops()) / UTILISATION / 3600
 
     def to_dict(self, gpu: str) -> dict[str, Any]:
-        size = self.recipe.train.batch_size
+        size, iterations = self.recipe.train.batch_size, sum(t.count for t in self.turns)
         return {
             "how": "counted by fewstep plan, not measured",
             "gpu": gpu,
@@ -97,8 +113,10 @@ class Plan:
             "total_gb": round(self.total() / 1e9, 6),
             "gb_per_sample": round((self.iteration(2) - self.iteration(1)) / 1e9, 6),
             "largest_batch": self.largest_batch(GPUS[gpu].memory),
-            "tflop_per_iteration": round(self.flops() / 1e12 / sum(t.count for t in self.turns), 2),
+            "tflop_per_iteration": round(sum(self.flops().values()) / 1e12 / iterations, 2),
+            "tflop_by_kind": {k: round(v / 1e12 / iterations, 2) for k, v in self.flops().items()},
             "hours": round(self.hours(GPUS[gpu]), 1),
+            "cache": self.cache,
             "parts": {p.name: {**vars(p), "total": p.total} for p in self.parts},
         }
 
@@ -130,14 +148,20 @@ class Plan:
             f"largest micro-batch         {best or 'none fits'}",
             f"text encoders               {gb(self.leaving)} GB, gone once prompts are encoded",
         ]
+        for name, store in self.cache.items():
+            whole = "" if store["bytes"] is None else f", {gb(store['bytes'])} GB for {store['rows']}"
+            lines.append(f"{name + ' on disk':28}{store['bytes_each'] / 1e3:.1f} kB each{whole}")
         for turn in self.turns:
-            flops = sum(f / b for b, f in turn.flops.items()) / len(turn.flops)
+            flops = sum(turn.flops_at(size).values())
             lines.append(
-                f"{' + '.join(turn.phases):28}{turn.count} of {total} iterations, {flops * size / 1e12:.1f} TFLOP each"
+                f"{' + '.join(turn.phases):28}{turn.count} of {total} iterations, {flops / 1e12:.1f} TFLOP each"
             )
         samples = t.batch_size * t.accumulate * self.processes
+        flops = self.flops()
+        kinds = ", ".join(f"{v / sum(flops.values()):.0%} {k}" for k, v in flops.most_common())
         lines.append(
-            f"the run                     {self.flops() / 1e18:.1f} EFLOP per device, {self.hours(device):.1f} h at an "
-            f"assumed {UTILISATION:.0%} of the data sheet's rate; {samples} samples per iteration"
+            f"the run                     {sum(flops.values()) / 1e18:.1f} EFLOP per device ({kinds}), "
+            f"{self.hours(device):.1f} h at an assumed {UTILISATION:.0%} of the data sheet's rates; {samples} samples per "
+            "iteration"
         )
         return "\n".join(lines)
