@@ -20,8 +20,9 @@ from ..run import build, on_pixels
 from ..teachers.base import Teacher
 from ..teachers.skeleton import skeleton_teacher
 from ..trainer import Trainer
+from .blocks import remember
 from .disk import on_disk
-from .meter import Meter, Remembered, storage_bytes
+from .meter import Meter, storage_bytes
 from .shapes import Shapeless, Shapes, group, norms_as_on_a_gpu, products, quietly
 from .table import Part, Plan, Turn
 
@@ -71,10 +72,8 @@ def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
                 turns = turns or _turns(trainer)
                 bar.total = bar.total or 2 * len(turns)
                 if process.mesh is None:
-                    for net in {
-                        id(n): n for n in (teacher.net, *(r.module for r in roles.values()))
-                    }.values():
-                        net.forward = Remembered(net)
+                    for net in {teacher.net, *(role.module for role in roles.values())}:
+                        remember(net, known)
             trainer.data = Blank(teacher, batch_size, needs, rng.pair)
             for turn in turns:
                 bar.update()
