@@ -90,6 +90,16 @@ def test_every_command_refuses_a_missing_device_in_one_line(words, name, monkeyp
     assert error.startswith("fewstep: --device: ") and error.count("\n") == 1 and name in error
 
 
+def test_a_device_without_memory_left_is_one_line_with_a_remedy(monkeypatch, capsys):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation ...")
+
+    monkeypatch.setattr("fewstep.cli._doctor", out_of_memory)
+    assert main(["doctor"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "out of memory. Tried to allocate 2.00 GiB. `fewstep plan" in error
+
+
 def test_several_processes_take_a_device_each(monkeypatch):
     from fewstep.distributed import start
 
