@@ -77,8 +77,8 @@ def tell(error: BaseException) -> int:
         )
     elif type(error).__name__ == "OutOfMemoryError":  # torch's, of whatever device
         message, code = (
-            f"{str(error).splitlines()[0]} `fewstep plan RECIPE` says what fits: a smaller train.batch_size with as much "
-            "more train.accumulate, teacher.gradient_checkpointing true, or teacher.dtype bfloat16",
+            f"{str(error).splitlines()[0]} `fewstep plan RECIPE` says what fits: a smaller train.batch_size with "
+            "as much more train.accumulate, teacher.gradient_checkpointing true, or teacher.dtype bfloat16",
             2,
         )
     elif reason := why(error):
