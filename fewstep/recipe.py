@@ -48,7 +48,7 @@ class TeacherConfig:
     compile: bool = False
     channels_last: bool = False
 
-    def options(self) -> dict[str, str | int | None]:
+    def options(self) -> dict[str, Any]:
         """What :func:`~fewstep.teachers.load_teacher` takes beside the path."""
         return {name: getattr(self, name) for name in ("dtype", "resolution", "autocast", "attention")}
 

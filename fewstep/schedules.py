@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -282,7 +283,7 @@ class Flow(Schedule):
             raise FewstepError(f"flow shift {shift}: expected a positive number; 1 means no shift")
         self.shift, self.time_scale = shift, time_scale
 
-    def shifted(self, u):
+    def shifted(self, u: Any) -> Any:
         """Uniform time u in [0, 1] -> ``shift u / (1 + (shift - 1) u)`` (SD3, arXiv 2403.03206, eq. 23)."""
         return self.shift * u / (1 + (self.shift - 1) * u)
 

@@ -16,10 +16,10 @@ class StopSignal(contextlib.AbstractContextManager):
         number: of the signal that came; None for none yet.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number: int | None = None
 
-    def _note(self, number, _frame):
+    def _note(self, number: int, _frame: object) -> None:
         if self.number is not None:
             raise KeyboardInterrupt
         self.number = number
@@ -31,6 +31,6 @@ class StopSignal(contextlib.AbstractContextManager):
             self._before = {}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

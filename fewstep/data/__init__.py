@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
@@ -53,11 +53,13 @@ class Batches:
         position = (iteration * self.per_iteration + micro) * self.shape[0]
         real, host = None, {}
         if self.latents is not None:
+            assert self.captions is not None
             index = self._index("images", position, len(self.latents))
             real = self._upload(self.latents.rows(index))["latents"]
             host["real_cond"] = Cond(self.captions.rows(index))
         pairs = pair_cond = None
         if self.pairs is not None:
+            assert self.pair_conditions is not None
             index = self._index("pairs", position, len(self.pairs))
             rows = self._upload(self.pairs.rows(index))
             pairs = (rows["noise"], rows["tokens" if "tokens" in rows else "x0"])
@@ -77,7 +79,7 @@ class Batches:
             host=host,
         )
 
-    def _upload(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _upload(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: upload(value, self.device) for name, value in rows.items()}
 
     def _moved(self, cond: Cond) -> Cond:

@@ -31,6 +31,7 @@ class DMD2(Method):
 
     summary = "distribution matching with a fast critic, a GAN on its features and backward simulation"
     networks = ("student", "critic")
+    student: Student
 
     @dataclass
     class Config:
