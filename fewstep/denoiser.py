@@ -31,7 +31,8 @@ class Denoiser(Protocol):
     Guidance is one number, or one per sample, (B,).
     """
 
-    schedule: Schedule
+    @property
+    def schedule(self) -> Schedule: ...
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor: ...
 

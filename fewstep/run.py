@@ -22,7 +22,7 @@ from .checks import check_class, check_data, check_gain, check_output, check_spa
 from .data import Ahead, Batches
 from .data.cache import Store, encode_images, encode_prompts
 from .data.images import CaptionedImages
-from .data.pairs import check_pairs, load_pairs
+from .data.pairs import Pairs, check_pairs, load_pairs
 from .device import keep_freed, name_of
 from .distributed import Process, distribute, gathered, start
 from .errors import FewstepError, LostProcess, RecipeError, TrainingError, tell
@@ -321,10 +321,10 @@ class Session:
 
 def encode(
     recipe: Recipe, teacher: Teacher, prompts: list[str], images: CaptionedImages | None, quiet: bool = False
-) -> dict[str, Any]:
+) -> dict[str, Store | Pairs]:
     """Everything a recipe trains on, as :class:`~fewstep.data.Batches` takes it; what is cached is not made again."""
     needs = recipe.method_class.needs(recipe.method)
-    found: dict[str, Any] = {"conditions": encode_prompts(teacher, prompts, quiet=quiet)}
+    found: dict[str, Store | Pairs] = {"conditions": encode_prompts(teacher, prompts, quiet=quiet)}
     if images is not None and "images" in needs:
         same = images.captions == prompts
         found["captions"] = (
@@ -350,7 +350,7 @@ def cache(recipe: Recipe) -> dict[str, Store]:
     device = start(recipe.train.device).device
     teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=device)
     stores = encode(recipe, teacher, prompts, images)
-    return {name: store for name, store in stores.items() if name != "pairs"}
+    return {name: store for name, store in stores.items() if isinstance(store, Store)}
 
 
 def on_pixels(recipe: Recipe) -> bool:

@@ -16,6 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .cond import Cond
+from .denoiser import Guidance
 from .kernels import arithmetic
 from .schedules import Flow, expand
 from .teachers.llamagen import GPT
@@ -98,7 +99,7 @@ class ParallelStudent(TokenStudent):
             embedded = self.embed(F.layer_norm(features, features.shape[-1:]) * (1 + scale) + shift)
             return self.trunk.logits(features, cond), embedded.float()
 
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
         """(B, n, C): known tokens as they are, codes before ``split``, the continuous head's embeddings after it."""
         logits, embedded = self(x_t, t, cond)
         split = self.config.split
@@ -153,7 +154,7 @@ class CausalStudent(TokenStudent):
         """Features of what comes before each token; clean (B, n, C) as it is, quantised or not."""
         return Cond({"features": self(tokens=clean, cond=cond)})
 
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
         """Posterior mean (B, n, C) given a context; on a flow ``x_t - t v``."""
         velocity = self(x_t=x_t, t=t, features=cond["features"])
         return x_t - expand(t, x_t) * velocity
@@ -178,7 +179,7 @@ class Generator:
     def autocast(self, dtype: torch.dtype | None) -> None:
         self.net.autocast = dtype
 
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
         return self.net.x0(x_t, t, self.net.context(x_t, cond))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .cond import Cond
+from .denoiser import Guidance
 from .device import upload
 from .kernels import arithmetic
 from .schedules import Flow, Schedule, expand, repeated
@@ -136,7 +137,7 @@ class CodebookDenoiser:
                 logits = torch.lerp(*both.chunk(2), scale)
             return Cond({"log_prob": self.law.log_prob(logits)})
 
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
         """``E[code | x_t]``, (B, n, C); ``cond`` is a context, which holds the guidance already."""
         posterior = code_posterior(x_t.float(), t, cond["log_prob"], self.codes, self.schedule)
         return posterior.softmax(-1) @ self.codes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +14,17 @@ from ..cond import Cond
 from ..device import upload
 from ..methods.base import Batch
 from ..rng import Rng
-from .cache import Store
+
+if TYPE_CHECKING:
+    from ..trainer import Data
+
+
+class Rows(Protocol):
+    """What micro-batches are made of: a :class:`~fewstep.data.cache.Store`, or a teacher's pairs."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]: ...
 
 
 class Batches:
@@ -30,16 +41,16 @@ class Batches:
 
     def __init__(
         self,
-        conditions: Store,
+        conditions: Rows,
         latent_shape: Sequence[int],
         *,
         batch_size: int,
         per_iteration: int = 1,
         seed: int = 0,
-        latents: Store | None = None,
-        captions: Store | None = None,
-        pairs: Store | None = None,
-        pair_conditions: Store | None = None,
+        latents: Rows | None = None,
+        captions: Rows | None = None,
+        pairs: Rows | None = None,
+        pair_conditions: Rows | None = None,
         device: torch.device | str = "cpu",
     ):
         self.conditions, self.latents, self.captions = conditions, latents, captions
@@ -93,7 +104,7 @@ class Batches:
 class Ahead:
     """Micro-batches that a thread reads and uploads while the device works on those before them."""
 
-    def __init__(self, data: Batches):
+    def __init__(self, data: Data):
         self.data, self.thread = data, ThreadPoolExecutor(1)
         self.coming: dict[tuple[int, int], Future[Batch]] = {}
         self.rows = data.rows
