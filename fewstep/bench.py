@@ -148,7 +148,7 @@ def _measure(recipe: Recipe, trainer: Trainer, nets, iterations: int, baseline: 
     seconds = statistics.median(wall for wall, _ in ours) / count
     shares = _shares(trainer, nets, train)
     network = seconds * (shares["forward"] + shares["backward"])
-    denoiser = next(iter(trainer.method.student.denoisers))
+    denoiser: Any = next(iter(trainer.method.student.denoisers))
     rate = matmul_rate(process.device, denoiser.autocast or torch.float32)
     result = {
         "iterations": count * ROUNDS,
@@ -184,7 +184,7 @@ def _peak(trainer: Trainer, nets, meter: Meter, train: Callable[[], None]) -> fl
     reset_peak(trainer.process.device)
     if peak(trainer.process.device) is not None:
         train()
-        return peak(trainer.process.device)
+        return peak(trainer.process.device) or 0
     held = [t for net in nets.values() for t in (*net.parameters(), *net.buffers())]
     for name, optimizer in trainer.optimizers.items():
         held += [m for state in optimizer.state.values() for m in state.values() if torch.is_tensor(m)]
@@ -198,7 +198,8 @@ def _shares(trainer: Trainer, nets, train: Callable[[], None]) -> dict[str, floa
     backward, update = trainer.backward, trainer.update
     for net in nets.values():
         net.forward = clock.wrap("forward", net.forward)
-    trainer.backward, trainer.update = clock.wrap("backward", backward), clock.wrap("optimiser", update)
+    timed: Any = trainer  # whose methods are replaced meanwhile
+    timed.backward, timed.update = clock.wrap("backward", backward), clock.wrap("optimiser", update)
     wait(device)
     begin = time.perf_counter()
     train()
@@ -206,7 +207,7 @@ def _shares(trainer: Trainer, nets, train: Callable[[], None]) -> dict[str, floa
     total = time.perf_counter() - begin
     for name, net in nets.items():
         net.forward = before[name]
-    trainer.backward, trainer.update = backward, update
+    timed.backward, timed.update = backward, update
     shares = {name: seconds / total for name, seconds in sorted(clock.seconds().items())}
     return {**shares, "outside": 1 - sum(shares.values())}
 

@@ -34,7 +34,8 @@ def plain_config(module: ConfigMixin) -> dict[str, Any]:
 class TokenStudent(ModelMixin, ConfigMixin):
     """What both have: a teacher's transformer that reads embeddings, the codes, and the flow."""
 
-    prediction, autocast, attention = "x0", None, "auto"
+    prediction, attention = "x0", "auto"
+    autocast: torch.dtype | None = None
 
     def _arithmetic(self, x: Tensor):
         return arithmetic(x.device.type, self.autocast, self.attention)
@@ -80,7 +81,7 @@ class ParallelStudent(TokenStudent):
         nn.init.zeros_(self.embed.bias)
 
     @classmethod
-    def of(cls, net: nn.Module, codes: Tensor, split: int) -> ParallelStudent:
+    def of(cls, net: Any, codes: Tensor, split: int) -> ParallelStudent:
         """Starts from a teacher's network and codes (V, C)."""
         return cls.around(net.reading_codes(codes, aligned=True), codes, split=split)
 
@@ -130,7 +131,7 @@ class CausalStudent(TokenStudent):
         self.head = VelocityHead(code_dim, width, head_width, head_depth)
 
     @classmethod
-    def of(cls, net: nn.Module, codes: Tensor, **options: Any) -> CausalStudent:
+    def of(cls, net: Any, codes: Tensor, **options: Any) -> CausalStudent:
         """Starts from a teacher's network and codes (V, C). options: ``head_width``, ``head_depth``."""
         trunk = net.reading_codes(codes, aligned=False)
         trunk.drop_head()

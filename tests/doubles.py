@@ -1,4 +1,4 @@
-"""What tests put in the place of data, stores, denoisers and students has what the protocols ask for; mypy reads this."""
+"""What stands for data, stores, denoisers and students here has what the protocols ask for, as mypy finds in lint."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from test_dmd2_closed_form import Spy as Dmd2Spy
 from test_family import On
 from test_hyper_sd_closed_form import Known
 from test_phased_closed_form import GaussianCritic
-from test_sid_closed_form import Spy as SidSpy
 from test_siblings_closed_form import Affine, Guided
 from test_siblings_closed_form import Spy as SiblingsSpy
+from test_sid_closed_form import Spy as SidSpy
 
 from fewstep.data import Ahead, Batches, Rows
 from fewstep.data.blank import Blank

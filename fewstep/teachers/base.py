@@ -126,7 +126,7 @@ class Teacher:
             already packed (Flux).
     """
 
-    pipeline_class: ClassVar[str]
+    pipeline_class: str
     network: ClassVar[str] = "unet"
     autoencoder: ClassVar[str | None] = "vae"
     packing: ClassVar[int] = 1
@@ -161,7 +161,7 @@ class Teacher:
             )
         self.resolution = size
         side = size // factor
-        self.latent_shape = (self.net.config.in_channels // self.packing**2, side, side)
+        self.latent_shape: tuple[int, ...] = (self.net.config.in_channels // self.packing**2, side, side)
         fix_shift(pipe, size)
         kind = pipe.scheduler.config.get("prediction_type", "epsilon")
         kind = "flow_prediction" if is_flow(pipe.scheduler) else kind
