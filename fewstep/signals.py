@@ -9,7 +9,7 @@ import signal
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
-class StopSignal(contextlib.AbstractContextManager):
+class StopSignal(contextlib.AbstractContextManager["StopSignal"]):
     """While it is entered, the first of :data:`SIGNALS` is only noted; a second one ends the program at once.
 
     Attributes:
