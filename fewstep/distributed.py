@@ -168,9 +168,10 @@ def gathered(tensors: Mapping[str, Tensor], process: Process) -> dict[str, Tenso
 @torch.no_grad()
 def assign(target: Tensor, value: Tensor) -> None:
     """Copies a full tensor into a parameter or its shard."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     value = value.to(target.device, target.dtype)
-    if isinstance(target, DTensor):
-        value = distribute_tensor(value, target.device_mesh, target.placements)
+    if hasattr(target, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = target
+        value = distribute_tensor(value, sharded.device_mesh, sharded.placements)
     target.copy_(value)

@@ -134,7 +134,9 @@ class Role:
     def restart(self) -> None:
         """Back to the teacher: a full copy takes its weights, an adapter becomes the identity again."""
         settle(self.module)
-        frozen = dict(self.base.named_parameters()) if self.base and self.config.kind == "full" else {}
+        frozen = (
+            dict(self.base.named_parameters()) if self.base is not None and self.config.kind == "full" else {}
+        )
         for name, weight in self.weights.items():
             if self.config.kind == "full":
                 assign(weight, frozen[name].float())

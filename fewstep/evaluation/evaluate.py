@@ -196,9 +196,8 @@ def _check_indices(name: str, values: Any, length: int, below: int | None = None
 
 def _skipped(*sides: ImageSource | Statistics) -> Iterator[str]:
     for side in sides:
-        if names := getattr(side, "skipped", ()):
-            name = getattr(side, "name", side)
-            yield f"{len(names)} images of {name} cannot be read and were left out: {', '.join(names)}"
+        if isinstance(side, ImageSource) and (names := side.skipped):
+            yield f"{len(names)} images of {side.name} cannot be read and were left out: {', '.join(names)}"
 
 
 def _warnings(
