@@ -14,19 +14,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import kernels
 from . import recipe as recipes
 from .bare import Bare
 from .checks import check_data
+from .data import Ahead
 from .data.blank import Blank
 from .device import Mark, keep_freed, peak, reset_peak, wait
 from .distributed import Process, start
 from .plan.meter import Meter, storage_bytes
 from .recipe import Recipe
 from .rng import Rng
-from .run import Session, build, hardware
+from .run import Session, build, hardware, on_pixels
 from .trainer import Trainer
 
 ROUNDS = 5  # of the trainer and the bare loop, in turn
+LONG = 2e-3  # seconds beside which starting a product counts for nothing
 
 
 class Clock:
@@ -98,12 +101,17 @@ def _real(recipe: Recipe) -> tuple[Trainer, dict[str, nn.Module]]:
     return session.trainer, _networks(session.teacher.net, session.roles)
 
 
-def _random(recipe: Recipe) -> tuple[Trainer, dict[str, nn.Module]]:
+def _random(recipe: Recipe, folder: Path | None = None) -> tuple[Trainer, dict[str, nn.Module]]:
+    """Random weights are the same in every process; with a folder the run keeps its log and its checkpoints there."""
     from .teachers.skeleton import skeleton_teacher
 
     process = start(recipe.train.device)
+    torch.manual_seed(recipe.train.seed)
     with process.device:
         teacher = skeleton_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
+    if teacher.autoencoder and not on_pixels(recipe):
+        getattr(teacher.pipe, teacher.autoencoder).to("cpu")
+    kernels.set_precision(process.device, recipe.train.tf32)
     keep_freed(process.device)
     roles, method = build(recipe, teacher, process)
 
@@ -111,7 +119,7 @@ def _random(recipe: Recipe) -> tuple[Trainer, dict[str, nn.Module]]:
         return Rng(0, iteration, micro, device=process.device), Rng(0, iteration)
 
     data = Blank(teacher, recipe.train.batch_size, recipe.method_class.needs(recipe.method), draws)
-    trainer = Trainer(method, roles, data, recipe.train, process=process, quiet=True)
+    trainer = Trainer(method, roles, Ahead(data), recipe.train, folder=folder, process=process, quiet=True)
     return trainer, _networks(teacher.net, roles)
 
 
@@ -213,14 +221,18 @@ def _shares(trainer: Trainer, nets, train: Callable[[], None]) -> dict[str, floa
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
-    """FLOP/s of a large square product on this device, the best of some."""
-    size = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
-    best = math.inf
-    for _ in range(repeats):
-        wait(device)
-        begin = time.perf_counter()
-        a @ b
-        wait(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+    """FLOP/s of a large square product on this device, the best of some; as large as takes it some milliseconds."""
+    best = 0.0
+    for size in (1024, 2048, 4096, 8192):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
+        took = []
+        for _ in range(repeats):
+            wait(device)
+            begin = time.perf_counter()
+            a @ b
+            wait(device)
+            took.append(time.perf_counter() - begin)
+        best = max(best, 2 * size**3 / min(took))
+        if min(took) > LONG:
+            break
+    return best

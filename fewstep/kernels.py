@@ -171,6 +171,14 @@ def _same_kernel():
     return nullcontext(), sdpa_kernel(_cur_sdpa_kernel_backends())
 
 
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile writes code for this kind of device."""
+    from torch._inductor.codegen import common
+
+    common.init_backend_registration()
+    return common.get_scheduling_for_device(device.type) is not None
+
+
 def compile_blocks(net: Any, **options) -> None:
     """torch.compile of the blocks that a network repeats, each once for all: minutes become seconds.
 
@@ -178,8 +186,11 @@ def compile_blocks(net: Any, **options) -> None:
         options: of ``torch.compile``.
 
     Raises:
-        RecipeError: diffusers names no such blocks for this class.
+        RecipeError: diffusers names no such blocks for this class, or torch writes no code for the device.
     """
+    device = next(net.parameters()).device
+    if not compiles(device):
+        raise RecipeError(f"teacher.compile: true: torch writes no code for {device.type}; expected false")
     try:
         net.compile_repeated_blocks(**options)
     except (AttributeError, ValueError) as error:

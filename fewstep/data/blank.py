@@ -30,7 +30,7 @@ class Blank:
     ):
         self.teacher, self.needs, self.draws = teacher, needs, draws
         self.shape = (batch_size, *teacher.latent_shape)
-        self.rows: dict[str, int] = {}  # it is made of nothing
+        self.rows: dict[str, int] = {}  # of nothing that could get lost
 
     def batch(self, iteration: int, micro: int) -> Batch:
         rng, shared = self.draws(iteration, micro)
