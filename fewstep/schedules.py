@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import real
+from .device import real, upload
 from .errors import FewstepError
 
 KINDS = ("x0", "eps", "v", "flow")
@@ -226,7 +226,7 @@ class VP(Schedule):
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._on_device:
-            self._on_device[device] = self.table.to(device, real(device))
+            self._on_device[device] = upload(self.table.to(real(device)), device)
         return self._on_device[device]
 
     def _interval(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
