@@ -87,9 +87,8 @@ def _write(part: Path, tensors: dict[str, Tensor], process: Process) -> Path:
     if process.world == 1:
         write_tensors(part / "state.safetensors", {name: value.cpu() for name, value in tensors.items()})
         return part / "state.safetensors"
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
+    from torch.distributed.checkpoint import save as save_shards
 
     writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
     try:
@@ -125,8 +124,8 @@ def load(
     Raises:
         FewstepError: the checkpoint is of another run: weights differ in names or shapes.
     """
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint import load as load_shards
 
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     reader = HuggingFaceStorageReader(str(folder))
