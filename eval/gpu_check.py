@@ -50,6 +50,7 @@ DIFFERENT = 1e-3  # most that fp32 may be off between two devices, relative to t
 DERIVED = 0.05  # most that a derivative may be off the difference of two forwards, relative
 PLANNED = 0.15  # most that a plan may be off the memory that was used
 GB = 1e9
+MINUTES = 10.0
 
 Row = dict[str, Any]
 
@@ -86,8 +87,8 @@ class Part:
     """One of the checks.
 
     Attributes:
-        title: over its table. seconds: after which it is stopped. rows: yields what it finds, one row after another,
-            so that those before a failure are kept.
+        title: over its table. seconds: after which it is stopped; more where there are more than ten minutes for all.
+        rows: yields what it finds, one row after another, so that those before a failure are kept.
     """
 
     title: str
@@ -447,13 +448,13 @@ def run_all(names: list[str], setting: Setting, minutes: float, out: Path) -> in
         "versions": versions(),
         "parts": {},
     }
-    end = time.monotonic() + 60 * minutes
+    end, more = time.monotonic() + 60 * minutes, max(1.0, minutes / MINUTES)
     with tempfile.TemporaryDirectory(prefix="fewstep-gpu-check-", ignore_cleanup_errors=True) as folder:
         for name in names:
             left = end - time.monotonic()
             print(f"gpu_check: {name}: {PARTS[name].title}", flush=True)
             if left > 1:
-                result = apart(name, setting, min(PARTS[name].seconds, left), Path(folder))
+                result = apart(name, setting, min(PARTS[name].seconds * more, left), Path(folder))
             else:
                 result = {"rows": [], "seconds": 0.0, "error": f"not begun: {minutes:g} minutes were over"}
             report["parts"][name] = {"title": PARTS[name].title, **result}
@@ -500,7 +501,7 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help="some of: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, which a CPU can run")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, xpu, mps; cpu with --tiny")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for all parts; later ones are left out")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
     parser.add_argument(
         "--out", type=Path, help="both files without their endings; default eval/results/gpu/DEVICE"
     )

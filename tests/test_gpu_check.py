@@ -41,7 +41,7 @@ def check(folder: Path, body: str, *words: str) -> tuple[int, dict, str, str]:
 @pytest.mark.slow
 @pytest.mark.skipif(standin.compiler() is None, reason="needs a C++ compiler")
 def test_every_part_runs_on_an_accelerator(tmp_path):
-    code, found, table, said = check(tmp_path, "import standin\nstandin.install()\n")
+    code, found, table, said = check(tmp_path, "import standin\nstandin.install()\n", "--minutes", "20")
     assert code == 0, said
     assert found["device"] == "stand-in accelerator" and found["tiny"] and "torch" in found["versions"]
     parts = found["parts"]
