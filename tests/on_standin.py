@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -119,7 +120,7 @@ class Commands:
         """Command -> its arguments."""
         run, teacher, prompts = self.run_folder, self.teacher, self.prompts
         data = f"--teacher {teacher} --prompts {prompts} --images {self.images}"
-        tiny = f"{data} --teacher.dtype float32 --teacher.resolution null --train.batch_size 2"
+        tiny = f"{data} --teacher.dtype float32 --teacher.resolution null --train.batch_size 2 --train.accumulate 1"
         few = f"--prompts {prompts} --num 2 --batch-size 2"
         return {
             "train": "sdxl_dmd2_4step --smoke",
@@ -131,7 +132,7 @@ class Commands:
             "pairs": f"sdxl_dmd2_4step {tiny} --num 2 --steps 2 --out {self.folder}/pairs",
             "prepare": f"{teacher} --images {self.images} --out {self.folder}/smooth --steps 2 --check-every 1 "
             "--batch-size 2 --error 10 --stiffness 1e6",
-            "bench": f"sdxl_dmd2_4step {tiny} --student.rank 4 --critic.rank 4 --iterations 1 --baseline bare",
+            "bench": f"sdxl_dmd2_4step {tiny} --student.rank 4 --critic.rank 4 --method.critic_steps 2 --iterations 1 --baseline bare",
             "floor": f"{teacher} --steps 2 --reference-steps 3 {few} --out {self.folder}/floor",
             "eval generate": f"{teacher} --lora {run} --steps 4 {few} --speed-runs 1 --out {self.folder}/made",
             "eval fid": f"{self.images} {self.folder}/made/4-steps --out {self.folder}/fid.json",
@@ -149,6 +150,7 @@ class Commands:
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = main([*name.split(), *self.words()[name].split()])
+        print(name, round(time.process_time(), 1), "s so far", file=sys.stderr)
         used = torch.accelerator.max_memory_allocated()
         return {"command": name, "code": code, "bytes": used, "said": said.getvalue()[-3000:]}
 
