@@ -132,7 +132,8 @@ class Commands:
             "pairs": f"sdxl_dmd2_4step {tiny} --num 2 --steps 2 --out {self.folder}/pairs",
             "prepare": f"{teacher} --images {self.images} --out {self.folder}/smooth --steps 2 --check-every 1 "
             "--batch-size 2 --error 10 --stiffness 1e6",
-            "bench": f"sdxl_dmd2_4step {tiny} --student.rank 4 --critic.rank 4 --method.critic_steps 2 --iterations 1 --baseline bare",
+            "bench": f"sdxl_dmd2_4step {tiny} --student.rank 4 --critic.rank 4 --method.critic_steps 2 "
+            "--iterations 1 --baseline bare",
             "floor": f"{teacher} --steps 2 --reference-steps 3 {few} --out {self.folder}/floor",
             "eval generate": f"{teacher} --lora {run} --steps 4 {few} --speed-runs 1 --out {self.folder}/made",
             "eval fid": f"{self.images} {self.folder}/made/4-steps --out {self.folder}/fid.json",
