@@ -118,7 +118,7 @@ def _pins(kind: str) -> bool:
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
     """To the device without waiting for it: from pinned memory, so that its queue is not drained first."""
     device = torch.device(device)
-    if device.type == tensor.device.type or not _pins(device.type):
+    if tensor.device.type != "cpu" or device.type == "cpu" or not _pins(device.type):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

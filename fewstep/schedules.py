@@ -206,7 +206,7 @@ class VP(Schedule):
     clean = -1.0
 
     def __init__(self, alphas_cumprod: Tensor | Sequence[float]):
-        table = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+        table = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu")
         if (
             table.ndim != 1
             or len(table) < 2

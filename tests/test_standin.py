@@ -169,4 +169,13 @@ with standin.waits() as found:
 assert not found and not here.equal(5 * y)  # not arrived
 torch.accelerator.synchronize()
 assert here.equal(5 * y)
+
+from fewstep.device import upload
+from fewstep.schedules import VP
+
+with device:  # where a scheduler is made on the device, its table is kept on the host all the same
+    schedule = VP(torch.linspace(0.999, 0.005, 1000))
+assert schedule.alpha(torch.tensor([5.0], device=device)).device.type == device.type
+assert schedule.alpha(torch.tensor([5.0], device="cpu")).device.type == "cpu"
+assert upload(x, "cpu").equal(torch.ones(3)) and upload(x, device) is x
 """
