@@ -87,7 +87,8 @@ class Bare:
 
     def record(self, train: Callable[[], None]) -> None:
         """Runs ``train``, iterations of the trainer, and keeps what its networks were given."""
-        trainer, before = self.trainer, {name: module.forward for name, module in self.modules.items()}
+        trainer: Any = self.trainer  # whose methods are replaced meanwhile
+        before = {name: module.forward for name, module in self.modules.items()}
         for module in self.modules.values():
             module.forward = self._recording(module, module.forward)
         turn, backward, update = trainer.turn, trainer.backward, trainer.update

@@ -14,19 +14,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import kernels
 from . import recipe as recipes
 from .bare import Bare
 from .checks import check_data
+from .data import Ahead
 from .data.blank import Blank
 from .device import Mark, keep_freed, peak, reset_peak, wait
 from .distributed import Process, start
 from .plan.meter import Meter, storage_bytes
 from .recipe import Recipe
 from .rng import Rng
-from .run import Session, build, hardware
+from .run import Session, build, hardware, on_pixels
 from .trainer import Trainer
 
 ROUNDS = 5  # of the trainer and the bare loop, in turn
+LONG = 2e-3  # seconds beside which starting a product counts for nothing
 
 
 class Clock:
@@ -98,12 +101,17 @@ def _real(recipe: Recipe) -> tuple[Trainer, dict[str, nn.Module]]:
     return session.trainer, _networks(session.teacher.net, session.roles)
 
 
-def _random(recipe: Recipe) -> tuple[Trainer, dict[str, nn.Module]]:
+def _random(recipe: Recipe, folder: Path | None = None) -> tuple[Trainer, dict[str, nn.Module]]:
+    """Random weights are the same in every process; with a folder the run keeps its log and its checkpoints there."""
     from .teachers.skeleton import skeleton_teacher
 
     process = start(recipe.train.device)
+    torch.manual_seed(recipe.train.seed)
     with process.device:
         teacher = skeleton_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
+    if teacher.autoencoder and not on_pixels(recipe):
+        getattr(teacher.pipe, teacher.autoencoder).to("cpu")
+    kernels.set_precision(process.device, recipe.train.tf32)
     keep_freed(process.device)
     roles, method = build(recipe, teacher, process)
 
@@ -111,7 +119,7 @@ def _random(recipe: Recipe) -> tuple[Trainer, dict[str, nn.Module]]:
         return Rng(0, iteration, micro, device=process.device), Rng(0, iteration)
 
     data = Blank(teacher, recipe.train.batch_size, recipe.method_class.needs(recipe.method), draws)
-    trainer = Trainer(method, roles, data, recipe.train, process=process, quiet=True)
+    trainer = Trainer(method, roles, Ahead(data), recipe.train, folder=folder, process=process, quiet=True)
     return trainer, _networks(teacher.net, roles)
 
 
@@ -148,7 +156,7 @@ def _measure(recipe: Recipe, trainer: Trainer, nets, iterations: int, baseline: 
     seconds = statistics.median(wall for wall, _ in ours) / count
     shares = _shares(trainer, nets, train)
     network = seconds * (shares["forward"] + shares["backward"])
-    denoiser = next(iter(trainer.method.student.denoisers))
+    denoiser: Any = next(iter(trainer.method.student.denoisers))
     rate = matmul_rate(process.device, denoiser.autocast or torch.float32)
     result = {
         "iterations": count * ROUNDS,
@@ -184,7 +192,7 @@ def _peak(trainer: Trainer, nets, meter: Meter, train: Callable[[], None]) -> fl
     reset_peak(trainer.process.device)
     if peak(trainer.process.device) is not None:
         train()
-        return peak(trainer.process.device)
+        return peak(trainer.process.device) or 0
     held = [t for net in nets.values() for t in (*net.parameters(), *net.buffers())]
     for name, optimizer in trainer.optimizers.items():
         held += [m for state in optimizer.state.values() for m in state.values() if torch.is_tensor(m)]
@@ -198,7 +206,8 @@ def _shares(trainer: Trainer, nets, train: Callable[[], None]) -> dict[str, floa
     backward, update = trainer.backward, trainer.update
     for net in nets.values():
         net.forward = clock.wrap("forward", net.forward)
-    trainer.backward, trainer.update = clock.wrap("backward", backward), clock.wrap("optimiser", update)
+    timed: Any = trainer  # whose methods are replaced meanwhile
+    timed.backward, timed.update = clock.wrap("backward", backward), clock.wrap("optimiser", update)
     wait(device)
     begin = time.perf_counter()
     train()
@@ -206,20 +215,24 @@ def _shares(trainer: Trainer, nets, train: Callable[[], None]) -> dict[str, floa
     total = time.perf_counter() - begin
     for name, net in nets.items():
         net.forward = before[name]
-    trainer.backward, trainer.update = backward, update
+    timed.backward, timed.update = backward, update
     shares = {name: seconds / total for name, seconds in sorted(clock.seconds().items())}
     return {**shares, "outside": 1 - sum(shares.values())}
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
-    """FLOP/s of a large square product on this device, the best of some."""
-    size = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
-    best = math.inf
-    for _ in range(repeats):
-        wait(device)
-        begin = time.perf_counter()
-        a @ b
-        wait(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+    """FLOP/s of a large square product on this device, the best of some; as large as takes it some milliseconds."""
+    best = 0.0
+    for size in (1024, 2048, 4096, 8192):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
+        took = []
+        for _ in range(repeats):
+            wait(device)
+            begin = time.perf_counter()
+            a @ b
+            wait(device)
+            took.append(time.perf_counter() - begin)
+        best = max(best, 2 * size**3 / min(took))
+        if min(took) > LONG:
+            break
+    return best

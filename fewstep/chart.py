@@ -28,7 +28,8 @@ def curves(records: list[dict]) -> str:
         charts = ""
         for key in groups[group]:
             pairs = [(r["step"], drawable(r[key])) for r in records if key in r]
-            charts += _chart(key.rpartition("/")[2], *np.array(pairs, float).T, last)  # None becomes NaN
+            x, y = np.array(pairs, float).T
+            charts += _chart(key.rpartition("/")[2], x, y, last)  # None becomes NaN
         html += f'<h3>{escape(group or "run")}</h3><div class="charts c{i % 4}">{charts}</div>'
     return html
 

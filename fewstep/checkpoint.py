@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def digest(path: Path) -> str:
         )
 
 
-def _digest(file) -> str:  # Python 3.10
+def _digest(file: IO[bytes]) -> str:  # Python 3.10
     state = hashlib.sha256()
     while block := file.read(1 << 20):
         state.update(block)
@@ -67,7 +68,7 @@ def _tensors(roles: Mapping[str, Role], optimizers: Optimizers) -> dict[str, Ten
 
 
 def save(
-    folder: Path, roles: Mapping[str, Role], optimizers: Optimizers, state: dict, process: Process
+    folder: Path, roles: Mapping[str, Role], optimizers: Optimizers, state: dict[str, Any], process: Process
 ) -> None:
     """Writes ``folder`` atomically; every rank writes what it holds, the first one the rest."""
     tensors = _tensors(roles, optimizers)
@@ -117,7 +118,7 @@ def _replacing(folder: Path, process: Process) -> Iterator[Path]:
 
 def load(
     folder: Path, roles: Mapping[str, Role], optimizers: Optimizers, process: Process | None = None
-) -> dict:
+) -> dict[str, Any]:
     """Restores roles and optimisers exactly; returns the state's JSON.
 
     Raises:
@@ -126,11 +127,11 @@ def load(
     from torch.distributed.checkpoint import HuggingFaceStorageReader
     from torch.distributed.checkpoint import load as load_shards
 
-    state = json.loads((folder / "state.json").read_text())
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     reader = HuggingFaceStorageReader(str(folder))
     entries = reader.read_metadata().state_dict_metadata
     expected = {f"{r.name}/weight/{n}": w.shape for r in roles.values() for n, w in r.weights.items()}
-    found = {n: entry.size for n, entry in entries.items() if "/weight/" in n}
+    found = {n: getattr(entry, "size", None) for n, entry in entries.items() if "/weight/" in n}
     if expected != found:
         odd = sorted(n for n in expected | found if expected.get(n) != found.get(n))[:3]
         raise FewstepError(
@@ -151,12 +152,13 @@ def load(
                 elif f"{role.name}/optimizer/{key}.codes/{name}" in entries:
                     optimizer.state[weight][key] = empty_8bit(optimizer, weight, key)
     several = process is not None and process.world > 1
+    control = process.control if process is not None else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns where there is one process only
         load_shards(
             _tensors(roles, optimizers),
             storage_reader=reader,
-            process_group=process.control if several else None,
+            process_group=control if several else None,
             no_dist=not several,
         )
     return state
@@ -209,7 +211,7 @@ def newest(checkpoints: Path, sound: bool = False) -> Path | None:
     return None
 
 
-def at(checkpoints: Path, step: str, best: dict) -> Path:
+def at(checkpoints: Path, step: str, best: Mapping[str, float]) -> Path:
     """The checkpoint of a step, or of the "best" one.
 
     Raises:
@@ -228,11 +230,11 @@ def at(checkpoints: Path, step: str, best: dict) -> Path:
     return wanted
 
 
-def _is_sound(state: dict) -> bool:
+def _is_sound(state: dict[str, Any]) -> bool:
     return not any(state["skipped"].values()) and all(state["last"]["finite"].values())
 
 
-def rotate(checkpoints: Path, keep: int, best: int | None = None) -> None:
+def rotate(checkpoints: Path, keep: int, best: float | None = None) -> None:
     """Removes all but the newest and the one of step ``best``."""
     for folder in every(checkpoints)[:-keep]:
         if step_of(folder) != best:

@@ -102,7 +102,7 @@ def _pairs(args, rest) -> int:
     from .teachers import load_teacher
 
     recipe = recipes.override(load_recipe(args.recipe), rest)
-    folder = args.out or (recipe.data.pairs and Path(recipe.data.pairs))
+    folder: Path | None = args.out or (Path(recipe.data.pairs) if recipe.data.pairs else None)
     if folder is None:
         raise FewstepError("pairs: give --out, or a recipe with data.pairs")
     prompts, process = load_prompts(recipe.data.prompts), start(recipe.train.device)

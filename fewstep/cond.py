@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Cond:
     def map(self, function: Callable[[Tensor], Tensor]) -> Cond:
         return Cond({name: function(value) for name, value in self.tensors.items()})
 
-    def rows(self, index) -> Cond:
+    def rows(self, index: Tensor | slice) -> Cond:
         """Rows by slice or index tensor."""
         return self.map(lambda value: value[index])
 
@@ -35,16 +36,16 @@ class Cond:
         """One row -> ``batch_size`` equal rows (a view)."""
         return self.map(lambda value: value.expand(batch_size, *value.shape[1:]))
 
-    def to(self, *args, **kwargs) -> Cond:
+    def to(self, *args: Any, **kwargs: Any) -> Cond:
         """Like ``Tensor.to``; a dtype is applied to floating-point tensors only."""
-        device_only = {k: v for k, v in kwargs.items() if k != "dtype"}
+        device_only: Any = {k: v for k, v in kwargs.items() if k != "dtype"}
         dtype = kwargs.get("dtype") or next((a for a in args if isinstance(a, torch.dtype)), None)
-        args = [a for a in args if not isinstance(a, torch.dtype)]
+        places: Any = [a for a in args if not isinstance(a, torch.dtype)]
 
         def move(value: Tensor) -> Tensor:
-            return value.to(
-                *args, **device_only, **({"dtype": dtype} if dtype and value.is_floating_point() else {})
-            )
+            only: Any = {"dtype": dtype} if dtype and value.is_floating_point() else {}
+            to: Callable[..., Tensor] = value.to
+            return to(*places, **device_only, **only)
 
         return self.map(move)
 

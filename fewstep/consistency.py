@@ -63,7 +63,8 @@ def forward_mode(velocity: Velocity, x_t: Tensor, t: Tensor, ode: Tensor) -> tup
     (:meth:`fewstep.denoiser.NetDenoiser.exact`).
     """
     factor = torch.cos(t) * torch.sin(t)
-    return torch.func.jvp(velocity, (x_t, t), (expand(factor, x_t) * ode, factor))
+    found = torch.func.jvp(velocity, (x_t, t), (expand(factor, x_t) * ode, factor))
+    return found[0], found[1]
 
 
 @contextmanager
@@ -110,6 +111,8 @@ class LogWeight(nn.Module):
     ``exp(w)`` learns to be the inverse of the mean squared error at each t (EDM2, arXiv 2312.02696, eq. 14 and 21;
     there u = -w). Published heads are linear on the network's time embedding; ours needs nothing of the network.
     """
+
+    frequency: Tensor
 
     def __init__(self, frequencies: int = 16):
         super().__init__()

@@ -7,7 +7,7 @@ the same protocol, so a loss never knows what a network predicts or on which pat
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,7 +31,8 @@ class Denoiser(Protocol):
     Guidance is one number, or one per sample, (B,).
     """
 
-    schedule: Schedule
+    @property
+    def schedule(self) -> Schedule: ...
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor: ...
 
@@ -73,7 +74,9 @@ class NetDenoiser:
         self.call, self.null, self.autocast, self.attention = call, null, autocast, attention
         self.example = example or null or Cond({})
         self.embeds_guidance = embeds_guidance
-        self.products = nullcontext  # how fp32 ones are made, see fewstep.kernels
+        self.products: Callable[[], AbstractContextManager[None]] = (
+            nullcontext  # how fp32 ones are made, see fewstep.kernels
+        )
         self.scalars: dict[str, Scalar] = {}
 
     def with_net(self, net: nn.Module) -> NetDenoiser:
@@ -103,7 +106,9 @@ class NetDenoiser:
             return self._forward(x_t, t, _told(null, 1.0, x_t) if self.embeds_guidance else null)
         both = self._forward(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat(null, cond))
         unconditional, conditional = both.chunk(2)
-        return torch.lerp(unconditional, conditional, expand(guidance, x_t) if mixed else guidance)
+        return torch.lerp(
+            unconditional, conditional, expand(guidance, x_t) if isinstance(guidance, Tensor) else guidance
+        )
 
     def exact(self) -> NetDenoiser:
         """The same network without autocast and with the attention kernel that has forward-mode derivatives."""
@@ -124,8 +129,10 @@ class NetDenoiser:
 
 
 def _told(cond: Cond, guidance: Guidance, x_t: Tensor) -> Cond:
-    mixed = isinstance(guidance, Tensor)
-    scale = guidance.float() if mixed else torch.full((len(x_t),), float(guidance), device=x_t.device)
+    if isinstance(guidance, Tensor):
+        scale = guidance.float()
+    else:
+        scale = torch.full((len(x_t),), float(guidance), device=x_t.device)
     return Cond({**cond.tensors, EMBEDDED: scale.expand(len(x_t))})
 
 

@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def bf16_units(device: torch.device | str) -> bool | None:
             hidden = limit not in ("", "ALL", "DEFAULT") and "AMX" not in limit
             return torch.cpu._is_amx_tile_supported() and not hidden
         # Of other processors this asks for the instructions; of x86-64 for less than them.
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     ask = getattr(torch.get_device_module(device), "is_bf16_supported", None)
     if ask is None:
         return None
@@ -117,7 +118,7 @@ def _pins(kind: str) -> bool:
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
     """To the device without waiting for it: from pinned memory, so that its queue is not drained first."""
     device = torch.device(device)
-    if device.type == tensor.device.type or not _pins(device.type):
+    if tensor.device.type != "cpu" or device.type == "cpu" or not _pins(device.type):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
@@ -129,7 +130,7 @@ class Download:
         self.tensor = tensor.detach().to("cpu", non_blocking=True)  # into pinned memory
         self.arrived = Mark(tensor.device)
 
-    def read(self) -> list:
+    def read(self) -> list[Any]:
         self.arrived.wait()
         return self.tensor.tolist()
 
@@ -154,7 +155,7 @@ class Mark:
 
     def seconds_until(self, later: Mark) -> float:
         """Both have been reached."""
-        if self.event is None:
+        if self.event is None or later.event is None:
             return later.at - self.at
         return self.event.elapsed_time(later.event) / 1000
 
@@ -209,8 +210,9 @@ def all_of_them() -> dict[str, str]:
     """Every device of this machine, and what it is."""
     found = {}
     accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kind = accelerator.type if accelerator else "cpu"
     for i in range(torch.accelerator.device_count() if accelerator else 0):
-        device = torch.device(accelerator.type, i)
+        device = torch.device(kind, i)
         memory = total(device)
         found[str(device)] = name_of(device) + (f", {memory / 1e9:.0f} GB" if memory else "")
     built = torch.version.cuda or torch.version.hip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,7 @@ class TokenHead(nn.Module):
         return _logits(hidden if x.ndim == 3 else hidden[:, None], self.layers[-1], told)
 
 
-def _logits(hidden: Tensor, last: nn.Module, told: Tensor | None) -> Tensor:
+def _logits(hidden: Tensor, last: Any, told: Tensor | None) -> Tensor:
     """(B, n, C) -> (B, n) by the last layer, to whose weights each sample's condition adds ``told`` (B, C)."""
     logits = nn.functional.linear(hidden, last.weight.flatten(1), last.bias)[..., 0]
     return logits if told is None else logits + (hidden @ told[:, :, None])[..., 0]
@@ -190,8 +191,8 @@ class Discriminator(nn.Module):
             told = condition_vector(denoiser, t, example).shape[1]
             widths = [m.shape[1] if m.ndim == 4 else m.shape[-1] for m in maps]
             self.projections = nn.ModuleList(nn.Linear(told, width, bias=False) for width in widths)
-            for projection in self.projections.to(x.device):
-                nn.init.zeros_(projection.weight)
+            for projection in self.projections.to(x.device).parameters():
+                nn.init.zeros_(projection)
 
     def forward(self, features: Sequence[Tensor], told: Tensor | None = None) -> Tensor:
         """Logits (B, n) of all heads side by side; conditional ones want ``told`` (B, m)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from .device import choose
 from .errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass
@@ -31,8 +34,8 @@ class Process:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    mesh: object | None = None
-    control: object | None = None
+    mesh: DeviceMesh | None = None
+    control: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -113,8 +116,8 @@ def distribute(module: nn.Module, process: Process) -> None:
     for block in units:
         fully_shard(block, mesh=process.mesh)
     # Gathered until the backward: a loss on tapped features never touches the output whose hook would gather again.
-    fully_shard(module, mesh=process.mesh, ignored_params=frozen, reshard_after_forward=False)
-    module.sharded_units = [*units, module]
+    sharded: Any = fully_shard(module, mesh=process.mesh, ignored_params=frozen, reshard_after_forward=False)
+    sharded.sharded_units = [*units, module]
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
@@ -126,8 +129,8 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 
 def sync_gradients(module: nn.Module, on: bool) -> None:
     """Between micro-batches gradients need not travel."""
-    if hasattr(module, "set_requires_gradient_sync"):
-        module.set_requires_gradient_sync(on)
+    if sync := getattr(module, "set_requires_gradient_sync", None):
+        sync(on)
 
 
 def settle(module: nn.Module) -> None:
@@ -139,7 +142,7 @@ def settle(module: nn.Module) -> None:
 def gather(module: nn.Module) -> None:
     """Makes sharded weights whole ahead of a forward-mode derivative, inside of which they cannot be gathered."""
     if units := getattr(module, "sharded_units", ()):
-        module.set_reshard_after_forward(False)
+        units[-1].set_reshard_after_forward(False)  # the module itself
         for unit in units:
             unit.unshard()
 
@@ -169,5 +172,6 @@ def assign(target: Tensor, value: Tensor) -> None:
     if hasattr(target, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        value = distribute_tensor(value, target.device_mesh, target.placements)
+        sharded: Any = target
+        value = distribute_tensor(value, sharded.device_mesh, sharded.placements)
     target.copy_(value)

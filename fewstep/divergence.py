@@ -106,7 +106,8 @@ class Divergence:
         for k, batch in enumerate(trainer.batches(step)):
             for i in range(batch.shape[0]):
                 key = (trainer.config.seed, "rescue", step, phase.name, k, i, trainer.process.rank)
-                one, sums = batch.row(i, Rng(*key, device=batch.rng.device)), {}
+                one = batch.row(i, Rng(*key, device=batch.rng.device))
+                sums: dict[str, Tensor] = {}
                 for before in trainer.phases[
                     : trainer.phases.index(phase)
                 ]:  # leave what this phase takes over

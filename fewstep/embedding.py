@@ -8,7 +8,7 @@ what is left is a network of the teacher's own class.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ TIME_EMBEDDERS = (
 CHANNELS = 256  # sinusoids of an embedded scalar, as in SANA-Sprint's class
 
 
-def time_embedder(net: nn.Module) -> tuple[str, nn.Module, nn.Module]:
+def time_embedder(net: nn.Module) -> tuple[str, Any, Any]:
     """(path of the time MLP, the MLP, the sinusoids before it).
 
     Raises:

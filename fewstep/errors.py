@@ -75,6 +75,12 @@ def tell(error: BaseException) -> int:
             "stopped; a run goes on from its last checkpoint with fewstep resume",
             128 + signal.SIGINT,
         )
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, of whatever device
+        message, code = (
+            f"{str(error).splitlines()[0]} `fewstep plan RECIPE` says what fits: a smaller train.batch_size with "
+            "as much more train.accumulate, teacher.gradient_checkpointing true, or teacher.dtype bfloat16",
+            2,
+        )
     elif reason := why(error):
         name = getattr(error, "filename", None) or "a file"
         message, code = f"{name}: {reason}; mend that and run the command again", 4

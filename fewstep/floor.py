@@ -34,7 +34,7 @@ RECORD = "floor.json"
 END = 1.0, 0.0  # signal and noise of a sample
 
 
-def jump(before: tuple | None, now: tuple, then: tuple) -> tuple:
+def jump(before: Any, now: Any, then: Any) -> tuple[Any, Any, Any]:
     """Coefficients of one solver step: ``x_then = a x_now + b x0_now + c x0_before``.
 
     With ``before`` it is DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), without it the first-order step, which
@@ -254,7 +254,9 @@ def calibrate(
     shuffled = Rng(seed, "floor").permutation(len(prompts)).tolist()
     chosen = [prompts[shuffled[i % len(prompts)]] for i in range(rows)]
     noise = Rng(seed, "floor noise").normal(rows, *teacher.latent_shape)
-    paths, searched, fresh = Paths.none(times), [], []
+    paths = Paths.none(times)
+    searched: list[tuple[Tensor, Cond, Tensor]] = []
+    fresh: list[tuple[Tensor, Cond, Tensor]] = []
     for start in (*range(0, num, batch_size), *range(num, rows, batch_size)):
         part = slice(start, min(start + batch_size, num if start < num else rows))
         z, cond = noise[part].to(teacher.device), teacher.encode(chosen[part]).to(teacher.device)
@@ -278,8 +280,8 @@ def calibrate(
         others = {"even": reference_times(schedule, n)}
         if type(teacher).pipeline_class in AYS:
             others["ays"] = [float(t) for t in ays_times(type(teacher).pipeline_class, schedule, n)]
-        options = [best_nodes(costs * weights, n)[0] for weights in node_weights(schedule, times)]
-        options = [tuple(times[i] for i in nodes) for nodes in options]
+        searches = (best_nodes(costs * weights, n)[0] for weights in node_weights(schedule, times))
+        options = [tuple(times[i] for i in nodes) for nodes in searches]
         nodes = min(
             dict.fromkeys((*options, tuple(others["even"]))), key=lambda nodes: error(nodes, searched)
         )

@@ -46,7 +46,7 @@ def image_grid(
 
     height, width = images.shape[1] * scale, images.shape[2] * scale
     gap = max(2, min(height, width) // 32)
-    font = ImageFont.load_default(size=max(10, width // 11))
+    font: Any = ImageFont.load_default(size=max(10, width // 11))
     line = sum(font.getmetrics())
     captions = [_wrap(text, font, width) for text in labels or ()]
     caption_height = line * max((len(c) for c in captions), default=0)

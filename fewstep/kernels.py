@@ -6,13 +6,14 @@ import difflib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from .device import bf16_units
+from .device import bf16_units as bf16_units
 from .errors import RecipeError
 
 # Kernels of torch's scaled_dot_product_attention; any other name is one of diffusers' dispatcher, or "xformers".
@@ -107,7 +108,7 @@ def check_attention(name: str) -> None:
         raise RecipeError(f"teacher.attention: {name}: {error}") from error
 
 
-def set_attention(net: nn.Module, name: str) -> None:
+def set_attention(net: Any, name: str) -> None:
     """Gives a network the kernel of a recipe; those of :data:`ATTENTION` are chosen at each call instead.
 
     Raises:
@@ -143,7 +144,7 @@ def arithmetic(device: str, autocast: torch.dtype | None, attention: str) -> Ite
         yield
 
 
-def use_channels_last(net: nn.Module) -> None:
+def use_channels_last(net: Any) -> None:
     """Convolutions of a UNet in the layout that tensor cores take; weights that shells share stay shared.
 
     Raises:
@@ -154,7 +155,7 @@ def use_channels_last(net: nn.Module) -> None:
     net.to(memory_format=torch.channels_last)
 
 
-def checkpoint_blocks(net: nn.Module) -> None:
+def checkpoint_blocks(net: Any) -> None:
     """Activations of a network's blocks are computed again in the backward pass: with the forward's attention kernel.
 
     Torch remembers the autocast of a checkpointed forward, and not its kernel, of which each keeps other things.
@@ -170,15 +171,26 @@ def _same_kernel():
     return nullcontext(), sdpa_kernel(_cur_sdpa_kernel_backends())
 
 
-def compile_blocks(net: nn.Module, **options) -> None:
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile writes code for this kind of device."""
+    from torch._inductor.codegen import common
+
+    common.init_backend_registration()
+    return common.get_scheduling_for_device(device.type) is not None
+
+
+def compile_blocks(net: Any, **options) -> None:
     """torch.compile of the blocks that a network repeats, each once for all: minutes become seconds.
 
     Args:
         options: of ``torch.compile``.
 
     Raises:
-        RecipeError: diffusers names no such blocks for this class.
+        RecipeError: diffusers names no such blocks for this class, or torch writes no code for the device.
     """
+    device = next(net.parameters()).device
+    if not compiles(device):
+        raise RecipeError(f"teacher.compile: true: torch writes no code for {device.type}; expected false")
     try:
         net.compile_repeated_blocks(**options)
     except (AttributeError, ValueError) as error:

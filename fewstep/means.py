@@ -11,7 +11,7 @@ from .distributed import Process
 class Means:
     """Means of named numbers over the iterations that have them; they stay on the device until they are read."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
@@ -38,5 +38,5 @@ class Means:
     def of(cls, floats: dict[str, list[float]], device: torch.device) -> Means:
         means = cls()
         means.sums = {name: torch.tensor(value, device=device) for name, (value, _) in floats.items()}
-        means.counts = {name: count for name, (_, count) in floats.items()}
+        means.counts = {name: int(count) for name, (_, count) in floats.items()}
         return means

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def optimizer_of(role: Role) -> torch.optim.Optimizer:
         RecipeError: 8 bits without torchao, or of sharded weights.
     """
     c, weights = role.config, list(role.weights.values())
-    options = {"lr": c.lr, "betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
+    options: dict[str, Any] = {"lr": c.lr, "betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
     if c.optimizer == "adamw":
         return torch.optim.AdamW(weights, **options, fused=True)
     try:
@@ -32,10 +33,11 @@ def optimizer_of(role: Role) -> torch.optim.Optimizer:
             f"roles.{role.name}.optimizer: adamw8bit: expected adamw with several processes, whose moments train.shard "
             "splits instead"
         )
-    return AdamW8bit(weights, **options)
+    made: torch.optim.Optimizer = AdamW8bit(weights, **options)
+    return made
 
 
-def take_step(optimizer: torch.optim.Optimizer, lr: float, found_inf: Tensor) -> None:
+def take_step(optimizer: Any, lr: float, found_inf: Tensor) -> None:
     """One update, which leaves weights and moments alone where ``found_inf`` is 1.
 
     The fused kernel reads that on the device. torchao's cannot, so the host waits for it.
@@ -49,7 +51,7 @@ def take_step(optimizer: torch.optim.Optimizer, lr: float, found_inf: Tensor) ->
         optimizer.step()
 
 
-def plain(key: str, moment: Tensor) -> dict[str, Tensor]:
+def plain(key: str, moment: Any) -> dict[str, Tensor]:
     """A moment as tensors that a file can hold, by name: 8 bits are codes and scales of blocks."""
     if not hasattr(moment, "codes"):
         return {key: moment}
@@ -62,6 +64,7 @@ def bytes_8bit(weights: Iterable[Tensor]) -> int:
     return sum(2 * (n + n // 64) if n >= 4096 and n % 256 == 0 else 8 * n for n in sizes)
 
 
-def empty_8bit(optimizer: torch.optim.Optimizer, weight: Tensor, key: str) -> Tensor:
+def empty_8bit(optimizer: Any, weight: Tensor, key: str) -> Tensor:
     """What :func:`plain` took apart, ready to be filled."""
-    return optimizer._new_buffer(weight, key == "exp_avg")
+    buffer: Tensor = optimizer._new_buffer(weight, key == "exp_avg")
+    return buffer

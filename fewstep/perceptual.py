@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,8 @@ class _Decoded:
 def _maps(teacher: Teacher) -> Callable[[Tensor], list[Tensor]]:
     from .evaluation.extractors import get_extractor
 
-    network = get_extractor("effnet-lite0@96").network.to(teacher.device).requires_grad_(False).eval()
+    extractor: Any = get_extractor("effnet-lite0@96")
+    network = extractor.network.to(teacher.device).requires_grad_(False).eval()
     wanted = [block for i, block in enumerate(network._blocks) if i in (2, 4, 10, 15)]
 
     def maps(images: Tensor) -> list[Tensor]:

@@ -112,9 +112,10 @@ def smooth_time(denoiser: NetDenoiser, latent_shape: Sequence[int], turns: float
     grid = torch.linspace(0, longest, 1000, device=next(mlp.parameters()).device)
     with torch.no_grad():
         target = mlp(sinusoids(grid))
-    if "timestep_scale" in denoiser.net.config:
+    net: Any = denoiser.net
+    if "timestep_scale" in net.config:
         # SANA's class has a scale of its own, and its Sprint pipeline needs t in [0, 1].
-        denoiser.net.register_to_config(timestep_scale=denoiser.net.config.timestep_scale / longest)
+        net.register_to_config(timestep_scale=net.config.timestep_scale / longest)
         found, grid = found / longest, grid / longest
     keep = (found <= turns).to(mlp.linear_1.weight)
     if not keep.any():
@@ -134,7 +135,7 @@ def smooth_time(denoiser: NetDenoiser, latent_shape: Sequence[int], turns: float
     return int((keep == 0).sum())
 
 
-def with_qk_norm(net: nn.Module) -> nn.Module:
+def with_qk_norm(net: Any) -> nn.Module:
     """The same weights in the same class with RMS normalisation of queries and keys.
 
     Raises:
@@ -163,8 +164,8 @@ def stiffness(denoiser: NetDenoiser, x_t: Tensor, t: Tensor, ode: Tensor, cond: 
         return seen.predict("v", x, time, cond)
 
     still, moment = torch.zeros_like(ode), torch.ones_like(t)
-    _, in_time = torch.func.jvp(velocity, (x_t, t), (still, moment))
-    _, in_space = torch.func.jvp(velocity, (x_t, t), (ode, torch.zeros_like(t)))
+    in_time = torch.func.jvp(velocity, (x_t, t), (still, moment))[1]
+    in_space = torch.func.jvp(velocity, (x_t, t), (ode, torch.zeros_like(t)))[1]
     weight = expand(torch.cos(t) * torch.sin(t), x_t)  # as they stand in the tangent
     return ((weight * in_time).norm() / (weight * in_space).norm()).item()
 
@@ -198,6 +199,8 @@ def compare(teacher: NetDenoiser, student: NetDenoiser, batch: Batch) -> dict[st
 class Preparation(Method):
     """A copy of the teacher learns the teacher's own prediction, at all times and under both branches of guidance."""
 
+    student: Student
+
     def __init__(self, config: PrepareConfig, teacher: NetDenoiser, *, student: NetDenoiser):
         self.config, self.teacher = config, teacher
         self.student = Student(student, [student.schedule.t_max])
@@ -206,7 +209,8 @@ class Preparation(Method):
         return [Phase("student", ("student",), self.loss)]
 
     def loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
-        denoiser, schedule = self.student.denoiser, self.teacher.schedule
+        denoiser: Any = self.student.denoiser
+        schedule = self.teacher.schedule
         t = schedule.draw_times(batch.rng.uniform(len(batch.real)), 1e-3)
         x_t = schedule.add_noise(batch.real, batch.rng.normal_like(batch.real), t)
         dropped = batch.rng.uniform(len(t)) < self.config.null_probability

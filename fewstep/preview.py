@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +72,8 @@ class Preview:
         order = Rng(self.config.seed, "preview").permutation(len(prompts))[: self.config.count]
         self.prompts = self.config.prompts or [prompts[int(i)] for i in order]
         self.cond = teacher.encode(self.prompts).to(teacher.device)
-        self.writer, self.writing = ThreadPoolExecutor(1), []
+        self.writer = ThreadPoolExecutor(1)
+        self.writing: list[Future[None]] = []
         self.decode = tiny_decoder(self.config.vae, teacher) if self.config.vae else teacher.decode
         self.distance = None
         if self.config.distance:

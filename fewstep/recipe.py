@@ -48,7 +48,7 @@ class TeacherConfig:
     compile: bool = False
     channels_last: bool = False
 
-    def options(self) -> dict[str, str | int | None]:
+    def options(self) -> dict[str, Any]:
         """What :func:`~fewstep.teachers.load_teacher` takes beside the path."""
         return {name: getattr(self, name) for name in ("dtype", "resolution", "autocast", "attention")}
 
@@ -177,7 +177,7 @@ for _cls in (
     RoleConfig,
     TrainConfig,
 ):
-    _cls.__pydantic_config__ = _FORBID
+    _cls.__pydantic_config__ = _FORBID  # type: ignore[union-attr]  # of pydantic's, on plain dataclasses
 
 
 def _method_name(config: Any) -> str:
@@ -210,7 +210,7 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
     if not isinstance(options, Mapping) or "name" not in options:
         raise RecipeError(f"method: {options!r}; expected a mapping with a name, e.g. {{name: dmd2}}")
     method = get_method(str(options["name"]))
-    method.Config.__pydantic_config__ = _FORBID
+    method.Config.__pydantic_config__ = _FORBID  # type: ignore[attr-defined]
     config = _validate(method.Config, {k: v for k, v in options.items() if k != "name"}, "method")
     recipe = _validate(Recipe, {**data, "method": config}, "")
     networks = method.networks_for(config)

@@ -125,8 +125,8 @@ def _table(rows: list[dict]) -> str:
     columns, best, lines = _columns(rows), {}, ""
     for key in filter(direction, columns):
         # A reference, such as the autoencoder's reconstructions, is a ceiling and wins nothing.
-        values = [drawable(row.get(key)) for row in rows if row["kind"] != "reference"]
-        values = [value for value in values if value is not None]
+        found = (drawable(row.get(key)) for row in rows if row["kind"] != "reference")
+        values = [value for value in found if value is not None]
         best[key] = (max if direction(key) > 0 else min)(values) if len(values) > 1 else None
     for row in rows:
         cells = ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,7 +35,8 @@ def load_reward(spec: str, device: str = "cpu") -> Reward:
     kind, _, rest = spec.partition(":")
     try:
         if kind in CLIPS:
-            return _differentiable(get_scorer(spec, device))
+            scorer: Any = get_scorer(spec, device)
+            return _differentiable(scorer)
         if kind == "imagereward":
             return ImageReward(rest, device)
         if kind == "aesthetic":

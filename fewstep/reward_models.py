@@ -24,8 +24,8 @@ from .evaluation.clip import MEAN, STD, Clip, pooled
 def prepared(images: Tensor, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] as CLIP wants them; Pillow's resize, which evaluation uses, has no gradient."""
     x = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
-    return (x - mean) / std
+    shift, scale = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
+    return (x - shift) / scale
 
 
 class Regression(nn.Module):

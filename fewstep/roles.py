@@ -12,7 +12,7 @@ import difflib
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from .distributed import assign, settle
 from .errors import RecipeError
 from .kernels import checkpoint_blocks
+
+if TYPE_CHECKING:
+    from .teachers.base import Teacher
 
 # DMD2's list for SDXL (arXiv 2405.14867, released code): 788 layers of the UNet.
 UNET_TARGETS = [
@@ -88,7 +91,7 @@ class RoleConfig:
     ema_device: Literal["cpu"] | None = None
     gradient_checkpointing: bool | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rank < 1:
             raise RecipeError(f"rank: {self.rank}: expected at least 1")
         if not 0 <= self.ema < 1:
@@ -131,7 +134,9 @@ class Role:
     def restart(self) -> None:
         """Back to the teacher: a full copy takes its weights, an adapter becomes the identity again."""
         settle(self.module)
-        frozen = dict(self.base.named_parameters()) if self.config.kind == "full" else {}
+        frozen = (
+            dict(self.base.named_parameters()) if self.base is not None and self.config.kind == "full" else {}
+        )
         for name, weight in self.weights.items():
             if self.config.kind == "full":
                 assign(weight, frozen[name].float())
@@ -152,7 +157,7 @@ class Role:
         """After the ``updates``-th update; the first ones use a shorter memory, so the start is soon forgotten."""
         if self.average is not None:
             decay = min(self.config.ema, (1 + updates) / (10 + updates))
-            weights = list(self.weights.values())
+            weights: list[Tensor] = list(self.weights.values())
             if self.config.ema_device:
                 weights = [weight.to(self.config.ema_device) for weight in weights]
             torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
@@ -166,20 +171,20 @@ class averaged:
     """``with averaged(*roles):`` modules carry their moving averages; the trained weights come back after."""
 
     def __init__(self, *roles: Role):
-        self.roles = [role for role in roles if role.average is not None]
+        self.averages = [(role, role.average) for role in roles if role.average is not None]
 
     def _swap(self) -> None:
-        for role in self.roles:
+        for role, average in self.averages:
             settle(role.module)
             for name, weight in role.weights.items():
                 held = weight.detach().clone()
-                weight.data.copy_(role.average[name])
-                role.average[name].copy_(held)
+                weight.data.copy_(average[name])
+                average[name].copy_(held)
 
     def __enter__(self) -> None:
         self._swap()
 
-    def __exit__(self, *_exc) -> None:
+    def __exit__(self, *_exc: object) -> None:
         self._swap()
 
 
@@ -190,13 +195,13 @@ def shell(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def resize(teacher, changes: Mapping[str, Any], option: str) -> nn.Module:
+def resize(teacher: Teacher, changes: Mapping[str, Any], option: str) -> nn.Module:
     """A new network of the teacher's class whose configuration differs in ``changes``, in fp32.
 
     Weights of equal name and shape are the teacher's, the others random, the same in every call.
 
     Args:
-        teacher: a :class:`~fewstep.teachers.base.Teacher`. option: the recipe's field, for errors.
+        option: the recipe's field, for errors.
 
     Raises:
         RecipeError: an unknown entry, an impossible network, or one that cannot stand where the teacher's stands.
@@ -229,7 +234,8 @@ def resize(teacher, changes: Mapping[str, Any], option: str) -> nn.Module:
     small.load_state_dict({**own, **same})
     if getattr(net, "is_gradient_checkpointing", False):
         checkpoint_blocks(small)
-    return small.requires_grad_(False).eval()
+    frozen: nn.Module = small.requires_grad_(False).eval()
+    return frozen
 
 
 @torch.no_grad()
@@ -276,7 +282,8 @@ def _recompute(module: nn.Module, config: RoleConfig) -> None:
     if config.gradient_checkpointing:
         checkpoint_blocks(module)
     elif config.gradient_checkpointing is False and getattr(module, "is_gradient_checkpointing", False):
-        module.disable_gradient_checkpointing()
+        network: Any = module
+        network.disable_gradient_checkpointing()
 
 
 def _in_fp32(tensors: Iterable[Tensor]) -> None:

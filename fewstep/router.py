@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .cond import Cond
-from .denoiser import Denoiser
+from .denoiser import Denoiser, Guidance
 from .errors import RecipeError
 from .files import write_json, write_tensors
 from .rng import Rng
@@ -212,7 +212,7 @@ class RoutedDenoiser:
     def __init__(self, denoisers: Sequence[Denoiser], router: Router):
         self.denoisers, self.router, self.schedule = list(denoisers), router, denoisers[0].schedule
 
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
         def call(k: int, rows: Tensor) -> Tensor:
             return self.denoisers[k].x0(x_t[rows], t[rows], cond.rows(rows), guidance=guidance)
 
@@ -233,7 +233,8 @@ class PartNetworks(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("networks")[self.active], name)
+            networks: Any = super().__getattr__("networks")
+            return getattr(networks[self.active], name)
 
 
 class RoutedPipeline:
@@ -254,7 +255,7 @@ class RoutedPipeline:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.pipe, name, value)
 
-    def to(self, *args, **kwargs) -> RoutedPipeline:
+    def to(self, *args: Any, **kwargs: Any) -> RoutedPipeline:
         self.pipe.to(*args, **kwargs)
         return self
 
@@ -267,7 +268,8 @@ class RoutedPipeline:
             do_classifier_free_guidance=False,
         )
         pooled = self.router.feature == "pooled"
-        return self.router(Cond({"pooled": encoded[2]} if pooled else {"embeds": encoded[0]}))
+        router: Router = self.router
+        return router(Cond({"pooled": encoded[2]} if pooled else {"embeds": encoded[0]}))
 
     @torch.no_grad()
     def __call__(

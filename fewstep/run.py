@@ -174,7 +174,7 @@ def settled(recipe: Recipe, teacher: Teacher, process: Process) -> Recipe:
     """With what ``auto`` became, on all ranks as on the first one, so that the run goes on with it anywhere."""
     denoiser = teacher.denoiser
     denoiser.autocast, denoiser.attention = process.collect((denoiser.autocast, denoiser.attention))[0]
-    autocast = str(denoiser.autocast).removeprefix("torch.") if denoiser.autocast else None
+    autocast: Any = str(denoiser.autocast).removeprefix("torch.") if denoiser.autocast else None
     config = dataclasses.replace(recipe.teacher, autocast=autocast, attention=denoiser.attention)
     return dataclasses.replace(recipe, teacher=config)
 
@@ -267,17 +267,19 @@ class Session:
         weights = {role.name: gathered(role.final_weights(), self.process) for role in experts}
         if not self.process.main:
             return
-        routed = isinstance(self.method.student, RoutedStudent)
-        folder = (export.export_routed if routed else export.export_student)(
-            self.folder / "export",
-            self.teacher,
-            self.method.student,
-            weights,
-            {role.name: role.config for role in experts} if routed else experts[0].config,
-            about=self._about(),
-            dtype=recipe.export.dtype,
-            kohya=recipe.export.kohya,
-        )
+        student, place = self.method.student, self.folder / "export"
+        options: dict[str, Any] = {
+            "about": self._about(),
+            "dtype": recipe.export.dtype,
+            "kohya": recipe.export.kohya,
+        }
+        if isinstance(student, RoutedStudent):
+            configs = {role.name: role.config for role in experts}
+            folder = export.export_routed(place, self.teacher, student, weights, configs, **options)
+        else:
+            folder = export.export_student(
+                place, self.teacher, student, weights, experts[0].config, **options
+            )
         args = (recipe.export.tolerance, recipe.export.dtype, recipe.teacher.dtype)
         difference = max(
             export.verify(folder, sample, self.teacher, self.export_prompts, *args, steps)
@@ -330,9 +332,9 @@ def encode(
         )
         found["latents"] = encode_images(teacher, images, quiet=quiet)
     if "pairs" in needs:
-        found["pairs"] = load_pairs(recipe.data.pairs)
-        check_pairs(found["pairs"], teacher, recipe.method.guidance_scale)
-        found["pair_conditions"] = encode_prompts(teacher, found["pairs"].prompts, quiet=quiet)
+        found["pairs"] = pairs = load_pairs(recipe.data.pairs)
+        check_pairs(pairs, teacher, recipe.method.guidance_scale)
+        found["pair_conditions"] = encode_prompts(teacher, pairs.prompts, quiet=quiet)
     return found
 
 
@@ -348,7 +350,7 @@ def cache(recipe: Recipe) -> dict[str, Store]:
     device = start(recipe.train.device).device
     teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=device)
     stores = encode(recipe, teacher, prompts, images)
-    return {name: store for name, store in stores.items() if name != "pairs"}
+    return {name: store for name, store in stores.items() if isinstance(store, Store)}
 
 
 def on_pixels(recipe: Recipe) -> bool:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .device import real
+from .device import real, upload
 from .errors import FewstepError
 
 KINDS = ("x0", "eps", "v", "flow")
@@ -205,7 +206,7 @@ class VP(Schedule):
     clean = -1.0
 
     def __init__(self, alphas_cumprod: Tensor | Sequence[float]):
-        table = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+        table = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu")
         if (
             table.ndim != 1
             or len(table) < 2
@@ -225,7 +226,7 @@ class VP(Schedule):
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._on_device:
-            self._on_device[device] = self.table.to(device, real(device))
+            self._on_device[device] = upload(self.table.to(real(device)), device)
         return self._on_device[device]
 
     def _interval(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -282,7 +283,7 @@ class Flow(Schedule):
             raise FewstepError(f"flow shift {shift}: expected a positive number; 1 means no shift")
         self.shift, self.time_scale = shift, time_scale
 
-    def shifted(self, u):
+    def shifted(self, u: Any) -> Any:
         """Uniform time u in [0, 1] -> ``shift u / (1 + (shift - 1) u)`` (SD3, arXiv 2403.03206, eq. 23)."""
         return self.shift * u / (1 + (self.shift - 1) * u)
 

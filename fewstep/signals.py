@@ -9,17 +9,17 @@ import signal
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
-class StopSignal(contextlib.AbstractContextManager):
+class StopSignal(contextlib.AbstractContextManager["StopSignal"]):
     """While it is entered, the first of :data:`SIGNALS` is only noted; a second one ends the program at once.
 
     Attributes:
         number: of the signal that came; None for none yet.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number: int | None = None
 
-    def _note(self, number, _frame):
+    def _note(self, number: int, _frame: object) -> None:
         if self.number is not None:
             raise KeyboardInterrupt
         self.number = number
@@ -31,6 +31,6 @@ class StopSignal(contextlib.AbstractContextManager):
             self._before = {}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

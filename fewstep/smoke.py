@@ -40,7 +40,7 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
             path=str(tiny),
             dtype="float32",
             autocast=None,
-            resolution=RESOLUTION.get(teacher.pipeline_class),
+            resolution=RESOLUTION.get(teacher.pipeline_class or ""),
         )
     few = _few_emoji(folder)
     data = dataclasses.replace(

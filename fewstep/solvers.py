@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +116,8 @@ def _make(name: str, flow: str | None = None, **options) -> Callable:
         from .teachers.base import is_flow, schedule_of
 
         if is_flow(scheduler):
-            steps, shift = scheduler.config.num_train_timesteps, schedule_of(scheduler).shift
+            flowing: Any = schedule_of(scheduler)
+            steps, shift = scheduler.config.num_train_timesteps, flowing.shift
             if flow:
                 return getattr(diffusers, flow)(num_train_timesteps=steps, shift=shift)
             path = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}

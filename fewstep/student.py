@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .errors import RecipeError
 from .schedules import VP, Flow, Schedule, repeated
 
 Draw = Callable[[Tensor], Tensor]  # fresh unit noise of the shape of its argument
+Noise = Literal["fresh", "fixed", "ddim", "tcd"]
 
 
 def uniform_times(num_steps: int, start: float) -> list[int]:
@@ -56,7 +57,7 @@ def even_times(schedule: Schedule, num_steps: int, start: float | None = None) -
     """
     start = schedule.t_max if start is None else start
     if isinstance(schedule, VP):
-        return uniform_times(num_steps, start)
+        return [*uniform_times(num_steps, start)]
     if num_steps < 1 or not schedule.t_min < start <= schedule.t_max:
         raise RecipeError(
             f"student times: {num_steps} steps from {start:g}: expected at least one step from a start within "
@@ -84,6 +85,32 @@ def check_times(times: Sequence[float], schedule: Schedule) -> None:
         raise RecipeError(f"student times {list(times)}: a discrete schedule needs integers")
 
 
+class Sampler(Protocol):
+    """What trainer, preview, export and evaluation use of a student, be it one or several behind a router.
+
+    See :class:`Student` and :class:`~fewstep.router.RoutedStudent`.
+    """
+
+    @property
+    def times(self) -> list[float]: ...
+    @property
+    def noise(self) -> Noise: ...
+    @property
+    def eta(self) -> float: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def denoisers(self) -> Sequence[Denoiser]: ...
+    @property
+    def roles(self) -> Sequence[str]: ...
+
+    def variants(self) -> Sequence[Sampler]: ...
+
+    def sample(self, noise: Tensor, cond: Cond, draw: Draw) -> Tensor: ...
+
+
 class Student:
     """A K-step generator: predict x0, go to the next level, predict again.
 
@@ -105,15 +132,16 @@ class Student:
         self,
         denoiser: Denoiser | Sequence[Denoiser],
         times: Sequence[float],
-        noise: Literal["fresh", "fixed", "ddim", "tcd"] = "fresh",
+        noise: Noise = "fresh",
         roles: Sequence[str] | None = None,
         also: Sequence[Sequence[float]] = (),
         eta: float = 0.0,
     ):
         self.times, self.noise, self.eta = list(times), noise, eta
         self.grids = {len(grid): list(grid) for grid in (times, *also)}
-        several = isinstance(denoiser, (list, tuple))
-        self.denoisers = list(denoiser) if several else [denoiser] * len(self.times)
+        self.denoisers: list[Denoiser] = (
+            list(denoiser) if isinstance(denoiser, Sequence) else [denoiser] * len(self.times)
+        )
         self.roles = list(roles or ["student"] * len(self.times))
         if not len(self.denoisers) == len(self.roles) == len(self.times):
             raise ValueError("a student needs one denoiser, one role and one time per step")

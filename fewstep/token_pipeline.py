@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,7 +188,7 @@ class AutoregressivePipeline(DiffusionPipeline):
             q = self.codes[self.teacher().sample(uniforms, cond, guidance=guidance_scale)]
         if output_type == "latent":
             return _output(q, return_dict)
-        images = (decode_codes(self.vqvae, q) / 2 + 0.5).clamp(0, 1)
+        images: Any = (decode_codes(self.vqvae, q) / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).float().cpu().numpy()
         if output_type == "pil":

@@ -16,6 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .cond import Cond
+from .denoiser import Guidance
 from .kernels import arithmetic
 from .schedules import Flow, expand
 from .teachers.llamagen import GPT
@@ -33,7 +34,8 @@ def plain_config(module: ConfigMixin) -> dict[str, Any]:
 class TokenStudent(ModelMixin, ConfigMixin):
     """What both have: a teacher's transformer that reads embeddings, the codes, and the flow."""
 
-    prediction, autocast, attention = "x0", None, "auto"
+    prediction, attention = "x0", "auto"
+    autocast: torch.dtype | None = None
 
     def _arithmetic(self, x: Tensor):
         return arithmetic(x.device.type, self.autocast, self.attention)
@@ -79,7 +81,7 @@ class ParallelStudent(TokenStudent):
         nn.init.zeros_(self.embed.bias)
 
     @classmethod
-    def of(cls, net: nn.Module, codes: Tensor, split: int) -> ParallelStudent:
+    def of(cls, net: Any, codes: Tensor, split: int) -> ParallelStudent:
         """Starts from a teacher's network and codes (V, C)."""
         return cls.around(net.reading_codes(codes, aligned=True), codes, split=split)
 
@@ -98,7 +100,7 @@ class ParallelStudent(TokenStudent):
             embedded = self.embed(F.layer_norm(features, features.shape[-1:]) * (1 + scale) + shift)
             return self.trunk.logits(features, cond), embedded.float()
 
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
         """(B, n, C): known tokens as they are, codes before ``split``, the continuous head's embeddings after it."""
         logits, embedded = self(x_t, t, cond)
         split = self.config.split
@@ -129,7 +131,7 @@ class CausalStudent(TokenStudent):
         self.head = VelocityHead(code_dim, width, head_width, head_depth)
 
     @classmethod
-    def of(cls, net: nn.Module, codes: Tensor, **options: Any) -> CausalStudent:
+    def of(cls, net: Any, codes: Tensor, **options: Any) -> CausalStudent:
         """Starts from a teacher's network and codes (V, C). options: ``head_width``, ``head_depth``."""
         trunk = net.reading_codes(codes, aligned=False)
         trunk.drop_head()
@@ -153,7 +155,7 @@ class CausalStudent(TokenStudent):
         """Features of what comes before each token; clean (B, n, C) as it is, quantised or not."""
         return Cond({"features": self(tokens=clean, cond=cond)})
 
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
         """Posterior mean (B, n, C) given a context; on a flow ``x_t - t v``."""
         velocity = self(x_t=x_t, t=t, features=cond["features"])
         return x_t - expand(t, x_t) * velocity
@@ -178,7 +180,7 @@ class Generator:
     def autocast(self, dtype: torch.dtype | None) -> None:
         self.net.autocast = dtype
 
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
         return self.net.x0(x_t, t, self.net.context(x_t, cond))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .cond import Cond
+from .denoiser import Guidance
 from .device import upload
 from .kernels import arithmetic
 from .schedules import Flow, Schedule, expand, repeated
@@ -127,16 +128,17 @@ class CodebookDenoiser:
         reads = clean.ndim == 2 or getattr(self.net, "reads_codes", False)
         tokens = clean if reads else nearest_code(clean, self.codes)
         with torch.no_grad(), arithmetic(tokens.device.type, self.autocast, self.attention):
-            scale = [g for g, size in zip(self._scales(guidance), self.net.groups) for _ in range(size)]
-            scale = upload(torch.tensor(scale), tokens.device)[:, None]
+            scales = [g for g, size in zip(self._scales(guidance), self.net.groups) for _ in range(size)]
+            scale = upload(torch.tensor(scales), tokens.device)[:, None]
             if guidance == 1.0:
                 logits = self.net(tokens, cond)
             else:
                 both = self.net(torch.cat([tokens, tokens]), self._with_null(cond, len(tokens)))
-                logits = torch.lerp(*both.chunk(2), scale)
+                without, given = both.chunk(2)
+                logits = torch.lerp(without, given, scale)
             return Cond({"log_prob": self.law.log_prob(logits)})
 
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
         """``E[code | x_t]``, (B, n, C); ``cond`` is a context, which holds the guidance already."""
         posterior = code_posterior(x_t.float(), t, cond["log_prob"], self.codes, self.schedule)
         return posterior.softmax(-1) @ self.codes
@@ -183,7 +185,8 @@ class CodebookDenoiser:
         logits, cache = self.net.start(both, double(tokens) if begin else None)
         for group in range(first, len(self.net.groups)):
             if guided:
-                logits = torch.lerp(*logits.chunk(2), self._scales(guidance)[group])
+                without, given = logits.chunk(2)
+                logits = torch.lerp(without, given, self._scales(guidance)[group])
             where = slice(begin, begin + self.net.groups[group])
             chosen = choose(self.law.log_prob(logits), where)
             tokens, begin = torch.cat([tokens.to(chosen.device), chosen], 1), where.stop

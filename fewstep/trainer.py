@@ -10,10 +10,10 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class TrainConfig:
     trackers: list[str] = field(default_factory=list)
     tf32: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "keep", "shard"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"train.{name}: {getattr(self, name)}: expected at least 1")
@@ -84,7 +84,8 @@ class TrainConfig:
 class Data(Protocol):
     """Micro-batches as a pure function of the iteration; ``rows`` counts what they are made of, by name."""
 
-    rows: Mapping[str, int]
+    @property
+    def rows(self) -> Mapping[str, int]: ...
 
     def batch(self, iteration: int, micro: int) -> Batch: ...
 
@@ -223,12 +224,22 @@ class Trainer:
         norm = self.update(phase, trained)
         return {**sums, f"{phase.name}/grad_norm": norm}
 
-    def add(self, sums, phase: Phase, batch: Batch, roles: list[Role], sync: bool, count: int) -> None:
+    def add(
+        self,
+        sums: dict[str, Tensor],
+        phase: Phase,
+        batch: Batch,
+        roles: list[Role],
+        sync: bool,
+        count: int,
+    ) -> None:
         """One of ``count`` micro-batches: gradients to the weights, numbers to the sums."""
         for role in roles:
             sync_gradients(role.module, sync)
+        assert phase.loss is not None  # of those that do not follow
         terms = phase.loss(batch, self.progress)
-        self.backward(sum(terms.values()) / count)
+        total: Any = sum(terms.values())
+        self.backward(total / count)
         named = {f"{phase.name}/{k}": v for k, v in terms.items()}
         for name, value in {**named, **{f"health/{k}": v for k, v in batch.log.items()}}.items():
             sums[name] = sums.get(name, 0) + value.detach() / count
@@ -268,7 +279,7 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------- side effects
     @contextlib.contextmanager
-    def _log(self):
+    def _log(self) -> Iterator[MetricsLog | None]:
         """The run's log on the first rank, without what a killed run wrote after its last checkpoint."""
         if self.folder is None or not self.process.main:
             yield None
@@ -315,7 +326,7 @@ class Trainer:
             raise error
         self.rolled_back = done + 1
         step = self.progress.iteration
-        if log:
+        if log and self.folder:
             log.truncate_after(step)
             checkpoint.drop_after(self.folder / "checkpoints", step)
         scale = self.config.rollback_lr**self.rolled_back

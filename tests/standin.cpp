@@ -218,6 +218,8 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 };
 
 // ---------------------------------------------------------------------------------------------------------- every operator
+bool has_float64 = true;
+
 // The tensors of one call on the device, each beside its alias on the CPU.
 struct Call {
   std::vector<std::pair<Tensor, Tensor>> pairs;
@@ -242,6 +244,8 @@ struct Call {
   Tensor to_device(const Tensor& cpu) {
     for (auto& [device, alias] : pairs)
       if (alias.is_same(cpu)) return device;
+    TORCH_CHECK_TYPE(has_float64 || cpu.scalar_type() != at::kDouble,
+                     "Cannot convert a ", DEVICE, " Tensor to float64 dtype as the device doesn't support float64");
     c10::Storage storage;
     for (auto& [device, alias] : pairs)
       if (alias.storage().unsafeGetStorageImpl() == cpu.storage().unsafeGetStorageImpl()) storage = device.storage();
@@ -457,6 +461,7 @@ void standin_begin() {
   at::RegisterPrivateUse1HooksInterface(new Hooks());
 }
 void standin_tell(void (*to)(const char*, const char*)) { tell = to; }
+void standin_float64(bool has) { has_float64 = has; }
 }
 
 TORCH_LIBRARY(standin, m) {

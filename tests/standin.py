@@ -66,13 +66,18 @@ def build() -> Path:
     return library
 
 
-def install() -> torch.device:
-    """Makes the device known to this process, for good."""
+def install(float64: bool = True) -> torch.device:
+    """Makes the device known to this process, for good.
+
+    Args:
+        float64: False makes a device that has none, as MPS.
+    """
     torch.utils.rename_privateuse1_backend(NAME)
     torch.ops.load_library(build())
     library = ctypes.CDLL(str(build()))
     library.standin_begin()
     library.standin_tell(_heard)
+    library.standin_float64(float64)
     torch._register_device_module(NAME, _module())
     torch.utils.generate_methods_for_privateuse1_backend(unsupported_dtype=[torch.quint8])
     return torch.device(NAME)

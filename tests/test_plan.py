@@ -1,5 +1,6 @@
 """Plans: what is counted without storage is what a real run allocates; what does not fit is told with a remedy."""
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,7 @@ def last_exit(iteration, micro):
 
 def allocated(function) -> int:
     """Peak of what the allocator gave out and did not get back, by torch's profiler."""
+    gc.collect()  # what earlier trainers held would be given back meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]

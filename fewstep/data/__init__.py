@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +14,17 @@ from ..cond import Cond
 from ..device import upload
 from ..methods.base import Batch
 from ..rng import Rng
-from .cache import Store
+
+if TYPE_CHECKING:
+    from ..trainer import Data
+
+
+class Rows(Protocol):
+    """What micro-batches are made of: a :class:`~fewstep.data.cache.Store`, or a teacher's pairs."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]: ...
 
 
 class Batches:
@@ -30,16 +41,16 @@ class Batches:
 
     def __init__(
         self,
-        conditions: Store,
+        conditions: Rows,
         latent_shape: Sequence[int],
         *,
         batch_size: int,
         per_iteration: int = 1,
         seed: int = 0,
-        latents: Store | None = None,
-        captions: Store | None = None,
-        pairs: Store | None = None,
-        pair_conditions: Store | None = None,
+        latents: Rows | None = None,
+        captions: Rows | None = None,
+        pairs: Rows | None = None,
+        pair_conditions: Rows | None = None,
         device: torch.device | str = "cpu",
     ):
         self.conditions, self.latents, self.captions = conditions, latents, captions
@@ -53,11 +64,13 @@ class Batches:
         position = (iteration * self.per_iteration + micro) * self.shape[0]
         real, host = None, {}
         if self.latents is not None:
+            assert self.captions is not None
             index = self._index("images", position, len(self.latents))
             real = self._upload(self.latents.rows(index))["latents"]
             host["real_cond"] = Cond(self.captions.rows(index))
         pairs = pair_cond = None
         if self.pairs is not None:
+            assert self.pair_conditions is not None
             index = self._index("pairs", position, len(self.pairs))
             rows = self._upload(self.pairs.rows(index))
             pairs = (rows["noise"], rows["tokens" if "tokens" in rows else "x0"])
@@ -77,7 +90,7 @@ class Batches:
             host=host,
         )
 
-    def _upload(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _upload(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: upload(value, self.device) for name, value in rows.items()}
 
     def _moved(self, cond: Cond) -> Cond:
@@ -91,7 +104,7 @@ class Batches:
 class Ahead:
     """Micro-batches that a thread reads and uploads while the device works on those before them."""
 
-    def __init__(self, data: Batches):
+    def __init__(self, data: Data):
         self.data, self.thread = data, ThreadPoolExecutor(1)
         self.coming: dict[tuple[int, int], Future[Batch]] = {}
         self.rows = data.rows

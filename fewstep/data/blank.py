@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -29,6 +30,7 @@ class Blank:
     ):
         self.teacher, self.needs, self.draws = teacher, needs, draws
         self.shape = (batch_size, *teacher.latent_shape)
+        self.rows: dict[str, int] = {}  # of nothing that could get lost
 
     def batch(self, iteration: int, micro: int) -> Batch:
         rng, shared = self.draws(iteration, micro)
@@ -39,7 +41,7 @@ class Blank:
         def cond() -> Cond:
             return self.teacher.blank(self.shape[0]).map(noise)
 
-        more = {}
+        more: dict[str, Any] = {}
         if "images" in self.needs:
             more = {"real": rng.normal(*self.shape), "real_cond": cond()}
         if "pairs" in self.needs:

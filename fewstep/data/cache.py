@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,7 +168,7 @@ def shard_path(folder: Path, start: int) -> Path:
 
 def _store(
     kind: str,
-    key: list,
+    key: list[Any],
     length: int,
     encode: Callable[[int, int], dict[str, Tensor]],
     dtype: torch.dtype,

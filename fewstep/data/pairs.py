@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,7 +157,7 @@ def make_pairs(
     return folder
 
 
-def _claim(folder: Path, about: dict, prompts: list[str]) -> None:
+def _claim(folder: Path, about: dict[str, Any], prompts: list[str]) -> None:
     text = "".join(prompt + "\n" for prompt in prompts)
     path = folder / "pairs.json"
     if path.is_file():

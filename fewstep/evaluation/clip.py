@@ -128,7 +128,7 @@ def local_folder(source: str) -> Path:
         ) from None
 
 
-def load_network(cls: type, folder: Path, device: str) -> Any:
+def load_network(cls: Any, folder: Path, device: str) -> Any:
     """A frozen network of transformers in float32, from safetensors only; FewstepError if it cannot be loaded."""
     from fewstep.teachers import hushed
 

@@ -82,13 +82,14 @@ def evaluate_images(
     if groups is not None:
         groups = _check_indices("groups", groups, counts["n_fake"])
 
+    made: list[Scorer] = []
     if scorers:
         check_captions(captions, counts["n_fake"])
         metrics = (*metrics, "scores")
         clip = protocol.clip if protocol else None
-        scorers = [get_scorer(s, device, clip) if isinstance(s, str) else s for s in scorers]
+        made = [get_scorer(s, device, clip) if isinstance(s, str) else s for s in scorers]
 
-    sides = Sides(real, fake, extractor, prompted, groups, captions, scorers)
+    sides = Sides(real, fake, extractor, prompted, groups, captions, made)
     numbers, left_out = measure(tuple(metrics), sides)
 
     def label(number: Number) -> str:
@@ -195,7 +196,7 @@ def _check_indices(name: str, values: Any, length: int, below: int | None = None
 
 def _skipped(*sides: ImageSource | Statistics) -> Iterator[str]:
     for side in sides:
-        if names := getattr(side, "skipped", ()):
+        if isinstance(side, ImageSource) and (names := side.skipped):
             yield f"{len(names)} images of {side.name} cannot be read and were left out: {', '.join(names)}"
 
 

@@ -226,7 +226,8 @@ class Prepared(Extractor):
         self.name, self.dim, self.size = extractor.name, extractor.dim, extractor.size
         self.weights_sha256 = extractor.weights_sha256
         self.resize = ", ".join([*(description for description, _ in steps), extractor.resize])
-        self.extractor, self.features = extractor, extractor.features
+        self.extractor = extractor
+        self.features = extractor.features  # type: ignore[method-assign]  # the other one's, whole
         self.prepare = Chain((*(step for _, step in steps), extractor.prepare))
         if hasattr(extractor, "classify"):
             self.classify = extractor.classify

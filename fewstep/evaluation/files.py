@@ -12,7 +12,7 @@ from functools import cache, partial
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from fewstep.errors import FewstepError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PIECE = 16  # files that a worker handles at a time: few, so that the network need not wait long for the first
-In, Out = TypeVar("In"), TypeVar("Out")
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def ahead(function: Callable[[In], Out], items: Sequence[In], workers: int) -> I
     # Forked workers need no `if __name__ == "__main__"` in the caller's script; they never touch a GPU.
     context = get_context("fork" if sys.platform == "linux" else None)
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-        waiting: deque = deque()
+        waiting: deque[Any] = deque()
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))

@@ -65,7 +65,7 @@ class ImageSource:
         digest = hashlib.sha256()
         for batch in self.batches(256):
             digest.update(repr(tuple(batch.shape)).encode())
-            digest.update(batch.contiguous().numpy())
+            digest.update(batch.contiguous().numpy().data)
         return digest.hexdigest()
 
 
@@ -112,7 +112,7 @@ class ArrayImages(ImageSource):
         self.name = name
         self.images = torch.as_tensor(images).cpu()
         _check_array(name, tuple(self.images.shape), str(self.images.dtype).removeprefix("torch."))
-        self.sizes = {tuple(self.images.shape[1:3])}
+        self.sizes = {(self.images.shape[1], self.images.shape[2])}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -155,7 +155,7 @@ class NpzImages(ImageSource):
             raise FewstepError(
                 f"{path} is neither a folder of images nor a readable npz file: {error}"
             ) from None
-        self.sizes = {self.shape[1:3]}
+        self.sizes = {(self.shape[1], self.shape[2])}
         if damaged:
             raise FewstepError(f"{path}: {damaged} is damaged (wrong checksum): write the file again")
 
@@ -263,7 +263,7 @@ def _files_of(path: Path) -> tuple[list[str], list[File]]:
     """Names and image files of a folder or zip archive, sorted by name."""
     # Hidden files are leftovers of interrupted writers, or of file browsers.
     if path.is_dir():
-        found = {p.name: p for p in path.iterdir() if _is_image(p.name) and p.is_file()}
+        found: dict[str, File] = {p.name: p for p in path.iterdir() if _is_image(p.name) and p.is_file()}
         if not found:
             found = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if _is_image(p.name)}
     else:

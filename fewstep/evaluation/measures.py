@@ -200,9 +200,9 @@ def diversity(sides: Sides) -> Iterator[Number]:
     if sides.groups is None:
         return
     yield Number("diversity", *M.intra_group_diversity(sides.y, sides.groups), "over prompts")
-    distance = find_lpips()
-    if distance and len(sides.fake.sizes) == 1:
-        images = torch.cat(list(sides.fake.batches(1024)))
+    distance, fake = find_lpips(), images_of(sides.fake)
+    if distance and len(fake.sizes) == 1:
+        images = torch.cat(list(fake.batches(1024)))
         value, error = lpips_diversity(images, sides.groups, distance)
         yield Number("LPIPS diversity", value, error, "over prompts", by="alex")
 
@@ -226,14 +226,15 @@ def inception_score(sides: Sides) -> Iterator[Number]:
 
 def scores(sides: Sides) -> Iterator[Number]:
     """Mean of every scorer over the images and their captions."""
+    fake = images_of(sides.fake)
     for scorer in sides.scorers:
         parts, done = [], 0
-        for prepared in sides.fake.prepared(BATCH, scorer.prepare):
+        for prepared in fake.prepared(BATCH, scorer.prepare):
             parts.append(scorer.score(prepared, sides.captions[done : done + len(prepared)]))
             done += len(prepared)
         values = torch.cat(parts).double()
         if not values.isfinite().all():
-            raise FewstepError(f"{scorer.label} of {sides.fake.name} is not finite: look at {scorer.name}")
+            raise FewstepError(f"{scorer.label} of {fake.name} is not finite: look at {scorer.name}")
         extra = {"weights_sha256": scorer.weights_sha256}
         error = float(values.std() / len(values) ** 0.5)
         yield Number(scorer.label, float(values.mean()), error, "over images", extra, by=scorer.name)
@@ -257,7 +258,8 @@ MEASURES: dict[str, tuple[Callable[[Sides], Iterator[Number]], tuple[str, ...]]]
 
 def measure(names: tuple[str, ...], sides: Sides) -> tuple[list[Number], list[str]]:
     """All numbers, and the names of the measures that need images where there are statistics."""
-    numbers, left_out = [], []
+    numbers: list[Number] = []
+    left_out: list[str] = []
     for name in names:
         function, needed = MEASURES[name]
         if any(images_of(getattr(sides, side)) is None for side in needed):

@@ -77,9 +77,9 @@ def frechet_infinity(
         subset = features[torch.randperm(n, generator=generator)[:count]].double()
         values.append(frechet_distance(mu, sigma, subset.mean(0), torch.cov(subset.T)))
     design = torch.stack([torch.ones(sizes), 1 / counts], 1).double()
-    values = torch.tensor(values, dtype=torch.float64)
-    coefficients = torch.linalg.lstsq(design, values).solution
-    residual = (values - design @ coefficients).square().sum() / (sizes - 2)
+    found = torch.tensor(values, dtype=torch.float64)
+    coefficients = torch.linalg.lstsq(design, found).solution
+    residual = (found - design @ coefficients).square().sum() / (sizes - 2)
     return float(coefficients[0]), float((residual * torch.linalg.inv(design.T @ design)[0, 0]).sqrt())
 
 

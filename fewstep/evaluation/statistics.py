@@ -1,6 +1,7 @@
 """Mean and covariance of features: accumulated in a stream, saved with their origin, refused when unlike."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ class Statistics:
     def save(self, path: str | Path) -> None:
         """Writes `mu`, `sigma` and `meta` (JSON) as npz, which every tool for `mu, sigma` files can read."""
         meta = json.dumps({**self.meta, "n": self.n}, sort_keys=True)
-        arrays = {"mu": self.mu.cpu().numpy(), "sigma": self.sigma.cpu().numpy(), "meta": np.array(meta)}
+        arrays: dict[str, Any] = {"mu": self.mu.cpu().numpy(), "sigma": self.sigma.cpu().numpy()}
+        arrays["meta"] = np.array(meta)
         with replacing(path) as part, part.open("wb") as file:
             np.savez(file, **arrays)
 
@@ -148,7 +150,7 @@ def check_comparable(a: Statistics, b: Statistics, names: tuple[str, str] = ("fi
         )
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
     """A Markdown table with aligned columns."""
     rows = [tuple(map(str, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows)]

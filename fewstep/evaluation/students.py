@@ -59,7 +59,7 @@ def evaluate_run(
         begin = time.perf_counter()
         pictures = make([*asked.prompts, *asked.names])
         seconds = (time.perf_counter() - begin) / len(pictures)
-        row = {"name": name, "kind": kind, "nfe": nfe, "images": len(pictures)}
+        row: dict[str, Any] = {"name": name, "kind": kind, "nfe": nfe, "images": len(pictures)}
         if real is not None:
             row |= _numbers(real, pictures, asked, config.extractor)
         if teacher.kind == "autoregressive":
@@ -204,8 +204,8 @@ def _rows(recipe, folder, teacher, images, asked: Asked) -> Iterator[tuple[str, 
     if (folder / "export").is_dir():  # `fewstep floor` measures what a student will have to beat
         pipe, record = load_exported(folder / "export", recipe.teacher.path)
         for steps in map(int, record.get("steps", [record["num_steps"]])):
-            call = partial(stock_call, pipe, at_steps(record, steps))
-            yield f"student, {_steps(steps)}", "student", steps, sampler(pipe, call)
+            stock = partial(stock_call, pipe, at_steps(record, steps))
+            yield f"student, {_steps(steps)}", "student", steps, sampler(pipe, stock)
     if not config.floor_steps:
         return
     pipe = load_pipeline(recipe.teacher.path)
@@ -237,7 +237,9 @@ def _rows(recipe, folder, teacher, images, asked: Asked) -> Iterator[tuple[str, 
 def _numbers(real: Any, pictures: np.ndarray, asked: Asked, extractor: str) -> dict[str, float]:
     cut = len(asked.prompts)
     repeated = len(set(asked.groups)) < cut
-    tasks = [(pictures[:cut], ("fd", "kid", *["diversity"] * repeated), {"groups": asked.groups})]
+    tasks: list[tuple[Any, Any, dict[str, Any]]] = [
+        (pictures[:cut], ("fd", "kid", *["diversity"] * repeated), {"groups": asked.groups})
+    ]
     if asked.named:
         tasks.append((pictures[cut:], ("retrieval",), {"prompted": asked.named}))
     numbers: dict[str, float] = {}

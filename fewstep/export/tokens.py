@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..student import EntryStudent, Student
+from ..student import EntryStudent, Sampler
 from ..teachers import hushed
 from ..teachers.base import Teacher
 
 
 def save_token_student(
-    teacher: Teacher, student: Student, weights: Mapping[str, Tensor], dtype: torch.dtype, folder: Path
+    teacher: Teacher, student: Sampler, weights: Mapping[str, Tensor], dtype: torch.dtype, folder: Path
 ) -> dict[str, Any]:
     """The teacher's pipeline with the student in place of its transformer; returns what ``fewstep.json`` says of it."""
-    net = copy.deepcopy(getattr(student.denoiser, "net", student.denoiser)).cpu().float()
+    denoiser: Any = student.denoisers[-1]
+    net = copy.deepcopy(getattr(denoiser, "net", denoiser)).cpu().float()
     net.load_state_dict(
         {**dict(net.named_buffers()), **{n: v.float() for n, v in weights.items()}}, strict=False
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..generate import call_pipeline
-from ..router import RoutedStudent
-from ..student import Student
+from ..student import Sampler
 from ..teachers import hushed
 from ..teachers.base import Teacher, size_options, takes
 from .load import at_steps, load_exported, stock_call
@@ -23,9 +22,7 @@ class ExportError(TrainingError):
 
 
 @torch.no_grad()
-def trainer_sample(
-    student: Student | RoutedStudent, teacher: Teacher, prompts: list[str], seed: int = 0
-) -> Tensor:
+def trainer_sample(student: Sampler, teacher: Teacher, prompts: list[str], seed: int = 0) -> Tensor:
     """Latents as the trainer samples them, in fp32; noise from one CPU generator, in the stock pipeline's layout.
 
     Training is over by then: the frozen weights are cast up in place, so that nothing but the export is compared.
@@ -40,13 +37,14 @@ def trainer_sample(
 
     noise = draw(torch.empty(len(prompts)))
 
-    before = [denoiser.autocast for denoiser in student.denoisers]
+    denoisers: Sequence[Any] = student.denoisers
+    before = [denoiser.autocast for denoiser in denoisers]
     try:
-        for denoiser in student.denoisers:
+        for denoiser in denoisers:
             denoiser.autocast = None
         return student.sample(noise.to(teacher.device), cond, draw).cpu()
     finally:
-        for denoiser, autocast in zip(student.denoisers, before):
+        for denoiser, autocast in zip(denoisers, before):
             denoiser.autocast = autocast
 
 

@@ -58,7 +58,7 @@ def save_lora(
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.rank,
-        target_modules=list(dict.fromkeys([*config.targets, *other])),
+        target_modules=list(dict.fromkeys([*(config.targets or ()), *other])),
         rank_pattern=other,
         alpha_pattern=other,
     )
@@ -78,7 +78,7 @@ def save_kohya(teacher: Teacher, state: dict[str, Tensor], dtype: torch.dtype, p
     write_tensors(path, convert_state_dict_to_kohya(prefixed))
 
 
-def resized(teacher: Teacher, net: nn.Module) -> bool:
+def resized(teacher: Teacher, net: Any) -> bool:
     """Whether a student's network is of another size than the teacher's."""
     own, theirs = ({k: v for k, v in n.config.items() if not k.startswith("_")} for n in (net, teacher.net))
     return own != theirs

@@ -18,7 +18,7 @@ from ..files import replacing, write, write_json
 from ..roles import RoleConfig, lora_targets
 from ..router import RoutedStudent
 from ..schedules import Flow
-from ..student import Student
+from ..student import Sampler
 from ..teachers.base import Teacher, is_flow, size_options, takes
 from ..teachers.classes import num_classes
 from .card import model_card
@@ -46,18 +46,18 @@ def _numbers(times: Sequence[float]) -> list[float]:
     return [int(t) if t == int(t) and t != 1 else t for t in times]
 
 
-def _network_times(teacher: Teacher, student: Student) -> Tensor:
+def _network_times(teacher: Teacher, student: Sampler) -> Tensor:
     """All times the network is ever given, in its own unit."""
-    times = sorted({float(t) for grid in student.grids.values() for t in grid})
+    times = sorted({float(t) for one in student.variants() for t in one.times})
     return torch.tensor(times) * teacher.denoiser.schedule.time_scale
 
 
-def scalars_of(student: Student | RoutedStudent) -> dict[str, Scalar]:
+def scalars_of(student: Sampler) -> dict[str, Scalar]:
     """What the student is told beside its condition; it is exported at the defaults."""
     return getattr(student.denoisers[0], "scalars", {})
 
 
-def samplers_of(teacher: Teacher, student: Student | RoutedStudent) -> dict[int, tuple[Any, dict[str, Any]]]:
+def samplers_of(teacher: Teacher, student: Sampler) -> dict[int, tuple[Any, dict[str, Any]]]:
     """Scheduler and call for each number of steps; where one configuration does not fit all, calls name the times.
 
     Raises:
@@ -82,7 +82,7 @@ def samplers_of(teacher: Teacher, student: Student | RoutedStudent) -> dict[int,
     return samplers
 
 
-def _samplers(teacher: Teacher, student: Student | RoutedStudent) -> dict[int, tuple[Any, dict[str, Any]]]:
+def _samplers(teacher: Teacher, student: Sampler) -> dict[int, tuple[Any, dict[str, Any]]]:
     told, variants = scalars_of(student), student.variants()
     if "guidance" in told and teacher.pipeline_class == "SanaPipeline":
         return {one.num_steps: scm_scheduler(one.times, told["guidance"].default) for one in variants}
@@ -99,7 +99,7 @@ def _samplers(teacher: Teacher, student: Student | RoutedStudent) -> dict[int, t
     }
 
 
-def _nested(student: Student | RoutedStudent) -> bool:
+def _nested(student: Sampler) -> bool:
     """Whether every list of times is every n-th of the first, as stock schedulers thin theirs out."""
     times = student.times
     return all(
@@ -111,7 +111,7 @@ def _nested(student: Student | RoutedStudent) -> bool:
 def export_student(
     folder: Path,
     teacher: Teacher,
-    student: Student,
+    student: Sampler,
     weights: Mapping[str, Mapping[str, Tensor]],
     role: RoleConfig,
     *,
@@ -161,8 +161,9 @@ def export_student(
     if absent:
         record["absent"] = absent
     if len(samplers) > 1:
+        times = {one.num_steps: one.times for one in student.variants()}
         record["steps"] = {
-            str(steps): {"timesteps": _numbers(student.grids[steps]), "call": one | size}
+            str(steps): {"timesteps": _numbers(times[steps]), "call": one | size}
             for steps, (_, one) in samplers.items()
         }
 
@@ -192,8 +193,8 @@ def export_student(
                         teacher, tensors, told["guidance"].scale, scheduler, precision, part / "pipeline"
                     )
                 else:
-                    net = student.denoisers[0].net
-                    save_pipeline(teacher, net, tensors, scheduler, precision, part / "pipeline")
+                    first: Any = student.denoisers[0]
+                    save_pipeline(teacher, first.net, tensors, scheduler, precision, part / "pipeline")
         _describe(part, record)
     return folder
 
@@ -201,7 +202,7 @@ def export_student(
 def _export_tokens(
     folder: Path,
     teacher: Teacher,
-    student: Student,
+    student: Sampler,
     weights: Mapping[str, Mapping[str, Tensor]],
     *,
     about: Mapping[str, Any],
@@ -251,7 +252,7 @@ def export_routed(
     return folder
 
 
-def check_exportable(student: Student | RoutedStudent, roles: Sequence[RoleConfig], teacher: Teacher) -> None:
+def check_exportable(student: Sampler, roles: Sequence[RoleConfig], teacher: Teacher) -> None:
     """Refuses, before training, what no pipeline could sample.
 
     Args:
@@ -266,7 +267,7 @@ def check_exportable(student: Student | RoutedStudent, roles: Sequence[RoleConfi
         _check_role(student, role, teacher)
 
 
-def _check_role(student: Student | RoutedStudent, role: RoleConfig, teacher: Teacher) -> None:
+def _check_role(student: Sampler, role: RoleConfig, teacher: Teacher) -> None:
     if teacher.kind == "autoregressive":
         if role.kind != "full":
             raise RecipeError(
@@ -305,7 +306,8 @@ def _check_role(student: Student | RoutedStudent, role: RoleConfig, teacher: Tea
         raise RecipeError(
             f"roles.student.kind: {role.kind}: several students share one pipeline as LoRAs that are switched; use lora"
         )
-    if role.kind == "lora" and any(resized(teacher, denoiser.net) for denoiser in student.denoisers):
+    denoisers: Sequence[Any] = student.denoisers
+    if role.kind == "lora" and any(resized(teacher, denoiser.net) for denoiser in denoisers):
         raise RecipeError(
             "roles.student.kind: lora: a student of another size than the teacher is no adapter of it; use full"
         )

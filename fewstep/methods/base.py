@@ -12,7 +12,7 @@ from ..cond import Cond
 from ..denoiser import Denoiser
 from ..errors import RecipeError
 from ..rng import Rng
-from ..student import Student
+from ..student import Sampler
 
 
 @dataclass
@@ -63,9 +63,10 @@ class Batch:
     carry: dict[str, Any] = field(default_factory=dict)
     log: dict[str, Tensor] = field(default_factory=dict)
 
-    def clean(self, synthetic: bool) -> tuple[Tensor, Cond]:
+    def clean(self, synthetic: bool) -> tuple[Tensor | None, Cond | None]:
         """Latents to be noised and their conditions: real ones, or those that a teacher made (its pairs)."""
-        return (self.pairs[1], self.pair_cond) if synthetic else (self.real, self.real_cond)
+        made = self.pairs and self.pairs[1]
+        return (made, self.pair_cond) if synthetic else (self.real, self.real_cond)
 
     def on_host(self, name: str) -> Cond:
         """Conditions that the host decides by, without asking the device for them."""
@@ -156,6 +157,7 @@ class Method:
         followers: those networks that only follow the student, and are built as it is.
         critic: the denoiser that learns what the student makes, where there is one.
         teacher_kind: "diffusion", or "autoregressive" for methods of token models.
+        distance, reward: of latents, set before training where the options name them.
         Config: dataclass of its options; the paper's values are the defaults.
         needs: data it cannot run without, given its configuration: any of "prompts", "images", "pairs".
     """
@@ -167,8 +169,10 @@ class Method:
     teacher_kind: ClassVar[str] = "diffusion"
     followers: ClassVar[tuple[str, ...]] = ()
     Config: ClassVar[type]
-    student: Student
+    student: Sampler
     critic: Denoiser | None = None
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None
+    reward: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, config: Any, teacher: Denoiser, latent_shape: Sequence[int], **denoisers: Denoiser):
         raise NotImplementedError
@@ -197,7 +201,8 @@ class Method:
     @classmethod
     def network(cls, config: Any, teacher: Any, name: str) -> nn.Module:
         """What a trainable network starts from: the teacher's own, unless the student is built otherwise."""
-        return teacher.net
+        net: nn.Module = teacher.net
+        return net
 
     @classmethod
     def needs(cls, config: Any) -> tuple[str, ...]:

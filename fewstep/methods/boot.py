@@ -30,6 +30,7 @@ class BOOT(Method):
     """One step, one network, prompts only."""
 
     summary = "bootstraps the teacher's trajectory from its own predictions; data-free, one step"
+    student: Student
 
     @dataclass
     class Config:

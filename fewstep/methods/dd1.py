@@ -33,6 +33,7 @@ class DD1(Method):
     summary = "autoregressive teachers: regression on a noise-to-token map; one or few steps"
     extras = ()
     teacher_kind = "autoregressive"
+    student: EntryStudent
 
     @dataclass
     class Config:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ class DD2(Method):
     networks = ("student", "critic")
     extras = ()
     teacher_kind = "autoregressive"
+    student: Student
+    critic: CausalStudent
 
     @dataclass
     class Config:
@@ -123,7 +125,7 @@ class DD2(Method):
                 "transformer reads embeddings"
             )
         if config.generator == "codes":
-            self.student: Student = EntryStudent(student, [0], latent_shape[0])
+            self.student = EntryStudent(student, [0], latent_shape[0])
         else:
             from ..token_students import Generator
 
@@ -197,14 +199,14 @@ class DD2(Method):
             prefix = self._prefix(q)
             given = self.teacher.context(prefix, batch.cond, guidance=c.guidance_scale)
             seen = self.critic.context(prefix, batch.cond)
-        loss = 0.0
+        loss: Any = 0.0
         for _ in range(c.copies):
             x_t, t = self._noised(q, batch, *c.time_range)
             with torch.set_grad_enabled(c.matching == "sid"):
                 real, fake = self.teacher.x0(x_t, t, given), self.critic.x0(x_t, t, seen)
             loss = loss + self._matching(*(v.flatten(0, 1) for v in (q, real, fake, t))) / c.copies
         batch.note_health(q, real, fake)
-        losses = {c.matching: loss}
+        losses: dict[str, Tensor] = {c.matching: loss}
         if c.regression_weight:
             losses["regression"] = c.regression_weight * self.regression_loss(batch, progress)["regression"]
         return losses
@@ -226,7 +228,7 @@ class DD2(Method):
 
     def _denoising(self, q: Tensor, context: Cond, batch: Batch, real: Cond | None = None) -> Tensor:
         """Squared error of the critic's velocity at several noise levels per token, towards q or the teacher's mean."""
-        loss = 0.0
+        loss: Any = 0.0
         for _ in range(self.config.critic_copies):
             x_t, t = self._noised(q, batch, *self.config.critic_time_range)
             target = q if real is None else self.teacher.x0(x_t, t, real)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import objectives
 from ..cond import Cond
-from ..denoiser import Denoiser, NetDenoiser
+from ..denoiser import Denoiser, Guidance, NetDenoiser
 from ..errors import RecipeError
 from ..roles import hand_over
 from .base import Batch, Method, Phase, Progress, register
@@ -39,7 +39,7 @@ class Target:
         self.path, self.guide_nodes, self.index = path, guide_nodes, 0
         self.schedule = path[-1].schedule
 
-    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0) -> Tensor:
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
         last = self.index == len(self.path) - 1
         return self.path[self.index].x0(x_t, t, cond, guidance=guidance if last or self.guide_nodes else 1.0)
 
@@ -53,6 +53,7 @@ class DisBack(Method):
     """
 
     summary = "records how the teacher degrades into the student, then distills along that path backwards"
+    critic: NetDenoiser
 
     @dataclass
     class Config:
@@ -104,7 +105,7 @@ class DisBack(Method):
         latent_shape: Sequence[int],
         *,
         student: Denoiser,
-        critic: Denoiser,
+        critic: NetDenoiser,
         **nodes: NetDenoiser,
     ):
         self.config, self.critic = config, critic

@@ -23,6 +23,7 @@ class DMD(Method):
 
     summary = "distribution matching and regression on teacher pairs; one step"
     networks = ("student", "critic")
+    student: Student
 
     @dataclass
     class Config:

@@ -31,6 +31,7 @@ class DMD2(Method):
 
     summary = "distribution matching with a fast critic, a GAN on its features and backward simulation"
     networks = ("student", "critic")
+    student: Student
 
     @dataclass
     class Config:
@@ -111,7 +112,8 @@ class DMD2(Method):
             self.critic_kind = getattr(critic, "prediction", "x0")
         self.discriminator: Discriminator | None = None
         if config.gan_weight > 0:
-            self.judge: NetDenoiser = teacher if config.discriminator_on == "teacher" else critic
+            judge = teacher if config.discriminator_on == "teacher" else critic
+            self.judge: NetDenoiser = judge  # type: ignore[assignment]  # a network's, of which features are tapped
             self.discriminator = Discriminator(self.judge, config.taps, latent_shape)
 
     @classmethod

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import objectives, trajectory
 from ..cond import Cond
-from ..denoiser import Denoiser, Guidance
+from ..denoiser import Denoiser, Guidance, NetDenoiser
 from ..discriminator import Discriminator
 from ..errors import RecipeError
 from ..schedules import VP
@@ -38,6 +38,7 @@ class HyperSD(Method):
         "consistency within segments that grow, 8-4-2-1; one student of 1 to 8 steps; PCM by its options"
     )
     followers = ("target", "previous")
+    student: Student
 
     @dataclass
     class Config:
@@ -144,7 +145,7 @@ class HyperSD(Method):
     def __init__(
         self,
         config: HyperSD.Config,
-        teacher: Denoiser,
+        teacher: NetDenoiser,
         latent_shape: Sequence[int],
         *,
         student: Denoiser,
@@ -165,7 +166,7 @@ class HyperSD(Method):
             self.discriminator = Discriminator(teacher, config.taps, latent_shape)
         self.host: DMD | None = None
         if critic is not None:
-            options = {"guidance_scale": config.guidance_scale, "weight": config.score_norm}
+            options: dict[str, Any] = {"guidance_scale": config.guidance_scale, "weight": config.score_norm}
             host = DMD.Config(start=config.one_step_time, regression_weight=0.0, **options)
             self.host = DMD(host, teacher, latent_shape, student=student, critic=critic)
         # Of latents (B, ...) and of the rows of their prompts; the run puts the recipe's reward here.
@@ -195,8 +196,8 @@ class HyperSD(Method):
         for i, share in enumerate(shares[: last + 1]):
             if self.previous is not None and i:
                 # Once, as the stage begins.
-                options = {"follows": ("student", 0.0), "share": share, "every": 1 << 62}
-                phases.append(Phase(f"previous_{i + 1}", ("previous",), None, **options))
+                once: dict[str, Any] = {"follows": ("student", 0.0), "share": share, "every": 1 << 62}
+                phases.append(Phase(f"previous_{i + 1}", ("previous",), None, **once))
             phases.append(Phase(f"stage_{i + 1}", ("student",), partial(self.consistency, i), share=share))
             if c.of_stage("gan_weight", i):
                 judge = partial(self.discrimination, i)

@@ -95,6 +95,7 @@ class LADD(Method):
     """A student that learns from a discriminator alone, which sees through the teacher's eyes."""
 
     summary = "adversarial, on the frozen teacher's features, hinge loss; 1 to 4 steps"
+    student: Student
 
     @dataclass
     class Config(AdversarialOptions):
@@ -133,7 +134,7 @@ class LADD(Method):
                     )
 
     def __init__(
-        self, config: LADD.Config, teacher: Denoiser, latent_shape: Sequence[int], *, student: Denoiser
+        self, config: LADD.Config, teacher: NetDenoiser, latent_shape: Sequence[int], *, student: Denoiser
     ):
         self.config = config
         self.times = times_at(student.schedule, [math.atan2(s, 1 - s) for s in config.levels])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import objectives
 from ..cond import Cond
-from ..denoiser import Denoiser
+from ..denoiser import Denoiser, NetDenoiser
 from ..device import upload
 from ..discriminator import Discriminator
 from ..errors import RecipeError
@@ -108,7 +108,7 @@ class MultiStudent(Method):
         config: MultiStudent.Config,
         teacher: Denoiser,
         latent_shape: Sequence[int],
-        **networks: Denoiser,
+        **networks: NetDenoiser,
     ):
         self.config, self.teacher, self.router = config, teacher, Router(config.parts)
         self.schedule = teacher.schedule

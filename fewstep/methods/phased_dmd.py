@@ -28,6 +28,7 @@ class PhasedDMD(Method):
     """K phases of training, an expert each, nested noise intervals, data-free."""
 
     summary = "an expert per noise interval, matched at intermediate levels; keeps diversity"
+    student: Student
 
     @dataclass
     class Config:

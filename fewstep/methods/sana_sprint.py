@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cond import Cond
-from ..denoiser import Denoiser, Guidance
+from ..denoiser import Guidance, NetDenoiser
 from ..embedding import Scalar, with_scalar
 from ..errors import RecipeError
 from ..rng import Rng
@@ -76,7 +76,12 @@ class SanaSprint(Method):
                 )
 
     def __init__(
-        self, config: SanaSprint.Config, teacher: Denoiser, latent_shape: Sequence[int], *, student: Denoiser
+        self,
+        config: SanaSprint.Config,
+        teacher: NetDenoiser,
+        latent_shape: Sequence[int],
+        *,
+        student: NetDenoiser,
     ):
         if config.guidance_embedding:
             student = with_scalar(student, "guidance", Scalar(config.guidance_scale))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import consistency as scm
 from ..cond import Cond
-from ..denoiser import Denoiser, Guidance, ScheduleView
+from ..denoiser import Denoiser, Guidance, NetDenoiser, ScheduleView
 from ..distributed import gather
 from ..errors import RecipeError
 from ..schedules import Schedule, TrigFlow, repeated
@@ -73,8 +73,8 @@ class Consistency:
 
     LEAST = 1e-3  # radians; keeps 1/tan(t) finite
 
-    def __init__(self, config: ConsistencyOptions, teacher: Denoiser, student: Denoiser):
-        self.config = config
+    def __init__(self, config: ConsistencyOptions, teacher: Denoiser, student: NetDenoiser):
+        self.config, self.network = config, student
         self.teacher, self.student = ScheduleView(teacher, TrigFlow()), ScheduleView(student, TrigFlow())
         self.exact = self.student.exact()
         self.low, self.high = angle_range(student.schedule)
@@ -82,7 +82,7 @@ class Consistency:
 
     def check(self, latent_shape: Sequence[int]) -> None:
         """Tries the tangent once, so that a network that has none is refused before training."""
-        net = getattr(self.student.denoiser, "net", None)
+        net = self.network.net
         weight = next(net.parameters())
         if weight.dtype != torch.float32:
             raise RecipeError(
@@ -90,7 +90,7 @@ class Consistency:
                 "teacher.dtype float32, or roles.student.kind full, which trains a copy in fp32"
             )
         x = torch.zeros(1, *latent_shape, device=weight.device)
-        cond = self.student.denoiser.example.to(weight.device)
+        cond = self.network.example.to(weight.device)
         with scm.refusing_without(
             net, f"method.tangent: {self.config.tangent}", "set method.tangent difference"
         ):
@@ -111,7 +111,7 @@ class Consistency:
 
         with torch.autocast(x_t.device.type, enabled=False):
             if self.config.tangent == "forward":
-                gather(self.student.denoiser.net)
+                gather(self.network.net)
                 return scm.forward_mode(velocity, x_t, t, ode)
             return scm.central_difference(velocity, x_t, t, ode, self.config.difference)
 
@@ -162,7 +162,7 @@ class SCM(Method):
         """Nothing beside :class:`ConsistencyOptions`."""
 
     def __init__(
-        self, config: SCM.Config, teacher: Denoiser, latent_shape: Sequence[int], *, student: Denoiser
+        self, config: SCM.Config, teacher: Denoiser, latent_shape: Sequence[int], *, student: NetDenoiser
     ):
         self.config, self.student = config, student_of(student, config.angles)
         self.term = Consistency(config, teacher, student)

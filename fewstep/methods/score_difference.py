@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import objectives
-from ..denoiser import Denoiser
+from ..denoiser import Denoiser, NetDenoiser
 from ..errors import RecipeError
 from ..schedules import EDM
 from ..student import Student
@@ -80,6 +80,8 @@ class ScoreDifference(Method):
     """Student against critic in one step; the options say whose."""
 
     networks = ("student", "critic")
+    student: Student
+    critic: NetDenoiser
 
     def __init__(
         self,
@@ -88,7 +90,7 @@ class ScoreDifference(Method):
         latent_shape: Sequence[int],
         *,
         student: Denoiser,
-        critic: Denoiser,
+        critic: NetDenoiser,
     ):
         self.config, self.teacher, self.critic = config, teacher, critic
         edm = isinstance(teacher.schedule, EDM)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import objectives
 from ..cond import Cond
-from ..denoiser import Denoiser
+from ..denoiser import Denoiser, NetDenoiser
 from ..discriminator import check_taps, mean_logits
 from ..schedules import Flow
 from ..student import Student
@@ -41,6 +41,8 @@ class SiD(Method):
 
     summary = "score identity: Fisher divergence by a critic, gradient through both networks, data-free"
     networks = ("student", "critic")
+    student: Student
+    critic: NetDenoiser
 
     @dataclass
     class Config:
@@ -135,7 +137,8 @@ class SiD(Method):
                 "anti_cfg": (1.0, -g, -g, 1.0),
             }[self.guidance]
             given = (self.kappa1, self.kappa2, self.kappa3, self.kappa4)
-            return tuple(k if own is None else own for k, own in zip(preset, given))
+            a, b, c, d = (k if own is None else own for k, own in zip(preset, given))
+            return a, b, c, d
 
     def __init__(
         self,
@@ -144,7 +147,7 @@ class SiD(Method):
         latent_shape: Sequence[int],
         *,
         student: Denoiser,
-        critic: Denoiser,
+        critic: NetDenoiser,
     ):
         self.config, self.teacher, self.critic = config, teacher, critic
         schedule = critic.schedule
@@ -201,7 +204,8 @@ class SiD(Method):
             logits = self.logits(both, torch.cat([t, t]), Cond.cat(batch.real_cond, batch.cond))
             # SiDA weighs it as it does the critic's error on EDM.
             weight = objectives.denoising_weight(kind if kind == "edm" else "x0", schedule, t)
-            told = objectives.discrimination(*logits.chunk(2), weight, objectives.finite_rows(x0))
+            real, fake = logits.chunk(2)
+            told = objectives.discrimination(real, fake, weight, objectives.finite_rows(x0))
             losses["discriminator"] = self.config.discriminator_weight / self.pixels * told
         return losses
 

@@ -27,6 +27,7 @@ class SIM(Method):
 
     summary = "score implicit matching: a distance of scores (pseudo-Huber, log-cosh, L2), data-free"
     networks = ("student", "critic")
+    student: Student
 
     @dataclass
     class Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, library
@@ -26,7 +27,8 @@ class Shapeless(TorchFunctionMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         # Weak references of its memo keep ``Module.to`` from working.
-        self.fake.fake_tensor_converter.set_tensor_memo = lambda *_: None
+        converter: Any = self.fake.fake_tensor_converter
+        converter.set_tensor_memo = lambda *_: None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -64,9 +66,9 @@ def norms_as_on_a_gpu() -> Iterator[None]:
     def in_fp32(function):
         def norm(*args, **kwargs):
             with torch.autocast("cpu", enabled=False):
-                args = [a.float() if isinstance(a, Tensor) else a for a in args]
+                cast = [a.float() if isinstance(a, Tensor) else a for a in args]
                 kwargs = {k: v.float() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-                return function(*args, **kwargs)
+                return function(*cast, **kwargs)
 
         return norm
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import kernels
 from ..errors import FewstepError
@@ -137,7 +137,7 @@ def nothing_made_up(source: str) -> Iterator[None]:
     """
     said: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]  # of this one handler
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     before = [(logger, logger.handlers, logger.level) for logger in loggers]
     for logger in loggers:
@@ -178,11 +178,12 @@ def load_pipeline(source: str, dtype: str = "float32"):
     import torch
 
     pipeline_class = pipeline_class_of(source)
-    extra = absent_parts(resolve(source)) | {
+    usual: dict[str, dict[str, Any]] = {
         # A safety checker is no part of distillation, and most folders lack it.
         "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
         "StableDiffusionXLPipeline": {"add_watermarker": False},
-    }.get(pipeline_class, {})
+    }
+    extra = absent_parts(resolve(source)) | usual.get(pipeline_class, {})
     try:
         with hushed(), nothing_made_up(source):
             pipe = pipeline_type(pipeline_class).from_pretrained(

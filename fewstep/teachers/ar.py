@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..cond import Cond
 from ..errors import FewstepError
 from ..token_pipeline import AutoregressivePipeline, LlamaGenPipeline, VARPipeline, decode_codes
+from ..tokens import CodebookDenoiser
 from .base import Teacher
 from .llamagen import GPT, LlamaGenVQ
 from .var import PATCHES, PATCHES_512, VAR, MultiScaleVQ
@@ -28,6 +29,7 @@ class Autoregressive(Teacher):
     autoencoder = "vqvae"
     kind = "autoregressive"
     solver = ("midpoint", 10)
+    denoiser: CodebookDenoiser  # type: ignore[assignment]  # of codes, where other teachers have a network's
 
     def __init__(
         self,

@@ -47,7 +47,7 @@ def schedule_of(scheduler: Any) -> Schedule:
     return Flow(config.get("shift", config.get("flow_shift", 1.0)), config.num_train_timesteps)
 
 
-def network_of(pipe: Any) -> nn.Module:
+def network_of(pipe: Any) -> Any:
     """The denoiser of a stock pipeline."""
     return pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
 
@@ -57,7 +57,8 @@ def pixels_per_latent(pipe: Any) -> int:
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return 1
-    return getattr(pipe, "vae_scale_factor", None) or 2 ** (len(vae.config.block_out_channels) - 1)
+    factor: int = getattr(pipe, "vae_scale_factor", None) or 2 ** (len(vae.config.block_out_channels) - 1)
+    return factor
 
 
 def native_resolution(pipe: Any) -> int:
@@ -66,12 +67,12 @@ def native_resolution(pipe: Any) -> int:
     Raises:
         FewstepError: its images are not square.
     """
-    size = getattr(pipe, "default_sample_size", None) or network_of(pipe).config.sample_size
+    size: Any = getattr(pipe, "default_sample_size", None) or network_of(pipe).config.sample_size
     if not isinstance(size, int):
         if len(set(size)) > 1:
             raise FewstepError(f"{type(pipe).__name__}: sample_size {size}: expected square images")
         size = size[0]
-    return size * pixels_per_latent(pipe)
+    return int(size * pixels_per_latent(pipe))
 
 
 def fix_shift(pipe: Any, resolution: int | None = None) -> None:
@@ -125,13 +126,13 @@ class Teacher:
             already packed (Flux).
     """
 
-    pipeline_class: ClassVar[str]
+    pipeline_class: str
     network: ClassVar[str] = "unet"
     autoencoder: ClassVar[str | None] = "vae"
     packing: ClassVar[int] = 1
     kind: ClassVar[str] = "diffusion"
     solver: ClassVar[tuple[str, int]] = ("ddim", 50)
-    encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    encoders: tuple[str, ...] = ("text_encoder",)
 
     def __init__(
         self,
@@ -147,7 +148,7 @@ class Teacher:
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
-        self.net: nn.Module = getattr(pipe, self.network)
+        self.net: Any = getattr(pipe, self.network)  # with its `config`, `dtype` and the like
         _without_dropout(self.net)
         native, factor = native_resolution(pipe), pixels_per_latent(pipe)
         size, unit = resolution or native, factor * self.packing
@@ -160,7 +161,7 @@ class Teacher:
             )
         self.resolution = size
         side = size // factor
-        self.latent_shape = (self.net.config.in_channels // self.packing**2, side, side)
+        self.latent_shape: tuple[int, ...] = (self.net.config.in_channels // self.packing**2, side, side)
         fix_shift(pipe, size)
         kind = pipe.scheduler.config.get("prediction_type", "epsilon")
         kind = "flow_prediction" if is_flow(pipe.scheduler) else kind
@@ -234,7 +235,8 @@ class Teacher:
             for e in encoded
         ]
         sample = torch.cat(parts)
-        return (sample - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+        scaled: Tensor = (sample - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+        return scaled
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Scaled latents (B, C, h, w) -> uint8 images (B, H, W, 3)."""
@@ -250,7 +252,8 @@ class Teacher:
         """The same where the VAE is, differentiable."""
         vae = self.pipe.vae
         unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-        return vae.decode(unscaled, return_dict=False)[0].float().clamp(-1, 1)
+        decoded: Tensor = vae.decode(unscaled, return_dict=False)[0]
+        return decoded.float().clamp(-1, 1)
 
     def _at_once(self) -> int:
         """Images that the VAE takes at a time: one of 1024 px needs some 4 GB in fp32."""
@@ -292,7 +295,8 @@ class Teacher:
 
     @property
     def device(self) -> torch.device:
-        return next(self.net.parameters()).device
+        home: torch.device = next(self.net.parameters()).device
+        return home
 
     def drop_encoders(self, vae: bool = False) -> None:
         """Prompts are cached: the text encoders leave the device, and the VAE but for the time of :meth:`decode`."""
@@ -324,7 +328,7 @@ def _without_dropout(net: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif type(module).__name__ == "LabelEmbedding":
-            module.dropout_prob = 0.0
+            module.dropout_prob = 0.0  # type: ignore[assignment]  # diffusers' attribute
 
 
 def check_pipeline_folder(source: str) -> None:

@@ -44,7 +44,7 @@ class Flux(Teacher):
             pooled_projections=cond["pooled"],
             guidance=cond.tensors.get(EMBEDDED),
             txt_ids=torch.zeros(cond["embeds"].shape[1], 3, device=x_t.device),
-            img_ids=positions(*x_t.shape[-2:], x_t.device),
+            img_ids=positions(x_t.shape[-2], x_t.shape[-1], x_t.device),
             return_dict=False,
         )[0]
         return unpack(out, *x_t.shape[-2:])

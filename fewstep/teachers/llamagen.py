@@ -97,6 +97,8 @@ class CaptionMLP(nn.Module):
 class CaptionEmbedder(nn.Module):
     """Features of a text encoder; ``uncond_embedding`` takes their place for the null condition."""
 
+    uncond_embedding: Tensor
+
     def __init__(self, inner: int, dim: int, slots: int):
         super().__init__()
         self.cap_proj = CaptionMLP(inner, dim)
@@ -142,7 +144,7 @@ class GPT(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if num_classes is None:
-            self.cls_embedding = CaptionEmbedder(caption_dim, dim, cls_token_num)
+            self.cls_embedding: nn.Module = CaptionEmbedder(caption_dim, dim, cls_token_num)
         else:
             self.cls_embedding = LabelEmbedder(num_classes, dim)
         self.tok_embeddings = nn.Linear(code_dim, dim) if code_dim else nn.Embedding(vocab_size, dim)
@@ -155,7 +157,8 @@ class GPT(ModelMixin, ConfigMixin):
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.02)
         if vocab_size:
-            nn.init.zeros_(self.output.weight)
+            for parameter in self.output.parameters():
+                nn.init.zeros_(parameter)
 
     @property
     def groups(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,12 +35,14 @@ def skeleton_pipeline(source: str, network: str, dtype: torch.dtype):
     import transformers
 
     path = configs_of(source)
-    components = {}
+    components: dict[str, Any] = {}
     try:
         with hushed():
             index = diffusers.DiffusionPipeline.load_config(path)
             for name, (library, class_name) in (kv for kv in index.items() if isinstance(kv[1], list)):
-                cls = getattr({"diffusers": diffusers}.get(library, transformers), class_name or "", None)
+                cls: Any = getattr(
+                    {"diffusers": diffusers}.get(library, transformers), class_name or "", None
+                )
                 components[name] = None
                 if name == "scheduler":
                     components[name] = cls.from_config(cls.load_config(path, subfolder=name))
@@ -81,7 +84,7 @@ def skeleton_teacher(
             f"teacher.path: {source}: its shapes are not known before it is loaded; measure it instead: fewstep bench"
         )
     pipe = skeleton_pipeline(source, cls.network, getattr(torch, dtype))
-    methods = {"encode": lambda self, prompts: self.blank(len(prompts))}
+    methods: dict[str, Any] = {"encode": lambda self, prompts: self.blank(len(prompts))}
     if cls is not DDPM:  # which has none
         methods["null"] = lambda self: self.blank(1)
     blank = type(cls.__name__, (cls,), methods)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cond import Cond
 from .base import Teacher
@@ -33,7 +33,7 @@ class StableDiffusion3(Teacher):
         return Cond({"embeds": embeds, "pooled": torch.zeros(rows, c.pooled_projection_dim)})
 
     @staticmethod
-    def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def call(net: Any, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         return net(
             x_t,
             timestep=time.to(x_t.dtype),
@@ -86,7 +86,7 @@ class Sana(_Masked):
         return self._encode([""])
 
     @staticmethod
-    def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def call(net: Any, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         return net(
             x_t,
             encoder_hidden_states=cond["embeds"],
@@ -118,7 +118,7 @@ class PixArtAlpha(_Masked):
         return Cond({**cond.tensors, "resolution": size.contiguous(), "aspect_ratio": ratio})
 
     @staticmethod
-    def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def call(net: Any, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         added = {name: cond.tensors.get(name) for name in ("resolution", "aspect_ratio")}
         return net(
             x_t,

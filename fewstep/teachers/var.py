@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,10 @@ class Pyramid(nn.Module):
     They are buffers: no transformer trains them.
     """
 
+    codes: Tensor
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, patches: Sequence[int], size: int, dim: int, device: torch.device | None = None):
         super().__init__()
         self.patches = tuple(patches)
@@ -48,7 +53,7 @@ class Pyramid(nn.Module):
     @torch.no_grad()
     def take(self, quantize: Quantizer) -> None:
         """Codes and convolutions of a tokenizer."""
-        phis = quantize.quant_resi.qresi_ls
+        phis: Any = quantize.quant_resi.qresi_ls
         self.codes.copy_(quantize.embedding.weight)
         self.weight.copy_(torch.stack([phi.weight for phi in phis]))
         self.bias.copy_(torch.stack([phi.bias for phi in phis]))
@@ -96,6 +101,7 @@ class Attention(nn.Module):
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.zero_k_bias: Tensor
         self.register_buffer("zero_k_bias", torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
@@ -199,9 +205,8 @@ class VAR(ModelMixin, ConfigMixin):
             self.head_nm, self.head = HeadNorm(width), nn.Linear(width, vocab_size)
         if aligned:  # the marks of known tokens enter before every block, and once more at the end
             self.inject = nn.ModuleList(nn.Linear(width, width) for _ in range(depth + 1))
-            for layer in self.inject:
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
+            for parameter in self.inject.parameters():
+                nn.init.zeros_(parameter)
         self.pyramid = Pyramid(patch_nums, num_codes, code_dim)
         sizes = ([1] if aligned else []) + list(self.groups)
         level = torch.cat([torch.full((size,), k) for k, size in enumerate(sizes)])
@@ -340,7 +345,8 @@ class MultiScaleVQ(ModelMixin, ConfigMixin):
 
     def pyramid(self) -> Pyramid:
         codes = self.quantize.embedding.weight
-        pyramid = Pyramid(self.config.patch_nums, *codes.shape, codes.device)
+        size, dim = codes.shape
+        pyramid = Pyramid(self.config.patch_nums, size, dim, codes.device)
         pyramid.take(self.quantize)
         return pyramid
 

@@ -163,7 +163,7 @@ def test_two_processes_train_what_one_trains_with_accumulation_and_resume_exactl
         [*words, "--rdzv_endpoint", "localhost:0", str(script), str(output)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]

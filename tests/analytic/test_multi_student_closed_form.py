@@ -157,7 +157,7 @@ def test_weights_change_only_by_rows_of_their_part(mixture, fitted):
 
     def batch(iteration, micro):
         made = inner(iteration, micro)
-        made.cond = only
+        made.cond, made.host = only, {}
         return made
 
     trainer.data.batch = batch

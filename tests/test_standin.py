@@ -1,0 +1,181 @@
+"""What a GPU executes, executed on the stand-in accelerator: recipes, commands, methods.
+
+The device is for a whole process and for good, so children have it (``on_standin.py``), each for many recipes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import on_standin
+import pytest
+import standin
+
+from fewstep.cli import recipe_files
+
+pytestmark = pytest.mark.skipif(standin.compiler() is None, reason="the stand-in needs a C++ compiler")
+
+HERE = Path(__file__).parent
+# One of each kind of network in the ordinary suite, the rest with --slow.
+FAST = {"sdxl_dmd2_4step", "emoji_dmd2_1step", "sd3_scm_1step", "var_d16_dd1_2step"}
+RECIPES = [
+    pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in sorted(recipe_files())
+]
+COMMANDS = ["train", "resume", "replay", "export", "sample", "cache", "pairs", "prepare", "bench", "floor"]
+COMMANDS += ["eval generate", "eval fid"]
+ON_THE_CPU = {"export"}  # whose weights may be anyone's
+COARSE = ["sdxl_dmd2_4step", "sd3_scm_1step", "sdxl_sid_4step"]
+
+
+def children(folder, *shares):
+    """Runs ``on_standin.py`` once for each share of the work, at once, and gives the lines that they have written."""
+    standin.build()  # once, and not by each of them
+    made = []
+    for number, words in enumerate(shares):
+        out, said = folder / f"{number}.jsonl", folder / f"{number}.txt"
+        out.touch()
+        with said.open("wb") as stream:
+            place = {"FEWSTEP_CACHE": str(folder / f"cache-{number}")}
+            words = [sys.executable, str(HERE / "on_standin.py"), words[0], str(out), *words[1:]]
+            child = subprocess.Popen(words, stdout=stream, stderr=stream, env={**os.environ, **place})
+        made.append((child, out, said))
+    lines = []
+    for child, out, said in made:
+        assert child.wait() == 0, said.read_text(errors="replace")[-3000:]
+        lines += [json.loads(line) for line in out.read_text().splitlines()]
+    return lines
+
+
+@pytest.fixture(scope="module")
+def courses(request, tmp_path_factory):
+    """Recipe -> what it has come to, of those whose tests run here."""
+    names = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.path == request.path and item.originalname == "test_a_recipe_trains_resumes_and_exports"
+        if not item.get_closest_marker("skip")
+    ]
+    shares = [names[::2], names[1::2]] if len(names) > len(FAST) else [names]
+    made = children(tmp_path_factory.mktemp("recipes"), *(("recipes", *share) for share in shares))
+    return {course["recipe"]: course for course in made}
+
+
+def check(course):
+    assert course["fault"] is None, course["fault"]
+    assert course["reached"] == list(on_standin.STAGES)
+    assert course["devices"] == [standin.NAME]
+    assert course["waits"] == []
+
+
+def needs_transformers_5(name):
+    if name.startswith("emoji_flow") and version("transformers") < "5":
+        pytest.skip("builtin:emoji-flow needs transformers 5")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_resumes_and_exports(name, courses):
+    needs_transformers_5(name)
+    check(courses[name])
+    assert row(name, courses[name]["reached"]) in (HERE / "README.md").read_text().splitlines()
+
+
+def row(name, reached):
+    return f"| `{name}` | {' | '.join('yes' if stage in reached else 'no' for stage in on_standin.STAGES)} |"
+
+
+def test_the_table_has_every_recipe():
+    text = (HERE / "README.md").read_text()
+    assert f"| on the stand-in | {' | '.join(on_standin.STAGES)} |" in text
+    assert [line for line in text.splitlines() if line.endswith(" yes | yes | yes |")] == [
+        row(name, on_standin.STAGES) for name in sorted(recipe_files())
+    ]
+
+
+@pytest.fixture(scope="module")
+def coarse(tmp_path_factory):
+    """Recipe -> what it has come to without float64."""
+    made = children(tmp_path_factory.mktemp("coarse"), ("recipes", "--without-float64", *COARSE))
+    return {course["recipe"]: course for course in made}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COARSE)
+def test_a_device_without_float64_will_do(name, coarse):
+    check(coarse[name])
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """Command -> its exit code, output, and most bytes on the device."""
+    return {done["command"]: done for done in children(tmp_path_factory.mktemp("commands"), ("commands",))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_works_on_the_device(name, commands):
+    done = commands[name]
+    assert done["code"] == 0, done["said"]
+    assert done["bytes"] > 100_000 or name in ON_THE_CPU
+
+
+@pytest.mark.slow
+def test_every_method_keeps_its_contract_on_the_device_and_no_iteration_waits():
+    words = ["-m", "pytest", "--standin", "-q", "-p", "no:cacheprovider", "analytic/test_contract.py"]
+    standin.build()
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_what_the_stand_in_refuses_and_counts():
+    done = subprocess.run([sys.executable, "-c", REFUSES], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+REFUSES = """
+import standin
+import torch
+
+device = standin.install(float64=False)
+
+def refused(function, kind, words):
+    try:
+        function()
+    except kind as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(words)
+
+x, y = torch.ones(3, device=device), torch.ones(3)
+refused(lambda: x + y, RuntimeError, "same device")
+refused(lambda: torch.randn(3, device=device, generator=torch.Generator()), RuntimeError, "generator")
+for make in (x.double, lambda: y.double().to(device), lambda: torch.zeros(3, dtype=torch.float64, device=device)):
+    refused(make, TypeError, "float64")
+assert not torch.randn(3, generator=torch.Generator(device).manual_seed(0), device=device).cpu().equal(
+    torch.randn(3, generator=torch.Generator().manual_seed(0)))
+for wait, kind in (
+    (x.sum().item, "read"), (x.tolist, "read"), (lambda: bool(x.any()), "read"), (lambda: x[x > 0], "read"),
+    (x.nonzero, "read"), (x.cpu, "read"), (lambda: y.to(device), "upload"), (lambda: x[[0, 1]], "upload"),
+):
+    with standin.waits() as found:
+        wait()
+    assert [w.kind for w in found][:1] == [kind], (kind, found)
+with standin.waits() as found:
+    (x * 2 + torch.randn_like(x)).sum()
+    y.pin_memory().to(device, non_blocking=True)
+    here = (x * 5).to("cpu", non_blocking=True)
+assert not found and not here.equal(5 * y)  # not arrived
+torch.accelerator.synchronize()
+assert here.equal(5 * y)
+
+from fewstep.device import upload
+from fewstep.schedules import VP
+
+with device:  # where a scheduler is made on the device, its table is kept on the host all the same
+    schedule = VP(torch.linspace(0.999, 0.005, 1000))
+assert schedule.alpha(torch.tensor([5.0], device=device)).device.type == device.type
+assert schedule.alpha(torch.tensor([5.0], device="cpu")).device.type == "cpu"
+assert upload(x, "cpu").equal(torch.ones(3)) and upload(x, device) is x
+"""
