@@ -131,6 +131,8 @@ class Meter(TorchDispatchMode):
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
+        if key in self._seen:  # a tensor that is made within no operation is seen when its storage is
+            return
         self.alive += size
         if self.alive > self.peak:
             self.peak = self.alive
