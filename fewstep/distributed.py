@@ -112,7 +112,9 @@ def distribute(module: nn.Module, process: Process) -> None:
     from torch.distributed.fsdp import fully_shard
 
     frozen = {p for p in module.parameters() if not p.requires_grad}
-    units = [] if frozen else blocks_of(module)  # adapters are few, and gathered at once
+    units = (
+        [] if frozen else [*_called_apart(module), *blocks_of(module)]
+    )  # adapters are few, and gathered at once
     for block in units:
         fully_shard(block, mesh=process.mesh)
     # Gathered until the backward: a loss on tapped features never touches the output whose hook would gather again.
@@ -125,6 +127,11 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     names = getattr(module, "_no_split_modules", None) or ["BasicTransformerBlock", "ResnetBlock2D"]
     blocks = [m for m in module.modules() if type(m).__name__ in names and any(True for _ in m.parameters())]
     return blocks[::-1]
+
+
+def _called_apart(module: nn.Module) -> list[nn.Module]:
+    """Parts of blocks that a network also calls by themselves, when their block has not gathered them: DiT's."""
+    return [m for m in module.modules() if type(m).__name__ == "CombinedTimestepLabelEmbeddings"]
 
 
 def sync_gradients(module: nn.Module, on: bool) -> None:

@@ -15,12 +15,13 @@ from .teachers.base import Teacher
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
-def distance_of(kind: str, teacher: Teacher) -> Distance:
+def distance_of(kind: str, teacher: Teacher, vgg: Distance | None = None) -> Distance:
     """A distance of two batches of latents (B, C, h, w), a scalar.
 
     Args:
         kind: "l2" of the latents; "features": unit-normalised maps of EfficientNet-Lite0 on decoded images (LPIPS
             without learned weights, arXiv 1801.03924, eq. 1); "lpips": the VGG one, whose weights must be on disk.
+        vgg: in its place, of two batches of images.
 
     Raises:
         RecipeError: weights or package of "lpips" are not there.
@@ -30,7 +31,7 @@ def distance_of(kind: str, teacher: Teacher) -> Distance:
     images = _Decoded(teacher, _maps(teacher) if kind == "features" else None)
     if kind == "features":
         return images.features
-    return images.compare(_lpips(teacher))
+    return images.compare(vgg or _lpips(teacher))
 
 
 class _Decoded:

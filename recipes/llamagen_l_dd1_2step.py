@@ -25,7 +25,13 @@ recipe = Recipe(
         )
     },
     train=TrainConfig(
-        steps=300_000, batch_size=64, clip_norm=1.0, log_every=100, sample_every=10_000, checkpoint_every=5000
+        steps=300_000,
+        batch_size=32,
+        accumulate=2,
+        clip_norm=1.0,
+        log_every=100,
+        sample_every=10_000,
+        checkpoint_every=5000,
     ),
     samples=SampleConfig(count=8, columns=8),
 )

@@ -26,7 +26,7 @@ recipe = Recipe(
         "critic": RoleConfig(lr=2e-4, warmup=1000, **ROLE),
     },
     train=TrainConfig(
-        steps=160_000, batch_size=128, log_every=100, sample_every=10_000, checkpoint_every=5000
+        steps=160_000, batch_size=64, accumulate=2, log_every=100, sample_every=10_000, checkpoint_every=5000
     ),
     samples=SampleConfig(count=8, columns=8),
 )

@@ -28,7 +28,7 @@ recipe = Recipe(
         "critic": RoleConfig(warmup=1000, **ROLE),
     },
     train=TrainConfig(
-        steps=370_000, batch_size=64, log_every=100, sample_every=10_000, checkpoint_every=5000
+        steps=370_000, batch_size=32, accumulate=2, log_every=100, sample_every=10_000, checkpoint_every=5000
     ),
     samples=SampleConfig(count=8, columns=8),
 )

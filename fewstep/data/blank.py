@@ -11,6 +11,7 @@ from ..cond import Cond
 from ..methods.base import Batch
 from ..rng import Rng
 from ..teachers.base import Teacher
+from ..tokens import nearest_code
 
 
 class Blank:
@@ -45,5 +46,8 @@ class Blank:
         if "images" in self.needs:
             more = {"real": rng.normal(*self.shape), "real_cond": cond()}
         if "pairs" in self.needs:
-            more |= {"pairs": (rng.normal(*self.shape), rng.normal(*self.shape)), "pair_cond": cond()}
+            clean = rng.normal(*self.shape)
+            if self.teacher.kind == "autoregressive":
+                clean = nearest_code(clean, self.teacher.denoiser.codes)
+            more |= {"pairs": (rng.normal(*self.shape), clean), "pair_cond": cond()}
         return Batch(cond=cond(), shape=self.shape, rng=rng, shared=shared, **more)

@@ -14,7 +14,9 @@ from .. import recipe as recipes
 from ..data.blank import Blank
 from ..errors import FewstepError, RecipeError
 from ..kernels import ATTENTION
+from ..methods.base import Method
 from ..optimizers import bytes_8bit
+from ..perceptual import distance_of
 from ..recipe import Recipe
 from ..run import build, on_pixels
 from ..teachers.base import Teacher
@@ -23,7 +25,7 @@ from ..trainer import Trainer
 from .blocks import remember
 from .disk import on_disk
 from .meter import Meter, storage_bytes
-from .shapes import Shapeless, Shapes, group, norms_as_on_a_gpu, products, quietly
+from .shapes import VGG, Shapeless, Shapes, group, norms_as_on_a_gpu, products, quietly
 from .table import Part, Plan, Turn
 
 
@@ -67,6 +69,7 @@ def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
             if trainer is None or process.mesh is not None:
                 teacher = skeleton_teacher(t.path, **t.options())
                 roles, method = build(recipe, teacher, process)
+                _judge(method, recipe, teacher)
                 trainer = Trainer(method, roles, None, train, process=process, quiet=True)
                 _fill_optimizers(trainer)
                 turns = turns or _turns(trainer)
@@ -106,6 +109,14 @@ def _plainly(recipe: Recipe) -> Recipe:
     names = (*recipe.method_class.networks_for(recipe.method), *recipe.method_class.extras)
     roles = {name: replace(recipe.role(name), optimizer="adamw") for name in names}
     return replace(recipe, teacher=replace(recipe.teacher, attention=attention, compile=False), roles=roles)
+
+
+def _judge(method: Method, recipe: Recipe, teacher: Teacher) -> None:
+    """As a run does: what judges decoded images. Of a reward only the decoder before it is counted."""
+    if getattr(recipe.method, "regression", "l2") != "l2":
+        method.distance = distance_of(recipe.method.regression, teacher, VGG())
+    if getattr(recipe.method, "reward", None):
+        method.reward = lambda latents, _: teacher.decode_pixels(latents).mean((1, 2, 3))
 
 
 def _fill_optimizers(trainer: Trainer) -> None:

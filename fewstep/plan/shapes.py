@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, library
+import torch.nn.functional as F
+from torch import Tensor, library, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
@@ -38,6 +39,28 @@ class Shapeless(TorchFunctionMode):
         if function is Tensor.__bool__ and isinstance(args[0], FakeTensor):
             return True  # that a gradient is finite
         return function(*args, **kwargs)
+
+
+class VGG(nn.Module):
+    """The network of LPIPS (VGG-16's convolutions, arXiv 1801.03924) without its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages, inner = nn.ModuleList(), 3
+        for depth, width in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
+            layers: list[nn.Module] = [nn.MaxPool2d(2)] if self.stages else []
+            for _ in range(depth):
+                layers += [nn.Conv2d(inner, width, 3, padding=1), nn.ReLU(inplace=True)]
+                inner = width
+            self.stages.append(nn.Sequential(*layers))
+        self.requires_grad_(False)
+
+    def forward(self, images: Tensor, wanted: Tensor) -> Tensor:
+        total = images.new_zeros(())
+        for stage in self.stages:
+            images, wanted = stage(images), stage(wanted)
+            total = total + (F.normalize(images, dim=1) - F.normalize(wanted, dim=1)).square().mean()
+        return total
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class Autoregressive(Teacher):
     network = "transformer"
     autoencoder = "vqvae"
     kind = "autoregressive"
+    encoders = ()
     solver = ("midpoint", 10)
     denoiser: CodebookDenoiser  # type: ignore[assignment]  # of codes, where other teachers have a network's
 
@@ -56,6 +57,9 @@ class Autoregressive(Teacher):
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         return self.pipe.encode_prompt(prompts)
+
+    def blank(self, rows: int) -> Cond:
+        return self.null().map(lambda row: row.new_zeros(rows, *row.shape[1:]))
 
     def null(self) -> Cond:
         return self.pipe.null()

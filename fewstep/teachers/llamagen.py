@@ -230,7 +230,7 @@ class GPT(ModelMixin, ConfigMixin):
         other = type(self)(**{**config, "code_dim": codes.shape[1]})
         table = self.tok_embeddings.weight.detach().float()
         with_one = torch.cat([codes.float(), torch.ones_like(codes[:, :1])], 1)
-        solution = torch.linalg.lstsq(with_one.double(), table.double()).solution.float()
+        solution = (torch.linalg.pinv(with_one.double()) @ table.double()).float()
         state = {k: v for k, v in self.state_dict().items() if not k.startswith("tok_embeddings.")}
         state |= {"tok_embeddings.weight": solution[:-1].T, "tok_embeddings.bias": solution[-1]}
         other.load_state_dict(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 
 from ..errors import FewstepError
 from . import ASSETS, adapters, hushed, pipeline_class_of, resolve, with_arithmetic
+from .ar import PIPELINES
 from .base import Teacher
-from .classes import DDPM
 
 PUBLISHED = ASSETS / "published"  # configurations of published models, so that planning needs no network
 
@@ -32,31 +33,37 @@ def skeleton_pipeline(source: str, network: str, dtype: torch.dtype):
         FewstepError: no configuration can be read, e.g. because the hub is out of reach.
     """
     import diffusers
-    import transformers
 
     path = configs_of(source)
     components: dict[str, Any] = {}
     try:
         with hushed():
             index = diffusers.DiffusionPipeline.load_config(path)
-            for name, (library, class_name) in (kv for kv in index.items() if isinstance(kv[1], list)):
-                cls: Any = getattr(
-                    {"diffusers": diffusers}.get(library, transformers), class_name or "", None
-                )
+            parts = {k: v for k, v in index.items() if isinstance(v, list) and not isinstance(v[0], int)}
+            for name, (library, class_name) in parts.items():
+                cls = _class(library, class_name)
                 components[name] = None
                 if name == "scheduler":
                     components[name] = cls.from_config(cls.load_config(path, subfolder=name))
-                elif library == "diffusers":
+                elif cls is not None and issubclass(cls, diffusers.ModelMixin):
                     config = cls.load_config(path, subfolder=name)
                     components[name] = _built(cls.from_config, config, dtype if name == network else None)
                 elif cls is not None and hasattr(cls, "config_class"):
                     config = cls.config_class.from_pretrained(path, subfolder=name)
                     with torch.device("meta"):
                         components[name] = _built(cls, config, dtype)
-            scalars = {k: v for k, v in index.items() if not isinstance(v, list) and not k.startswith("_")}
-            return getattr(diffusers, index["_class_name"])(**components, **scalars)
+            options = {k: v for k, v in index.items() if k not in parts and not k.startswith("_")}
+            name = index["_class_name"]
+            return (PIPELINES.get(name) or getattr(diffusers, name))(**components, **options)
     except (OSError, ValueError, AttributeError) as error:
         raise FewstepError(f"teacher.path: cannot read the configurations of {source}: {error}") from error
+
+
+def _class(library: str | None, name: str | None) -> Any:
+    """Of a component: of ours, of diffusers, or of transformers, as which a pipeline's own modules count."""
+    ours = (library or "").startswith(f"{__package__}.")
+    module = import_module(library if ours or library == "diffusers" else "transformers")
+    return getattr(module, name or "", None)
 
 
 def _built(build, config, dtype: torch.dtype | None):
@@ -79,13 +86,9 @@ def skeleton_teacher(
 ) -> Teacher:
     """A teacher that knows every shape and no number; arguments as of :func:`~fewstep.teachers.load_teacher`."""
     cls = adapters()[pipeline_class_of(configs_of(source))]
-    if cls.kind != "diffusion":
-        raise FewstepError(
-            f"teacher.path: {source}: its shapes are not known before it is loaded; measure it instead: fewstep bench"
-        )
     pipe = skeleton_pipeline(source, cls.network, getattr(torch, dtype))
     methods: dict[str, Any] = {"encode": lambda self, prompts: self.blank(len(prompts))}
-    if cls is not DDPM:  # which has none
+    if cls.encoders:  # others know it without
         methods["null"] = lambda self: self.blank(1)
     blank = type(cls.__name__, (cls,), methods)
     return with_arithmetic(partial(blank, pipe, source, resolution), autocast, attention, device)
