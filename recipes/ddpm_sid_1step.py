@@ -1,11 +1,11 @@
-"""One-step unconditional generator of CIFAR-10 from a DDPM in pixels, with SiD, data-free, for one GPU.
+"""One-step unconditional generator of CIFAR-10 from a DDPM in pixels, with SiD, data-free.
 
     fewstep train ddpm_sid_1step
     fewstep train ddpm_sid_1step --teacher PATH    # any DDPMPipeline or DDIMPipeline folder
     fewstep train ddpm_sid_1step --smoke           # seconds, a tiny random UNet2DModel stands in
 
 A network with class labels takes them as prompts (--prompts labels.txt). Not yet run at scale; the learning rates are
-ours.
+ours. Hardware: one H100, 80 GB.
 """
 
 from fewstep.data.prompts import UNCONDITIONAL

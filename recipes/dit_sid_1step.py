@@ -1,10 +1,10 @@
-"""One-step class-conditional DiT-XL/2 at 256 px with SiD, data-free, for eight H100.
+"""One-step class-conditional DiT-XL/2 at 256 px with SiD, data-free.
 
     torchrun --nproc_per_node 8 recipes/dit_sid_1step.py
     fewstep train dit_sid_1step --smoke            # seconds, a tiny random DiT stands in
 
 Prompts are class labels. Both networks are trained whole, in shards over all processes. Not yet run at scale; the
-guidance is that of DiT's best FID (arXiv 2212.09748), the learning rates are ours.
+guidance is that of DiT's best FID (arXiv 2212.09748), the learning rates are ours. Hardware: eight H100, 80 GB each.
 """
 
 from fewstep.data.prompts import CLASSES

@@ -1,10 +1,11 @@
-"""Four-step LoRA of FLUX.1-dev at 1024 px with DMD2's score difference alone, for eight H100 (80 GB).
+"""Four-step LoRA of FLUX.1-dev at 1024 px with DMD2's score difference alone.
 
     torchrun --nproc_per_node 8 recipes/flux_dmd2_4step.py --prompts prompts.txt
     fewstep train flux_dmd2_4step --smoke          # seconds, a tiny random Flux stands in
 
 The teacher is told guidance_scale, as the stock pipeline does; student and critic are told 1, and so is the exported
 student. Without a discriminator no images are needed. Not yet run at scale; the learning rates are ours.
+Hardware: eight H100, 80 GB each.
 """
 
 from fewstep.methods.dmd2 import DMD2

@@ -6,7 +6,7 @@
 
 Published: FID 11.35 in one step and 7.58 in two (arXiv 2412.17153), 648 hours of 8 A800. Entry points, split and
 guidance are the paper's; batch size, learning rate and loss weights are not published: these are ours. Not yet run at
-scale.
+scale. Hardware: eight H100, 80 GB each.
 """
 
 from fewstep.methods.dd1 import DD1

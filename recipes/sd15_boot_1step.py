@@ -1,4 +1,4 @@
-"""One-step student of Stable Diffusion 1.5 at 512 px with BOOT, for eight H100 (80 GB).
+"""One-step student of Stable Diffusion 1.5 at 512 px with BOOT.
 
     torchrun --nproc_per_node 8 recipes/sd15_boot_1step.py --prompts prompts.txt --output runs/boot
     fewstep train sd15_boot_1step --smoke          # seconds, a tiny random SD stands in
@@ -7,6 +7,7 @@
 Data-free: prompts only. The paper (arXiv 2306.05544) trained on prompts of diffusiondb with guidance and gives no table
 of its values, and there is no public code: rate, batch and intervals here are ours. A network that predicts eps
 multiplies its error by 15 at the noisiest level, where BOOT has to call it. Not yet run at scale.
+Hardware: eight H100, 80 GB each.
 """
 
 from fewstep.methods.boot import BOOT

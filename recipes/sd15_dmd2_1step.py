@@ -1,4 +1,4 @@
-"""One-step LoRA of Stable Diffusion 1.5 at 512 px with DMD2, for one H100 (80 GB).
+"""One-step LoRA of Stable Diffusion 1.5 at 512 px with DMD2.
 
     fewstep train sd15_dmd2_1step --prompts prompts.txt --images images/ --output runs/sd15
     fewstep train sd15_dmd2_1step --smoke          # seconds, a tiny random SD stands in
@@ -6,7 +6,7 @@
 
 Paper (64 A100, batch 2048, full weights): 40k iterations without GAN at 1e-5, then 5k with GAN weight 1e-3 at 5e-7;
 COCO-30k FID 9.28, then 8.35. This recipe is the second stage's loss from the start, with LoRA. The student starts
-at t = 999, where an eps network's error is multiplied by 14.6 in x0. Not yet run at scale.
+at t = 999, where an eps network's error is multiplied by 14.6 in x0. Not yet run at scale. Hardware: one H100, 80 GB.
 """
 
 from fewstep.methods.dmd2 import DMD2

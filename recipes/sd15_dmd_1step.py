@@ -1,4 +1,4 @@
-"""One-step Stable Diffusion 1.5 at 512 px with DMD, for one H100 (80 GB) or several.
+"""One-step Stable Diffusion 1.5 at 512 px with DMD.
 
     fewstep pairs sd15_dmd_1step --prompts prompts.txt --num 100000 --steps 50 --solver dpm++ --out pairs/sd15
     fewstep train sd15_dmd_1step --prompts prompts.txt --output runs/sd15_dmd
@@ -8,7 +8,7 @@ Paper (72 A100, batch 2304, 500k pairs at guidance 3): COCO-30k FID 11.49. These
 at 1e-5, 20k iterations, regression weight 0.25, the score difference on paired samples too. Here a batch is 32 per card
 (72 cards make the paper's), and the regression is that of latents: the paper's is LPIPS on decoded images (set
 method.regression lpips where its weights are on disk). The student starts at t = 999, where an eps network's error is
-multiplied by 14.6 in x0. Not yet run at scale.
+multiplied by 14.6 in x0. Not yet run at scale. Hardware: one H100, 80 GB, or several.
 """
 
 from fewstep.methods.dmd import DMD

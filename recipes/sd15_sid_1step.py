@@ -1,4 +1,4 @@
-"""One-step Stable Diffusion 1.5 at 512 px with SiD-LSG, from prompts alone, for one H100 (80 GB) or several.
+"""One-step Stable Diffusion 1.5 at 512 px with SiD-LSG, from prompts alone.
 
     fewstep train sd15_sid_1step --prompts prompts.txt --output runs/sd15_sid
     fewstep train sd15_sid_1step --smoke          # seconds, a tiny random SD stands in
@@ -8,7 +8,7 @@ Paper (arXiv 2406.01561, batch 512, 10 M images, prompts of LAION-Aesthetics 6+)
 score 0.302 at guidance 1.5; 16.59 and 0.317 at 4.5. These are its hyper-parameters: all weights at 1e-6 and no
 first moment for both networks, start at t = 625, times 20 to 980, moving average with a half-life of 50 k
 images. Captions are dropped in the critic's turn only. Not yet run at scale; on several cards divide
-``train.accumulate`` by their number.
+``train.accumulate`` by their number. Hardware: one H100, 80 GB, or several.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""One-step Stable Diffusion 1.5 at 512 px with SwiftBrush, from prompts alone, for one H100 (80 GB).
+"""One-step Stable Diffusion 1.5 at 512 px with SwiftBrush, from prompts alone.
 
     fewstep train sd15_swiftbrush_1step --prompts prompts.txt --output runs/sd15
     fewstep train sd15_swiftbrush_1step --smoke          # seconds, a tiny random SD stands in
@@ -8,6 +8,7 @@ Paper (SD 2.1-base, 16 samples per GPU, 3 epochs of prompts): COCO-30k FID 16.67
 hyper-parameters: all weights of the student at 1e-6, an adapter on the queries and values of the critic at 1e-3,
 clipping at 1, guidance 4.5 for both. The number of iterations and the decay of the moving average are ours. The student
 starts at t = 999, where an eps network's error is multiplied by 14.6 in x0. Not yet run at scale.
+Hardware: one H100, 80 GB.
 """
 
 from fewstep.methods.score_difference import SwiftBrush

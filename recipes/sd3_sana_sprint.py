@@ -33,7 +33,7 @@ recipe = Recipe(
         "discriminator": RoleConfig(kind="full", lr=2e-6, weight_decay=0.0, warmup=2500),
     },
     train=TrainConfig(
-        steps=10_000, batch_size=4, accumulate=16, clip_norm=0.1, sample_every=500, checkpoint_every=500
+        steps=10_000, batch_size=2, accumulate=32, clip_norm=0.1, sample_every=500, checkpoint_every=500
     ),
     samples=SampleConfig(count=8, teacher_steps=28, columns=4),
     export=ExportConfig(dtype="bfloat16"),

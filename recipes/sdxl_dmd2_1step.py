@@ -1,4 +1,4 @@
-"""One-step LoRA of SDXL at 1024 px with DMD2, for one H100 (80 GB).
+"""One-step LoRA of SDXL at 1024 px with DMD2.
 
     fewstep train sdxl_dmd2_1step --prompts prompts.txt --images images/ --output runs/sdxl1
     fewstep train sdxl_dmd2_1step --smoke          # seconds, a tiny random SDXL stands in
@@ -8,6 +8,7 @@ Prompts: one per line (the paper used 3 M of LAION-Aesthetic 6.25+); images: cap
 The student is conditioned on t = 399, the paper's remedy against block artefacts. Paper (64 A100, batch 128, 24k
 iterations, full weights, after a short regression warm-up on 10k teacher pairs): FID 19.01 on COCO-10k. This recipe
 shares one frozen base between student and critic LoRAs and has no warm-up. Not yet run at scale.
+Hardware: one H100, 80 GB.
 """
 
 from fewstep.methods.dmd2 import DMD2

@@ -1,4 +1,4 @@
-"""Four-step LoRA of SDXL at 1024 px with DMD2, for one H100 (80 GB).
+"""Four-step LoRA of SDXL at 1024 px with DMD2.
 
     fewstep train sdxl_dmd2_4step --prompts prompts.txt --images images/ --output runs/sdxl4
     fewstep train sdxl_dmd2_4step --smoke          # seconds, a tiny random SDXL stands in
@@ -7,6 +7,7 @@
 Prompts: one per line (the paper used 3 M of LAION-Aesthetic 6.25+); images: captioned, at least 1024 px.
 Paper (64 A100, batch 128, 16k iterations, full critic): FID 19.68 on COCO-10k for the LoRA student. This recipe
 shares one frozen base between student and critic LoRAs, so that one card holds it. Not yet run at scale.
+Hardware: one H100, 80 GB.
 """
 
 from fewstep.methods.dmd2 import DMD2

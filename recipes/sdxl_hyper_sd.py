@@ -1,4 +1,4 @@
-"""One student of 1 to 8 steps of SDXL at 1024 px with Hyper-SD: one LoRA, for eight H100 (80 GB).
+"""One student of 1 to 8 steps of SDXL at 1024 px with Hyper-SD: one LoRA.
 
     torchrun --nproc_per_node 8 recipes/sdxl_hyper_sd.py --prompts prompts.txt --images images --output runs/hyper_sd
     fewstep train sdxl_hyper_sd --smoke          # seconds, a tiny random SDXL stands in
@@ -8,7 +8,7 @@ Captioned images train it, prompts alone the score stage. Batch 512, rate 1e-6 a
 target are the paper's (arXiv 2404.13686, section 4.1), rank 64 and the layers are those of its published files. It took
 about 200 A100-hours a stage; iterations, the weights of the adversarial term and guidance are unpublished, so those
 here are ours, guidance of 7 to 8 being PCM's (arXiv 2405.18407). For feedback set method.feedback_length and
-method.reward. Not yet run at scale.
+method.reward. Not yet run at scale. Hardware: eight H100, 80 GB each.
 """
 
 from fewstep.methods.hyper_sd import HyperSD

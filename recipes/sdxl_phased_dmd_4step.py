@@ -1,4 +1,4 @@
-"""Four-step student of SDXL at 1024 px with Phased DMD: two LoRA experts, for one H100 (80 GB).
+"""Four-step student of SDXL at 1024 px with Phased DMD: two LoRA experts.
 
     fewstep train sdxl_phased_dmd_4step --prompts prompts.txt --output runs/sdxl_phased
     fewstep train sdxl_phased_dmd_4step --smoke          # seconds, a tiny random SDXL stands in
@@ -8,6 +8,7 @@ Data-free: prompts only. Ratio, batch (64) and the students' LoRA (rank 64, alph
 paper's, which distilled flow models with guidance 4 to 5, trained its critics in full at 4e-7 and showed experts of 100
 and 400 updates. Here guidance 8 is DMD2's for SDXL, and the critic is an adapter on the shared base, so that one card
 is enough. On SDXL, whose network predicts eps, treat this as an experiment. Not yet run at scale.
+Hardware: one H100, 80 GB.
 """
 
 from fewstep.methods.phased_dmd import PhasedDMD

@@ -1,4 +1,4 @@
-"""Four-step LoRA of SDXL at 1024 px with SiD, from prompts alone, for one H100 (80 GB).
+"""Four-step LoRA of SDXL at 1024 px with SiD, from prompts alone.
 
     fewstep train sdxl_sid_4step --prompts prompts.txt --output runs/sdxl_sid4
     fewstep train sdxl_sid_4step --smoke          # seconds, a tiny random SDXL stands in
@@ -7,7 +7,7 @@
 Paper (arXiv 2505.12674, full weights at 1e-6, K = 4 by uniform mixture): without images, long-short guidance.
 Teacher and critic share one frozen base, and the activations of one network at a time are held (``lean``), so
 that one card is enough. The student starts at t = 623, near the paper's 625. Guidance 4.5, batch and steps are
-ours to be tuned. Not yet run at scale.
+ours to be tuned. Not yet run at scale. Hardware: one H100, 80 GB.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""One-step LoRA of SDXL at 1024 px with SIM, from prompts alone, for one H100 (80 GB).
+"""One-step LoRA of SDXL at 1024 px with SIM, from prompts alone.
 
     fewstep train sdxl_sim_1step --prompts prompts.txt --output runs/sdxl_sim1
     fewstep train sdxl_sim_1step --smoke          # seconds, a tiny random SDXL stands in
@@ -7,7 +7,7 @@
 Paper (arXiv 2410.16794, one-step PixArt-alpha at 512 px): aesthetic score 6.42, data-free, start at sigma /
 alpha = 2.5 (t = 625 here). Its constant, batch and learning rate are not published; those below, and the
 guidance of the teacher, are ours to be tuned. The activations of one network at a time are held (``lean``). Not
-yet run at scale.
+yet run at scale. Hardware: one H100, 80 GB.
 """
 
 import dataclasses

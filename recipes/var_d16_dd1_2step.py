@@ -7,6 +7,7 @@
 Published: FID 9.94 in one step and 7.82 in two (arXiv 2412.17153), 297 hours of 8 A800. The second step begins at
 scale 5 (token 55), as released; VAR's "cfg 2", which grows with the scale, is a guidance of 3 at the last one. Batch
 size, learning rate and loss weights are not published: these are ours. Not yet run at scale.
+Hardware: eight H100, 80 GB each.
 """
 
 from fewstep.methods.dd1 import DD1

@@ -2,30 +2,39 @@
 
 import gc
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
 from fewstep import recipe as recipes
-from fewstep.cli import load_recipe, main
+from fewstep.cli import load_recipe, main, recipe_files
 from fewstep.data.blank import Blank
 from fewstep.distributed import Process
 from fewstep.errors import FewstepError
 from fewstep.plan import GPUS, check_fits, plan, remedy
+from fewstep.plan.disk import on_disk
 from fewstep.plan.meter import Meter
-from fewstep.plan.shapes import Shapeless, norms_as_on_a_gpu
+from fewstep.plan.shapes import Shapeless, norms_as_on_a_gpu, products
 from fewstep.rng import Rng
-from fewstep.run import build
+from fewstep.run import build, cache
 from fewstep.teachers import load_teacher
 from fewstep.teachers.skeleton import skeleton_teacher
 from fewstep.teachers.tiny import write_tiny_pipeline
 from fewstep.trainer import Trainer
 
-README = Path(__file__).parent.parent / "README.md"
-PLANS = README.parent / "eval" / "results" / "plans"
+EVAL = Path(__file__).parent.parent / "eval"
+sys.path.insert(0, str(EVAL))
+import plans  # noqa: E402
+
+PLANS = EVAL / "results" / "plans"
+# Of each kind one: a U-Net's, a transformer's with forward-mode derivatives, tokens.
+AGAIN = ("sd15_dmd2_1step", "sana_scm_2step", "var_d16_dd2_1step")
 WIDE = {"block_out_channels": (32, 64), "norm_num_groups": 8, "attention_head_dim": (2, 4), "sample_size": 32}
 
 
@@ -159,7 +168,7 @@ def test_a_meter_counts_what_lives_and_forgets_what_dies():
         del y, z, view
         assert meter.alive == 0
         torch.zeros(4, 8) @ torch.zeros(8, 16)
-    assert meter.flops == 2 * 4 * 8 * 16 and meter.peak == 12000
+    assert sum(meter.flops.values()) == 2 * 4 * 8 * 16 and meter.peak == 12000
 
 
 def test_norms_keep_what_a_gpu_keeps():
@@ -224,12 +233,73 @@ def test_bad_words_are_refused_before_anything_is_counted(capsys):
         assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted(PLANS.glob("*.json")), ids=lambda path: path.stem)
-def test_stored_plans_are_labelled_and_stand_in_the_readme(path):
+def test_hours_rate_each_kind_of_arithmetic():
+    card = GPUS["h100-80gb"]
+    assert card.seconds({"bfloat16": 989e12, "float16": 989e12, "tf32": 494e12, "float32": 67e12}) == 4.0
+    with Meter() as meter:
+        x = torch.zeros(4, 4)
+        with products(tf32=True):
+            _ = x @ x
+        with products(tf32=False):
+            _ = x @ x
+        _ = x.bfloat16() @ x.bfloat16()
+    assert meter.flops == {"tf32": 128, "float32": 128, "bfloat16": 128}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_blocks_executed_once_cost_what_they_cost_each_time(planned, kind, monkeypatch):
+    monkeypatch.setattr("fewstep.plan.count.remember", lambda *_: None)
+    monkeypatch.setattr("fewstep.plan.meter.described", lambda *_: None)
+    plain = plan(planned[kind].recipe)
+    for turn, again in zip(planned[kind].turns, plain.turns, strict=True):
+        assert turn.flops == again.flops
+        assert turn.peak == {size: pytest.approx(peak, rel=0.02) for size, peak in again.peak.items()}
+
+
+def test_what_data_take_on_disk(planned, wide, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a drawing of {i} birds" for i in range(40)))
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text("a square")
+    data = [f"--prompts={tmp_path / 'prompts.txt'}", f"--images={tmp_path / 'images'}"]
+    recipe = recipes.override(planned["lora"].recipe, data)
+    counted, stores = on_disk(recipe, load_teacher(str(wide))), cache(recipe)
+    assert counted["prompts"]["rows"] == counted["images"]["rows"] == 40
+    files = [file for store in stores.values() for file in store.folder.glob("*.safetensors")]
+    written = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+    assert sum(store["bytes"] for store in counted.values()) == written > 0
+
+
+@pytest.mark.parametrize("name", sorted(recipe_files()))
+def test_every_recipe_is_planned_and_fits_the_hardware_it_names(name):
+    path = PLANS / f"{name}.json"
+    assert path.is_file(), f"python eval/plans.py {name}"
     stored = json.loads(path.read_text())
-    assert stored["how"] == "counted by fewstep plan, not measured" and stored["command"].startswith(
-        "fewstep plan"
-    )
-    numbers = [f"{stored[key]:.1f}" for key in ("held_gb", "iteration_gb", "total_gb")]
-    assert f"| {' | '.join(numbers)} |" in README.read_text()
-    assert stored["total_gb"] <= (40 if stored["processes"] == 1 else 80)
+    assert stored["recipe"] == recipes.digest(load_recipe(name)), f"has changed: python eval/plans.py {name}"
+    room = plans.hardware(recipe_files()[name])
+    assert stored["hardware"] == room.words and stored["total_gb"] <= room.gigabytes
+    assert stored["seconds"] < 60
+    assert stored["how"] == "counted by fewstep plan, not measured"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AGAIN)
+def test_stored_plans_are_what_is_counted_now(name):
+    stored = json.loads((PLANS / f"{name}.json").read_text())
+    counted = plans.planned(name)
+    for key in ("held_gb", "iteration_gb", "preview_gb", "total_gb", "tflop_per_iteration"):
+        assert counted[key] == pytest.approx(stored[key], rel=0.01), key
+    assert counted["cache"] == stored["cache"]
+
+
+def test_the_table_of_plans_is_that_of_the_files():
+    assert (PLANS / "README.md").read_text() == plans.table(PLANS)
+
+
+def test_a_recipe_that_names_no_hardware_is_told(tmp_path):
+    (tmp_path / "x.py").write_text('"""Title.\n\nHardware: a laptop."""')
+    with pytest.raises(ValueError, match="names no hardware"):
+        plans.hardware(tmp_path / "x.py")

@@ -48,6 +48,6 @@ class Blank:
         if "pairs" in self.needs:
             clean = rng.normal(*self.shape)
             if self.teacher.kind == "autoregressive":
-                clean = nearest_code(clean, self.teacher.denoiser.codes)
+                clean = nearest_code(clean, self.teacher.pipe.codes)
             more |= {"pairs": (rng.normal(*self.shape), clean), "pair_cond": cond()}
         return Batch(cond=cond(), shape=self.shape, rng=rng, shared=shared, **more)

@@ -36,9 +36,10 @@ def remember(net: nn.Module, known: dict) -> None:
     """
     for module in (*blocks_of(net), net):
         module.forward = Repeated(module, known)
-    for module in net.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module._gradient_checkpointing_func = partial(_checkpoint, module._gradient_checkpointing_func)
+    part: Any
+    for part in net.modules():
+        if getattr(part, "gradient_checkpointing", False):
+            part._gradient_checkpointing_func = partial(_checkpoint, part._gradient_checkpointing_func)
 
 
 class Repeated:
@@ -76,13 +77,19 @@ class Repeated:
         return sum(len(module._forward_hooks) for module in self.module.modules())
 
 
+def _meter() -> Meter:
+    mode = _get_current_dispatch_mode()
+    assert isinstance(mode, Meter)
+    return mode
+
+
 def once(known: dict[Any, Call], key: tuple, function: Callable[[], Any], like: FakeTensor) -> Any:
     """What a function returns, executed unless the key is known."""
-    meter = _get_current_dispatch_mode()
+    meter = _meter()
     if key in known:
         call = known[key]
         meter.add(meter.alive + call.peak, call.flops)
-        out = tuple([meter.make(what, like) for what in call.made])
+        out = tuple([meter.make(what, like) for what in call.made if not isinstance(what, int)])
         return out[0] if call.alone else out
     alive = meter.alive
     out, peak, flops = meter.apart(function)
@@ -97,7 +104,7 @@ def once(known: dict[Any, Call], key: tuple, function: Callable[[], Any], like: 
 def _checkpoint(checkpoint: Callable, block: nn.Module, *args):
     """In place of a network's own checkpoint of a block."""
     fakes: list[FakeTensor] = []
-    repeated = block.forward if isinstance(block, nn.Module) else None
+    repeated: Any = block.forward if isinstance(block, nn.Module) else None
     key = repeated.key((args, {}), fakes) if isinstance(repeated, Repeated) else None
     if key is None:
         return checkpoint(block, *args)
@@ -135,7 +142,7 @@ class _Recomputed(torch.autograd.Function):
             leaves = [v for v, need in zip((*inputs, *given[ctx.count :]), wanted) if need]
             return torch.autograd.grad(ends, leaves, slopes, allow_unused=True)
 
-        meter = _get_current_dispatch_mode()
+        meter = _meter()
         like = next(g for g in gradients if g is not None)
         made = iter(once(ctx.repeated.known, key, execute, like))
         return None, None, None, None, *[next(made) if need else None for need in wanted]

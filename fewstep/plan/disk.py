@@ -33,7 +33,7 @@ def on_disk(recipe: Recipe, teacher: Teacher) -> dict[str, dict[str, int | None]
         rows["images"] = (latent + prompt, _count(lambda: _images(data.images)))
     if "pairs" in needs:
         tokens = teacher.kind == "autoregressive"
-        width = 2 if tokens and len(teacher.denoiser.codes) <= 2**15 else 4
+        width = 2 if tokens and len(teacher.pipe.codes) <= 2**15 else 4
         pair = width * teacher.latent_shape[0] if tokens else 2 * latent
         rows["pairs"] = (pair + prompt, _count(lambda: _pairs(data.pairs)))
     return {

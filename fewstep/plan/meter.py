@@ -25,7 +25,8 @@ _BY_VALUE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, to
 _IN_PLACE = ("aten::_foreach_", "aten::_fused_")
 
 # Size, stride and dtype of a new tensor; the number of an argument that is returned; or nothing.
-Made = tuple[torch.Size, tuple[int, ...], torch.dtype] | int | None
+New = tuple[torch.Size, tuple[int, ...], torch.dtype]
+Made = New | int | None
 
 
 class Known(NamedTuple):
@@ -79,7 +80,7 @@ class Meter(TorchDispatchMode):
         out = [args[what] if isinstance(what, int) else self.make(what, fakes[0]) for what in known.made]
         return out[0] if known.kind is None else known.kind(out)
 
-    def make(self, what: Made, like: FakeTensor) -> FakeTensor | None:
+    def make(self, what: New | None, like: FakeTensor) -> FakeTensor | None:
         """A new tensor without storage, counted."""
         if what is None:
             return None
@@ -92,7 +93,8 @@ class Meter(TorchDispatchMode):
     def apart(self, function: Callable[[], Any]) -> tuple[Any, int, Counter[str]]:
         """What a function returns, its peak beyond what was alive, and its arithmetic, neither of which is counted."""
         before = self.peak, self.flops
-        alive, flops = self.peak, self.flops = self.alive, Counter()
+        alive, flops = self.alive, Counter[str]()
+        self.peak, self.flops = alive, flops
         try:
             out = function()
             return out, self.peak - alive, flops

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,9 +39,9 @@ class Turn:
     # batch size -> of all micro-batches on one device, by the kind of arithmetic
     flops: dict[int, dict[str, float]] = field(default_factory=dict)
 
-    def flops_at(self, batch_size: int) -> Counter[str]:
+    def flops_at(self, batch_size: int) -> dict[str, float]:
         """Of one such iteration; both ends of a rollout's length count half."""
-        total: Counter[str] = Counter()
+        total: dict[str, float] = defaultdict(float)
         for counted, flops in self.flops.items():
             for kind, number in flops.items():
                 total[kind] += number * batch_size / counted / len(self.flops)
@@ -89,9 +89,9 @@ class Plan:
             high *= 2
         return bisect_left(range(high), True, 1, key=lambda size: self.total(size) > memory) - 1
 
-    def flops(self) -> Counter[str]:
+    def flops(self) -> dict[str, float]:
         """Of the whole run on one device, by the kind of arithmetic."""
-        total: Counter[str] = Counter()
+        total: dict[str, float] = defaultdict(float)
         for turn in self.turns:
             for kind, number in turn.flops_at(self.recipe.train.batch_size).items():
                 total[kind] += turn.count * number
@@ -149,19 +149,19 @@ class Plan:
             f"text encoders               {gb(self.leaving)} GB, gone once prompts are encoded",
         ]
         for name, store in self.cache.items():
-            whole = "" if store["bytes"] is None else f", {gb(store['bytes'])} GB for {store['rows']}"
-            lines.append(f"{name + ' on disk':28}{store['bytes_each'] / 1e3:.1f} kB each{whole}")
+            known = "" if store["bytes"] is None else f", {gb(store['bytes'])} GB for {store['rows']}"
+            lines.append(f"{name + ' on disk':28}{store['bytes_each'] / 1e3:.1f} kB each{known}")
         for turn in self.turns:
-            flops = sum(turn.flops_at(size).values())
+            each = sum(turn.flops_at(size).values()) / 1e12
             lines.append(
-                f"{' + '.join(turn.phases):28}{turn.count} of {total} iterations, {flops / 1e12:.1f} TFLOP each"
+                f"{' + '.join(turn.phases):28}{turn.count} of {total} iterations, {each:.1f} TFLOP each"
             )
         samples = t.batch_size * t.accumulate * self.processes
-        flops = self.flops()
-        kinds = ", ".join(f"{v / sum(flops.values()):.0%} {k}" for k, v in flops.most_common())
+        flops, whole = self.flops(), sum(self.flops().values())
+        kinds = ", ".join(f"{flops[k] / whole:.0%} {k}" for k in sorted(flops, key=lambda k: -flops[k]))
         lines.append(
-            f"the run                     {sum(flops.values()) / 1e18:.1f} EFLOP per device ({kinds}), "
-            f"{self.hours(device):.1f} h at an assumed {UTILISATION:.0%} of the data sheet's rates; {samples} samples per "
-            "iteration"
+            f"the run                     {whole / 1e18:.1f} EFLOP per device ({kinds}), "
+            f"{self.hours(device):.1f} h at an assumed {UTILISATION:.0%} of the data sheet's rates; {samples} samples "
+            "per iteration"
         )
         return "\n".join(lines)

@@ -28,7 +28,7 @@ class Autoregressive(Teacher):
     network = "transformer"
     autoencoder = "vqvae"
     kind = "autoregressive"
-    encoders = ()
+    encoders: tuple[str, ...] = ()
     solver = ("midpoint", 10)
     denoiser: CodebookDenoiser  # type: ignore[assignment]  # of codes, where other teachers have a network's
 

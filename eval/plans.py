@@ -1,0 +1,119 @@
+"""What every recipe takes, counted on one core: memory beside the hardware that it names, hours, caches on disk.
+
+    python eval/plans.py                                  # all of them, about 20 minutes
+    python eval/plans.py sdxl_dmd2_4step sd3_sana_sprint  # those that have changed
+
+A file per recipe and a table of all of them go to eval/results/plans/. Nothing is downloaded and nothing is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fewstep import recipe as recipes
+from fewstep.cli import load_recipe, recipe_files
+
+RESULTS = Path(__file__).parent / "results" / "plans"
+GPU = "h100-80gb"
+NAMED = re.compile(r"Hardware: (?:(one|eight) H100, 80 GB|two CPU cores, (\d+) GB of memory)")
+
+
+class Hardware(NamedTuple):
+    """What the docstring of a recipe names."""
+
+    words: str
+    gpus: int  # 0 for a CPU
+    gigabytes: float
+
+
+def hardware(path: Path) -> Hardware:
+    """Of a recipe's script.
+
+    Raises:
+        ValueError: its docstring names none.
+    """
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
+    found = NAMED.search(text)
+    if found is None:
+        raise ValueError(f"{path}: its docstring names no hardware; expected {NAMED.pattern}")
+    from fewstep.plan import GPUS
+
+    if found[2]:
+        return Hardware("two cores", 0, float(found[2]))
+    count = {"one": 1, "eight": 8}[found[1]]
+    return Hardware(f"{count} H100", count, GPUS[GPU].memory / 1e9)
+
+
+def planned(name: str) -> dict[str, Any]:
+    """The plan of a recipe as it stands, beside its hardware, with the seconds that it took of one core."""
+    from fewstep.plan import plan
+
+    recipe, room = load_recipe(name), hardware(recipe_files()[name])
+    processes = recipe.train.shard
+    begin = time.process_time()
+    made = plan(recipe, processes, quiet=False)
+    seconds = time.process_time() - begin
+    words = f" --processes {processes}" if processes > 1 else ""
+    return {
+        "command": f"fewstep plan {name}{words} --json",
+        "recipe": recipes.digest(recipe),
+        "hardware": room.words,
+        "hardware_gb": round(room.gigabytes, 1),
+        "seconds": round(seconds, 1),
+        **made.to_dict(GPU),
+    }
+
+
+def table(folder: Path) -> str:
+    """All files of a folder as Markdown."""
+    lines = [
+        "# What recipes take",
+        "",
+        "Counted by `fewstep plan RECIPE`, not measured; made by `python eval/plans.py`. GB are of one device: what it",
+        "holds through the run, what an iteration takes beyond at the recipe's micro-batch, and all of it with what",
+        "libraries and fragments are assumed to take. Hours are those of the recipe's steps on the H100 it names, at",
+        "40% of the data sheet's rate of each kind of arithmetic. The last column is what the plan itself took.",
+        "",
+        "| recipe | hardware | held GB | iteration GB | total GB | micro-batch | largest | hours | cached, kB a row | "
+        "seconds of one core |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for path in sorted(folder.glob("*.json")):
+        r = json.loads(path.read_text())
+        cache = ", ".join(f"{name} {store['bytes_each'] / 1e3:.1f}" for name, store in r["cache"].items())
+        gpu = not r["hardware"].endswith("cores")
+        largest, hours = (str(r["largest_batch"]), f"{r['hours']:.1f}") if gpu else ("", "")
+        lines.append(
+            f"| {path.stem} | {r['hardware']} | {r['held_gb']:.2f} | {r['iteration_gb']:.2f} | {r['total_gb']:.2f} | "
+            f"{r['batch_size']} | {largest} | {hours} | {cache} | {r['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.recipes or recipe_files():
+        result = planned(name)
+        (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.out / "README.md").write_text(table(args.out))
+        fits = "fits" if result["total_gb"] <= result["hardware_gb"] else "DOES NOT FIT"
+        print(
+            f"{name}: {result['total_gb']:.1f} GB, {fits} {result['hardware']}, {result['seconds']} s",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
