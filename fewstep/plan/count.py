@@ -100,7 +100,7 @@ def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
 
 
 def _plainly(recipe: Recipe) -> Recipe:
-    """With what can run on tensors without storage: torch's own attention and optimiser, nothing compiled.
+    """With what can run on tensors without storage: torch's own attention and optimiser, nothing compiled or read.
 
     Fused attention of any kind keeps what torch's does, and compiled blocks at most as much as eager ones.
     """
@@ -108,7 +108,11 @@ def _plainly(recipe: Recipe) -> Recipe:
     attention = attention if attention in ATTENTION and attention != "auto" else "sdpa"
     names = (*recipe.method_class.networks_for(recipe.method), *recipe.method_class.extras)
     roles = {name: replace(recipe.role(name), optimizer="adamw") for name in names}
-    return replace(recipe, teacher=replace(recipe.teacher, attention=attention, compile=False), roles=roles)
+    method = recipe.method
+    if getattr(method, "from_dd1", None):  # what a run starts from has the shape of what it would make
+        method = replace(method, from_dd1=None)
+    teacher = replace(recipe.teacher, attention=attention, compile=False)
+    return replace(recipe, teacher=teacher, method=method, roles=roles)
 
 
 def _judge(method: Method, recipe: Recipe, teacher: Teacher) -> None:
