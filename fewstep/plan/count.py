@@ -69,7 +69,7 @@ def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
             if trainer is None or process.mesh is not None:
                 teacher = skeleton_teacher(t.path, **t.options())
                 roles, method = build(recipe, teacher, process)
-                _judge(method, recipe, teacher)
+                _stand_in(method, recipe, teacher)
                 trainer = Trainer(method, roles, None, train, process=process, quiet=True)
                 _fill_optimizers(trainer)
                 turns = turns or _turns(trainer)
@@ -115,12 +115,15 @@ def _plainly(recipe: Recipe) -> Recipe:
     return replace(recipe, teacher=teacher, method=method, roles=roles)
 
 
-def _judge(method: Method, recipe: Recipe, teacher: Teacher) -> None:
-    """As a run does: what judges decoded images. Of a reward only the decoder before it is counted."""
+def _stand_in(method: Method, recipe: Recipe, teacher: Teacher) -> None:
+    """For what a run loads or fits: what judges decoded images, of a reward only the decoder before it; a router, which
+    gives one part all that it can get."""
     if getattr(recipe.method, "regression", "l2") != "l2":
         method.distance = distance_of(recipe.method.regression, teacher, VGG())
     if getattr(recipe.method, "reward", None):
         method.reward = lambda latents, _: teacher.decode_pixels(latents).mean((1, 2, 3))
+    if hasattr(method, "router"):
+        method.router = lambda cond: torch.zeros(len(cond), dtype=torch.long)
 
 
 def _fill_optimizers(trainer: Trainer) -> None:

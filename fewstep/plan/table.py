@@ -154,7 +154,7 @@ class Plan:
         for turn in self.turns:
             each = sum(turn.flops_at(size).values()) / 1e12
             lines.append(
-                f"{' + '.join(turn.phases):28}{turn.count} of {total} iterations, {each:.1f} TFLOP each"
+                f"{' + '.join(turn.phases):27} {turn.count} of {total} iterations, {each:.1f} TFLOP each"
             )
         samples = t.batch_size * t.accumulate * self.processes
         flops, whole = self.flops(), sum(self.flops().values())
