@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from copy import copy
 from dataclasses import replace
@@ -14,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import without_fewstep
 from safetensors.torch import load_file
 
 from fewstep import kernels
@@ -92,13 +90,15 @@ def test_the_distance_to_real_images_is_logged_beside_the_grids(sdxl_run):
     assert "FD(effnet-lite0@32)" in (folder / "report.html").read_text()
 
 
-STOCK = """
+REFUSE = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "fewstep":
             raise ImportError("fewstep must not be needed here")
 sys.meta_path.insert(0, Refuse())
+"""
+STOCK = f"""{REFUSE}
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 teacher, export, out, steps = sys.argv[1:]
@@ -118,11 +118,8 @@ torch.save(latents, out)
 def stock_latents(teacher: Path, export: Path, out: Path, steps: int) -> tuple[torch.Tensor, str]:
     script = out.with_suffix(".py")
     script.write_text(STOCK)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    words = [sys.executable, str(script), str(teacher), str(export), str(out), str(steps)]
-    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=out.parent)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return torch.load(out, weights_only=True), done.stdout
+    printed = without_fewstep(script, out.parent, str(teacher), str(export), str(out), str(steps))
+    return torch.load(out, weights_only=True), printed
 
 
 def test_stock_diffusers_samples_the_student_without_fewstep(sdxl_run, tiny_sdxl, tmp_path):
@@ -161,11 +158,8 @@ def test_experts_and_other_noise_are_verified_and_their_snippet_runs_in_stock_di
     code = card.split("```python\n")[1].split("```")[0]
     assert all(part in code for part in parts)
     script = tmp_path / "use.py"
-    refuse = STOCK.split("import torch")[0]
-    script.write_text(refuse + code)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, cwd=folder)
-    assert done.returncode == 0, done.stderr[-2000:]
+    script.write_text(REFUSE + code)
+    without_fewstep(script, folder)
     assert (folder / "image.png").is_file()
     # Another order of experts, or fresh noise, is another sample: verification would see it.
     from fewstep.export import ExportError, verify
@@ -317,9 +311,9 @@ def test_the_model_card_runs_as_it_stands(sdxl_run, tmp_path):
     card = (folder / "export" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
     code = textwrap.dedent(code).replace("image.save('image.png')", "print(image.size)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder / "export", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "(32, 32)" in done.stdout
+    script = tmp_path / "card.py"
+    script.write_text(code)
+    assert "(32, 32)" in without_fewstep(script, folder / "export")
 
 
 def test_a_student_that_is_never_finite_ends_the_run(tiny_sd15, tmp_path, monkeypatch):
