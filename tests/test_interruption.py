@@ -13,12 +13,12 @@ from test_end_to_end import tiny
 from fewstep.recipe import dump
 from fewstep.run import execute, resume
 
-WORDS = ("--train.steps", "20", "--train.checkpoint_every", "4", "--samples.teacher_steps", "0")
+WORDS = ("--train.steps", "12", "--train.checkpoint_every", "3", "--samples.teacher_steps", "0")
 WORDS = (*WORDS, "--train.sample_every", "0", "--train.keep", "50")
 
 
 def final(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / "step_00000020" / "state.safetensors")
+    return load_file(run / "checkpoints" / "step_00000012" / "state.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_an_interrupted_run_goes_on_exactly(undisturbed, tiny_sd15, tmp_path, nu
     child.wait()
     errors = child.said.read_text()
     last = max(int(p.name[5:]) for p in run.glob("checkpoints/step_*[0-9]"))
-    assert last < 20, "the run was over before the signal came"
+    assert last < 12, "the run was over before the signal came"
     assert child.returncode == code, errors
     if number != signal.SIGKILL:
         assert f"fewstep resume {run}" in errors
