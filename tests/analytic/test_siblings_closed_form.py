@@ -356,7 +356,7 @@ def test_diff_instruct_reaches_the_ring(ring, fitted):
 
 
 def test_swiftbrush_reaches_the_ring(ring, fitted):
-    trainer = toy(SwiftBrush, SwiftBrush.Config(**PLAIN), ring, fitted, steps=600)
+    trainer = toy(SwiftBrush, SwiftBrush.Config(**PLAIN), ring, fitted, steps=1000)
     trainer.train()
     assert distance(trainer, ring) < 0.03
 
