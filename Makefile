@@ -20,7 +20,7 @@ demo: install
 	$(BIN)/fewstep train emoji_dmd2_1step --output $(RUN)
 
 test: install
-	$(BIN)/python -m pytest --slow -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --slow -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -29,7 +29,33 @@ def pytest_configure(config):
         standin.install()
 
 
+# Files of minutes, longest first, so that several workers end at about the same time.
+LONG = [
+    "test_standin",
+    "test_tokens_closed_form",
+    "test_distributed",
+    "test_end_to_end",
+    "test_plan",
+    "test_kills",
+]
+LONG += [
+    "test_multi_student",
+    "test_family",
+    "test_sid_closed_form",
+    "test_gpu_check",
+    "test_siblings_closed_form",
+]
+LONG += [
+    "test_boot_closed_form",
+    "test_interruption",
+    "test_teachers",
+    "test_sprint_closed_form",
+    "test_notebooks",
+]
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     by_marker = "weights" in config.getoption("-m")  # `-m weights` is asking for them
     reasons = {
         "slow": None if config.getoption("--slow") else "needs --slow",

@@ -89,11 +89,12 @@ class Course:
         from fewstep.smoke import smoke
 
         recipe = smoke(load_recipe(name))
-        recipe = replace(recipe, train=replace(recipe.train, device=standin.NAME))
+        recipe = replace(recipe, train=replace(recipe.train, device=standin.NAME, sample_every=4))
         folder = execute(recipe)
         last = folder / "checkpoints" / "step_00000004"
         undisturbed = (last / "state.safetensors").read_bytes()
         last.rename(folder / "undisturbed")
+        recipe = replace(recipe, train=replace(recipe.train, sample_every=0))
         Session(recipe, *check_data(recipe), start(standin.NAME)).train(resuming=True)
         if (last / "state.safetensors").read_bytes() == undisturbed:
             self.reached.add("resume")

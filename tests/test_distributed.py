@@ -85,14 +85,14 @@ def trained(tiny_sdxl, tmp_path_factory):
     def tasks(run, *what):
         return [(task, str(folder / f"{name} {run}.yaml")) for task, name in zip(what, KINDS)]
 
-    processes.run(2, tasks("two", "train", "train", "execute"))
+    processes.run(2, tasks("two", "train", "train", "execute"), folder)
     for runs in made.values():
         for further in ("on one", "on three"):
             shutil.copytree(
                 Path(runs["two"].output, "checkpoints"), Path(runs[further].output, "checkpoints")
             )
         processes.train(runs["on one"], resuming=True)
-    processes.run(3, tasks("on three", "resume", "resume", "resume"))
+    processes.run(3, tasks("on three", "resume", "resume", "resume"), folder)
     return {name: {run: Path(recipe.output) for run, recipe in runs.items()} for name, runs in made.items()}
 
 

@@ -1,26 +1,24 @@
 """Real signals to a real run: it saves, says how to go on, and ends where an undisturbed run ends."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import command
 from safetensors.torch import load_file
 from test_end_to_end import tiny
 
 from fewstep.recipe import dump
 from fewstep.run import execute, resume
 
-WORDS = ("--train.steps", "20", "--train.checkpoint_every", "4", "--samples.teacher_steps", "0")
+WORDS = ("--train.steps", "12", "--train.checkpoint_every", "3", "--samples.teacher_steps", "0")
 WORDS = (*WORDS, "--train.sample_every", "0", "--train.keep", "50")
 
 
 def final(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / "step_00000020" / "state.safetensors")
+    return load_file(run / "checkpoints" / "step_00000012" / "state.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -34,22 +32,15 @@ def test_an_interrupted_run_goes_on_exactly(undisturbed, tiny_sd15, tmp_path, nu
     recipe = tiny("sd15_dmd2_1step", tiny_sd15, tmp_path, *WORDS)
     path.write_text(dump(recipe))
     run = Path(recipe.output)
-    child = subprocess.Popen(
-        [sys.executable, "-m", "fewstep", "train", str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # On another number of threads sums are rounded differently.
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    child = command(["train", path], said=tmp_path / "said.txt")
     deadline = time.time() + 120
     while not list(run.glob("checkpoints/step_*[0-9]")) and time.time() < deadline and child.poll() is None:
         time.sleep(0.02)
     child.send_signal(number)
-    _, errors = child.communicate(timeout=120)
+    child.wait()
+    errors = child.said.read_text()
     last = max(int(p.name[5:]) for p in run.glob("checkpoints/step_*[0-9]"))
-    assert last < 20, "the run was over before the signal came"
+    assert last < 12, "the run was over before the signal came"
     assert child.returncode == code, errors
     if number != signal.SIGKILL:
         assert f"fewstep resume {run}" in errors

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import Fork, command
 from safetensors.torch import load_file
 from test_end_to_end import tiny
 
@@ -41,19 +42,6 @@ def steps_done(run):
     return max((int(p.name[5:]) for p in run.glob("checkpoints/step_*[0-9]")), default=0)
 
 
-def child_of(function):
-    """A fork that does one thing: what a new process does, without importing torch again."""
-    if child := os.fork():
-        return child
-    try:
-        function()
-        os._exit(0)
-    except BaseException as error:
-        print(f"child: {error!r}", file=sys.stderr, flush=True)
-    finally:
-        os._exit(1)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/stat").exists(), reason="reads the seconds a process has used from /proc"
@@ -64,23 +52,23 @@ def test_twenty_kills_change_nothing(tiny_sd15, tmp_path, tally):
     straight = execute(tiny("sd15_dmd2_1step", tiny_sd15, tmp_path / "straight", *WORDS))
     recipe = tiny("sd15_dmd2_1step", tiny_sd15, tmp_path / "killed", *WORDS)
     run, chance, kills = Path(recipe.output), random.Random(0), 0
-    begun = child_of(lambda: execute(recipe))
+    begun = Fork(lambda: execute(recipe))
     while kills < KILLS:
         # Somewhere in its start, or some steps on and then anywhere within a step; all kills fall within the run.
         done, start = steps_done(run), chance.random() < 0.2
         goal = min(STEPS - 1, done + chance.randint(1, max(1, 2 * (STEPS - done) // (KILLS - kills + 1))))
         until = chance.uniform(0, 1) if start else None
-        while (cpu_seconds(begun) < until) if start else (steps_done(run) < goal):
-            assert os.waitpid(begun, os.WNOHANG)[0] == 0, "the run ended by itself"
+        while (cpu_seconds(begun.pid) < until) if start else (steps_done(run) < goal):
+            assert begun.poll() is None, "the run ended by itself"
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.1))
         tally("faults injected", 1)
-        os.kill(begun, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(begun, 0)[1]) == -signal.SIGKILL
+        begun.kill()
+        assert begun.wait() == -signal.SIGKILL
         kills += 1
         tally("survived", 1)
-        begun = child_of(lambda: resume(run) if (run / "recipe.yaml").is_file() else execute(recipe))
-    assert os.waitstatus_to_exitcode(os.waitpid(begun, 0)[1]) == 0
+        begun = Fork(lambda: resume(run) if (run / "recipe.yaml").is_file() else execute(recipe))
+    assert begun.wait() == 0
     for name in (
         f"checkpoints/step_{STEPS:08d}/state.safetensors",
         "export/pytorch_lora_weights.safetensors",
@@ -132,14 +120,12 @@ def test_when_one_of_two_processes_dies_the_other_ends_with_an_error(tiny_sd15, 
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     # Without torchrun, which would end the other by itself.
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     two = [
-        subprocess.Popen(
-            [sys.executable, "-m", "fewstep", "train", str(path)],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        command(
+            ["train", path],
+            said=tmp_path / f"{rank}.txt",
+            env=place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]
@@ -150,7 +136,8 @@ def test_when_one_of_two_processes_dies_the_other_ends_with_an_error(tiny_sd15, 
             time.sleep(0.1)
         two[1].send_signal(signal.SIGKILL)
         begin = time.time()
-        _, errors = two[0].communicate(timeout=120)
+        two[0].wait(120)
+        errors = two[0].said.read_text()
         assert time.time() - begin < 60
         assert two[0].returncode == 5, errors[-2000:]
         assert (

@@ -1,18 +1,16 @@
 """Multi-student distillation through real files: training, export, stock diffusers, the command line, resuming."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import processes
 import pytest
 import torch
+from processes import without_fewstep
 from safetensors.torch import load_file, save_file
 from test_distributed import state
-from test_end_to_end import PROMPTS, STOCK, stock_latents, tiny
+from test_end_to_end import PROMPTS, REFUSE, stock_latents, tiny
 
 from fewstep import recipe as recipes
 from fewstep.checks import check_data
@@ -107,16 +105,13 @@ def test_the_snippet_of_the_model_card_routes_without_fewstep(run, tmp_path):
     code = (folder / "export" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     code += f"\nprint([route(prompt) for prompt in {PROMPTS!r}], pipe.get_active_adapters())\n"
     script = tmp_path / "use.py"
-    script.write_text(STOCK.split("import torch")[0] + code)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    words = [sys.executable, str(script)]
-    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=folder / "export")
-    assert done.returncode == 0, done.stderr[-2000:]
+    script.write_text(REFUSE + code)
+    printed = without_fewstep(script, folder / "export")
     (folder / "export" / "image.png").unlink()
     pipe, record = load_exported(folder / "export")
     adapters = [record["parts"][k] for k in pipe.route(PROMPTS)]
     asked = record["parts"][int(pipe.route([record["prompt"]])[0])]
-    assert done.stdout.strip().endswith(f"{adapters} {[asked]}")
+    assert printed.strip().endswith(f"{adapters} {[asked]}")
 
 
 def test_another_router_is_noticed(run, tiny_sdxl, tmp_path):
@@ -191,7 +186,7 @@ def test_two_processes_train_what_one_trains_with_accumulation(tiny_sdxl, tmp_pa
     words = (*words, "--train.accumulate", "1", "--train.shard", "2", "--train.device", "cpu")
     recipe = tiny("emoji_multi_student_1step", tiny_sdxl, tmp_path / "two", *words)
     (tmp_path / "two.yaml").write_text(recipes.dump(recipe))
-    processes.run(2, [("execute", str(tmp_path / "two.yaml"))])
+    processes.run(2, [("execute", str(tmp_path / "two.yaml"))], tmp_path)
     first, second = state(one, 4), state(tmp_path / "two" / "run", 4)
     assert first.keys() == second.keys()
     weights = [name for name in first if "/weight/" in name]
@@ -212,12 +207,10 @@ def test_tokens_route_where_there_is_no_pooled_embedding_and_the_data_free_metho
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert "encoded[0][0].mean(0)" in code
     script = tmp_path / "use.py"
-    script.write_text(STOCK.split("import torch")[0] + code + f"\nprint([route(p) for p in {PROMPTS!r}])")
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, cwd=folder)
-    assert done.returncode == 0, done.stderr[-2000:]
+    script.write_text(REFUSE + code + f"\nprint([route(p) for p in {PROMPTS!r}])")
+    printed = without_fewstep(script, folder)
     pipe, _ = load_exported(folder)
-    assert str([record["parts"][k] for k in pipe.route(PROMPTS)]) in done.stdout
+    assert str([record["parts"][k] for k in pipe.route(PROMPTS)]) in printed
 
 
 @pytest.mark.parametrize(
@@ -287,15 +280,11 @@ def test_the_snippet_of_smaller_students_routes_without_fewstep(small_run, tmp_p
     code = (folder / "export" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     code += "\nprint(route(prompt), pipe.unet is networks[route(prompt)], networks.keys())\n"
     script = tmp_path / "use.py"
-    script.write_text(STOCK.split("import torch")[0] + code)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, env=env, cwd=folder / "export"
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    script.write_text(REFUSE + code)
+    printed = without_fewstep(script, folder / "export")
     pipe, record = load_exported(folder / "export")
     asked = record["parts"][int(pipe.route([record["prompt"]])[0])]
-    assert done.stdout.strip().endswith(f"{asked} True dict_keys({record['parts']})")
+    assert printed.strip().endswith(f"{asked} True dict_keys({record['parts']})")
 
 
 def test_a_run_of_smaller_students_resumes_exactly_across_the_end_of_their_first_stage(

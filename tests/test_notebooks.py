@@ -6,6 +6,12 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
+LESS = {
+    "60": "20",
+    "30": "10",
+    "batch_size 16": "batch_size 2",
+    'teacher_steps", "25"': 'teacher_steps", "5"',
+}
 
 
 @pytest.mark.slow
@@ -13,6 +19,9 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 def test_notebook_runs(path):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:  # the same way, and less of it
+        for much, little in LESS.items():
+            cell.source = cell.source.replace(much, little)
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     assert sys.executable
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}})

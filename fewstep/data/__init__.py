@@ -97,8 +97,10 @@ class Batches:
         return Cond(self._upload(cond.tensors))
 
     def _index(self, stream: str, position: int, length: int) -> Tensor:
-        places = [divmod(position + i, length) for i in range(self.shape[0])]
-        return torch.stack([_order(self.seed, stream, epoch, length)[place] for epoch, place in places])
+        end = position + self.shape[0]
+        epochs = range(position // length, (end - 1) // length + 1)
+        spans = [(epoch, max(position - epoch * length, 0), end - epoch * length) for epoch in epochs]
+        return torch.cat([_order(self.seed, stream, epoch, length)[a:b] for epoch, a, b in spans])
 
 
 class Ahead:

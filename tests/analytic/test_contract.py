@@ -1,14 +1,11 @@
 """What every registered method promises: it runs, touches only its own roles, and resumes bit for bit."""
 
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from processes import together
+from safetensors.torch import load_file, save_file
 from standin import deaf
 from token_toys import known_pairs, known_teacher, token_toy
 from toys import SD, Mlp, Rows, TimedMlp, fit, toy, view
@@ -156,17 +153,17 @@ def whole_run(name, process=None, folder=None, stops=(STEPS,)):
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains_with_accumulation_and_resume_exactly(tmp_path):
-    """All of them in one launch of torchrun."""
-    script, output = Path(__file__).with_name("two_processes.py"), tmp_path / "weights.safetensors"
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    done = subprocess.run(
-        [*words, "--rdzv_endpoint", "localhost:0", str(script), str(output)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    def both(process):
+        found = {}
+        for name in METHODS:
+            found |= whole_run(name, process)
+            resumed = whole_run(name, process, tmp_path / name, (3, STEPS))
+            found |= {f"resumed/{key}": value for key, value in resumed.items()}
+        if process.main:
+            save_file(found, output)
+
+    output = tmp_path / "weights.safetensors"
+    together(2, both, tmp_path)
     two = load_file(output)
     for name in METHODS:
         one = whole_run(name)

@@ -84,7 +84,7 @@ def test_without_regression_no_pairs_are_needed(ring, fitted):
 
 @pytest.mark.slow
 def test_one_step_dmd_reaches_the_ring(ring, fitted, pairs):
-    trainer = paired(ring, fitted, pairs, steps=900)
+    trainer = paired(ring, fitted, pairs, steps=450)
     assert distance(trainer, ring) > 1.0
     trainer.train()
     assert distance(trainer, ring) < 0.03

@@ -375,7 +375,7 @@ def test_only_students_learn_in_the_first_stage_and_none_of_it_without_a_network
 
 # ------------------------------------------------------------------------------------------------------ distributions
 def test_two_students_reach_the_conditional_mixture(mixture, fitted):
-    trainer = trainer_of(mixture, fitted, steps=700, batch_size=512, critic_steps=3)
+    trainer = trainer_of(mixture, fitted, steps=350, batch_size=512, critic_steps=3)
     start = distance(trainer, mixture)
     trainer.train()
     assert distance(trainer, mixture) < min(start, 0.05)

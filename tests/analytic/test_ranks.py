@@ -1,45 +1,20 @@
 """Two real processes (gloo) that go wrong on one of them: both take the same decision, at the same step."""
 
-import json
 import math
 import os
 import signal
-import socket
-import traceback
 
 import pytest
 import torch
+from processes import together
 from test_divergence import SIZE, make, poison
 from toys import SD, Mlp, fit
 
 from fewstep import checkpoint
-from fewstep.distributed import start, whole
+from fewstep.distributed import whole
 from fewstep.errors import Interrupted, TrainingError
 from fewstep.teachers.analytic import GaussianMixture
 from fewstep.trainer import TrainConfig
-
-
-def both(function, folder):
-    """What ``function(process)`` returns on each of two ranks; forks, which need not import torch again."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    children = []
-    for rank in range(2):
-        if child := os.fork():
-            children.append(child)
-            continue
-        try:
-            os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            (folder / f"{rank}.json").write_text(json.dumps(function(start("cpu"))))
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +85,7 @@ def found(tmp_path_factory):
         answers["exact"] = all(a == b for a, b in zip(total(resumed), total(straight)))
         return answers
 
-    return both(everything, folder), folder
+    return together(2, everything, folder), folder
 
 
 def test_a_sample_that_is_bad_on_one_rank_is_left_out_on_both(found):

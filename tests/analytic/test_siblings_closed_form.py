@@ -349,7 +349,7 @@ def test_each_turn_has_gradients_in_its_own_role_only(ring, fitted, method):
 
 # -------------------------------------------------------------------------------------------------- distributions
 def test_diff_instruct_reaches_the_ring(ring, fitted):
-    trainer = toy(DiffInstruct, DiffInstruct.Config(), ring, fitted, steps=1000)
+    trainer = toy(DiffInstruct, DiffInstruct.Config(), ring, fitted, steps=600)
     assert distance(trainer, ring) > 1.0
     trainer.train()
     assert distance(trainer, ring) < 0.03
@@ -365,7 +365,7 @@ def test_swiftbrush_reaches_the_ring(ring, fitted):
 def test_swiftbrush_reaches_the_half_ring_of_each_label_with_both_guided(halves, fitted_halves):
     """At any scale the rest point is the data; but guidance multiplies the errors of a learned critic."""
     labels, config = torch.arange(1000) % 2, SwiftBrush.Config(guidance_scale=2.0, critic_steps=2)
-    trainer = toy(SwiftBrush, config, halves, fitted_halves, steps=1400, labels=labels)
+    trainer = toy(SwiftBrush, config, halves, fitted_halves, steps=700, labels=labels)
     assert distance(trainer, halves) > 0.4
     trainer.train()
     assert distance(trainer, halves) < 0.05
@@ -550,7 +550,7 @@ def test_h_sends_no_gradient_anywhere(ring, fitted):
 @pytest.mark.parametrize("kind", ["js", "kl"])
 def test_f_distill_reaches_the_ring(ring, fitted, kind):
     config = FDistill.Config(**{**SHARED, "critic_steps": 1}, divergence=kind)
-    trainer = with_gan(FDistill, config, ring, fitted, steps=700, batch_size=512)
+    trainer = with_gan(FDistill, config, ring, fitted, steps=500, batch_size=512)
     trainer.train()
     assert distance(trainer, ring) < 0.03
 
@@ -700,7 +700,7 @@ def test_guidance_is_for_the_original_teacher_unless_asked_for(halves, fitted_ha
 
 def test_disback_reaches_the_ring(ring, fitted):
     options = {"nodes": 3, "record_steps": 40, "backtrack_steps": 60}
-    trainer = disback(ring, fitted, steps=950, batch_size=512, **options)
+    trainer = disback(ring, fitted, steps=500, batch_size=512, **options)
     trainer.train()
     assert distance(trainer, ring) < 0.03
 

@@ -339,7 +339,7 @@ def converge(method, config, ring, fitted, steps, teacher=None):
 
 @pytest.mark.slow
 def test_scm_reaches_the_ring_in_one_step(ring, fitted):
-    reached, apart = converge(SCM, SCM.Config(warmup=150, time_mean=-0.4), ring, fitted, 500)
+    reached, apart = converge(SCM, SCM.Config(warmup=150, time_mean=-0.4), ring, fitted, 250)
     assert reached < 0.03 and apart < 0.2
 
 
@@ -355,7 +355,7 @@ def test_scm_with_ladd_reaches_the_ring_in_one_step(ring, fitted):
         "noise_mean": -1.0,
     }
     config = SanaSprint.Config(**options)
-    reached, apart = converge(SanaSprint, config, ring, fitted, 500, flow_view(fitted))
+    reached, apart = converge(SanaSprint, config, ring, fitted, 250, flow_view(fitted))
     assert reached < 0.02 and apart < 0.2
 
 

@@ -594,7 +594,7 @@ def test_dd2_comes_near_the_joint_from_its_own_first_stage(teacher):
 
 def distilled(name, teacher, share):
     """Total variation from the joint before the first update of the distillation, and at the end."""
-    trainer, joint = student_of_the_joint(name, teacher, share), teacher.denoiser.net
+    trainer, joint = student_of_the_joint(name, teacher, share, batch_size=128), teacher.denoiser.net
     begin = next(p for p in trainer.phases if p.name == "generator").span(trainer.progress)[0]
     while trainer.progress.iteration < begin:
         trainer.iterate()
@@ -622,7 +622,7 @@ def test_dd1_learns_the_joint_in_one_step_and_in_two(teacher):
     pairs, joint = known_pairs(teacher, 60_000), teacher.denoiser.net
     student = RoleConfig(lr=3e-3, ema=0.99, warmup=20, decay=900, **FULL)
     trainer = token_toy(
-        DD1, DD1.Config(split=TOKENS, entries=[0, 2]), teacher, 900, 256, pairs, student=student
+        DD1, DD1.Config(split=TOKENS, entries=[0, 2]), teacher, 900, 128, pairs, student=student
     )
     trainer.train()
     two = joint.total_variation(student_tokens(trainer, teacher))

@@ -99,13 +99,13 @@ def student_tokens(trainer, teacher, count=40_000, average=True):
     ).argmax(-1)
 
 
-# Iterations of the full length; the tests run a share of them. A batch is 256.
+# Iterations of the full length, in batches of 256; the tests run a share of them, in batches of 128.
 LENGTHS = {"dd1": 4000, "dd2": 6000, "dd2-from-dd1": 2000, "dd2-codes": 1200}
 FULL = {"kind": "full", "weight_decay": 0.0}
 SMALL = {"head_width": 64, "head_depth": 2}
 
 
-def student_of_the_joint(name, teacher, share=1.0):
+def student_of_the_joint(name, teacher, share=1.0, batch_size=256):
     """The trainer of a student whose tokens are to have the known joint. Rates and noise levels are ours: a generator
     that moves faster than its critic learns (twice the rate here) collapses now and then, and one that starts near the
     joint drifts off it by what the critic is wrong (at half the critic's updates and copies, from 0.031 to 0.038)."""
@@ -113,7 +113,9 @@ def student_of_the_joint(name, teacher, share=1.0):
     if name == "dd1":
         config = DD1.Config(split=TOKENS, embedding_weight=0.0)
         student = RoleConfig(lr=3e-3, betas=(0.9, 0.95), ema=0.99, warmup=20, decay=steps, **FULL)
-        return token_toy(DD1, config, teacher, steps, 256, known_pairs(teacher, 60_000), student=student)
+        return token_toy(
+            DD1, config, teacher, steps, batch_size, known_pairs(teacher, 60_000), student=student
+        )
     stages = {"critic_steps": 3, "copies": 4, "critic_copies": 4, "matching": "dmd", **SMALL}
     if name == "dd2":
         config = DD2.Config(initial_share=0.08, **stages)
@@ -136,7 +138,7 @@ def student_of_the_joint(name, teacher, share=1.0):
         )
         critic = RoleConfig(lr=1e-3, betas=(0.9, 0.99), warmup=20, decay=round(0.3 * steps), **FULL)
     pairs = known_pairs(teacher, 20_000)
-    return token_toy(DD2, config, teacher, steps, 256, pairs, student=student, critic=critic)
+    return token_toy(DD2, config, teacher, steps, batch_size, pairs, student=student, critic=critic)
 
 
 def main(name):
