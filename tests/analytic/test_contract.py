@@ -21,7 +21,7 @@ GAN = {"gan_weight": 1e-2, "taps": ["layers.0"]}
 OPTIONS = {
     "dmd2": {"num_steps": 2, "start": 999, "critic_steps": 2, **GAN},
     "phased_dmd": {"num_steps": 4, "critic_steps": 2},
-    "fdistill": {"num_steps": 1, "start": 999, "critic_steps": 2, **GAN},
+    "fdistill": {"num_steps": 2, "start": 999, "critic_steps": 2, "student_input": "real", **GAN},
     "swiftbrush": {"guidance_scale": 1.0, "null_probability": 0.0},
     "hyper_sd": {"segments": [4, 1], "stage_teacher": "previous", "solver_steps": 8, "score_length": 1.0},
     "ladd": {"taps": ["layers.0", "layers.2"]},
