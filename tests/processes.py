@@ -71,7 +71,7 @@ class Fork:
             self.returncode = os.waitstatus_to_exitcode(status) if done else None
         return self.returncode
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = 900) -> int:
         """The exit code, negative after a signal.
 
         Raises:
