@@ -142,7 +142,7 @@ def _measure(recipe: Recipe, trainer: Trainer, nets, iterations: int, baseline: 
     train()  # moments come into being, kernels are chosen
     with Meter() as meter:
         train()
-    flops, memory = meter.flops / count, _peak(trainer, nets, meter, train)
+    flops, memory = sum(meter.flops.values()) / count, _peak(trainer, nets, meter, train)
     bare = None
     if baseline == "bare":
         bare = Bare(trainer, nets)

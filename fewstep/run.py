@@ -368,8 +368,10 @@ def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str,
     if t.gradient_checkpointing:
         kernels.checkpoint_blocks(teacher.net)
     roles: dict[str, Role] = {}
-    for name in cls.networks_for(recipe.method):
-        base = cls.network(recipe.method, teacher, name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)  # networks that are new in part start equal on every rank
+        bases = {name: cls.network(recipe.method, teacher, name) for name in cls.networks_for(recipe.method)}
+    for name, base in bases.items():
         if base is not teacher.net:
             kernels.set_attention(base, t.attention)
         try:

@@ -8,8 +8,8 @@ import time
 
 import pytest
 import torch
+from processes import Fork
 from safetensors.torch import save_file
-from test_kills import child_of
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from fewstep.cond import Cond
@@ -522,14 +522,14 @@ def test_killed_at_any_moment_the_making_of_token_pairs_gives_identical_files(te
 
     for _ in range(4):
         before = made()
-        child = child_of(lambda: make_pairs(torn, teacher, ["0", "1", "2"], **options))
+        child = Fork(lambda: make_pairs(torn, teacher, ["0", "1", "2"], **options))
         goal = len(before) + chance.randint(1, 4)
         while len(made()) < goal:
-            assert os.waitpid(child, os.WNOHANG)[0] == 0, "it was done before it was killed"
+            assert child.poll() is None, "it was done before it was killed"
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.03))
-        os.kill(child, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
         assert before.items() <= made().items()  # what is there is not made again
     make_pairs(torn, teacher, ["0", "1", "2"], **options)
     files = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (whole, torn)]
@@ -588,6 +588,20 @@ def recipe_of(name, teacher, tmp_path, **role):
         roles={n: r for n, r in roles.items() if n == "student" or name == "dd2"},
         samples=SampleConfig(count=2, columns=2),
     )
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_what_is_new_in_a_network_follows_from_the_seed(name, teacher, tmp_path):
+    from fewstep.distributed import Process
+    from fewstep.run import build
+
+    built = []
+    for seed in (1, 2):  # two processes, whatever either has drawn before
+        torch.manual_seed(seed)
+        roles, _ = build(recipe_of(name, teacher, tmp_path), teacher, Process())
+        built.append({f"{r}/{n}": w.clone() for r, role in roles.items() for n, w in role.weights.items()})
+    assert built[0].keys() == built[1].keys()
+    assert all(built[1][name].equal(weight) for name, weight in built[0].items())
 
 
 @pytest.mark.parametrize("name", RUN)
