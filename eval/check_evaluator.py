@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fewstep.evaluation import inception
 from fewstep.evaluation import metrics as M
 from fewstep.evaluation.evaluate import evaluate_images
-from fewstep.evaluation.extractors import Inception2015, file_sha256
 from fewstep.evaluation.statistics import table
+from fewstep.vision import inception
+from fewstep.vision.extractor import file_sha256
+from fewstep.vision.extractors import Inception2015
 
 LIBRARIES = (
     "torch",
@@ -169,7 +170,7 @@ def frechet_speed(dim: int = 2048, counts: tuple[int, ...] = (2000, 10_000)) -> 
 def memory(counts: tuple[int, ...] = (300, 3000)) -> Iterator[tuple[int, float]]:
     """(images, peak MiB) of `fewstep eval stats` on a folder, in a fresh process each."""
     code = (
-        "import sys, resource; from fewstep.evaluation.cli import main; code = main(sys.argv[1:]);"
+        "import sys, resource; from fewstep.cli import main; code = main(sys.argv[1:]);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024); sys.exit(code)"
     )
     with tempfile.TemporaryDirectory() as scratch:

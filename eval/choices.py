@@ -35,13 +35,13 @@ UNITS = {"as it is": {}, "without matrix units for bf16": {"ONEDNN_MAX_CPU_ISA":
 
 def measured(name: str, words: list[str], cycles: int) -> dict[str, Any]:
     """Seconds of an iteration, the mean over whole cycles of turns after the first."""
-    import fewstep.run
+    import fewstep.runs.session
     from fewstep import recipe as recipes
-    from fewstep.bench import _real
-    from fewstep.cli import load_recipe
+    from fewstep.cost.bench import _real
+    from fewstep.runs.library import load_recipe
 
     if "--give-back" in words:
-        fewstep.run.keep_freed = lambda _: None
+        fewstep.runs.session.keep_freed = lambda _: None
     recipe = recipes.override(load_recipe(name), [word for word in words if word != "--give-back"])
     with tempfile.TemporaryDirectory() as folder:
         train = replace(recipe.train, steps=10**6, sample_every=0, checkpoint_every=0)

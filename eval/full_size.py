@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from fewstep import recipe as recipes
-from fewstep.cli import load_recipe
 from fewstep.recipe import Recipe
+from fewstep.runs.library import load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "full_size"
 
@@ -43,7 +43,7 @@ def overridden(name: str, resolution: int, words: list[str]) -> Recipe:
 
 def planned(name: str, resolution: int, words: list[str]) -> dict[str, Any]:
     """What the plan of the same run says, in GB, without a card's libraries and fragments."""
-    from fewstep.plan import plan
+    from fewstep.cost import plan
 
     begin = time.perf_counter()
     made = plan(overridden(name, resolution, words))
@@ -71,8 +71,8 @@ def forget_peak() -> None:
 
 def run(name: str, resolution: int, words: list[str]) -> dict[str, Any]:
     """Builds, runs each kind of turn once, exports, reads the export back."""
-    from fewstep.bench import _random
-    from fewstep.plan.count import _fill_optimizers, _turns
+    from fewstep.cost.bench import _random
+    from fewstep.cost.count import _fill_optimizers, _turns
 
     recipe = overridden(name, resolution, words)
     before, begin = resident("VmRSS"), time.perf_counter()

@@ -32,17 +32,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep import kernels
 from fewstep import recipe as recipes
-from fewstep.bench import _random, bench
-from fewstep.cli import load_recipe
+from fewstep.cost.bench import _random, bench
 from fewstep.device import choose, name_of, peak, reset_peak, wait
-from fewstep.distributed import Process
+from fewstep.diffusion import kernels
 from fewstep.errors import FewstepError, RecipeError, TrainingError, tell
 from fewstep.files import write, write_json
+from fewstep.process import Process
 from fewstep.recipe import Recipe
-from fewstep.run import build, versions
-from fewstep.trainer import Trainer
+from fewstep.runs.build import build
+from fewstep.runs.library import load_recipe
+from fewstep.runs.summary import versions
+from fewstep.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
 RESUMED = 0.02  # most of what training has moved the weights by since, that a resumed run may be off
@@ -75,7 +76,7 @@ class Setting:
         """A recipe with options, without samples and checkpoints; shrunk as by ``--smoke`` where tiny."""
         recipe = load_recipe(name)
         if self.tiny:
-            from fewstep.smoke import smoke
+            from fewstep.runs.smoke import smoke
 
             recipe = smoke(recipe)
         quiet = ["--train.sample_every=0", "--train.checkpoint_every=0", "--train.accumulate=1"]
@@ -139,8 +140,8 @@ def predictions(teacher) -> dict[str, Tensor]:
 
 def gradients(recipe: Recipe, device: torch.device) -> dict[str, dict[str, Tensor]]:
     """Losses and gradients of each phase of a recipe's first iteration, by name."""
-    from fewstep.data.blank import Blank
-    from fewstep.rng import Rng
+    from fewstep.cost.blank import Blank
+    from fewstep.diffusion.rng import Rng
     from fewstep.teachers import load_teacher
 
     teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=device)
@@ -228,7 +229,7 @@ def sprint(setting: Setting) -> Iterator[Row]:
     """SANA-Sprint's turns, and its forward-mode derivative beside the difference of two forwards."""
     trainer, _ = _random(setting.recipe("sana_sprint", "--train.batch_size=2"))
     yield from turns(trainer)
-    from fewstep import consistency
+    from fewstep.diffusion import consistency
 
     term, batch = trainer.method.term, trainer.batches(0)[0]
     x, ode = batch.real, batch.rng.normal_like(batch.real)
@@ -252,7 +253,7 @@ def sprint(setting: Setting) -> Iterator[Row]:
 # ------------------------------------------------------------------------------------------------- memory beside a plan
 def memory(setting: Setting) -> Iterator[Row]:
     """What a turn of DMD2 on SDXL takes, beside what ``fewstep plan`` counts for that run."""
-    from fewstep.plan import plan
+    from fewstep.cost import plan
 
     recipe = setting.recipe("sdxl_dmd2_4step", "--train.batch_size=2", "--train.steps=10")
     trainer, _ = _random(recipe)

@@ -5,7 +5,7 @@ The same as `fewstep eval stats`; `--help` lists the options.
 
 import sys
 
-from fewstep.evaluation.cli import main
+from fewstep.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["eval", "stats", *sys.argv[1:]]))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fewstep import recipe as recipes
-from fewstep.cli import load_recipe, recipe_files
+from fewstep.runs.library import load_recipe, recipe_files
 
 RESULTS = Path(__file__).parent / "results" / "plans"
 GPU = "h100-80gb"
@@ -43,7 +43,7 @@ def hardware(path: Path) -> Hardware:
     found = NAMED.search(text)
     if found is None:
         raise ValueError(f"{path}: its docstring names no hardware; expected {NAMED.pattern}")
-    from fewstep.plan import GPUS
+    from fewstep.cost import GPUS
 
     if found[2]:
         return Hardware("two cores", 0, float(found[2]))
@@ -53,7 +53,7 @@ def hardware(path: Path) -> Hardware:
 
 def planned(name: str) -> dict[str, Any]:
     """The plan of a recipe as it stands, beside its hardware, with the seconds that it took of one core."""
-    from fewstep.plan import plan
+    from fewstep.cost import plan
 
     recipe, room = load_recipe(name), hardware(recipe_files()[name])
     processes = recipe.train.shard

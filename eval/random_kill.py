@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from fewstep.errors import FewstepError
 from fewstep.files import write
-from fewstep.run import versions
+from fewstep.runs.summary import versions
 
 
 def start(words: list[str], log: Path) -> subprocess.Popen:

@@ -7,44 +7,44 @@ than importing torch.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from .version import __version__
 
 _EXPORTS = {
-    "Cond": "fewstep.cond",
-    "Denoiser": "fewstep.denoiser",
-    "EDM": "fewstep.schedules",
+    "Cond": "fewstep.diffusion.cond",
+    "Denoiser": "fewstep.diffusion.denoiser",
+    "EDM": "fewstep.diffusion.schedules",
     "FewstepError": "fewstep.errors",
-    "Flow": "fewstep.schedules",
+    "Flow": "fewstep.diffusion.schedules",
     "Method": "fewstep.methods",
-    "NetDenoiser": "fewstep.denoiser",
+    "NetDenoiser": "fewstep.diffusion.denoiser",
     "Phase": "fewstep.methods",
     "Recipe": "fewstep.recipe",
     "RecipeError": "fewstep.errors",
-    "Schedule": "fewstep.schedules",
-    "Student": "fewstep.student",
-    "TrigFlow": "fewstep.schedules",
-    "VP": "fewstep.schedules",
-    "change_schedule": "fewstep.schedules",
+    "Schedule": "fewstep.diffusion.schedules",
+    "Student": "fewstep.diffusion.student",
+    "TrigFlow": "fewstep.diffusion.schedules",
+    "VP": "fewstep.diffusion.schedules",
+    "change_schedule": "fewstep.diffusion.schedules",
     "load_teacher": "fewstep.teachers",
-    "run": "fewstep.run",
+    "run": "fewstep.runs.session",
 }
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
-    from .cond import Cond
-    from .denoiser import Denoiser, NetDenoiser
+    from .diffusion.cond import Cond
+    from .diffusion.denoiser import Denoiser, NetDenoiser
+    from .diffusion.schedules import EDM, VP, Flow, Schedule, TrigFlow, change_schedule
+    from .diffusion.student import Student
     from .errors import FewstepError, RecipeError
     from .methods import Method, Phase
     from .recipe import Recipe
-    from .run import run
-    from .schedules import EDM, VP, Flow, Schedule, TrigFlow, change_schedule
-    from .student import Student
+    from .runs.session import run
     from .teachers import load_teacher
 
 
 def __getattr__(name: str):
     if name in _EXPORTS:
         value = getattr(import_module(_EXPORTS[name]), name)
-        globals()[name] = value  # importing fewstep.run has put the module of that name here
+        globals()[name] = value
         return value
     raise AttributeError(f"module 'fewstep' has no attribute {name!r}")

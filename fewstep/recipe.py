@@ -10,129 +10,39 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from .configs import (
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from .errors import RecipeError
 from .methods import Method, get_method
-from .roles import RoleConfig
-from .trainer import TrainConfig
 
-
-@dataclass
-class TeacherConfig:
-    """Which pipeline is distilled.
-
-    Attributes:
-        path: folder of ``save_pretrained``, hub id, or ``builtin:emoji-xl``.
-        pipeline_class: what the recipe was written for; another class is refused.
-        dtype: of the frozen weights.
-        autocast: of the networks' arithmetic, or null; auto is bfloat16 where the device has units for it, else null.
-        attention: kernel: sdpa (torch chooses), math, flash, efficient or cudnn of torch's own attention, xformers, or
-            a name of diffusers' dispatcher where the network goes through it; auto is math for small maps in bf16 on a
-            CPU, else sdpa. A run's own recipe holds what either auto became, see :mod:`fewstep.kernels`.
-        resolution: pixels; null is the pipeline's own.
-        gradient_checkpointing: recompute activations in the backward pass; a role may choose for itself.
-        compile: torch.compile the blocks that the networks repeat. channels_last: memory format, for UNets.
-    """
-
-    path: str
-    pipeline_class: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    autocast: Literal["auto", "bfloat16"] | None = None
-    attention: str = "auto"
-    resolution: int | None = None
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    channels_last: bool = False
-
-    def options(self) -> dict[str, Any]:
-        """What :func:`~fewstep.teachers.load_teacher` takes beside the path."""
-        return {name: getattr(self, name) for name in ("dtype", "resolution", "autocast", "attention")}
-
-
-@dataclass
-class DataConfig:
-    """What is generated and what is real.
-
-    Attributes:
-        prompts: text file, one prompt per line, or ``builtin:emoji``.
-        images: folder of captioned images, or ``builtin:emoji``; a data-free method only measures itself against them,
-            and null is then allowed.
-        pairs: folder that ``fewstep pairs`` wrote; null where the method needs none.
-    """
-
-    prompts: str
-    images: str | None = None
-    pairs: str | None = None
-
-
-@dataclass
-class SampleConfig:
-    """Grids drawn while training.
-
-    Attributes:
-        prompts: shown from left to right; null takes some of ``data.prompts``.
-        count: how many when ``prompts`` is null. teacher_steps: of the teacher's row. columns: of the grid.
-        scale: integer enlargement of small images.
-        vae: folder or hub id of an AutoencoderTiny that decodes them, e.g. madebyollin/taesdxl; null is the teacher's.
-        distance: so many samples of the student, beside each grid, for a Fréchet distance to ``data.images`` in
-            ``evaluation.extractor``'s features, by torchmetrics; 0 for none. A trend, biased by the small number.
-    """
-
-    prompts: list[str] | None = None
-    count: int = 16
-    teacher_steps: int = 25
-    columns: int = 8
-    scale: int = 1
-    vae: str | None = None
-    distance: int = 0
-    seed: int = 1234
-
-
-@dataclass
-class ExportConfig:
-    """What is written beside the LoRA.
-
-    Attributes:
-        kohya: also write the keys that ComfyUI and A1111 read. dtype: of the stored weights.
-        tolerance: largest absolute difference between the stock pipeline's latents and the trainer's own.
-    """
-
-    kohya: bool = False
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    tolerance: float = 1e-4
-
-
-@dataclass
-class EvalConfig:
-    """What is measured on the exported student after training; ``num`` 0 measures nothing.
-
-    Attributes:
-        num: images per row for the distances to the real ones, prompts in a fixed order.
-        prompts: of these, a file or built-in name; null takes ``data.prompts``. With prompts that come more than once,
-            the diversity within a prompt is measured too.
-        named: further images per row, of prompts that caption exactly one real image; retrieval is measured on them.
-        floor_steps, floor_solvers: teacher rows at these few steps, without training: diffusers' solvers, the "ays"
-            tables, or "search" for the best schedule that ``fewstep floor`` finds.
-        teacher_steps, teacher_guidance: of the full teacher row; 0 steps leaves it out.
-        batch_size: images generated at once. extractor: feature space.
-    """
-
-    num: int = 0
-    prompts: str | None = None
-    named: int = 0
-    floor_steps: list[int] = field(default_factory=list)
-    floor_solvers: list[Literal["ddim", "euler", "heun", "dpm++", "unipc", "ays", "search"]] = field(
-        default_factory=lambda: ["dpm++"]
-    )
-    teacher_steps: int = 50
-    teacher_guidance: float = 1.0
-    batch_size: int = 32
-    extractor: str = "effnet-lite0"
-    seed: int = 0
+__all__ = [
+    "DataConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "Recipe",
+    "RoleConfig",
+    "SampleConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "digest",
+    "dump",
+    "from_dict",
+    "load",
+    "override",
+    "to_dict",
+]
 
 
 @dataclass

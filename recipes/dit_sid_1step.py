@@ -9,9 +9,15 @@ guidance is that of DiT's best FID (arXiv 2212.09748), the learning rates are ou
 
 from fewstep.data.prompts import CLASSES
 from fewstep.methods.sid import SiD
-from fewstep.recipe import DataConfig, ExportConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    ExportConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 full = RoleConfig(kind="full", lr=1e-5, betas=(0.0, 0.999), weight_decay=0.0)
 

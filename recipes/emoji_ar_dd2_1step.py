@@ -9,9 +9,15 @@ more updates than twenty minutes hold. Rates and updates are those of a small te
 """
 
 from fewstep.methods.dd2 import DD2
-from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    EvalConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/emoji_ar_dd2_1step",

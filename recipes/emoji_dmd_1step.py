@@ -7,9 +7,15 @@ Hardware: two CPU cores, 4 GB of memory. Time and result: ``eval/results/emoji_d
 """
 
 from fewstep.methods.dmd import DMD
-from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    EvalConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/emoji_dmd_1step",

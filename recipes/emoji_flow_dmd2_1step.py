@@ -6,9 +6,15 @@ Hardware: two CPU cores, 4 GB of memory. Time and result: ``eval/results/emoji_f
 """
 
 from fewstep.methods.dmd2 import DMD2
-from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    EvalConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/emoji_flow_dmd2_1step",

@@ -7,9 +7,15 @@ Hardware: two CPU cores, 4 GB of memory. Time and result: ``eval/results/emoji_f
 """
 
 from fewstep.methods.phased_dmd import PhasedDMD
-from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    EvalConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/emoji_flow_phased_dmd_4step",

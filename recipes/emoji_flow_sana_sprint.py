@@ -9,9 +9,15 @@ prepared.
 import math
 
 from fewstep.methods.sana_sprint import SanaSprint
-from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    EvalConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/emoji_flow_sana_sprint",

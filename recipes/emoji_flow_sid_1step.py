@@ -8,9 +8,15 @@ are those that suit a small teacher and a short run.
 """
 
 from fewstep.methods.sid import SiD
-from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    EvalConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/emoji_flow_sid_1step",

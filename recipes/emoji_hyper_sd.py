@@ -6,9 +6,15 @@ Hardware: two CPU cores, 4 GB of memory. What came out: ``eval/results/emoji_hyp
 """
 
 from fewstep.methods.hyper_sd import HyperSD
-from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    EvalConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/emoji_hyper_sd",

@@ -7,9 +7,15 @@ The options of ``emoji_dmd2_1step``, for two students of half a batch each.
 """
 
 from fewstep.methods.multi_student import MultiStudent
-from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    EvalConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/emoji_multi_student_1step",

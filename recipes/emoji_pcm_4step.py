@@ -7,9 +7,15 @@ Hardware: two CPU cores, 4 GB of memory. Result: ``eval/results/emoji_pcm_4step.
 """
 
 from fewstep.methods.hyper_sd import HyperSD
-from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    EvalConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/emoji_pcm_4step",

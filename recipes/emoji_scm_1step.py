@@ -11,9 +11,15 @@ collapsed to one texture (FD 1610). Hardware: two CPU cores, 4 GB of memory. Res
 """
 
 from fewstep.methods.scm import SCM
-from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    EvalConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/emoji_scm_1step",

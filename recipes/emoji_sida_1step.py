@@ -8,9 +8,15 @@ The options of ``emoji_sid_1step`` and a GAN on the critic's middle block: criti
 """
 
 from fewstep.methods.sid import SiD
-from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    EvalConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/emoji_sida_1step",

@@ -8,9 +8,15 @@ only, as in the paper (arXiv 2410.16794); learning rates are those that suit a s
 """
 
 from fewstep.methods.sim import SIM
-from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    EvalConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/emoji_sim_1step",

@@ -8,9 +8,15 @@ full copy, not the paper's adapter; learning rates are those that suit a small t
 """
 
 from fewstep.methods.score_difference import SwiftBrush
-from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    EvalConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/emoji_swiftbrush_1step",

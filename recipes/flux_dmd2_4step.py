@@ -9,9 +9,15 @@ Hardware: eight H100, 80 GB each.
 """
 
 from fewstep.methods.dmd2 import DMD2
-from fewstep.recipe import DataConfig, ExportConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    ExportConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 lora = RoleConfig(kind="lora", rank=64, alpha=64, lr=2e-5, warmup=200)
 

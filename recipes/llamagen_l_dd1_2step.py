@@ -10,9 +10,7 @@ scale. Hardware: eight H100, 80 GB each.
 """
 
 from fewstep.methods.dd1 import DD1
-from fewstep.recipe import DataConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import DataConfig, Recipe, RoleConfig, SampleConfig, TeacherConfig, TrainConfig
 
 recipe = Recipe(
     output="runs/llamagen_l_dd1_2step",

@@ -11,9 +11,7 @@ Hardware: eight H100, 80 GB each.
 """
 
 from fewstep.methods.dd2 import DD2
-from fewstep.recipe import DataConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import DataConfig, Recipe, RoleConfig, SampleConfig, TeacherConfig, TrainConfig
 
 ROLE = {"kind": "full", "betas": (0.9, 0.95), "weight_decay": 0.0}
 

@@ -9,9 +9,7 @@ those of sCM; rank, rate and length are ours.
 """
 
 from fewstep.methods.scm import SCM
-from fewstep.recipe import DataConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import DataConfig, Recipe, RoleConfig, SampleConfig, TeacherConfig, TrainConfig
 
 recipe = Recipe(
     output="runs/sana_scm_2step",

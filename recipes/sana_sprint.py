@@ -11,9 +11,15 @@ CAME, ours AdamW, and the average of the weights is ours: its code has none.
 import math
 
 from fewstep.methods.sana_sprint import SanaSprint
-from fewstep.recipe import DataConfig, ExportConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    ExportConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/sana_sprint",

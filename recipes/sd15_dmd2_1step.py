@@ -10,9 +10,15 @@ at t = 999, where an eps network's error is multiplied by 14.6 in x0. Not yet ru
 """
 
 from fewstep.methods.dmd2 import DMD2
-from fewstep.recipe import DataConfig, ExportConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    ExportConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 lora = RoleConfig(kind="lora", rank=64, alpha=8, lr=5e-5, warmup=500)
 

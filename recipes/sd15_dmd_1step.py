@@ -12,9 +12,15 @@ multiplied by 14.6 in x0. Not yet run at scale. Hardware: one H100, 80 GB, or se
 """
 
 from fewstep.methods.dmd import DMD
-from fewstep.recipe import DataConfig, ExportConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    ExportConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 full = RoleConfig(kind="full", lr=1e-5, warmup=500)
 

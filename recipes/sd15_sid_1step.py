@@ -14,9 +14,15 @@ images. Captions are dropped in the critic's turn only. Not yet run at scale; on
 import dataclasses
 
 from fewstep.methods.sid import SiD
-from fewstep.recipe import DataConfig, ExportConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    ExportConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 # Half-life of 50 k images at batch 512: 0.5 ** (512 / 50_000).
 full = RoleConfig(kind="full", lr=1e-6, betas=(0.0, 0.999), weight_decay=0.0, ema=0.993)

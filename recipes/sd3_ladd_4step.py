@@ -7,9 +7,15 @@ Hardware: eight H100, 80 GB each. Not yet run at scale. Learning rates are FastG
 """
 
 from fewstep.methods.ladd import LADD
-from fewstep.recipe import DataConfig, ExportConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    ExportConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/sd3_ladd_4step",

@@ -8,9 +8,15 @@ is the network of Stable Diffusion 3's own class at one scale, since stock pipel
 """
 
 from fewstep.methods.sana_sprint import SanaSprint
-from fewstep.recipe import DataConfig, ExportConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    ExportConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/sd3_sana_sprint",

@@ -9,9 +9,7 @@ length and guidance are ours.
 """
 
 from fewstep.methods.scm import SCM
-from fewstep.recipe import DataConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import DataConfig, Recipe, RoleConfig, SampleConfig, TeacherConfig, TrainConfig
 
 recipe = Recipe(
     output="runs/sd3_scm_1step",

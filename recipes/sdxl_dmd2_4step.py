@@ -11,9 +11,15 @@ Hardware: one H100, 80 GB.
 """
 
 from fewstep.methods.dmd2 import DMD2
-from fewstep.recipe import DataConfig, ExportConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    ExportConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 # DMD2's LoRA: rank 64, alpha 8, both learning rates 5e-5.
 lora = RoleConfig(kind="lora", rank=64, alpha=8, lr=5e-5, warmup=500)

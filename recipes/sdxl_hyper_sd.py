@@ -12,9 +12,15 @@ method.reward. Not yet run at scale. Hardware: eight H100, 80 GB each.
 """
 
 from fewstep.methods.hyper_sd import HyperSD
-from fewstep.recipe import DataConfig, ExportConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    ExportConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     output="runs/sdxl_hyper_sd",

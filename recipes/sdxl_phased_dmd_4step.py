@@ -12,9 +12,15 @@ Hardware: one H100, 80 GB.
 """
 
 from fewstep.methods.phased_dmd import PhasedDMD
-from fewstep.recipe import DataConfig, ExportConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    ExportConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 lora = RoleConfig(kind="lora", rank=64, alpha=8, lr=5e-5, betas=(0.0, 0.999), warmup=500)
 

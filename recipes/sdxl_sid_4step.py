@@ -13,9 +13,15 @@ ours to be tuned. Not yet run at scale. Hardware: one H100, 80 GB.
 import dataclasses
 
 from fewstep.methods.sid import SiD
-from fewstep.recipe import DataConfig, ExportConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    ExportConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 # Learning rates of adapters are ours; the paper trains all weights at 1e-6.
 lora = RoleConfig(

@@ -13,9 +13,15 @@ yet run at scale. Hardware: one H100, 80 GB.
 import dataclasses
 
 from fewstep.methods.sim import SIM
-from fewstep.recipe import DataConfig, ExportConfig, Recipe, SampleConfig, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    ExportConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 # Adam without first moment, as in SiD, whose setting the paper shares.
 lora = RoleConfig(

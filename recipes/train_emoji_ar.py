@@ -19,11 +19,11 @@ from diffusers import AutoencoderKL, VQModel
 from train_emoji_xl import GROUPED, Run, as_this_cpu_likes, reconstruction_terms, to_unit
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from fewstep.cond import Cond
 from fewstep.data import emoji
-from fewstep.teachers import BUILTIN
-from fewstep.teachers.llamagen import GPT
-from fewstep.token_pipeline import LlamaGenPipeline
+from fewstep.diffusion.cond import Cond
+from fewstep.teachers.load import BUILTIN
+from fewstep.tokens.llamagen import GPT
+from fewstep.tokens.pipeline import LlamaGenPipeline
 
 CODES, CODE_DIM = 1024, 8
 SLOTS = 12  # tokens of a caption, start and end marks included

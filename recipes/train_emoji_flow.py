@@ -23,7 +23,7 @@ from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 from fewstep import Cond, load_teacher
 from fewstep.data import emoji
-from fewstep.schedules import Flow, change_schedule
+from fewstep.diffusion.schedules import Flow, change_schedule
 
 MAX_TOKENS = 24
 WIDTH = 128  # hidden size of the text encoder

@@ -20,9 +20,9 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fewstep import kernels
 from fewstep.data import emoji
-from fewstep.schedules import VP
+from fewstep.diffusion import kernels
+from fewstep.diffusion.schedules import VP
 
 MAX_TOKENS = 24
 WIDTHS = (96, 128)  # hidden sizes of the two text encoders; cross-attention sees their concatenation

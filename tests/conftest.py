@@ -32,24 +32,24 @@ def pytest_configure(config):
 # Files of minutes, longest first, so that several workers end at about the same time.
 LONG = [
     "test_standin",
-    "test_tokens_closed_form",
+    "test_dd1_dd2",
     "test_distributed",
     "test_end_to_end",
     "test_plan",
     "test_kills",
 ]
 LONG += [
-    "test_multi_student",
+    "test_routed",
     "test_family",
-    "test_sid_closed_form",
+    "test_sid",
     "test_gpu_check",
-    "test_siblings_closed_form",
+    "test_siblings",
 ]
 LONG += [
-    "test_boot_closed_form",
+    "test_boot",
     "test_interruption",
     "test_teachers",
-    "test_sprint_closed_form",
+    "test_sana_sprint",
     "test_notebooks",
 ]
 
@@ -129,8 +129,8 @@ def no_reads(request, monkeypatch):
     """On the stand-in, an iteration whose host waits for the device fails the test; a rescue has to look closer."""
     if not request.config.getoption("--standin"):
         return
-    from fewstep.divergence import Divergence
-    from fewstep.trainer import Trainer
+    from fewstep.training.divergence import Divergence
+    from fewstep.training.trainer import Trainer
 
     iterate, rescue = Trainer.iterate, Divergence.rescue
 

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fewstep import device, rng
+from fewstep import device
 from fewstep.cli import main
-from fewstep.cond import Cond
-from fewstep.data import Ahead, Batches
+from fewstep.data.batches import Ahead, Batches
 from fewstep.device import Download, Mark, all_of_them, choose, name_of, peak, real, reset_peak, upload, wait
+from fewstep.diffusion import rng
+from fewstep.diffusion.cond import Cond
+from fewstep.diffusion.schedules import VP, Flow, repeated
 from fewstep.errors import RecipeError
-from fewstep.schedules import VP, Flow, repeated
 
 CPU = torch.device("cpu")
 PACKAGE = Path(device.__file__).parent
@@ -94,14 +95,15 @@ def test_a_device_without_memory_left_is_one_line_with_a_remedy(monkeypatch, cap
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation ...")
 
-    monkeypatch.setattr("fewstep.cli._doctor", out_of_memory)
+    # The package has a function of that name, so the module goes by sys.modules.
+    monkeypatch.setattr(sys.modules["fewstep.cli.main"], "_doctor", out_of_memory)
     assert main(["doctor"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "out of memory. Tried to allocate 2.00 GiB. `fewstep plan" in error
 
 
 def test_several_processes_take_a_device_each(monkeypatch):
-    from fewstep.distributed import start
+    from fewstep.process import start
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="cuda:1: each of 2 processes takes its own; expected cuda or auto"):
@@ -139,7 +141,7 @@ def test_times_take_what_precision_the_device_has(kind, monkeypatch):
     t = schedule().draw_times(u)
     exact = schedule().add_noise(x, x, t)
     assert real(CPU) == t.dtype == repeated(0.5, x).dtype == rng.Rng(0).uniform(2).dtype == torch.float64
-    for module in ("fewstep.schedules", "fewstep.rng"):  # as on MPS, which has no float64
+    for module in ("fewstep.diffusion.schedules", "fewstep.diffusion.rng"):  # as on MPS, which has no float64
         monkeypatch.setattr(f"{module}.real", lambda _device: torch.float32)
     coarse = schedule()
     coarse.__dict__.get("_on_device", {}).clear()  # another device's copy of the table

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.cli import recipe_files
-from fewstep.evaluation.students import gallery
+from fewstep.evaluation.of_run import gallery
+from fewstep.runs.library import recipe_files
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

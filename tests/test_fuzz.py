@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fewstep import recipe as recipes
-from fewstep.cli import load_recipe, recipe_files
 from fewstep.data.images import load_images
 from fewstep.errors import FewstepError
 from fewstep.evaluation.images import open_images
 from fewstep.evaluation.models import _attach_lora
 from fewstep.evaluation.statistics import Statistics
 from fewstep.export.load import read_record
+from fewstep.runs.library import load_recipe, recipe_files
 
 
 def fuzz(examples=60):

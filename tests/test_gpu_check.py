@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "eval" / "gpu_check.py"
 HEAD = f"""
 import os, sys, time
-sys.path[:0] = {[str(TESTS), str(SCRIPT.parent)]}
+sys.path[:0] = {[str(TESTS / "support"), str(SCRIPT.parent)]}
 import gpu_check
 from gpu_check import PARTS, Part
 """

@@ -6,12 +6,10 @@ import pytest
 import yaml
 
 from fewstep import recipe as recipes
-from fewstep.cli import load_recipe, recipe_files
 from fewstep.errors import RecipeError
 from fewstep.methods.dmd2 import DMD2
-from fewstep.recipe import DataConfig, Recipe, TeacherConfig
-from fewstep.roles import RoleConfig
-from fewstep.trainer import TrainConfig
+from fewstep.recipe import DataConfig, Recipe, RoleConfig, TeacherConfig, TrainConfig
+from fewstep.runs.library import load_recipe, recipe_files
 
 
 def minimal(**method):

@@ -14,7 +14,7 @@ import on_standin
 import pytest
 import standin
 
-from fewstep.cli import recipe_files
+from fewstep.runs.library import recipe_files
 
 pytestmark = pytest.mark.skipif(standin.compiler() is None, reason="the stand-in needs a C++ compiler")
 
@@ -39,7 +39,7 @@ def children(folder, *shares):
         out.touch()
         with said.open("wb") as stream:
             place = {"FEWSTEP_CACHE": str(folder / f"cache-{number}")}
-            words = [sys.executable, str(HERE / "on_standin.py"), words[0], str(out), *words[1:]]
+            words = [sys.executable, str(HERE / "support" / "on_standin.py"), words[0], str(out), *words[1:]]
             child = subprocess.Popen(words, stdout=stream, stderr=stream, env={**os.environ, **place})
         made.append((child, out, said))
     lines = []
@@ -123,14 +123,16 @@ def test_a_command_works_on_the_device(name, commands):
 
 @pytest.mark.slow
 def test_every_method_keeps_its_contract_on_the_device_and_no_iteration_waits():
-    words = ["-m", "pytest", "--standin", "-q", "-p", "no:cacheprovider", "analytic/test_contract.py"]
+    words = ["-m", "pytest", "--standin", "-q", "-p", "no:cacheprovider", "methods/test_contract.py"]
     standin.build()
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_what_the_stand_in_refuses_and_counts():
-    done = subprocess.run([sys.executable, "-c", REFUSES], capture_output=True, text=True, cwd=HERE)
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSES], capture_output=True, text=True, cwd=HERE / "support"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -171,7 +173,7 @@ torch.accelerator.synchronize()
 assert here.equal(5 * y)
 
 from fewstep.device import upload
-from fewstep.schedules import VP
+from fewstep.diffusion.schedules import VP
 
 with device:  # where a scheduler is made on the device, its table is kept on the host all the same
     schedule = VP(torch.linspace(0.999, 0.005, 1000))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..cond import Cond
+from ..diffusion.cond import Cond
 from ..files import ReadError, sweep, write_tensors
 from ..teachers.base import Teacher
 from .images import CaptionedImages

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..cond import Cond
-from ..distributed import Process
+from ..diffusion.cond import Cond
+from ..diffusion.rng import Rng
 from ..errors import FewstepError, RecipeError
 from ..files import sweep, write, write_json, write_tensors
-from ..rng import Rng
+from ..process import Process
 from ..teachers.base import Teacher
 from .cache import Store, encode_prompts, identity, is_whole, shard_path
 

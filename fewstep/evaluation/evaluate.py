@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.evaluation import protocols
-from fewstep.evaluation.extractors import DEFAULT, Extractor, get_extractor, identity
 from fewstep.evaluation.images import ImageSource, open_images
 from fewstep.evaluation.measures import MEASURES, Number, Sides, describe, measure
 from fewstep.evaluation.protocols import Protocol
-from fewstep.evaluation.scores import Scorer, get_scorer
 from fewstep.evaluation.statistics import Statistics, table
+from fewstep.vision.extractor import Extractor, identity
+from fewstep.vision.extractors import DEFAULT, get_extractor
+from fewstep.vision.scores import Scorer, get_scorer
 
 
 def evaluate_images(

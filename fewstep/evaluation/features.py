@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation.extractors import Extractor, identity
 from fewstep.evaluation.images import BLOCK, ImageSource
 from fewstep.evaluation.statistics import Moments
 from fewstep.files import WriteError, replacing
+from fewstep.vision.extractor import Extractor, identity
 
 BATCH = BLOCK  # processes that share the work then run the batches of one
 

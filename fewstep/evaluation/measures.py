@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.evaluation import metrics as M
-from fewstep.evaluation.extractors import Extractor, Prepared, identity
 from fewstep.evaluation.features import BATCH, extract
 from fewstep.evaluation.images import ImageSource, open_images
-from fewstep.evaluation.lpips import find_lpips, lpips_diversity
-from fewstep.evaluation.preprocess import crop_and_resize
-from fewstep.evaluation.scores import Scorer
 from fewstep.evaluation.statistics import Moments, Statistics, check_comparable
+from fewstep.vision.extractor import Extractor, Prepared, identity
+from fewstep.vision.lpips import find_lpips, lpips_diversity
+from fewstep.vision.preprocess import crop_and_resize
+from fewstep.vision.scores import Scorer
 
 
 @dataclass(frozen=True)

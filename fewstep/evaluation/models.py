@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from fewstep.errors import FewstepError
-from fewstep.floor import RECORD, floor_sampler
-from fewstep.teachers.base import fix_shift, is_flow, network_of, size_options, takes
+from fewstep.evaluation.floor import RECORD, floor_sampler
+from fewstep.teachers.pipelines import fix_shift, network_of, size_options, takes
+from fewstep.teachers.schedulers import is_flow
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SOLVERS = ("own", "lcm", "ddim", "euler", "heun", "dpm++", "unipc", "ays")
@@ -115,9 +116,9 @@ class Model:
         own = self.record["call"]
         if "max_timesteps" in own:  # SanaSprintPipeline, whose scheduler spreads angles evenly
             return self.scheduler, {**own, "num_inference_steps": steps, "intermediate_timesteps": None}
-        from fewstep.schedules import Flow
-        from fewstep.student import even_times
-        from fewstep.teachers.base import schedule_of
+        from fewstep.diffusion.schedules import Flow
+        from fewstep.diffusion.times import even_times
+        from fewstep.teachers.schedulers import schedule_of
 
         flow = is_flow(self.scheduler)  # whose shift is in its times, and not in its scheduler
         schedule = Flow(self.record.get("shift", 1.0)) if flow else schedule_of(self.scheduler)
@@ -215,7 +216,8 @@ def _load_export(folder: Path, teacher: str | None, dtype: str) -> tuple[dict[st
 def _load_stock(source: str, dtype: str) -> Any:
     from diffusers import DiffusionPipeline
 
-    from fewstep.teachers import adapters, hushed, load_pipeline, resolve
+    from fewstep.teachers import adapters, load_pipeline, resolve
+    from fewstep.teachers.pipelines import hushed
 
     try:
         with hushed():

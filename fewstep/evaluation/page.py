@@ -12,7 +12,7 @@ import numpy as np
 from fewstep.evaluation.compare import cell
 from fewstep.evaluation.plot import Series, legend, plot
 from fewstep.files import write
-from fewstep.grid import image_grid
+from fewstep.report.grid import image_grid
 
 SHOWN = 8  # images of each row
 STYLE = """

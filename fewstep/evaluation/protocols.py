@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation import preprocess
-from fewstep.evaluation.extractors import SCALINGS, Extractor, Inception2015, Prepared, get_extractor
+from fewstep.vision import preprocess
+from fewstep.vision.extractor import Extractor, Prepared
+from fewstep.vision.extractors import SCALINGS, Inception2015, get_extractor
 
 PACKAGE = Path(__file__).parent.parent
 FOLDERS = (PACKAGE / "protocols", PACKAGE.parent / "eval" / "protocols")  # in a wheel, in a checkout

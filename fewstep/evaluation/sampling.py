@@ -23,7 +23,7 @@ from fewstep.evaluation.prompts import Prompts
 from fewstep.evaluation.speed import measure_speed
 from fewstep.evaluation.statistics import table
 from fewstep.files import create, replacing, sweep, write, write_json
-from fewstep.generate import call_pipeline
+from fewstep.teachers.generate import call_pipeline
 
 MANIFEST = "manifest.json"
 ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"nearest": np.round, "truncate": np.floor}

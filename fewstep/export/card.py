@@ -9,7 +9,7 @@ from typing import Any
 
 from .weights import LORA_FILE, adapters
 
-# Finds the adapter of a prompt in the tree of fewstep.router.Router; ENCODED is what it was fitted on.
+# Finds the adapter of a prompt in the tree of fewstep.methods.router.Router; ENCODED is what it was fitted on.
 ROUTE = """
 with open({tree!r}) as file:
     children = json.load(file)["children"]
@@ -34,7 +34,7 @@ def snippet(record: Mapping[str, Any], folder: str = ".") -> str:
     if "student" in record:  # of tokens
         return "\n".join(
             [
-                f"from fewstep.token_pipeline import {record['pipeline_class']}",
+                f"from fewstep.tokens.pipeline import {record['pipeline_class']}",
                 "",
                 f"pipe = {record['pipeline_class']}.from_pretrained({os.path.join(folder, 'pipeline')!r})",
                 f"image = pipe({record.get('prompt', '207')!r}, {call}).images[0]",

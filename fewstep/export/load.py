@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from ..errors import FewstepError
-from ..router import PartNetworks, RoutedPipeline, Router
-from ..teachers import hushed, load_pipeline, pipeline_type
-from ..teachers.base import network_of, takes
+from ..methods.router import Router
+from ..teachers import load_pipeline
+from ..teachers.load import pipeline_type
+from ..teachers.pipelines import hushed, network_of, takes
+from .routed import PartNetworks, RoutedPipeline
 from .weights import LORA_FILE, adapters
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from ..diffusion.times import uniform_times
 from ..errors import RecipeError
-from ..student import uniform_times
-from ..teachers.base import is_flow
+from ..teachers.schedulers import is_flow
 
 
 def student_scheduler(

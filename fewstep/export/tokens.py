@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..student import EntryStudent, Sampler
-from ..teachers import hushed
+from ..diffusion.student import Sampler
 from ..teachers.base import Teacher
+from ..teachers.pipelines import hushed
+from ..tokens.entries import EntryStudent
 
 
 def save_token_student(

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..diffusion.student import Sampler
 from ..errors import TrainingError
-from ..generate import call_pipeline
-from ..student import Sampler
-from ..teachers import hushed
-from ..teachers.base import Teacher, size_options, takes
+from ..teachers.base import Teacher
+from ..teachers.generate import call_pipeline
+from ..teachers.pipelines import hushed, size_options, takes
 from .load import at_steps, load_exported, stock_call
 
 

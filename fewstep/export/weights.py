@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..configs import RoleConfig
 from ..files import write_tensors
-from ..roles import RoleConfig
 from ..teachers.base import Teacher
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

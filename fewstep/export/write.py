@@ -11,17 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__
-from ..embedding import Scalar, folded, folded_lora, time_embedder
+from ..configs import RoleConfig
+from ..diffusion.denoiser import Scalar
+from ..diffusion.embedding import time_embedder
+from ..diffusion.schedules import Flow
+from ..diffusion.student import Sampler
 from ..errors import RecipeError
 from ..files import replacing, write, write_json
-from ..roles import RoleConfig, lora_targets
-from ..router import RoutedStudent
-from ..schedules import Flow
-from ..student import Sampler
-from ..teachers.base import Teacher, is_flow, size_options, takes
+from ..methods.router import RoutedStudent
+from ..teachers.base import Teacher
 from ..teachers.classes import num_classes
+from ..teachers.pipelines import size_options, takes
+from ..teachers.schedulers import is_flow
+from ..training.roles import lora_targets
+from ..version import __version__
 from .card import model_card
+from .fold import folded, folded_lora
 from .scheduler import scm_scheduler, student_scheduler
 from .tokens import save_token_student
 from .weights import (

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..cond import Cond
-from ..denoiser import Denoiser
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.rng import Rng
+from ..diffusion.student import Sampler
 from ..errors import RecipeError
-from ..rng import Rng
-from ..student import Sampler
 
 
 @dataclass
@@ -218,35 +218,6 @@ def check_options(config: Any, **expected: tuple[bool, str]) -> None:
     for name, (fine, what) in expected.items():
         if not fine:
             raise RecipeError(f"method.{name}: {getattr(config, name)}: expected {what}")
-
-
-def check_length(method: Method, steps: int, per_iteration: int) -> None:
-    """Refuses a run that ends before one of its roles has learned anything.
-
-    Raises:
-        RecipeError: with the role, its phase and a number of steps that would do.
-    """
-    phases = method.phases()
-
-    def idle(steps: int) -> dict[str, str]:
-        """Roles that no phase trains, and the first phase that would."""
-        waiting: dict[str, str] = {}
-        for phase in phases:
-            waiting |= {role: phase.name for role in phase.train if role not in waiting}
-        progress = Progress(0, steps, per_iteration)
-        while waiting and progress.iteration < steps:
-            for phase in phases:
-                if phase.due(progress):
-                    waiting = {r: name for r, name in waiting.items() if r not in phase.train}
-            progress.iteration += 1
-        return waiting
-
-    for role, phase in idle(steps).items():
-        enough = next((f", e.g. {steps << k}" for k in range(1, 20) if not idle(steps << k)), "")
-        raise RecipeError(
-            f"train.steps: {steps}: {method.name} would end before its phase {phase} trains {role}; expected more "
-            f"steps{enough}, or shorter stages of the method"
-        )
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -14,14 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import objectives, trajectory
-from ..cond import Cond
-from ..denoiser import Denoiser, Guidance, NetDenoiser
-from ..embedding import Scalar, with_scalar
+from ..diffusion import objectives, trajectory
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import Denoiser, Guidance, NetDenoiser, Scalar
+from ..diffusion.embedding import with_scalar
+from ..diffusion.rng import Rng
+from ..diffusion.schedules import repeated
+from ..diffusion.student import Student
 from ..errors import RecipeError
-from ..rng import Rng
-from ..schedules import repeated
-from ..student import Student
 from .base import Batch, Method, Phase, Progress, register
 
 

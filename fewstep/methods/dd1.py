@@ -2,7 +2,7 @@
 
 Ancestral sampling in one step is possible only if something says which of the teacher's samples is meant. DD1 lets
 noise say it: each token's own noise flows to a code under the teacher's conditional law
-(:meth:`fewstep.tokens.CodebookDenoiser.flow`), so a noise sequence determines a token sequence, and the student learns
+(:meth:`CodebookDenoiser.flow`), so a noise sequence determines a token sequence, and the student learns
 that map from pairs. Further entry points, where the first tokens are known, make two steps and more.
 """
 
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from ..device import upload
 from ..errors import RecipeError
-from ..student import EntryStudent
-from ..tokens import CodebookDenoiser
+from ..tokens.codes import CodebookDenoiser
+from ..tokens.entries import EntryStudent
 from .base import Batch, Method, Phase, Progress, register
 
 if TYPE_CHECKING:
-    from ..token_students import ParallelStudent
+    from ..tokens.students import ParallelStudent
 
 
 @register("dd1")
@@ -88,7 +88,7 @@ class DD1(Method):
 
     @classmethod
     def network(cls, config: DD1.Config, teacher, name: str) -> nn.Module:
-        from ..token_students import ParallelStudent
+        from ..tokens.students import ParallelStudent
 
         return ParallelStudent.of(teacher.net, teacher.denoiser.codes, config.split)
 

@@ -15,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import objectives
-from ..cond import Cond
+from ..diffusion import objectives
+from ..diffusion.cond import Cond
+from ..diffusion.student import Student
 from ..errors import FewstepError, RecipeError
-from ..student import EntryStudent, Student
-from ..tokens import CodebookDenoiser
+from ..tokens.codes import CodebookDenoiser
+from ..tokens.entries import EntryStudent
 from .base import Batch, Method, Phase, Progress, check_options, register
 
 if TYPE_CHECKING:
-    from ..token_students import CausalStudent, ParallelStudent
+    from ..tokens.students import CausalStudent, ParallelStudent
 
 
 @register("dd2")
@@ -127,13 +128,13 @@ class DD2(Method):
         if config.generator == "codes":
             self.student = EntryStudent(student, [0], latent_shape[0])
         else:
-            from ..token_students import Generator
+            from ..tokens.students import Generator
 
             self.student = Student(Generator(student), [student.schedule.t_max])
 
     @classmethod
     def network(cls, config: DD2.Config, teacher, name: str) -> nn.Module:
-        from ..token_students import CausalStudent, ParallelStudent
+        from ..tokens.students import CausalStudent, ParallelStudent
 
         if name == "student" and config.from_dd1:
             return _finished(config.from_dd1, teacher)
@@ -264,7 +265,7 @@ def _finished(folder: str, teacher) -> nn.Module:
         RecipeError: no export or a damaged one, another kind of student, or one of other codes.
     """
     from ..export import load_exported
-    from ..token_students import ParallelStudent
+    from ..tokens.students import ParallelStudent
 
     try:
         student = getattr(load_exported(folder)[0], "transformer", None)

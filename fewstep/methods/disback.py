@@ -18,11 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .. import objectives
-from ..cond import Cond
-from ..denoiser import Denoiser, Guidance, NetDenoiser
+from ..diffusion import objectives
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import Denoiser, Guidance, NetDenoiser
 from ..errors import RecipeError
-from ..roles import hand_over
+from ..training.roles import hand_over
 from .base import Batch, Method, Phase, Progress, register
 from .dmd2 import DMD2
 

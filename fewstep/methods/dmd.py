@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import objectives
-from ..cond import Cond
-from ..denoiser import Denoiser
+from ..diffusion import objectives
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.student import Student
 from ..errors import RecipeError
-from ..student import Student
 from .base import Batch, Method, Phase, Progress, register
 
 
@@ -36,7 +36,7 @@ class DMD(Method):
             regression: distance to the teacher's sample: "l2" of latents, "features" of decoded images in the offline
                 extractor, or "lpips" of decoded images (the paper's), which needs its weights on disk.
             match_pairs: the score difference also acts on the paired samples (the paper's text-to-image runs).
-            weight, time_range: of the score difference, see :func:`fewstep.objectives.matching_weight`.
+            weight, time_range: of the score difference, see :func:`fewstep.diffusion.objectives.matching_weight`.
             critic_loss: kind of prediction whose squared error the critic minimises; "native" is the network's own.
         """
 

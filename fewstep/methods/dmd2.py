@@ -14,14 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .. import objectives
-from ..cond import Cond
-from ..denoiser import Denoiser, NetDenoiser
 from ..device import real, upload
-from ..discriminator import Discriminator
+from ..diffusion import objectives
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import Denoiser, NetDenoiser
+from ..diffusion.discriminator import Discriminator
+from ..diffusion.student import Student
+from ..diffusion.times import chosen_times, uniform_times
 from ..errors import RecipeError
-from ..student import Student, uniform_times
-from ..times import chosen_times
 from .base import Batch, Method, Phase, Progress, register
 
 
@@ -42,7 +42,7 @@ class DMD2(Method):
             times: an explicit list instead of num_steps and start.
             guidance_scale: of the teacher only, ``u + g (c - u)`` (SDXL 8, SD1.5 1.75); the critic has none.
             critic_steps: critic updates per student update (5; SD1.5 10).
-            weight: of the score difference, see :func:`fewstep.objectives.matching_weight`.
+            weight: of the score difference, see :func:`fewstep.diffusion.objectives.matching_weight`.
             time_range: of the score difference, as fractions of the schedule; the critic uses all of it.
             critic_loss: kind of prediction whose squared error the critic minimises; "native" is the network's own.
             gan_weight: of the student's adversarial term (SDXL 5e-3, ImageNet 3e-3, SD1.5 1e-3); 0 is data-free.

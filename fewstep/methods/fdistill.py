@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .. import objectives
-from ..cond import Cond
-from ..denoiser import Denoiser
+from ..diffusion import objectives
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import Denoiser
 from ..errors import RecipeError
 from .base import Batch, Method, Phase, Progress, register
 from .dmd2 import DMD2
@@ -35,7 +35,7 @@ class FDistill(Method):
 
         Attributes:
             divergence: "rkl" (DMD2 itself), "kl", "js", "softened_rkl", "neyman", "hellinger", "jeffreys"; the first
-                is mode seeking, "kl" and "jeffreys" cover most. See :func:`fewstep.objectives.divergence_weight`.
+                is mode seeking, "kl" and "jeffreys" cover most. See :func:`objectives.divergence_weight`.
             ratio_range: bounds of the density ratio. logit_limit: bound of the discriminator's logit before exp.
             time_bins: the ratio, whose mean over student samples is 1 at every level, is divided by its mean over the
                 samples of the micro-batch in the same of so many equal parts of the time law. Parts of one sample

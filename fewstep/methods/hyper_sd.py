@@ -17,13 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import objectives, trajectory
-from ..cond import Cond
-from ..denoiser import Denoiser, Guidance, NetDenoiser
-from ..discriminator import Discriminator
+from ..diffusion import objectives, trajectory
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import Denoiser, Guidance, NetDenoiser
+from ..diffusion.discriminator import Discriminator
+from ..diffusion.schedules import VP
+from ..diffusion.student import Student
 from ..errors import RecipeError
-from ..schedules import VP
-from ..student import Student
 from .base import Batch, Method, Phase, Progress, register
 from .dmd import DMD
 
@@ -66,10 +66,10 @@ class HyperSD(Method):
             num_steps: numbers of steps at which the student is sampled; null is ``segments``.
             one_step_time: where the student of one step is called; null is the noisiest (800 for the paper's
                 dedicated one-step model).
-            noise, eta: how it steps, see :class:`~fewstep.student.Student`; null is "tcd", or "fresh" for a flow, whose
+            noise, eta: how it steps, see :class:`~student.Student`; null is "tcd", or "fresh" for a flow, whose
                 schedulers have no such steps. A student of one segment predicts clean images and steps by fresh noise,
                 "tcd" with eta 1.
-            reward: of the feedback stage, ``module:function`` or a preference model, see :mod:`fewstep.reward`.
+            reward: of the feedback stage, ``module:function`` or a preference model, see :mod:`fewstep.vision.reward`.
             reward_margin: rewards above it are good enough (alpha_d); the loss is a hinge. reward_weight: of it.
             score_weight, score_norm: of the score difference on one-step samples, and its kind (DMD's ``weight``).
             keep_weight: of the consistency loss within the feedback and score stages.

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .. import objectives
-from ..cond import Cond
-from ..consistency import angles
-from ..denoiser import Denoiser, NetDenoiser
-from ..discriminator import Discriminator
+from ..diffusion import objectives
+from ..diffusion.cond import Cond
+from ..diffusion.consistency import angles
+from ..diffusion.denoiser import Denoiser, NetDenoiser
+from ..diffusion.discriminator import Discriminator
+from ..diffusion.rng import Rng
+from ..diffusion.schedules import expand
+from ..diffusion.student import Student
+from ..diffusion.times import times_at
 from ..errors import RecipeError
-from ..rng import Rng
-from ..schedules import expand
-from ..student import Student, times_at
 from .base import Batch, Method, Phase, Progress, register
 
 

@@ -8,17 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import objectives
-from ..cond import Cond
-from ..denoiser import Denoiser
+from ..diffusion import objectives
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.rng import Rng
+from ..diffusion.schedules import expand
+from ..diffusion.student import Student
 from ..errors import RecipeError
-from ..rng import Rng
-from ..schedules import expand
-from ..student import Student
 from .base import Batch
 
 Kind = Literal["native", "x0", "eps", "v", "flow", "edm"]
-# Functions of the level alone among the kinds of fewstep.objectives.identity_weight.
+# Functions of the level alone among the kinds of fewstep.diffusion.objectives.identity_weight.
 LevelWeight = Literal[
     "one", "1-sigma", "(1-sigma)^2", "1/sigma", "1/sigma^2", "alpha/sigma", "(alpha/sigma)^2"
 ]

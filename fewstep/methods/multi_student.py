@@ -15,16 +15,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import objectives
-from ..cond import Cond
-from ..denoiser import Denoiser, NetDenoiser
 from ..device import upload
-from ..discriminator import Discriminator
+from ..diffusion import objectives
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import Denoiser, NetDenoiser
+from ..diffusion.discriminator import Discriminator
+from ..diffusion.student import Student
 from ..errors import RecipeError
-from ..roles import resize
-from ..router import Conditions, RoutedDenoiser, RoutedStudent, Router
-from ..student import Student
+from ..teachers.resize import resize
 from .base import Batch, Method, Phase, Progress, register
+from .router import Conditions, RoutedDenoiser, RoutedStudent, Router
 
 
 @register("multi_student")
@@ -46,7 +46,7 @@ class MultiStudent(Method):
             start: time at which the students are called; the teacher's last by default.
             guidance_scale: of the teacher only.
             critic_steps: critic updates per student update.
-            weight: of the score difference, see :func:`fewstep.objectives.matching_weight`.
+            weight: of the score difference, see :func:`fewstep.diffusion.objectives.matching_weight`.
             time_range: of the score difference, as fractions of the schedule; the critics use all of it.
             gan_weight: of the students' adversarial term (the paper's second stage); 0 is data-free (its first stage
                 without the regression on pairs).

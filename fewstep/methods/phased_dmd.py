@@ -14,12 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import objectives
-from ..denoiser import Denoiser
+from ..diffusion import objectives
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.schedules import repeated
+from ..diffusion.student import Student
+from ..diffusion.times import chosen_times
 from ..errors import RecipeError
-from ..schedules import repeated
-from ..student import Student
-from ..times import chosen_times
 from .base import Batch, Method, Phase, Progress, register
 
 

@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..cond import Cond
-from ..denoiser import Guidance, NetDenoiser
-from ..embedding import Scalar, with_scalar
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import Guidance, NetDenoiser, Scalar
+from ..diffusion.embedding import with_scalar
+from ..diffusion.rng import Rng
+from ..diffusion.schedules import TrigFlow, expand
 from ..errors import RecipeError
-from ..rng import Rng
-from ..schedules import TrigFlow, expand
 from .base import Batch, Method, Phase, Progress, register
 from .ladd import AdversarialOptions, Adversary
 from .scm import Consistency, ConsistencyOptions, angle_range, student_of

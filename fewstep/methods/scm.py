@@ -10,13 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .. import consistency as scm
-from ..cond import Cond
-from ..denoiser import Denoiser, Guidance, NetDenoiser, ScheduleView
-from ..distributed import gather
+from ..diffusion import consistency as scm
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import Denoiser, Guidance, NetDenoiser, ScheduleView
+from ..diffusion.kernels import gather
+from ..diffusion.schedules import Schedule, TrigFlow, repeated
+from ..diffusion.student import Student
+from ..diffusion.times import times_at
 from ..errors import RecipeError
-from ..schedules import Schedule, TrigFlow, repeated
-from ..student import Student, times_at
 from .base import Batch, Method, Phase, Progress, register
 
 
@@ -34,7 +35,7 @@ class ConsistencyOptions:
         warmup: student updates over which the tangent's unstable half fades in (10,000; SANA-Sprint 4,000).
         tangent_constant: c of the normalisation ``g / (|g| + c)``.
         prior: a further weight of the squared error, "1/tan" as in SANA-Sprint's published code; see
-            :func:`fewstep.consistency.consistency`.
+            :func:`fewstep.diffusion.consistency.consistency`.
         tangent: "forward" is forward-mode differentiation; "difference" needs two plain forwards instead.
         difference: half the distance of these two in TrigFlow time. 1e-3 suits a teacher that ``fewstep prepare`` has
             been over; on a network that sees 1000 t, 1e-4 (measured).

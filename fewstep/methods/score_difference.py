@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import objectives
-from ..denoiser import Denoiser, NetDenoiser
+from ..diffusion import objectives
+from ..diffusion.denoiser import Denoiser, NetDenoiser
+from ..diffusion.schedules import EDM
+from ..diffusion.student import Student
+from ..diffusion.times import TimeLaw
 from ..errors import RecipeError
-from ..schedules import EDM
-from ..student import Student
-from ..times import TimeLaw
 from .base import Batch, Method, Phase, Progress, register
 
 EDM_LAW = TimeLaw("log_normal", mean=-1.2, std=1.2)  # EDM, arXiv 2206.00364, table 1
@@ -36,12 +36,12 @@ class Options:
         guidance_scale: of the teacher, ``u + g (c - u)``. guide_critic: the critic in the student's loss has the same.
         null_probability: of an iteration in which the critic learns the student's samples under the null condition,
             all at once; a guided critic needs it.
-        weight: of the score difference, see :func:`fewstep.objectives.matching_weight`.
+        weight: of the score difference, see :func:`fewstep.diffusion.objectives.matching_weight`.
         time_law: of student and critic. "lognormal" is EDM's, ``ln(sigma / alpha) ~ N(-1.2, 1.2^2)``; "uniform" is
             uniform in t, for an EDM teacher in EDM's grid; "auto" is lognormal for an EDM teacher, else uniform.
         time_range: of the student's uniform times, as fractions of the schedule; the critic uses all of it.
         critic_loss: kind of prediction whose squared error the critic minimises, or "scaled_eps" or "edm", see
-            :func:`fewstep.objectives.denoising_weight`; "native" is the network's own, "auto" is "edm" for an EDM
+            :func:`objectives.denoising_weight`; "native" is the network's own, "auto" is "edm" for an EDM
             teacher, else "native".
         critic_first: who is updated first. Second comes a student with samples of its own, or a critic on the samples
             of the student's turn, made before its update.

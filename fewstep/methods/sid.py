@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import objectives
-from ..cond import Cond
-from ..denoiser import Denoiser, NetDenoiser
-from ..discriminator import check_taps, mean_logits
-from ..schedules import Flow
-from ..student import Student
-from ..times import TimeLaw, student_times
+from ..diffusion import objectives
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import Denoiser, NetDenoiser
+from ..diffusion.discriminator import check_taps, mean_logits
+from ..diffusion.schedules import Flow
+from ..diffusion.student import Student
+from ..diffusion.times import TimeLaw, student_times
 from .base import Batch, Method, Phase, Progress, check_options, register
 from .live_scores import (
     Kind,
@@ -57,7 +57,7 @@ class SiD(Method):
                 mixture of all steps, which gives the one whose samples are kept 1 / num_steps of the updates. In a
                 short run that leaves four steps no better than one; 0.3 does not.
             alpha: 1 or 1.2 as published; 0.5 is the exact gradient of the Fisher divergence.
-            weight: see :func:`fewstep.objectives.identity_weight`; "auto" is "1-sigma" on a flow and else "l1".
+            weight: see :func:`objectives.identity_weight`; "auto" is "1-sigma" on a flow and else "l1".
             guidance: which of the four scales is what. "long_short" (SiD-LSG): all are ``guidance_scale``.
                 "teacher_only": the teacher's is. "zero_cfg": a plain teacher and an unconditional critic (1, and 0
                 three times). "anti_cfg": a plain teacher and a critic trained plainly and used with the scale

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import objectives
-from ..denoiser import Denoiser
-from ..student import Student
-from ..times import TimeLaw, student_times
+from ..diffusion import objectives
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.student import Student
+from ..diffusion.times import TimeLaw, student_times
 from .base import Batch, Method, Phase, Progress, check_options, register
 from .live_scores import Kind, LevelWeight, check_guidance, critic_denoising, made_by, through_networks
 
@@ -35,9 +35,9 @@ class SIM(Method):
 
         Attributes:
             num_steps, start, times, noise: of the student, as in SiD; the paper has one step.
-            distance, c: see :func:`fewstep.objectives.implicit_matching`; in units of x0, per entry. Below c the
+            distance, c: see :func:`objectives.implicit_matching`; in units of x0, per entry. Below c the
                 pseudo-Huber distance is quadratic, above it the gradient has unit length.
-            weight: a function of the level alone, see :func:`fewstep.objectives.identity_weight`.
+            weight: a function of the level alone, see :func:`fewstep.diffusion.objectives.identity_weight`.
             guidance_scale: of the teacher only; critic and student are plainly conditional.
             generator_times, critic_times, critic_loss, critic_steps, lean: as in SiD.
         """

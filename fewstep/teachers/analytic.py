@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..cond import Cond
-from ..denoiser import Guidance
-from ..rng import Rng
-from ..schedules import Schedule, expand
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import Guidance
+from ..diffusion.rng import Rng
+from ..diffusion.schedules import Schedule, expand
 
 
 class GaussianMixture:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,99 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..cond import Cond
-from ..denoiser import NetDenoiser
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import NetDenoiser
+from ..diffusion.solvers import ddim
 from ..errors import FewstepError
-from ..schedules import VP, Flow, Schedule
-from ..solvers import FLOOR, ddim, scheduler_sample
-
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
-
-
-def is_flow(scheduler: Any) -> bool:
-    """Asked before any noise table: a DPM-Solver of a flow holds a table too, which means nothing."""
-    if type(scheduler).__name__.startswith(("FlowM", "SCM")):
-        return True
-    return getattr(scheduler, "config", {}).get("prediction_type") == "flow_prediction"
-
-
-def schedule_of(scheduler: Any) -> Schedule:
-    """The noise path of a diffusers scheduler; a flow's shift is the scheduler's.
-
-    Raises:
-        FewstepError: a shift that depends on the size of the image.
-    """
-    config = scheduler.config
-    if not is_flow(scheduler):
-        return VP.from_scheduler(scheduler)
-    if config.get("use_dynamic_shifting"):
-        raise FewstepError(
-            f"{type(scheduler).__name__}: use_dynamic_shifting: true: expected a fixed shift; set it false and shift "
-            "to the value for your resolution (SD3: 3) in scheduler/scheduler_config.json"
-        )
-    return Flow(config.get("shift", config.get("flow_shift", 1.0)), config.num_train_timesteps)
-
-
-def network_of(pipe: Any) -> Any:
-    """The denoiser of a stock pipeline."""
-    return pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
-
-
-def pixels_per_latent(pipe: Any) -> int:
-    """Pixels along a side of one latent; 1 without an autoencoder."""
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
-        return 1
-    factor: int = getattr(pipe, "vae_scale_factor", None) or 2 ** (len(vae.config.block_out_channels) - 1)
-    return factor
-
-
-def native_resolution(pipe: Any) -> int:
-    """Pixels along a side of what the stock pipeline makes by default.
-
-    Raises:
-        FewstepError: its images are not square.
-    """
-    size: Any = getattr(pipe, "default_sample_size", None) or network_of(pipe).config.sample_size
-    if not isinstance(size, int):
-        if len(set(size)) > 1:
-            raise FewstepError(f"{type(pipe).__name__}: sample_size {size}: expected square images")
-        size = size[0]
-    return int(size * pixels_per_latent(pipe))
-
-
-def fix_shift(pipe: Any, resolution: int | None = None) -> None:
-    """Gives a scheduler whose shift depends on the size of the image the shift of this size, for good.
-
-    The stock pipelines compute it anew in each call, from the number of tokens (Flux, SD3).
-    """
-    config = pipe.scheduler.config
-    if not config.get("use_dynamic_shifting"):
-        return
-    side = (
-        (resolution or native_resolution(pipe)) // pixels_per_latent(pipe) // getattr(pipe, "patch_size", 2)
-    )
-    low, high = config.base_image_seq_len, config.max_image_seq_len
-    mu = config.base_shift + (config.max_shift - config.base_shift) * (side**2 - low) / (high - low)
-    shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-    pipe.scheduler = type(pipe.scheduler).from_config(config, use_dynamic_shifting=False, shift=shift)
-
-
-def takes(pipe: Any, argument: str) -> bool:
-    """Whether the stock pipeline's call has this argument."""
-    routed = getattr(pipe, "pipe", pipe)  # which hands on what it does not know
-    return argument in inspect.signature(routed.__call__).parameters
-
-
-def size_options(pipe: Any, resolution: int | None = None) -> dict[str, Any]:
-    """Arguments of the stock pipeline's call for square images of this many pixels, by default its own."""
-    if not takes(pipe, "height"):
-        return {}
-    size = resolution or native_resolution(pipe)
-    options = {"height": size, "width": size}
-    if takes(pipe, "use_resolution_binning"):
-        options["use_resolution_binning"] = False  # it would round to a size of the published models
-    return options
+from .pipelines import fix_shift, native_resolution, pixels_per_latent, size_options
+from .schedulers import FLOOR, PREDICTIONS, is_flow, schedule_of, scheduler_sample
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
@@ -121,7 +33,7 @@ class Teacher:
     Attributes:
         pipeline_class: name in ``model_index.json``. network: component that is distilled. kind: "diffusion", or
             "autoregressive" for token models. solver: of pairs and their steps, by default.
-        pipe: the stock pipeline, frozen. denoiser: its network as a :class:`~fewstep.denoiser.NetDenoiser`.
+        pipe: the stock pipeline, frozen. denoiser: its network as a :class:`~fewstep.diffusion.denoiser.NetDenoiser`.
         latent_shape: (C, H, W) of one sample. packing: latents along the side of what a network takes as one token
             already packed (Flux).
     """

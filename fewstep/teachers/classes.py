@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cond import Cond
+from ..diffusion.cond import Cond
 from ..errors import FewstepError
-from .base import Teacher, network_of
+from .base import Teacher
+from .pipelines import network_of
 
 
 def num_classes(pipe: Any) -> int | None:

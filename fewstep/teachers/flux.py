@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..cond import Cond
-from ..denoiser import EMBEDDED
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import EMBEDDED
 from .base import Teacher
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..cond import Cond
+from ..diffusion.cond import Cond
 from .base import Teacher
 
 

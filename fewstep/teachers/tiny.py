@@ -45,7 +45,7 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = builders[pipeline_class](_tokenizer(folder / "tokenizer_files"), pipeline_class, options)
-    from . import hushed
+    from .pipelines import hushed
 
     with hushed():
         pipe.save_pretrained(folder)
@@ -170,9 +170,9 @@ def _sdxl(tokenizer, _pipeline_class, options):
 
 def tiny_tokens(pipeline_class: str):
     """LlamaGen or VAR with the published number of tokens at 256 px and 1000 classes, and few weights."""
-    from ..token_pipeline import LlamaGenPipeline, VARPipeline
-    from .llamagen import GPT, LlamaGenVQ
-    from .var import PATCHES, VAR, MultiScaleVQ
+    from ..tokens.llamagen import GPT, LlamaGenVQ
+    from ..tokens.pipeline import LlamaGenPipeline, VARPipeline
+    from ..tokens.var import PATCHES, VAR, MultiScaleVQ
 
     convolutions = {"ch": 32, "ch_mult": (1,) * 5, "blocks": 1}
     if pipeline_class == "LlamaGenPipeline":
@@ -201,7 +201,7 @@ def _randomise(net) -> None:
 def _write_tokens(pipeline_class: str, folder: Path, seed: int) -> Path:
     import torch
 
-    from . import hushed
+    from .pipelines import hushed
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cond import Cond
+from ..diffusion.cond import Cond
 from .base import Teacher
 
 

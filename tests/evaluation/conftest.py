@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.evaluation.extractors import Extractor
+from fewstep.vision.extractor import Extractor
 
 
 @pytest.fixture(autouse=True)

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from fewstep.cli import eval as cli
+from fewstep.cli import main
 from fewstep.errors import FewstepError
-from fewstep.evaluation import cli
 from fewstep.evaluation.evaluate import evaluate_images, to_markdown
-from fewstep.evaluation.extractors import get_extractor, identity
 from fewstep.evaluation.features import cache_dir, extract, stream_moments
 from fewstep.evaluation.images import open_images
 from fewstep.evaluation.measures import fd_error
 from fewstep.evaluation.metrics import frechet_distance
 from fewstep.evaluation.statistics import Moments, Statistics
+from fewstep.vision.extractor import identity
+from fewstep.vision.extractors import get_extractor
 
 EVERYTHING = ("fd", "kid", "retrieval", "prdc", "vendi")
 
@@ -103,7 +105,7 @@ def test_fd_error_is_the_spread_over_independent_samples(n):
 def test_fd_equals_torchmetrics(pictures, pool):
     """And torchmetrics keeps the real images when it starts again, as it does while a student trains."""
     pytest.importorskip("torchmetrics")
-    from fewstep.evaluation.training import frechet_metric
+    from fewstep.evaluation.while_training import frechet_metric
 
     fake = noisy(pictures, 30)
     metric = frechet_metric(pool, open_images(pictures))
@@ -315,7 +317,7 @@ def test_cli_diversity_compare_and_protocols(pictures, tmp_path, capsys):
 
 
 def test_main_prints_one_error_and_exits_with_two(tmp_path, capsys):
-    assert cli.main(["eval", "fid", str(tmp_path / "x"), str(tmp_path / "y")]) == 2
+    assert main(["eval", "fid", str(tmp_path / "x"), str(tmp_path / "y")]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("fewstep: ") and "does not exist" in captured.err and not captured.out
 
@@ -361,7 +363,7 @@ def test_the_parser_imports_nothing_heavy():
     import subprocess
 
     code = (
-        "import argparse, sys; from fewstep.evaluation import cli; "
+        "import argparse, sys; from fewstep.cli import eval as cli; "
         "cli.add_parser(argparse.ArgumentParser().add_subparsers()); "
         "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules), sys.modules.keys()"
     )

@@ -14,10 +14,10 @@ from PIL import Image
 from fewstep.errors import FewstepError
 from fewstep.evaluation import files as F
 from fewstep.evaluation import protocols
-from fewstep.evaluation.extractors import get_extractor
 from fewstep.evaluation.features import extract, stream_moments
 from fewstep.evaluation.images import FirstImages, open_images
-from fewstep.evaluation.preprocess import Chain, center_crop, pil_resize
+from fewstep.vision.extractors import get_extractor
+from fewstep.vision.preprocess import Chain, center_crop, pil_resize
 
 
 @pytest.fixture

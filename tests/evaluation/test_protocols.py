@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation import inception, protocols
+from fewstep.evaluation import protocols
 from fewstep.evaluation.evaluate import evaluate_images, to_markdown
-from fewstep.evaluation.extractors import Inception2015, file_sha256, get_extractor
-from fewstep.evaluation.preprocess import torch_bilinear
 from fewstep.evaluation.protocols import Protocol
 from fewstep.evaluation.statistics import Statistics
+from fewstep.vision import inception
+from fewstep.vision.extractor import file_sha256
+from fewstep.vision.extractors import Inception2015, get_extractor
+from fewstep.vision.preprocess import torch_bilinear
 
 ISSUED = {
     "cifar10-edm",

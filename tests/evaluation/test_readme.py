@@ -5,7 +5,8 @@ import re
 import shlex
 from pathlib import Path
 
-from fewstep.evaluation import cli, protocols
+from fewstep.cli import eval as cli
+from fewstep.evaluation import protocols
 from fewstep.evaluation.spec import load_spec
 
 ROOT = Path(__file__).parent.parent.parent

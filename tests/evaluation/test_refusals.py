@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.evaluation import cli, images
+from fewstep import cli
+from fewstep.evaluation import images
 from fewstep.evaluation.features import stream_moments
 from fewstep.evaluation.images import open_images
 from fewstep.evaluation.statistics import Statistics

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.cli import main
 from fewstep.errors import FewstepError
-from fewstep.evaluation import run as run_module
-from fewstep.evaluation.cli import main
+from fewstep.evaluation import of_spec as run_module
+from fewstep.evaluation.of_spec import rows_of, run_spec
 from fewstep.evaluation.plot import Series, legend, plot, style_of
-from fewstep.evaluation.run import rows_of, run_spec
 from fewstep.evaluation.spec import load_spec
 
 EVIL = "<script>alert('x')</script> & \"cat\""

@@ -12,7 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.embedding import Scalar, with_scalar
+from fewstep.diffusion.denoiser import Scalar
+from fewstep.diffusion.embedding import with_scalar
+from fewstep.diffusion.student import Student
+from fewstep.diffusion.times import even_times
 from fewstep.errors import FewstepError
 from fewstep.evaluation import sampling
 from fewstep.evaluation.images import open_images
@@ -21,10 +24,10 @@ from fewstep.evaluation.prompts import read_prompts
 from fewstep.evaluation.sampling import Job, read_manifest, sample_folder
 from fewstep.export import export_student
 from fewstep.methods.scm import student_of
-from fewstep.roles import RoleConfig, build_role
-from fewstep.student import Student, even_times
+from fewstep.recipe import RoleConfig
 from fewstep.teachers import load_teacher
 from fewstep.teachers.tiny import write_tiny_pipeline
+from fewstep.training.roles import build_role
 
 ABOUT = {"title": "x", "recipe": "0", "guidance_scale": 4.5, "trained_steps": 0}
 TEXTS = ["red apple", "a cat", "blue square", "crescent moon", "green tree", "house", "sun"]
@@ -207,7 +210,7 @@ def test_bad_prompt_files(tmp_path, text, message):
 
 
 def test_bad_requests_come_before_the_pipeline_is_loaded(tmp_path, capsys):
-    from fewstep.evaluation.cli import main
+    from fewstep.cli import main
 
     (tmp_path / "p.txt").write_text("a\nb\n")
 
@@ -381,7 +384,7 @@ def test_killed_at_any_moment_and_resumed(model, prompts, tmp_path):
 
 
 def test_command_line_shards_by_rank(tiny_sd15, tmp_path, monkeypatch, capsys):
-    from fewstep.evaluation.cli import main
+    from fewstep.cli import main
 
     (tmp_path / "p.txt").write_text("\n".join(TEXTS))
     words = ["eval", "generate", str(tiny_sd15), "--steps", "1,2", "--solver", "lcm", "--guidance", "1"]
@@ -400,7 +403,7 @@ def test_command_line_shards_by_rank(tiny_sd15, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_accelerate_launch_makes_the_files_of_one_process(tiny_sd15, tmp_path, launch_two):
     """Two processes started by accelerate's own launcher, each with its share, as a user would start them."""
-    from fewstep.evaluation.cli import main
+    from fewstep.cli import main
 
     (tmp_path / "p.txt").write_text("\n".join(TEXTS))
     words = ["eval", "generate", str(tiny_sd15), "--steps", "2", "--solver", "lcm", "--guidance", "1"]

@@ -13,15 +13,16 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation import clip as clip_module
 from fewstep.evaluation import protocols
-from fewstep.evaluation.clip import Clip
 from fewstep.evaluation.evaluate import evaluate_images
-from fewstep.evaluation.extractors import file_sha256, get_extractor, identity
-from fewstep.evaluation.lpips import BACKBONE, find_lpips, lpips_diversity
 from fewstep.evaluation.metrics import inception_score
-from fewstep.evaluation.preprocess import center_crop, pil_resize
-from fewstep.evaluation.scores import get_scorer
+from fewstep.vision import clip as clip_module
+from fewstep.vision.clip import Clip
+from fewstep.vision.extractor import file_sha256, identity
+from fewstep.vision.extractors import get_extractor
+from fewstep.vision.lpips import BACKBONE, find_lpips, lpips_diversity
+from fewstep.vision.preprocess import center_crop, pil_resize
+from fewstep.vision.scores import get_scorer
 
 CAPTIONS = ["a red apple", "a cat on a mat", "blue", "crescent moon over the sea"]
 
@@ -280,7 +281,7 @@ def test_open_clip_from_a_file(images, tmp_path):
 
 
 def test_cli_scores(clip_folder, images, tmp_path, capsys):
-    from fewstep.evaluation.cli import main
+    from fewstep.cli import main
 
     np.savez(tmp_path / "fake.npz", images=images.numpy())
     (tmp_path / "p.txt").write_text("\n".join(CAPTIONS[:2]))

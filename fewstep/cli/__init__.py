@@ -1,0 +1,5 @@
+"""Words of the command line, nothing else."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,183 @@
+"""The subcommands `fewstep eval generate` and `fewstep eval run`."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SOLVERS = "own, lcm, ddim, euler, heun, dpm++, unipc, ays, or a folder of `fewstep floor`"
+
+
+def add_sampling(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds the subcommand to the parser of `fewstep eval`."""
+    generate = command(
+        "generate", _generate, "images of a pipeline or student, resumable and sharded by rank"
+    )
+    generate.add_argument(
+        "pipeline", metavar="PIPELINE", help="folder or hub id of a diffusers pipeline, or builtin:..."
+    )
+    generate.add_argument("--steps", type=integers, required=True, metavar="1,2,4", help="numbers of steps")
+    generate.add_argument("--solver", default="own", help=f"{SOLVERS} (default: own, or the student's)")
+    generate.add_argument("--guidance", type=float, help="scale (default: the student's or the pipeline's)")
+    generate.add_argument(
+        "--timesteps",
+        type=integers,
+        metavar="399",
+        help="times of the network's calls, for one number of steps",
+    )
+    generate.add_argument("--layout", default="flat", help="flat or geneval (00000/samples/0000.png)")
+    generate.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="gets DIR/4-steps/000000.png"
+    )
+    add_model(generate)
+    add_images(generate)
+
+    run = command("run", _run, "teacher and students over steps and solvers: one table, one page")
+    run.add_argument(
+        "spec", metavar="SPEC.yaml", nargs="?", help="see eval/README.md; or else these options:"
+    )
+    run.add_argument(
+        "--teacher", metavar="PIPELINE", help="pipeline of the first rows, and under the students"
+    )
+    run.add_argument("--student", action="append", default=[], metavar="EXPORT", help="may be repeated")
+    run.add_argument("--steps", type=integers, default=[1, 2, 4, 8], metavar="1,2,4", help="numbers of steps")
+    run.add_argument("--solver", action="append", metavar="S", help="of the teacher; may be repeated")
+    run.add_argument(
+        "--guidance", action="append", type=float, metavar="G", help="of the teacher; may be repeated"
+    )
+    run.add_argument("--prompts", metavar="FILE", help="one a line, or .jsonl")
+    run.add_argument("--num", type=int, metavar="N", help="images of each row")
+    run.add_argument("--real", metavar="IMAGES", help="folder, npz, statistics or builtin:emoji")
+    run.add_argument("--protocol", metavar="NAME", help="see `fewstep eval protocols`")
+    run.add_argument("--extractor", metavar="NAME", help="network for the features")
+    run.add_argument(
+        "--scorer", action="append", default=[], metavar="KIND:PATH", help="of images and captions"
+    )
+    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets index.html and table.md")
+    run.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, ...; one per process")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Options that say which weights and where."""
+    parser.add_argument("--lora", metavar="EXPORT", help="export of a fewstep run, or a LoRA file")
+    parser.add_argument("--network", metavar="FILE", help="state dict in place of the denoiser's own")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, ...; one per process")
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Options that say which images."""
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or .jsonl")
+    parser.add_argument("--num", type=int, metavar="N", help="images in all (default: all prompts)")
+    parser.add_argument("--per-prompt", type=int, default=1, metavar="K", help="images of each prompt")
+    parser.add_argument("--seed", type=int, default=0, help="sample i uses SEED + i")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width")
+    parser.add_argument("--rounding", default="nearest", help="to uint8: nearest or truncate")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="B")
+    parser.add_argument(
+        "--speed-runs", type=int, default=5, metavar="R", help="images timed at batch 1, or 0"
+    )
+
+
+def integers(text: str) -> list[int]:
+    """Numbers from 1 on, separated by commas."""
+    values = [int(word) for word in text.split(",")]
+    if min(values) < 1 or len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{text}: expected different numbers from 1 on, such as 1,2,4")
+    return values
+
+
+def process() -> tuple[int, int]:
+    """Rank and number of processes, as torchrun and `accelerate launch` set them.
+
+    Raises:
+        FewstepError: variables that are no such pair.
+    """
+    from fewstep.errors import FewstepError
+
+    words = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (words[0].isdecimal() and words[1].isdecimal() and int(words[0]) < int(words[1])):
+        raise FewstepError(f"RANK={words[0]} WORLD_SIZE={words[1]}: expected numbers with RANK < WORLD_SIZE")
+    return int(words[0]), int(words[1])
+
+
+def job_of(args: argparse.Namespace, steps: int, **others: Any) -> Any:
+    """The `Job` of the options."""
+    from fewstep.evaluation.sampling import Job
+
+    shared = {name: getattr(args, name) for name in ("seed", "per_prompt", "size", "rounding")}
+    return Job(steps=steps, **shared, **others)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from fewstep.evaluation.models import open_model
+    from fewstep.evaluation.prompts import read_prompts
+    from fewstep.evaluation.sampling import check_num, sample_folder
+
+    own = {"solver": args.solver, "guidance": args.guidance, "layout": args.layout}
+    own["timesteps"] = tuple(args.timesteps) if args.timesteps else None
+    jobs = [job_of(args, steps, **own) for steps in args.steps]
+    prompts = read_prompts(args.prompts)
+    num = check_num(args.num, prompts, args.per_prompt)
+    rank, world = process()
+    model = open_model(args.pipeline, args.lora, args.network, args.dtype, args.device)
+    for job in jobs:
+        folder = args.out / f"{job.steps}-{'step' if job.steps == 1 else 'steps'}"
+        manifest = sample_folder(
+            model,
+            prompts,
+            job,
+            folder,
+            num=num,
+            batch_size=args.batch_size,
+            rank=rank,
+            world=world,
+            speed_runs=args.speed_runs,
+        )
+        print(folder if rank == 0 else f"{folder} (process {rank})", _speed(manifest.get("speed")))
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fewstep.evaluation.of_spec import run_spec, to_markdown
+    from fewstep.evaluation.spec import load_spec
+
+    spec = load_spec(args.spec) if args.spec else _spec_of(args)
+    rank, world = process()
+    whole = run_spec(spec, args.out, device=args.device, rank=rank, world=world)
+    if whole:
+        print(to_markdown(whole) + f"\n{args.out / 'index.html'}")
+    return 0
+
+
+def _spec_of(args: argparse.Namespace) -> Any:
+    """The `Spec` of the options: the teacher's rows, then each student's."""
+    from fewstep.errors import FewstepError
+    from fewstep.evaluation.spec import Entry, Spec
+
+    if not (args.teacher and args.prompts):
+        raise FewstepError("eval run: give a SPEC.yaml, or --teacher and --prompts")
+    solver, guidance = tuple(args.solver or ("own",)), tuple(args.guidance or (None,))
+    teacher = Entry("teacher", args.teacher, steps=tuple(args.steps), solver=solver, guidance=guidance)
+    students = [
+        Entry(f"student {path}", args.teacher, path, steps=tuple(args.steps)) for path in args.student
+    ]
+    return Spec(
+        args.prompts,
+        (teacher, *students),
+        num=args.num,
+        real=args.real,
+        protocol=args.protocol,
+        extractor=args.extractor,
+        scorers=tuple(args.scorer),
+    )
+
+
+def _speed(speed: dict[str, Any] | None) -> str:
+    if not speed:
+        return ""
+    return (
+        f"{speed['nfe']:g} network evaluations, {speed['seconds']:.3g} ± {speed['seconds_error']:.1g} s an "
+        f"image on {speed['device']}, peak {speed['peak_memory_mb']:.0f} MiB ({speed['peak_memory_kind']})"
+    )

@@ -1,0 +1,211 @@
+"""Options of a run as plain dataclasses; :mod:`fewstep.recipe` puts them together and re-exports them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .device import check_name
+from .errors import RecipeError
+
+
+@dataclass
+class TeacherConfig:
+    """Which pipeline is distilled.
+
+    Attributes:
+        path: folder of ``save_pretrained``, hub id, or ``builtin:emoji-xl``.
+        pipeline_class: what the recipe was written for; another class is refused.
+        dtype: of the frozen weights.
+        autocast: of the networks' arithmetic, or null; auto is bfloat16 where the device has units for it, else null.
+        attention: kernel: sdpa (torch chooses), math, flash, efficient or cudnn of torch's own attention, xformers, or
+            a name of diffusers' dispatcher where the network goes through it; auto is math for small maps in bf16 on a
+            CPU, else sdpa. A run's own recipe holds what either auto became, see :mod:`fewstep.diffusion.kernels`.
+        resolution: pixels; null is the pipeline's own.
+        gradient_checkpointing: recompute activations in the backward pass; a role may choose for itself.
+        compile: torch.compile the blocks that the networks repeat. channels_last: memory format, for UNets.
+    """
+
+    path: str
+    pipeline_class: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    autocast: Literal["auto", "bfloat16"] | None = None
+    attention: str = "auto"
+    resolution: int | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """What :func:`~fewstep.teachers.load_teacher` takes beside the path."""
+        return {name: getattr(self, name) for name in ("dtype", "resolution", "autocast", "attention")}
+
+
+@dataclass
+class DataConfig:
+    """What is generated and what is real.
+
+    Attributes:
+        prompts: text file, one prompt per line, or ``builtin:emoji``.
+        images: folder of captioned images, or ``builtin:emoji``; a data-free method only measures itself against them,
+            and null is then allowed.
+        pairs: folder that ``fewstep pairs`` wrote; null where the method needs none.
+    """
+
+    prompts: str
+    images: str | None = None
+    pairs: str | None = None
+
+
+@dataclass
+class RoleConfig:
+    """How one role is trained.
+
+    Attributes:
+        kind: "lora" trains an adapter on the shared frozen base, "full" a deep copy in fp32.
+        rank, alpha: of the adapter; its strength is ``alpha / rank`` (DMD2: 64 and 8).
+        targets: names of adapted layers, matched from the end; null takes the list of the network's class.
+        lr, betas, eps, weight_decay: of AdamW. warmup: iterations of linear warm-up. decay: iterations of
+            linear decay to zero at the end of the run.
+        optimizer: "adamw" is torch's fused one; "adamw8bit" keeps its moments in 8 bits (extra ``8bit``).
+        ema: decay of a moving average of the trained weights after each of this role's updates; 0 for none.
+        ema_device: "cpu" keeps that average in the host's memory; null beside the weights.
+        gradient_checkpointing: recompute this role's activations in the backward pass; null does as the teacher.
+    """
+
+    kind: Literal["lora", "full"] = "lora"
+    rank: int = 64
+    alpha: float = 64.0
+    targets: list[str] | None = None
+    lr: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup: int = 0
+    decay: int = 0
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    ema: float = 0.0
+    ema_device: Literal["cpu"] | None = None
+    gradient_checkpointing: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise RecipeError(f"rank: {self.rank}: expected at least 1")
+        if not 0 <= self.ema < 1:
+            raise RecipeError(f"ema: {self.ema}: expected 0 <= ema < 1; 0 is off, 0.999 is usual")
+        if not self.lr > 0:
+            raise RecipeError(f"lr: {self.lr}: expected a positive learning rate")
+
+
+@dataclass
+class TrainConfig:
+    """How long, how much at once, and how often something is written.
+
+    Attributes:
+        steps: iterations. batch_size: samples of one micro-batch on one process.
+        accumulate: micro-batches per update on each process.
+        clip_norm: of the gradient of each phase (DMD2: 10).
+        sample_every, checkpoint_every: iterations; 0 for never. keep: newest checkpoints kept.
+        best: a number of the log, e.g. "generator/dm"; the checkpoint before which its mean was best is kept too.
+        rollbacks: how often a run without finite gradients returns to its newest checkpoint and goes on with learning
+            rates times ``rollback_lr``, instead of stopping.
+        device: "auto", "cpu", "cuda", "xpu", "mps", or one of several: "cuda:1".
+        shard: processes over which trained weights are split.
+        trackers: "tensorboard", "wandb" and others of accelerate's, which get the log's numbers too.
+        tf32: round fp32 products of a GPU to TF32.
+    """
+
+    steps: int
+    batch_size: int = 1
+    accumulate: int = 1
+    seed: int = 0
+    clip_norm: float = 10.0
+    log_every: int = 10
+    sample_every: int = 500
+    checkpoint_every: int = 500
+    keep: int = 2
+    best: str | None = None
+    rollbacks: int = 0
+    rollback_lr: float = 0.5
+    device: str = "auto"
+    shard: int = 1
+    trackers: list[str] = field(default_factory=list)
+    tf32: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "keep", "shard"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"train.{name}: {getattr(self, name)}: expected at least 1")
+        for name in ("sample_every", "checkpoint_every", "rollbacks"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"train.{name}: {getattr(self, name)}: expected 0 or more")
+        for name in ("clip_norm", "rollback_lr"):
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"train.{name}: {getattr(self, name)}: expected a number above 0")
+        check_name(self.device)
+
+
+@dataclass
+class SampleConfig:
+    """Grids drawn while training.
+
+    Attributes:
+        prompts: shown from left to right; null takes some of ``data.prompts``.
+        count: how many when ``prompts`` is null. teacher_steps: of the teacher's row. columns: of the grid.
+        scale: integer enlargement of small images.
+        vae: folder or hub id of an AutoencoderTiny that decodes them, e.g. madebyollin/taesdxl; null is the teacher's.
+        distance: so many samples of the student, beside each grid, for a Fréchet distance to ``data.images`` in
+            ``evaluation.extractor``'s features, by torchmetrics; 0 for none. A trend, biased by the small number.
+    """
+
+    prompts: list[str] | None = None
+    count: int = 16
+    teacher_steps: int = 25
+    columns: int = 8
+    scale: int = 1
+    vae: str | None = None
+    distance: int = 0
+    seed: int = 1234
+
+
+@dataclass
+class ExportConfig:
+    """What is written beside the LoRA.
+
+    Attributes:
+        kohya: also write the keys that ComfyUI and A1111 read. dtype: of the stored weights.
+        tolerance: largest absolute difference between the stock pipeline's latents and the trainer's own.
+    """
+
+    kohya: bool = False
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    tolerance: float = 1e-4
+
+
+@dataclass
+class EvalConfig:
+    """What is measured on the exported student after training; ``num`` 0 measures nothing.
+
+    Attributes:
+        num: images per row for the distances to the real ones, prompts in a fixed order.
+        prompts: of these, a file or built-in name; null takes ``data.prompts``. With prompts that come more than once,
+            the diversity within a prompt is measured too.
+        named: further images per row, of prompts that caption exactly one real image; retrieval is measured on them.
+        floor_steps, floor_solvers: teacher rows at these few steps, without training: diffusers' solvers, the "ays"
+            tables, or "search" for the best schedule that ``fewstep floor`` finds.
+        teacher_steps, teacher_guidance: of the full teacher row; 0 steps leaves it out.
+        batch_size: images generated at once. extractor: feature space.
+    """
+
+    num: int = 0
+    prompts: str | None = None
+    named: int = 0
+    floor_steps: list[int] = field(default_factory=list)
+    floor_solvers: list[Literal["ddim", "euler", "heun", "dpm++", "unipc", "ays", "search"]] = field(
+        default_factory=lambda: ["dpm++"]
+    )
+    teacher_steps: int = 50
+    teacher_guidance: float = 1.0
+    batch_size: int = 32
+    extractor: str = "effnet-lite0"
+    seed: int = 0

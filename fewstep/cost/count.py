@@ -1,0 +1,208 @@
+"""Counting: every kind of iteration of a recipe, executed on tensors without storage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from tqdm import tqdm
+
+from .. import recipe as recipes
+from ..diffusion.kernels import ATTENTION
+from ..errors import FewstepError, RecipeError
+from ..methods.base import Method
+from ..recipe import Recipe
+from ..runs.build import build, on_pixels
+from ..teachers.base import Teacher
+from ..training.optimizers import bytes_8bit
+from ..training.trainer import Trainer
+from ..vision.perceptual import distance_of
+from .blank import Blank
+from .blocks import remember
+from .disk import on_disk
+from .meter import Meter, storage_bytes
+from .shapes import VGG, Shapeless, Shapes, group, norms_as_on_a_gpu, products, quietly
+from .skeleton import skeleton_teacher
+from .table import Part, Plan, Turn
+
+
+def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
+    """Counts a recipe on one of ``processes`` devices.
+
+    Every kind of iteration of the whole run is executed at the recipe's micro-batch, on tensors without storage, and
+    at a second size where that tells something new: memory that another kind does not take as well, or a rollout of
+    another length. With accumulation the micro-batch that is run is not the first, so gradients meet activations.
+
+    Raises:
+        FewstepError: no configuration of the teacher can be read, or the method decides by values it computes.
+        RecipeError: as when the recipe is run.
+    """
+    recipe = recipes.from_dict(recipes.to_dict(recipe))
+    if recipe.teacher.autocast == "auto":  # every card has units for it
+        recipe = replace(recipe, teacher=replace(recipe.teacher, autocast="bfloat16"))
+    full, recipe = recipe, _plainly(recipe)
+    t, size = recipe.teacher, recipe.train.batch_size
+    if processes % recipe.train.shard:
+        raise RecipeError(
+            f"train.shard: {recipe.train.shard} does not divide the number of processes, {processes}"
+        )
+    with (
+        quietly(),
+        Shapeless(),
+        products(recipe.train.tf32),
+        norms_as_on_a_gpu(),
+        group(processes, recipe.train.shard) as process,
+    ):
+        # Shards gather gradients in one way within an iteration and in another at its end.
+        count = min(2, recipe.train.accumulate) if process.mesh is not None else 1
+        train = replace(recipe.train, accumulate=count)
+        needs = recipe.method_class.needs(recipe.method)
+        turns: list[Turn] = []
+        teacher = trainer = None
+        known: dict = {}
+        bar = tqdm(desc="plan", unit=" turns", disable=quiet)
+        for batch_size, rng in ((size, Shapes(last=True)), (size + 1, Shapes(last=False))):
+            # Weights that were gathered once would not be counted again.
+            if trainer is None or process.mesh is not None:
+                teacher = skeleton_teacher(t.path, **t.options())
+                roles, method = build(recipe, teacher, process)
+                _stand_in(method, recipe, teacher)
+                trainer = Trainer(method, roles, None, train, process=process, quiet=True)
+                _fill_optimizers(trainer)
+                turns = turns or _turns(trainer)
+                bar.total = bar.total or 2 * len(turns)
+                if process.mesh is None:
+                    for net in {teacher.net, *(role.module for role in roles.values())}:
+                        remember(net, known)
+            trainer.data = Blank(teacher, batch_size, needs, rng.pair)
+            for turn in turns:
+                bar.update()
+                if turn.told:
+                    continue
+                rng.chose = False
+                meter, kept = _run(trainer, turn, recipe.train.accumulate, known)
+                turn.peak[batch_size] = meter.peak + kept * (recipe.train.accumulate - count)
+                turn.flops[batch_size] = {
+                    k: v * recipe.train.accumulate / count for k, v in meter.flops.items()
+                }
+                turn.told = not rng.chose
+            for turn in turns:
+                turn.told &= any(
+                    set(turn.phases) < set(o.phases) and turn.peak[size] <= o.peak[size] for o in turns
+                )
+        bar.close()
+        images = len(recipe.samples.prompts or ()) or recipe.samples.count
+        preview = 0 if recipe.samples.vae else _preview(teacher, images)
+        return Plan(full, processes, *_parts(full, teacher, trainer), preview, turns, on_disk(full, teacher))
+
+
+def _plainly(recipe: Recipe) -> Recipe:
+    """With what can run on tensors without storage: torch's own attention and optimiser, nothing compiled or read.
+
+    Fused attention of any kind keeps what torch's does, and compiled blocks at most as much as eager ones.
+    """
+    attention = recipe.teacher.attention
+    attention = attention if attention in ATTENTION and attention != "auto" else "sdpa"
+    names = (*recipe.method_class.networks_for(recipe.method), *recipe.method_class.extras)
+    roles = {name: replace(recipe.role(name), optimizer="adamw") for name in names}
+    method = recipe.method
+    if getattr(method, "from_dd1", None):  # what a run starts from has the shape of what it would make
+        method = replace(method, from_dd1=None)
+    teacher = replace(recipe.teacher, attention=attention, compile=False)
+    return replace(recipe, teacher=teacher, method=method, roles=roles)
+
+
+def _stand_in(method: Method, recipe: Recipe, teacher: Teacher) -> None:
+    """For what a run loads or fits: what judges decoded images, of a reward only the decoder before it; a router, which
+    gives one part all that it can get."""
+    if getattr(recipe.method, "regression", "l2") != "l2":
+        method.distance = distance_of(recipe.method.regression, teacher, VGG())
+    if getattr(recipe.method, "reward", None):
+        method.reward = lambda latents, _: teacher.decode_pixels(latents).mean((1, 2, 3))
+    if hasattr(method, "router"):
+        method.router = lambda cond: torch.zeros(len(cond), dtype=torch.long)
+
+
+def _fill_optimizers(trainer: Trainer) -> None:
+    """Moments come into being at the first step."""
+    for role in trainer.roles.values():
+        for weight in role.weights.values():
+            weight.grad = torch.zeros_like(weight)
+        trainer.optimizers[role.name].step()
+        trainer.optimizers[role.name].zero_grad(set_to_none=True)
+
+
+def _parts(recipe: Recipe, teacher: Teacher, trainer: Trainer) -> tuple[list[Part], int]:
+    """What stays on the device through the run, and bytes that leave it once prompts are encoded."""
+
+    def size(module: nn.Module) -> int:
+        return storage_bytes([*module.parameters(), *module.buffers()])
+
+    def numel(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    pipe = teacher.pipe
+    parts = [Part("teacher", numel(teacher.net), 0, size(teacher.net))]
+    for name, role in trainer.roles.items():
+        weights, config = list(role.weights.values()), recipe.role(name)
+        moments = [m for state in trainer.optimizers[name].state.values() for m in state.values()]
+        parts.append(
+            Part(
+                name,
+                numel(role.module),
+                sum(w.numel() for w in weights),
+                storage_bytes(weights),
+                storage_bytes(weights),
+                bytes_8bit(weights) if config.optimizer == "adamw8bit" else storage_bytes(moments),
+                0 if config.ema_device else storage_bytes((role.average or {}).values()),
+            )
+        )
+    if on_pixels(recipe) and getattr(pipe, "vae", None) is not None:
+        parts.append(Part("vae", numel(pipe.vae), 0, size(pipe.vae)))
+    encoders = [getattr(pipe, name) for name in teacher.encoders if getattr(pipe, name, None) is not None]
+    return parts, sum(size(encoder) for encoder in encoders)
+
+
+def _turns(trainer: Trainer) -> list[Turn]:
+    """Kinds of iterations, by the phases that are due in them, over the whole run."""
+    kinds: Counter[tuple[str, ...]] = Counter()
+    for iteration in range(trainer.config.steps):
+        trainer.progress.iteration = iteration
+        kinds[tuple(phase.name for phase in trainer.phases if phase.due(trainer.progress))] += 1
+    return [Turn(phases, count) for phases, count in kinds.items() if phases]
+
+
+def _run(trainer: Trainer, turn: Turn, accumulate: int, known: dict) -> tuple[Meter, int]:
+    """Counts one iteration. Beside the meter, bytes that each micro-batch keeps from its first to its last phase."""
+    count = trainer.config.accumulate
+    with Meter(known) as meter:
+        batches = [trainer.data.batch(0, i) for i in range(count)]
+        try:
+            for phase in trainer.phases:
+                if phase.name in turn.phases:
+                    if accumulate > count and not phase.follows:
+                        for weight in (
+                            w for name in phase.train for w in trainer.roles[name].weights.values()
+                        ):
+                            weight.grad = torch.zeros_like(weight)
+                    trainer.turn(phase, batches)
+        except DataDependentOutputException as error:
+            raise FewstepError(
+                f"plan: {trainer.method.name} decides by a value it computes ({error.func}), which a plan does not "
+                "have; measure it instead: fewstep bench RECIPE"
+            ) from error
+        return meter, meter.alive // count
+
+
+@torch.no_grad()
+def _preview(teacher: Teacher, images: int) -> int:
+    """The VAE and its peak at decoding a grid of images, as many at a time as :meth:`Teacher.decode` takes."""
+    vae = getattr(teacher.pipe, "vae", None)
+    if vae is None:
+        return 0
+    with Meter() as meter:
+        vae.decode(torch.empty(min(images, teacher._at_once()), *teacher.latent_shape), return_dict=False)
+    return storage_bytes(vae.parameters()) + meter.peak

@@ -1,0 +1,131 @@
+"""Micro-batches: what a loss gets of prompts, images and pairs, as a function of the iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..device import upload
+from ..diffusion.cond import Cond
+from ..diffusion.rng import Rng
+from ..methods.base import Batch
+
+
+class Rows(Protocol):
+    """What micro-batches are made of: a :class:`~fewstep.data.cache.Store`, or a teacher's pairs."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]: ...
+
+
+class Batches:
+    """Micro-batches as a pure function of (seed, iteration, micro-batch): nothing to save, nothing to lose.
+
+    Prompts and images are walked in an order shuffled anew each epoch. A global micro-batch number counts over
+    processes and accumulation alike, so two processes see what one process with two micro-batches sees.
+
+    Args:
+        conditions: store of prompts. latents, captions: stores of real images and of their captions, or None.
+        pairs, pair_conditions: stores of a teacher's pairs and of their conditions, or None.
+        per_iteration: micro-batches of one iteration over all processes.
+    """
+
+    def __init__(
+        self,
+        conditions: Rows,
+        latent_shape: Sequence[int],
+        *,
+        batch_size: int,
+        per_iteration: int = 1,
+        seed: int = 0,
+        latents: Rows | None = None,
+        captions: Rows | None = None,
+        pairs: Rows | None = None,
+        pair_conditions: Rows | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.conditions, self.latents, self.captions = conditions, latents, captions
+        self.pairs, self.pair_conditions = pairs, pair_conditions
+        stores = {"prompts": conditions, "images": latents, "pairs": pairs}
+        self.rows = {name: len(store) for name, store in stores.items() if store is not None}
+        self.shape = (batch_size, *latent_shape)
+        self.per_iteration, self.seed, self.device = per_iteration, seed, device
+
+    def batch(self, iteration: int, micro: int) -> Batch:
+        position = (iteration * self.per_iteration + micro) * self.shape[0]
+        real, host = None, {}
+        if self.latents is not None:
+            assert self.captions is not None
+            index = self._index("images", position, len(self.latents))
+            real = self._upload(self.latents.rows(index))["latents"]
+            host["real_cond"] = Cond(self.captions.rows(index))
+        pairs = pair_cond = None
+        if self.pairs is not None:
+            assert self.pair_conditions is not None
+            index = self._index("pairs", position, len(self.pairs))
+            rows = self._upload(self.pairs.rows(index))
+            pairs = (rows["noise"], rows["tokens" if "tokens" in rows else "x0"])
+            pair_cond = self._moved(Cond(self.pair_conditions.rows(index)))
+        index = self._index("prompts", position, len(self.conditions))
+        host["cond"] = Cond(self.conditions.rows(index))
+        return Batch(
+            cond=self._moved(host["cond"]),
+            shape=self.shape,
+            rng=Rng(self.seed, "micro", iteration, micro, device=self.device),
+            shared=Rng(self.seed, "shared", iteration),
+            real=real,
+            real_cond=self._moved(host["real_cond"]) if "real_cond" in host else None,
+            pairs=pairs,
+            pair_cond=pair_cond,
+            index=index,
+            host=host,
+        )
+
+    def _upload(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: upload(value, self.device) for name, value in rows.items()}
+
+    def _moved(self, cond: Cond) -> Cond:
+        return Cond(self._upload(cond.tensors))
+
+    def _index(self, stream: str, position: int, length: int) -> Tensor:
+        end = position + self.shape[0]
+        epochs = range(position // length, (end - 1) // length + 1)
+        spans = [(epoch, max(position - epoch * length, 0), end - epoch * length) for epoch in epochs]
+        return torch.cat([_order(self.seed, stream, epoch, length)[a:b] for epoch, a, b in spans])
+
+
+class Ahead:
+    """Micro-batches that a thread reads and uploads while the device works on those before them."""
+
+    def __init__(self, data: Data):
+        self.data, self.thread = data, ThreadPoolExecutor(1)
+        self.coming: dict[tuple[int, int], Future[Batch]] = {}
+        self.rows = data.rows
+
+    def batch(self, iteration: int, micro: int) -> Batch:
+        found = self.coming.pop((iteration, micro), None)
+        self.coming = {k: future for k, future in self.coming.items() if k[0] in (iteration, iteration + 1)}
+        following = (iteration + 1, micro)
+        if following not in self.coming:
+            self.coming[following] = self.thread.submit(self.data.batch, *following)
+        return found.result() if found else self.data.batch(iteration, micro)
+
+
+@lru_cache(maxsize=8)
+def _order(seed: int, stream: str, epoch: int, length: int) -> Tensor:
+    return Rng(seed, stream, epoch).permutation(length)
+
+
+class Data(Protocol):
+    """Micro-batches as a pure function of the iteration; ``rows`` counts what they are made of, by name."""
+
+    @property
+    def rows(self) -> Mapping[str, int]: ...
+
+    def batch(self, iteration: int, micro: int) -> Batch: ...

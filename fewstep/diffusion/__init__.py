@@ -1,0 +1,1 @@
+"""The mathematics: schedules, denoisers, students, times, solvers, losses; functions of tensors."""

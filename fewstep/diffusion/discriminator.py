@@ -1,0 +1,225 @@
+"""Discriminators on the features of a diffusion network.
+
+Features come from forward hooks on named blocks of the network as it is: no copied forward, the gradient flows
+through them, and hooks fire once under gradient checkpointing. A small head turns each map into logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RecipeError
+from .cond import Cond
+from .denoiser import NetDenoiser
+
+
+class _LastTap(Exception):
+    """Ends a forward once every wanted feature is there; the decoder half would be wasted work."""
+
+
+def _image_of(output) -> Tensor:
+    """A UNet's block returns its map and a tuple of skips, Stable Diffusion 3's the text's tokens and the image's."""
+    if not isinstance(output, tuple):
+        return output
+    return output[1] if len(output) > 1 and isinstance(output[1], Tensor) else output[0]
+
+
+@contextmanager
+def _taps(net: nn.Module, names: Sequence[str], stop: bool) -> Iterator[dict[str, Tensor]]:
+    """Features by name. After the last one the forward stops, or goes on without a graph, which nothing would use."""
+    features: dict[str, Tensor] = {}
+    grad = torch.is_grad_enabled()
+
+    def keep(name: str):
+        def hook(_module, _inputs, output):
+            features[name] = _image_of(output).float()
+            if len(features) == len(names):
+                if stop:
+                    raise _LastTap
+                torch.set_grad_enabled(False)
+
+        return hook
+
+    handles = [net.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield features
+    finally:
+        torch.set_grad_enabled(grad)
+        for handle in handles:
+            handle.remove()
+
+
+def check_taps(denoiser: NetDenoiser, names: Sequence[str], option: str) -> None:
+    """Refuses, by the name of the method's option, what is no block of the network."""
+    modules = dict(denoiser.net.named_modules())
+    for name in names:
+        if name not in modules:
+            known = ", ".join(n for n, _ in denoiser.net.named_children())
+            raise RecipeError(
+                f"method.{option}: {name!r} is no block of the network; top-level blocks: {known}"
+            )
+
+
+def tap_features(
+    denoiser: NetDenoiser, names: Sequence[str], x_t: Tensor, t: Tensor, cond: Cond
+) -> list[Tensor]:
+    """Features of the named blocks in fp32, in the order of ``names``; gradient reaches x_t."""
+    # A sharded module frees its gathered weights in a hook after its forward, so it has to finish.
+    stop = not hasattr(denoiser.net, "unshard")
+    with _taps(denoiser.net, names, stop) as features, suppress(_LastTap):
+        denoiser.predict(x_t, t, cond)
+    return [features[name] for name in names]
+
+
+def mean_logits(denoiser: NetDenoiser, tap: str, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """Logits (B, n) without weights of their own: features averaged over channels (SiDA, arXiv 2410.14919)."""
+    (features,) = tap_features(denoiser, [tap], x_t, t, cond)
+    return features.mean(1 if features.ndim == 4 else -1).flatten(1)
+
+
+def _groups(channels: int) -> int:
+    # The last map is 1x1, where a group of one channel would be normalised to zero and the head be blind.
+    return max(g for g in (1, 2, 4, 8, 16, 32) if g == 1 or (channels % g == 0 and channels >= 4 * g))
+
+
+class ConvHead(nn.Module):
+    """Feature map (B, C, H, W) -> logits (B, 1); DMD2's head (arXiv 2405.14867, appendix).
+
+    ``k = log2(H / 4)`` stages of Conv4x4 stride 2, GroupNorm, SiLU down to 4x4, one Conv4x4 to 1x1, one Conv1x1.
+    k comes from the actual map; sizes that do not halve down to 4x4 are pooled there.
+    """
+
+    def __init__(self, channels: int, height: int, width: int):
+        super().__init__()
+        stages = max(0, int(math.log2(min(height, width) / 4))) if min(height, width) >= 4 else 0
+
+        def conv(stride: int, padding: int) -> list[nn.Module]:
+            return [
+                nn.Conv2d(channels, channels, 4, stride, padding),
+                nn.GroupNorm(_groups(channels), channels),
+                nn.SiLU(),
+            ]
+
+        halved = [layer for _ in range(stages) for layer in conv(2, 1)]
+        exact = (height >> stages, width >> stages) == (4, 4)
+        pool = [] if exact else [nn.AdaptiveAvgPool2d(4)]
+        self.layers = nn.Sequential(*halved, *pool, *conv(4, 0), nn.Conv2d(channels, 1, 1), nn.Flatten())
+
+    def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
+        return _logits(self.layers[:-2](x).flatten(1)[:, None], self.layers[-2], told)
+
+
+class TokenHead(nn.Module):
+    """Tokens (B, N, C) or vectors (B, C) -> logits (B, N) or (B, 1)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(channels), nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1)
+        )
+
+    def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
+        hidden = self.layers[:-1](x)
+        return _logits(hidden if x.ndim == 3 else hidden[:, None], self.layers[-1], told)
+
+
+def _logits(hidden: Tensor, last: Any, told: Tensor | None) -> Tensor:
+    """(B, n, C) -> (B, n) by the last layer, to whose weights each sample's condition adds ``told`` (B, C)."""
+    logits = nn.functional.linear(hidden, last.weight.flatten(1), last.bias)[..., 0]
+    return logits if told is None else logits + (hidden @ told[:, :, None])[..., 0]
+
+
+LEVELS = 16  # cosines of the noise level
+
+
+def condition_vector(denoiser: NetDenoiser, t: Tensor, cond: Cond) -> Tensor:
+    """What heads are told, (B, n): the noise level, then the pooled text embedding or the class if there is one.
+
+    The level enters as cosines of the TrigFlow angle ``atan2(sigma, alpha)``, the embedding by its direction, and each
+    of them with a norm of at most 1, so that neither drowns the other.
+    """
+    angle = torch.atan2(denoiser.schedule.sigma(t), denoiser.schedule.alpha(t)).float()
+    told = [torch.cos(angle[:, None] * 2 * torch.arange(LEVELS, device=t.device)) / math.sqrt(LEVELS)]
+    config = getattr(denoiser.net, "config", {})
+    classes = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
+    if "pooled" in cond.tensors:
+        told.append(nn.functional.normalize(cond["pooled"].float(), dim=1))
+    elif "label" in cond.tensors and classes:  # DiT's null comes after its last class
+        told.append(nn.functional.one_hot(cond["label"], classes + 1).float())
+    return torch.cat(told, 1)
+
+
+class Discriminator(nn.Module):
+    """Heads on named blocks of a network; the network itself belongs to another role.
+
+    Args:
+        denoiser: whose network is tapped. taps: names of its blocks. latent_shape: (C, H, W) of one sample.
+        conditional: heads are told noise level and condition (:func:`condition_vector`) beside what the features say
+            of them: ``logit = psi(h) + <V c, h>`` (projection discriminator, arXiv 1802.05637). V starts at zero.
+
+    Raises:
+        RecipeError: a tap is no block of the network; the message lists the top-level ones.
+    """
+
+    def __init__(
+        self,
+        denoiser: NetDenoiser,
+        taps: Sequence[str],
+        latent_shape: Sequence[int],
+        conditional: bool = False,
+    ):
+        super().__init__()
+        check_taps(denoiser, taps, "taps")
+        self.taps = list(taps)
+        parameter = next(denoiser.net.parameters())
+        x = torch.zeros(1, *latent_shape, device=parameter.device)
+        t = torch.full((1,), denoiser.schedule.t_max, device=x.device)
+        example = denoiser.example.to(x.device)
+        with torch.no_grad():
+            maps = tap_features(denoiser, self.taps, x, t, example)
+        self.heads = nn.ModuleList(
+            ConvHead(*m.shape[1:]) if m.ndim == 4 else TokenHead(m.shape[-1]) for m in maps
+        ).to(x.device)
+        self.projections: nn.ModuleList | None = None
+        if conditional:
+            told = condition_vector(denoiser, t, example).shape[1]
+            widths = [m.shape[1] if m.ndim == 4 else m.shape[-1] for m in maps]
+            self.projections = nn.ModuleList(nn.Linear(told, width, bias=False) for width in widths)
+            for projection in self.projections.to(x.device).parameters():
+                nn.init.zeros_(projection)
+
+    def forward(self, features: Sequence[Tensor], told: Tensor | None = None) -> Tensor:
+        """Logits (B, n) of all heads side by side; conditional ones want ``told`` (B, m)."""
+        with torch.autocast(features[0].device.type, enabled=False):
+            weights = (
+                [project(told) for project in self.projections]
+                if self.projections
+                else [None] * len(features)
+            )
+            return torch.cat([head(f.float(), w) for head, f, w in zip(self.heads, features, weights)], 1)
+
+    def logits(self, denoiser: NetDenoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self(tap_features(denoiser, self.taps, x_t, t, cond), self._told(denoiser, t, cond))
+
+    def judged(
+        self, denoiser: NetDenoiser, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Logits as of :meth:`logits` and x0 without gradient, by one forward; guidance takes one of the null too."""
+        with _taps(denoiser.net, self.taps, False) as features:
+            x0 = denoiser.x0(x_t, t, cond).detach()
+        if guidance != 1.0:
+            with torch.no_grad():
+                if getattr(denoiser, "embeds_guidance", False):  # its features are those of another scale
+                    x0 = denoiser.x0(x_t, t, cond, guidance=guidance)
+                else:
+                    x0 = torch.lerp(denoiser.x0(x_t, t, cond, guidance=0.0), x0, guidance)
+        return self([features[name] for name in self.taps], self._told(denoiser, t, cond)), x0
+
+    def _told(self, denoiser: NetDenoiser, t: Tensor, cond: Cond) -> Tensor | None:
+        return condition_vector(denoiser, t, cond) if self.projections else None

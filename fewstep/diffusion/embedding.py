@@ -1,0 +1,100 @@
+"""The time embedding of diffusers networks, and scalars that a student is told beside its time.
+
+An embedded scalar is a small network of its own whose output is added to the time embedding; it starts at zero, so the
+student starts as the teacher. At one value it is a constant: :func:`fewstep.export.fold.folded` adds it to the time
+embedding's bias, and what is left is a network of the teacher's own class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RecipeError
+from .cond import Cond
+from .denoiser import NetCall, NetDenoiser, Scalar
+
+# Where networks keep the pair of modules `time_proj` (sinusoids) and the MLP on them, by the MLP's path.
+TIME_EMBEDDERS = (
+    "time_embedding",  # UNets
+    "time_text_embed.timestep_embedder",  # SD3, Flux
+    "time_embed.emb.timestep_embedder",  # SANA
+    "adaln_single.emb.timestep_embedder",  # PixArt
+)
+CHANNELS = 256  # sinusoids of an embedded scalar, as in SANA-Sprint's class
+
+
+def time_embedder(net: nn.Module) -> tuple[str, Any, Any]:
+    """(path of the time MLP, the MLP, the sinusoids before it).
+
+    Raises:
+        RecipeError: the class is none of those known.
+    """
+    modules = dict(net.named_modules())
+    for path in TIME_EMBEDDERS:
+        parent = path.rpartition(".")[0]
+        sinusoids = modules.get(f"{parent}.time_proj".lstrip("."))
+        if path in modules and sinusoids is not None:
+            return path, modules[path], sinusoids
+    raise RecipeError(
+        f"{type(net).__name__} has no time embedding that fewstep knows; expected one of {', '.join(TIME_EMBEDDERS)}"
+    )
+
+
+class ScalarEmbedding(nn.Module):
+    """(B,) -> (B, width) by sinusoids and an MLP whose last layer starts at zero."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+
+        self.sinusoids = Timesteps(CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.embedder = TimestepEmbedding(CHANNELS, width)
+        nn.init.zeros_(self.embedder.linear_2.weight)
+        nn.init.zeros_(self.embedder.linear_2.bias)
+        self.value: Tensor | None = None  # of the call in progress
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.embedder(self.sinusoids(value))
+
+    def hook(self, _module: nn.Module, _inputs, output: Tensor) -> Tensor:
+        return output if self.value is None else output + self(self.value).to(output.dtype)
+
+
+class _ScalarCall:
+    """Takes the scalar out of the condition, and hands it to the embedding while the network runs."""
+
+    def __init__(self, call: NetCall, name: str, scalar: Scalar):
+        self.call, self.name, self.scalar = call, name, scalar
+
+    def __call__(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        rest = dict(cond.tensors)
+        value = rest.pop(self.name, None)
+        if value is None:
+            value = torch.full((len(x_t),), self.scalar.default, device=x_t.device)
+        embedding = getattr(net, self.name + "_embedding")
+        embedding.value = self.scalar.scale * value.float()
+        try:
+            return self.call(net, x_t, time, Cond(rest))
+        finally:
+            embedding.value = None
+
+
+def with_scalar(denoiser: NetDenoiser, name: str, scalar: Scalar) -> NetDenoiser:
+    """The denoiser with a further input ``cond[name]`` (B,), by default the scalar's.
+
+    The network gets a module ``{name}_embedding``, which is trained and saved with it.
+
+    Raises:
+        RecipeError: a network whose time embedding is not known.
+    """
+    _, mlp, _ = time_embedder(denoiser.net)
+    embedding = ScalarEmbedding(mlp.linear_2.out_features).to(next(denoiser.net.parameters()).device)
+    denoiser.net.add_module(name + "_embedding", embedding)
+    mlp.register_forward_hook(embedding.hook)
+    view = denoiser.with_net(denoiser.net)
+    view.call = _ScalarCall(denoiser.call, name, scalar)
+    view.scalars = {**denoiser.scalars, name: scalar}
+    return view

@@ -1,0 +1,100 @@
+"""Several students behind one stock pipeline: every prompt is sampled with the student of its part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.cond import Cond
+from ..methods.router import Router
+
+
+class PartNetworks(nn.Module):
+    """A network per part in the place of a pipeline's one; everything asked of it is the active one's."""
+
+    def __init__(self, networks: Sequence[nn.Module]):
+        super().__init__()
+        self.networks, self.active = nn.ModuleList(networks), 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.networks[self.active](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            networks: Any = super().__getattr__("networks")
+            return getattr(networks[self.active], name)
+
+
+class RoutedPipeline:
+    """A stock pipeline that holds one student per part; every prompt is sampled with the student of its part.
+
+    Called like the pipeline, with one image per prompt; everything else is the pipeline's.
+
+    Args:
+        pipe: the stock pipeline. use: makes the student of part k the one that is sampled.
+    """
+
+    def __init__(self, pipe: Any, router: Router, use: Callable[[int], None]):
+        self.__dict__.update(pipe=pipe, router=router, use=use)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipe, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.pipe, name, value)
+
+    def to(self, *args: Any, **kwargs: Any) -> RoutedPipeline:
+        self.pipe.to(*args, **kwargs)
+        return self
+
+    def route(self, prompts: Sequence[str]) -> Tensor:
+        """Part (B,) of every prompt."""
+        encoded = self.pipe.encode_prompt(
+            list(prompts),
+            device=self.pipe.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        pooled = self.router.feature == "pooled"
+        router: Router = self.router
+        return router(Cond({"pooled": encoded[2]} if pooled else {"embeds": encoded[0]}))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        guidance_scale: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        parts, images = self.route(prompts), [None] * len(prompts)
+        for k in parts.unique().tolist():
+            rows = (parts == k).nonzero()[:, 0].tolist()
+            self.use(k)
+            output = self.pipe(
+                [prompts[i] for i in rows],
+                guidance_scale=guidance_scale,
+                generator=[generator[i] for i in rows] if isinstance(generator, list) else generator,
+                latents=None if latents is None else latents[rows],
+                **options,
+            )
+            for i, image in zip(rows, output.images):
+                images[i] = image
+        output.images = _together(images)
+        return output
+
+
+def _together(images: list[Any]) -> Any:
+    """Tensors and arrays stacked, pictures as a list."""
+    if isinstance(images[0], Tensor):
+        return torch.stack(images)
+    return np.stack(images) if isinstance(images[0], np.ndarray) else images

@@ -1,0 +1,80 @@
+"""What a recipe trains, and what it trains on."""
+
+from __future__ import annotations
+
+import torch
+
+from ..data.cache import Store, encode_images, encode_prompts
+from ..data.images import CaptionedImages
+from ..data.pairs import Pairs, check_pairs, load_pairs
+from ..diffusion import kernels
+from ..errors import RecipeError
+from ..methods import Method
+from ..process import Process
+from ..recipe import Recipe
+from ..teachers.base import Teacher
+from ..training.roles import Role, build_role
+from ..training.sharding import distribute
+from .checks import check_gain
+
+
+def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str, Role], Method]:
+    """Roles and method of a recipe; trained weights are sharded over the processes, if there are several."""
+    cls, t = recipe.method_class, recipe.teacher
+    kernels.set_attention(teacher.net, t.attention)
+    if t.channels_last:
+        kernels.use_channels_last(teacher.net)
+    if t.gradient_checkpointing:
+        kernels.checkpoint_blocks(teacher.net)
+    roles: dict[str, Role] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)  # networks that are new in part start equal on every rank
+        bases = {name: cls.network(recipe.method, teacher, name) for name in cls.networks_for(recipe.method)}
+    for name, base in bases.items():
+        if base is not teacher.net:
+            kernels.set_attention(base, t.attention)
+        try:
+            roles[name] = build_role(name, base, recipe.role(name), recipe.train.seed)
+        except RecipeError as error:
+            raise RecipeError(f"roles.{error}") from None
+        if t.channels_last:
+            kernels.use_channels_last(roles[name].module)
+    if t.compile:
+        for net in [teacher.net, *(role.module for role in roles.values())]:
+            kernels.compile_blocks(net)
+    denoisers = {name: teacher.denoiser.with_net(role.module) for name, role in roles.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)  # heads start equal on every rank
+        method = cls(recipe.method, teacher.denoiser, teacher.latent_shape, **denoisers)
+    for name, module in method.heads().items():
+        roles[name] = Role(name, module.to(process.device), recipe.role(name))
+    check_gain(method, teacher)
+    for role in roles.values():
+        distribute(role.module, process)
+        role.collect()
+    return roles, method
+
+
+def encode(
+    recipe: Recipe, teacher: Teacher, prompts: list[str], images: CaptionedImages | None, quiet: bool = False
+) -> dict[str, Store | Pairs]:
+    """Everything a recipe trains on, as :class:`~batches.Batches` takes it; what is cached is not made again."""
+    needs = recipe.method_class.needs(recipe.method)
+    found: dict[str, Store | Pairs] = {"conditions": encode_prompts(teacher, prompts, quiet=quiet)}
+    if images is not None and "images" in needs:
+        same = images.captions == prompts
+        found["captions"] = (
+            found["conditions"] if same else encode_prompts(teacher, images.captions, quiet=quiet)
+        )
+        found["latents"] = encode_images(teacher, images, quiet=quiet)
+    if "pairs" in needs:
+        found["pairs"] = pairs = load_pairs(recipe.data.pairs)
+        check_pairs(pairs, teacher, recipe.method.guidance_scale)
+        found["pair_conditions"] = encode_prompts(teacher, pairs.prompts, quiet=quiet)
+    return found
+
+
+def on_pixels(recipe: Recipe) -> bool:
+    """Whether a loss decodes, so that the VAE has to stay with the networks."""
+    method = recipe.method
+    return bool(getattr(method, "reward", None)) or getattr(method, "regression", "l2") != "l2"

@@ -1,0 +1,146 @@
+"""What a recipe asks for, checked before anything expensive starts: every refusal names the field and the remedy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from ..data.images import CaptionedImages, load_images
+from ..data.pairs import load_pairs
+from ..data.prompts import load_prompts
+from ..errors import RecipeError
+from ..methods.base import Method, Progress
+from ..recipe import Recipe
+from ..teachers import adapters, pipeline_class_of
+from ..teachers.base import Teacher
+from ..training.roles import Role
+from .trackers import check_trackers
+
+
+def check_output(folder: Path) -> None:
+    if folder.is_file():
+        raise RecipeError(f"output: {folder} is a file; expected a folder to create")
+    if folder.exists() and any(folder.iterdir()):
+        held = "holds a run already" if (folder / "recipe.yaml").exists() else "is not empty"
+        raise RecipeError(
+            f"output: {folder} {held}; continue it with `fewstep resume {folder}`, or give another --output"
+        )
+    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        reason = f"no permission to write in {parent}" if parent.is_dir() else f"{parent} is a file"
+        raise RecipeError(f"output: {folder} cannot be created: {reason}")
+
+
+def check_space(folder: Path, roles: dict[str, Role], recipe: Recipe) -> None:
+    """Weights, two moments and an average per checkpoint, one more while it is written, and the export."""
+    trained = sum(w.numel() for role in roles.values() for w in role.weights.values())
+    needed = 4 * trained * 4 * (recipe.train.keep + 1) + (64 << 20)
+    free = shutil.disk_usage(next(p for p in [folder, *folder.absolute().parents] if p.exists())).free
+    if free < needed:
+        raise RecipeError(
+            f"output: {folder}: {free / 1e9:.2f} GB free, about {needed / 1e9:.2f} GB needed for {recipe.train.keep} "
+            "checkpoints and the export; free some, lower train.keep, or give another --output"
+        )
+
+
+def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
+    check_trackers(recipe.train.trackers)
+    prompts = load_prompts(recipe.data.prompts)
+    if recipe.evaluation.prompts:
+        load_prompts(recipe.evaluation.prompts, "evaluation.prompts")
+    if recipe.samples.distance:
+        _check_distance(recipe)
+    needs = recipe.method_class.needs(recipe.method)
+    if "pairs" in needs:
+        load_pairs(recipe.data.pairs, Path(recipe.output).name)
+    if recipe.data.images is None and "images" not in needs:
+        return prompts, None
+    if recipe.data.images is None:
+        raise RecipeError(
+            "data.images: missing; this configuration needs real images. Give a folder of captioned "
+            "images, or set method.gan_weight 0 to run data-free"
+        )
+    return prompts, load_images(recipe.data.images)
+
+
+def _check_distance(recipe: Recipe) -> None:
+    from ..evaluation.while_training import check_torchmetrics
+
+    if recipe.samples.distance < 2 or recipe.data.images is None:
+        raise RecipeError(
+            f"samples.distance: {recipe.samples.distance} with data.images {recipe.data.images}: expected at least 2 "
+            "samples, and real images to compare them with"
+        )
+    check_torchmetrics()
+
+
+def check_class(recipe: Recipe) -> None:
+    found, expected = pipeline_class_of(recipe.teacher.path), recipe.teacher.pipeline_class
+    if expected and found != expected:
+        raise RecipeError(
+            f"teacher.path: {recipe.teacher.path} is a {found}, but this recipe was written for a {expected}; choose "
+            "another recipe, or set teacher.pipeline_class null"
+        )
+    kind, wanted = adapters()[found].kind, recipe.method_class.teacher_kind
+    if kind != wanted:
+        raise RecipeError(
+            f"method.name: {recipe.method_class.name} distills {wanted} teachers, and {recipe.teacher.path} is "
+            f"{kind} ({found}); choose another method or teacher"
+        )
+    if kind == "autoregressive" and recipe.evaluation.floor_steps:
+        raise RecipeError(
+            f"evaluation.floor_steps: {recipe.evaluation.floor_steps}: an autoregressive teacher has no training-free "
+            "solver in few steps; leave them out"
+        )
+
+
+def check_gain(method: Method, teacher: Teacher) -> None:
+    """An eps student near zero SNR multiplies its error, and at zero SNR has no x0; say so before hours are spent.
+
+    Raises:
+        RecipeError: at zero SNR.
+    """
+    start, denoiser = method.student.times[0], teacher.denoiser
+    gain = denoiser.schedule.x0_gain(start, denoiser.prediction)
+    if gain > 1e4:
+        raise RecipeError(
+            f"method.start: {start:g}: there is no signal at this time of {teacher.source} (zero terminal SNR), so an "
+            f"{denoiser.prediction} prediction says nothing of x0; give an earlier start, or a v-prediction teacher"
+        )
+    if gain > 10:
+        print(
+            f"fewstep: note: at its first time {start} this {denoiser.prediction} student multiplies its error "
+            f"by {gain:.1f}; an earlier method.start (399 for one-step SDXL) is gentler",
+            file=sys.stderr,
+        )
+
+
+def check_length(method: Method, steps: int, per_iteration: int) -> None:
+    """Refuses a run that ends before one of its roles has learned anything.
+
+    Raises:
+        RecipeError: with the role, its phase and a number of steps that would do.
+    """
+    phases = method.phases()
+
+    def idle(steps: int) -> dict[str, str]:
+        """Roles that no phase trains, and the first phase that would."""
+        waiting: dict[str, str] = {}
+        for phase in phases:
+            waiting |= {role: phase.name for role in phase.train if role not in waiting}
+        progress = Progress(0, steps, per_iteration)
+        while waiting and progress.iteration < steps:
+            for phase in phases:
+                if phase.due(progress):
+                    waiting = {r: name for r, name in waiting.items() if r not in phase.train}
+            progress.iteration += 1
+        return waiting
+
+    for role, phase in idle(steps).items():
+        enough = next((f", e.g. {steps << k}" for k in range(1, 20) if not idle(steps << k)), "")
+        raise RecipeError(
+            f"train.steps: {steps}: {method.name} would end before its phase {phase} trains {role}; expected more "
+            f"steps{enough}, or shorter stages of the method"
+        )

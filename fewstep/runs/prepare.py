@@ -1,0 +1,304 @@
+"""Preparing a teacher for continuous-time consistency: a time embedding that is smooth, by distilling it into itself.
+
+Networks on ``1000 t`` read sinusoids that turn hundreds of times while t crosses its range, so their derivative in time
+is tens of times the one in space, and the tangent of sCM is mostly that (arXiv 2410.11081, section 4.1). SANA-Sprint
+(arXiv 2503.09641, section 3.2) trains its teacher again on t in [0, 1] and with normalised queries and keys. Here the
+first is a change of weights, not of the class: columns of the time MLP that read fast sinusoids are set to zero and
+stay there, and a copy of the network learns the teacher's own predictions again. Stock diffusers runs it as before.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..configs import RoleConfig, TrainConfig
+from ..data.batches import Batches
+from ..data.cache import encode_images, encode_prompts
+from ..data.images import CaptionedImages
+from ..diffusion.cond import Cond
+from ..diffusion.consistency import angles, refusing_without
+from ..diffusion.denoiser import NetDenoiser, ScheduleView
+from ..diffusion.embedding import time_embedder
+from ..diffusion.schedules import TrigFlow, expand, repeated
+from ..diffusion.student import Student
+from ..errors import FewstepError, Interrupted
+from ..export.weights import save_network
+from ..files import replacing, write_json
+from ..methods.base import Batch, Method, Phase, Progress
+from ..methods.scm import angle_range
+from ..process import Process
+from ..teachers.base import Teacher
+from ..training.roles import Role, averaged
+from ..training.trainer import Trainer
+
+QK_NORM = {"SanaTransformer2DModel": "rms_norm_across_heads", "SD3Transformer2DModel": "rms_norm"}
+
+
+@dataclass
+class PrepareConfig:
+    """When it is done, and how it learns.
+
+    Attributes:
+        error: wanted relative error of the velocity, root mean square over noise levels. stiffness: wanted ratio of
+            ``|dF/dt|`` to ``|J_x dx/dt|``, the two parts of the tangent's derivative.
+        steps: at most. check_every: steps between two measurements.
+        turns: sinusoids of more turns over the time range are cut off (1: the slowest only; SANA-Sprint's t in [0, 1]
+            is 0.16).
+        qk_norm: RMS normalisation of queries and keys, where the network's class has it.
+        null_probability: how often the null condition is shown, so that guidance keeps both its branches.
+        lr, batch_size: SANA-Sprint's are 2e-5 and 1024, for 5,000 steps.
+    """
+
+    error: float = 0.05
+    stiffness: float = 3.0
+    steps: int = 5000
+    check_every: int = 250
+    turns: float = 1.0
+    qk_norm: bool = False
+    null_probability: float = 0.1
+    lr: float = 2e-5
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("error", "stiffness", "steps", "check_every", "turns", "lr", "batch_size"):
+            if not getattr(self, name) > 0:
+                raise FewstepError(f"prepare: {name} {getattr(self, name)}: expected a positive number")
+
+
+# ---------------------------------------------------------------------------------------------------------- surgery
+@torch.no_grad()
+def turns_of(denoiser: NetDenoiser, latent_shape: Sequence[int]) -> tuple[Tensor, float]:
+    """Turns (C,) that each sinusoid makes over the times the network is given, and the largest of these times."""
+    _, _, sinusoids = time_embedder(denoiser.net)
+    seen: list[Tensor] = []
+    handle = sinusoids.register_forward_pre_hook(
+        lambda _module, inputs: seen.append(inputs[0].cpu().double())
+    )
+    device = next(denoiser.net.parameters()).device
+    try:
+        x = torch.zeros(1, *latent_shape, device=device)
+        denoiser.predict(x, repeated(denoiser.schedule.t_max, x), denoiser.example.to(device))
+    finally:
+        handle.remove()
+    longest = seen[0].max().item()
+    half = sinusoids.num_channels // 2
+    exponent = torch.arange(half, dtype=torch.float64) / (half - sinusoids.downscale_freq_shift)
+    turns = sinusoids.scale * 10_000.0**-exponent * longest / (2 * math.pi)
+    return F.pad(torch.cat([turns, turns]), (0, sinusoids.num_channels % 2)), longest
+
+
+def smooth_time(denoiser: NetDenoiser, latent_shape: Sequence[int], turns: float, steps: int = 500) -> int:
+    """Cuts the fast sinusoids off the time MLP of a network and fits what is left to what it was; in place.
+
+    The cut columns stay zero: a hook takes their gradient away.
+
+    Returns:
+        How many were cut.
+
+    Raises:
+        FewstepError: nothing would be left.
+    """
+    _, mlp, sinusoids = time_embedder(denoiser.net)
+    found, longest = turns_of(denoiser, latent_shape)
+    grid = torch.linspace(0, longest, 1000, device=next(mlp.parameters()).device)
+    with torch.no_grad():
+        target = mlp(sinusoids(grid))
+    net: Any = denoiser.net
+    if "timestep_scale" in net.config:
+        # SANA's class has a scale of its own, and its Sprint pipeline needs t in [0, 1].
+        net.register_to_config(timestep_scale=net.config.timestep_scale / longest)
+        found, grid = found / longest, grid / longest
+    keep = (found <= turns).to(mlp.linear_1.weight)
+    if not keep.any():
+        raise FewstepError(f"prepare: turns {turns:g}: no sinusoid of the network turns so little; give more")
+    features = sinusoids(grid)
+    with torch.no_grad():
+        mlp.linear_1.weight.mul_(keep)
+    mlp.requires_grad_(True)
+    mlp.linear_1.weight.register_hook(lambda gradient: gradient * keep.to(gradient))
+    optimizer = torch.optim.Adam(mlp.parameters(), lr=1e-3)
+    for i in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - i / steps)
+        optimizer.zero_grad()
+        F.mse_loss(mlp(features), target).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return int((keep == 0).sum())
+
+
+def with_qk_norm(net: Any) -> nn.Module:
+    """The same weights in the same class with RMS normalisation of queries and keys.
+
+    Raises:
+        FewstepError: the class has none, or this network has it already.
+    """
+    kind = QK_NORM.get(type(net).__name__)
+    if kind is None or net.config.get("qk_norm") is not None:
+        state = "has it already" if kind else f"has none; classes that have: {', '.join(QK_NORM)}"
+        raise FewstepError(f"prepare: qk_norm: {type(net).__name__} {state}; leave --qk-norm out")
+    normed = type(net).from_config({**net.config, "qk_norm": kind})
+    missing, unexpected = normed.load_state_dict(net.state_dict(), strict=False)
+    if unexpected or any(".norm_" not in name for name in missing):
+        raise FewstepError(
+            f"prepare: qk_norm: {type(net).__name__}: weights do not fit: {[*missing, *unexpected][:3]}"
+        )
+    return normed.to(next(net.parameters()).device)
+
+
+# --------------------------------------------------------------------------------------------------------- measures
+@torch.no_grad()
+def stiffness(denoiser: NetDenoiser, x_t: Tensor, t: Tensor, ode: Tensor, cond: Cond) -> float:
+    """``|dF/dt| / |J_x dx/dt|`` at TrigFlow times t along the velocity ode; both are parts of one derivative."""
+    seen = ScheduleView(denoiser.exact(), TrigFlow())
+
+    def velocity(x: Tensor, time: Tensor) -> Tensor:
+        return seen.predict("v", x, time, cond)
+
+    still, moment = torch.zeros_like(ode), torch.ones_like(t)
+    in_time = torch.func.jvp(velocity, (x_t, t), (still, moment))[1]
+    in_space = torch.func.jvp(velocity, (x_t, t), (ode, torch.zeros_like(t)))[1]
+    weight = expand(torch.cos(t) * torch.sin(t), x_t)  # as they stand in the tangent
+    return ((weight * in_time).norm() / (weight * in_space).norm()).item()
+
+
+def check_stiffness(denoiser: NetDenoiser, latent_shape: Sequence[int]) -> None:
+    """Measures it once on a single row, before expensive work.
+
+    Raises:
+        RecipeError: the network cannot be differentiated in forward mode.
+    """
+    x = torch.zeros(1, *latent_shape, device=next(denoiser.net.parameters()).device)
+    remedy = "distill the teacher as it is, with method.tangent difference and method.difference 1e-4"
+    with refusing_without(denoiser.net, "prepare: stiffness", remedy):
+        stiffness(denoiser, x, repeated(1.0, x), torch.ones_like(x), denoiser.example.to(x.device))
+
+
+@torch.no_grad()
+def compare(teacher: NetDenoiser, student: NetDenoiser, batch: Batch) -> dict[str, float]:
+    """Relative error of the student's velocity and its stiffness, at the noise levels of sCM's training."""
+    low, high = angle_range(teacher.schedule)
+    t = angles(batch.rng.normal(len(batch.real)), -0.4, 1.6).clamp(low + 1e-2, high - 1e-3)
+    x_t = TrigFlow().add_noise(batch.real, batch.rng.normal_like(batch.real), t)
+    exact, ours = (
+        ScheduleView(d, TrigFlow()).predict("v", x_t, t, batch.real_cond) for d in (teacher, student)
+    )
+    ratio = stiffness(student, x_t, t, exact, batch.real_cond)
+    return {"error": ((ours - exact).norm() / exact.norm()).item(), "stiffness": ratio}
+
+
+# --------------------------------------------------------------------------------------------------------- training
+class Preparation(Method):
+    """A copy of the teacher learns the teacher's own prediction, at all times and under both branches of guidance."""
+
+    student: Student
+
+    def __init__(self, config: PrepareConfig, teacher: NetDenoiser, *, student: NetDenoiser):
+        self.config, self.teacher = config, teacher
+        self.student = Student(student, [student.schedule.t_max])
+
+    def phases(self) -> list[Phase]:
+        return [Phase("student", ("student",), self.loss)]
+
+    def loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
+        denoiser: Any = self.student.denoiser
+        schedule = self.teacher.schedule
+        t = schedule.draw_times(batch.rng.uniform(len(batch.real)), 1e-3)
+        x_t = schedule.add_noise(batch.real, batch.rng.normal_like(batch.real), t)
+        dropped = batch.rng.uniform(len(t)) < self.config.null_probability
+        cond = mixed(batch.real_cond, self.teacher.null, dropped)
+        with torch.no_grad():
+            target = self.teacher.predict(x_t, t, cond)
+        return {"prediction": F.mse_loss(denoiser.predict(x_t, t, cond), target)}
+
+
+def mixed(cond: Cond, null: Cond | None, dropped: Tensor) -> Cond:
+    """Rows (B,) of cond, the null condition where ``dropped`` is true."""
+    if null is None:
+        return cond
+    rows = null.to(dropped.device).expand(len(cond))
+    return Cond({n: torch.where(expand(dropped, v).bool(), rows[n], v) for n, v in cond.tensors.items()})
+
+
+def prepare(
+    teacher: Teacher, out: Path, images: CaptionedImages, config: PrepareConfig, *, quiet: bool = False
+) -> dict[str, Any]:
+    """Writes the prepared pipeline to ``out`` and says what was reached; called again, it goes on where it stopped.
+
+    Training stops as soon as error and stiffness are below their bounds, or after ``config.steps``.
+
+    Returns:
+        What ``prepare.json`` in the folder says: error and stiffness before, after the cut, and in the end.
+
+    Raises:
+        FewstepError: the folder is there already, or the network has no time embedding that is known or no
+            forward-mode derivative.
+    """
+    if out.exists():
+        raise FewstepError(f"prepare: {out} is there already; give another folder")
+    check_stiffness(teacher.denoiser, teacher.latent_shape)
+    net = with_qk_norm(teacher.net) if config.qk_norm else copy.deepcopy(teacher.net)
+    student = teacher.denoiser.with_net(net.float().requires_grad_(True))
+    cut = smooth_time(student, teacher.latent_shape, config.turns)
+    conditions = encode_prompts(teacher, images.captions, quiet=quiet)
+    latents = encode_images(teacher, images, quiet=quiet)
+    teacher.drop_encoders()
+
+    def batches(size: int, seed: int) -> Batches:
+        return Batches(
+            conditions, teacher.latent_shape, batch_size=size, seed=seed, latents=latents, captions=conditions,
+            device=teacher.device,
+        )  # fmt: skip
+
+    def measured(denoiser: NetDenoiser) -> dict[str, float]:
+        with averaged(role):
+            return compare(teacher.denoiser, denoiser, batches(64, config.seed + 1).batch(0, 0))
+
+    role = Role("student", net, RoleConfig(kind="full", lr=config.lr, weight_decay=0.0, warmup=50, ema=0.99))
+    record: dict[str, Any] = {"teacher": teacher.source, "sinusoids_cut": cut, "qk_norm": config.qk_norm}
+    record["before"] = measured(teacher.denoiser)
+    record["checks"] = []
+    train = TrainConfig(
+        steps=config.steps, batch_size=config.batch_size, seed=config.seed, log_every=50,
+        sample_every=config.check_every, checkpoint_every=config.check_every, keep=1,
+    )  # fmt: skip
+
+    def check(step: int) -> None:
+        if record["checks"] and step == record["checks"][-1]["step"]:
+            return
+        now = {"step": step, **measured(student)}
+        record["checks"].append(now)
+        if not quiet:
+            print(f"fewstep: step {step}: error {now['error']:.4f}, stiffness {now['stiffness']:.2f}")
+        if now["error"] <= config.error and now["stiffness"] <= config.stiffness:
+            train.steps = step  # the loop ends here
+
+    folder = out.with_name(out.name + ".training")
+    method = Preparation(config, teacher.denoiser, student=student)
+    trainer = Trainer(
+        method, {"student": role}, batches(config.batch_size, config.seed), train, folder=folder, on_sample=check,
+        process=Process(device=teacher.device), quiet=quiet,
+    )  # fmt: skip
+    trainer.restore()
+    check(trainer.progress.iteration)
+    if trainer.progress.iteration < train.steps:
+        try:
+            trainer.train()
+        except Interrupted as stop:
+            raise Interrupted(stop.number, stop.step, "the same command") from None
+    last = record["checks"][-1]
+    reached = last["error"] <= config.error and last["stiffness"] <= config.stiffness
+    record |= {"after": last, "reached": reached, "seconds": round(trainer.seconds, 1)}
+    with replacing(out) as part, averaged(role):
+        save_network(teacher, net, teacher.pipe.scheduler, part)
+        write_json(part / "prepare.json", record)
+    return record

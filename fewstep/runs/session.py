@@ -1,0 +1,334 @@
+"""One recipe from start to end: check, encode, train, export, verify, evaluate, report.
+
+``python recipes/x.py``, ``torchrun recipes/x.py`` and ``fewstep train recipes/x.py`` all end up in :func:`run`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from .. import export
+from .. import recipe as recipes
+from ..data.batches import Ahead, Batches
+from ..data.cache import Store
+from ..data.images import CaptionedImages
+from ..device import keep_freed
+from ..diffusion import kernels
+from ..errors import FewstepError, LostProcess, TrainingError, tell
+from ..files import WriteError, write, write_json
+from ..methods.router import RoutedStudent
+from ..process import Process, start
+from ..recipe import Recipe
+from ..report.report import write_report
+from ..teachers import load_teacher
+from ..teachers.base import Teacher
+from ..training import checkpoint
+from ..training.roles import averaged
+from ..training.sharding import gathered
+from ..training.trainer import Trainer
+from ..vision.perceptual import distance_of
+from ..vision.reward import load_reward, of_latents
+from .build import build, encode, on_pixels
+from .checks import check_class, check_data, check_length, check_output, check_space
+from .preview import Preview
+from .summary import hardware, versions
+from .trackers import Trackers
+
+
+def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> Path:
+    """Runs a recipe with command-line overrides; the entry point of every recipe script.
+
+    Args:
+        arguments: ``--train.steps 100`` and the like, default ``sys.argv[1:]``. ``--smoke`` shrinks the run to
+            seconds, with a tiny random teacher of the right class where the real one is not given.
+
+    Returns:
+        The run directory. Whatever goes wrong exits with one message, see :func:`fewstep.errors.tell`.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    smoke = "--smoke" in words
+    words = [w for w in words if w != "--smoke"]
+    try:
+        recipe = recipes.override(recipe, words)
+        if smoke:
+            from .smoke import smoke as shrink
+
+            recipe = shrink(
+                recipe, keep_teacher=any(w.split("=")[0] in ("--teacher", "--teacher.path") for w in words)
+            )
+        return execute(recipe)
+    except BaseException as error:
+        raise SystemExit(tell(error)) from None
+
+
+def resume(folder: str | Path, arguments: Sequence[str] = ()) -> Path:
+    """Continues a run from its last whole checkpoint, exactly; or not quite, with options such as a lower rate."""
+    recipe = _recipe_of(Path(folder))
+    return execute(recipes.override(recipe, arguments), resuming=True)
+
+
+def _recipe_of(folder: Path) -> Recipe:
+    if not (folder / "recipe.yaml").is_file():
+        raise FewstepError(f"{folder} is no run (no recipe.yaml in it); expected the output folder of a run")
+    return dataclasses.replace(recipes.load(folder / "recipe.yaml"), output=str(folder))
+
+
+def reexport(folder: str | Path, arguments: Sequence[str] = (), step: str = "newest") -> Path:
+    """Exports a checkpoint of a run again, with other export options or from an earlier step.
+
+    Args:
+        step: "newest", "best" (see ``train.best``) or a number.
+
+    Raises:
+        FewstepError: no such checkpoint, or a damaged one.
+    """
+    folder = Path(folder)
+    recipe = recipes.override(_recipe_of(folder), arguments)
+    session = Session(recipe, *check_data(recipe), start("cpu"))
+    if not session.trainer.restore():
+        raise FewstepError(f"{folder}: no checkpoint to export; train it first")
+    if step != "newest":
+        session.trainer.restore(checkpoint.at(folder / "checkpoints", step, session.trainer.best))
+    session.export()
+    return folder / "export"
+
+
+def replay(folder: str | Path) -> bool:
+    """The iteration at which a run gave up, from its snapshot: says again what was not finite.
+
+    Returns:
+        Whether it fails again.
+    """
+    folder = Path(folder)
+    snapshot = folder / "diverged"
+    if not snapshot.is_dir():
+        raise FewstepError(
+            f"{folder}: holds no snapshot of a failure (no folder diverged in it); nothing to replay"
+        )
+    if reason := checkpoint.fault(snapshot):
+        raise FewstepError(f"{snapshot}: {reason}; nothing to replay")
+    recipe = _recipe_of(folder)
+    trainer = Session(recipe, *check_data(recipe), start(recipe.train.device, recipe.train.shard)).trainer
+    trainer.restore(snapshot)
+    trainer.folder = None  # leaves everything as it is
+    try:
+        trainer.iterate()
+    except TrainingError as error:
+        print(f"fewstep: again: {error}")
+        return True
+    print(f"fewstep: step {trainer.progress.iteration - 1} went well this time")
+    return False
+
+
+def execute(recipe: Recipe, resuming: bool = False) -> Path:
+    """The whole run; cheap checks come before anything is loaded, and loading before anything is written."""
+    recipe = recipes.from_dict(recipes.to_dict(recipe))
+    folder = Path(recipe.output)
+    if not resuming:
+        check_output(folder)
+    prompts, images = check_data(recipe)
+    check_class(recipe)
+    kernels.check_attention(recipe.teacher.attention)
+    process = start(recipe.train.device, recipe.train.shard)
+    session = Session(recipe, prompts, images, process)
+    recipe = session.recipe
+    if process.main:
+        if note := kernels.doubt(recipe.teacher.autocast, process.device):
+            print(f"fewstep: note: {note}", file=sys.stderr)
+        _claim(folder, recipe, session)
+    process.barrier()
+    try:
+        session.train(resuming)
+        session.export()
+    except RuntimeError as error:  # gloo has no class of its own for a connection that broke
+        if process.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise LostProcess(
+            f"another of the {process.world} processes has ended or cannot be reached; its own message says why. "
+            f"Continue from the last checkpoint with: torchrun ... -m fewstep resume {folder}"
+        ) from error
+    if process.main:
+        if recipe.evaluation.num:
+            from ..evaluation.of_run import evaluate_run
+
+            evaluate_run(recipe, folder, session.teacher, prompts, images)
+        print(f"fewstep: report {write_report(folder)}")
+    process.barrier()
+    return folder
+
+
+def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
+    """The run directory comes into being when everything is known to fit together."""
+    write(folder / "recipe.yaml", recipes.dump(recipe))
+    session.write_summary(report=False)
+
+
+def settled(recipe: Recipe, teacher: Teacher, process: Process) -> Recipe:
+    """With what ``auto`` became, on all ranks as on the first one, so that the run goes on with it anywhere."""
+    denoiser = teacher.denoiser
+    denoiser.autocast, denoiser.attention = process.collect((denoiser.autocast, denoiser.attention))[0]
+    autocast: Any = str(denoiser.autocast).removeprefix("torch.") if denoiser.autocast else None
+    config = dataclasses.replace(recipe.teacher, autocast=autocast, attention=denoiser.attention)
+    return dataclasses.replace(recipe, teacher=config)
+
+
+class Session:
+    """What a recipe becomes once loaded: teacher, roles, method, data, trainer."""
+
+    def __init__(self, recipe: Recipe, prompts: list[str], images: CaptionedImages | None, process: Process):
+        self.process, self.folder = process, Path(recipe.output)
+        quiet = not process.main
+        self.teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
+        self.recipe = recipe = settled(recipe, self.teacher, process)
+        kernels.set_precision(process.device, recipe.train.tf32)
+        keep_freed(process.device)
+        self.roles, self.method = build(recipe, self.teacher, process)
+        train = recipe.train
+        check_length(self.method, train.steps, train.batch_size * train.accumulate * process.world)
+        self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
+        export.check_exportable(self.method.student, [role.config for role in self.experts], self.teacher)
+        check_space(self.folder, self.roles, recipe)
+        if not process.main:
+            process.barrier()  # the first rank encodes, the others find the cache
+        encoded = encode(recipe, self.teacher, prompts, images, quiet)
+        to_verify = self.method.prepare(encoded["conditions"])
+        if "pairs" in encoded and hasattr(recipe.method, "regression"):
+            self.method.distance = distance_of(recipe.method.regression, self.teacher)
+        if getattr(recipe.method, "reward", None):
+            reward = load_reward(recipe.method.reward, str(process.device))
+            self.method.reward = of_latents(reward, self.teacher, prompts)
+        if process.main:
+            process.barrier()
+        self.preview = Preview(
+            recipe,
+            self.teacher,
+            self.method,
+            self.experts,
+            prompts,
+            self.folder,
+            images if process.main else None,
+        )
+        self.export_prompts = [*self.preview.prompts[:2], *(prompts[i] for i in to_verify)]
+        self.teacher.drop_encoders(vae=not on_pixels(recipe))
+        data = Batches(
+            latent_shape=self.teacher.latent_shape,
+            batch_size=recipe.train.batch_size,
+            per_iteration=recipe.train.accumulate * process.world,
+            seed=recipe.train.seed,
+            device=process.device,
+            **encoded,
+        )
+        self.trainer = Trainer(
+            self.method,
+            self.roles,
+            Ahead(data),
+            recipe.train,
+            folder=self.folder,
+            process=process,
+            on_sample=lambda step: self.preview.draw(step, process.main),
+            on_save=self.preview.settle,
+        )
+
+    def train(self, resuming: bool) -> None:
+        if resuming:
+            found, main = self.trainer.restore(), self.process.main
+            if main and found:
+                print(f"fewstep: resuming at step {self.trainer.progress.iteration}")
+            elif main:
+                print("fewstep: no checkpoint yet, beginning again", file=sys.stderr)
+        names = self.recipe.train.trackers if self.process.main else []
+        try:
+            with Trackers(names, self.folder, recipes.to_dict(self.recipe)) as trackers:
+                self.trainer.on_record = trackers.log
+                self.trainer.train()
+            self.preview.settle()
+        except BaseException:
+            with contextlib.suppress(WriteError):  # the first fault is the one to tell
+                self.write_summary()
+            raise
+        self.write_summary()
+
+    def export(self) -> None:
+        recipe, experts = self.recipe, self.experts
+        for name in self.teacher.encoders:
+            getattr(self.teacher.pipe, name).to(self.process.device)
+        with averaged(*experts):
+            own = {
+                student.num_steps: export.trainer_sample(student, self.teacher, self.export_prompts)
+                for student in self.method.student.variants()
+            }
+        weights = {role.name: gathered(role.final_weights(), self.process) for role in experts}
+        if not self.process.main:
+            return
+        student, place = self.method.student, self.folder / "export"
+        options: dict[str, Any] = {
+            "about": self._about(),
+            "dtype": recipe.export.dtype,
+            "kohya": recipe.export.kohya,
+        }
+        if isinstance(student, RoutedStudent):
+            configs = {role.name: role.config for role in experts}
+            folder = export.export_routed(place, self.teacher, student, weights, configs, **options)
+        else:
+            folder = export.export_student(
+                place, self.teacher, student, weights, experts[0].config, **options
+            )
+        args = (recipe.export.tolerance, recipe.export.dtype, recipe.teacher.dtype)
+        difference = max(
+            export.verify(folder, sample, self.teacher, self.export_prompts, *args, steps)
+            for steps, sample in own.items()
+        )
+        reader = "stock diffusers" if self.teacher.kind == "diffusion" else self.teacher.pipeline_class
+        print(f"fewstep: export {folder} verified in {reader}, largest difference {difference:.1e}")
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "title": self.folder.name,
+            "method": self.method.name,
+            "recipe": recipes.digest(self.recipe),
+            "guidance_scale": getattr(self.recipe.method, "guidance_scale", 1.0),
+            "trained_steps": self.trainer.progress.iteration,
+            "prompt": self.export_prompts[0],
+        }
+
+    def write_summary(self, report: bool = True) -> None:
+        if not self.process.main:
+            return
+        trainer = getattr(self, "trainer", None)
+        summary = {
+            "name": self.folder.name,
+            "teacher": self.teacher.source,
+            "method": self.method.name,
+            "student_steps": self.method.student.num_steps,
+            "steps": trainer.progress.iteration if trainer else 0,
+            "seconds": round(trainer.seconds, 1) if trainer else 0,
+            "parameters": {n: sum(w.numel() for w in r.weights.values()) for n, r in self.roles.items()},
+            "hardware": hardware(self.process),
+            "arithmetic": {name: getattr(self.recipe.teacher, name) for name in ("autocast", "attention")},
+            "versions": versions(),
+        }
+        write_json(self.folder / "run.json", summary)
+        if report:
+            write_report(self.folder)
+
+
+def cache(recipe: Recipe) -> dict[str, Store]:
+    """Encodes what a recipe trains on, so that runs find it: after an interruption it goes on where it stopped.
+
+    Raises:
+        RecipeError: as :func:`execute`, for data and teacher.
+    """
+    recipe = recipes.from_dict(recipes.to_dict(recipe))
+    prompts, images = check_data(recipe)
+    check_class(recipe)
+    device = start(recipe.train.device).device
+    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=device)
+    stores = encode(recipe, teacher, prompts, images)
+    return {name: store for name, store in stores.items() if isinstance(store, Store)}

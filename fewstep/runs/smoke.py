@@ -1,0 +1,120 @@
+"""``--smoke``: any recipe in seconds, through the code of the real run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+from ..configs import EvalConfig, SampleConfig
+from ..data.prompts import CLASSES, UNCONDITIONAL
+from ..recipe import Recipe
+
+RANK = 4
+# Options by which four steps meet every kind of turn of a method.
+FEW = {
+    "critic_steps": 2,
+    "nodes": 2,
+    "record_steps": 1,
+    "backtrack_steps": 1,
+    "gan_schedule": (2, 4),
+    "initial_share": 0.25,
+    "head_width": 32,
+}
+
+
+def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
+    """Four steps of two samples, a small rank, two images evaluated, output in a temporary folder.
+
+    Unless the teacher is given or built in, a tiny random pipeline of the recipe's class stands in; where prompts and
+    images are no files here, a few emoji do.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="fewstep-smoke-"))
+    teacher, data = recipe.teacher, recipe.data
+    if not keep_teacher and not teacher.path.startswith("builtin:"):
+        from ..teachers.tiny import RESOLUTION, write_tiny_pipeline
+
+        tiny = write_tiny_pipeline(teacher.pipeline_class or "StableDiffusionXLPipeline", folder / "teacher")
+        teacher = dataclasses.replace(
+            teacher,
+            path=str(tiny),
+            dtype="float32",
+            autocast=None,
+            resolution=RESOLUTION.get(teacher.pipeline_class or ""),
+        )
+    few = _few_emoji(folder)
+    data = dataclasses.replace(
+        data,
+        prompts=data.prompts
+        if data.prompts in (CLASSES, UNCONDITIONAL) or Path(data.prompts).is_file()
+        else str(few / "prompts.txt"),
+        images=data.images if data.images is None or Path(data.images).is_dir() else str(few),
+    )
+    few_turns = {name: value for name, value in FEW.items() if hasattr(recipe.method, name)}
+    if getattr(recipe.method, "score_length", 0):
+        few_turns["score_length"] = 1.0  # a stage of its own within four steps
+    if getattr(recipe.method, "regression", None) == "lpips":
+        few_turns["regression"] = "features"  # whose weights come with fewstep
+    if getattr(recipe.method, "from_dd1", None):
+        few_turns["from_dd1"] = None  # a run of its own
+    if any(tap.startswith("transformer_blocks.") for tap in getattr(recipe.method, "taps", ())):
+        few_turns["taps"] = [
+            "transformer_blocks.0",
+            "transformer_blocks.1",
+        ]  # more than these a tiny one has not
+    method = dataclasses.replace(recipe.method, **few_turns)
+    names = (*recipe.method_class.networks_for(method), *recipe.method_class.extras)
+    roles = {n: dataclasses.replace(recipe.role(n), rank=min(RANK, recipe.role(n).rank)) for n in names}
+    train = dataclasses.replace(
+        recipe.train,
+        steps=4,
+        batch_size=2,
+        accumulate=1,
+        shard=1,
+        log_every=1,
+        sample_every=2,
+        checkpoint_every=2,
+    )
+    if "pairs" in recipe.method_class.needs(recipe.method):
+        data = dataclasses.replace(
+            data, pairs=str(_few_pairs(folder / "pairs", teacher, data.prompts, method))
+        )
+    return dataclasses.replace(
+        recipe,
+        output=str(folder / "run"),
+        teacher=teacher,
+        data=data,
+        roles=roles,
+        train=train,
+        method=method,
+        samples=SampleConfig(count=2, teacher_steps=2, columns=2),
+        evaluation=EvalConfig(num=0),
+    )
+
+
+def _few_pairs(folder: Path, teacher, prompts: str, method) -> Path:
+    from ..data.pairs import make_pairs
+    from ..data.prompts import load_prompts
+    from ..teachers import load_teacher
+
+    options = {"num": 4, "steps": 2, "guidance": method.guidance_scale}
+    return make_pairs(folder, load_teacher(teacher.path), load_prompts(prompts), **options)
+
+
+def _few_emoji(folder: Path, count: int = 8) -> Path:
+    """A folder of captioned images with its prompts, as a user would bring one."""
+    from PIL import Image
+
+    from ..data import emoji
+
+    images, captions = emoji.load()
+    chosen = range(0, len(captions), len(captions) // count)[:count]
+    rows = [{"file_name": f"{i:04d}.png", "text": captions[i]} for i in chosen]
+    target = folder / "emoji"
+    target.mkdir(parents=True)
+    for i, row in zip(chosen, rows):
+        Image.fromarray(images[i]).save(target / row["file_name"])
+    (target / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (target / "prompts.txt").write_text("".join(row["text"] + "\n" for row in rows))
+    return target

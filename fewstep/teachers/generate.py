@@ -1,0 +1,83 @@
+"""Stock pipelines called alike, whatever they are conditioned on; images with one seed per sample."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..errors import FewstepError
+from .classes import labels_of, num_classes
+from .transformers import text_length
+
+
+def call_pipeline(
+    pipe, prompts: Sequence[str], generator: torch.Generator | Sequence[torch.Generator], **options: Any
+):
+    """One ordinary call of a stock pipeline with texts, with class labels (DiT, UNet2DModel) or with neither.
+
+    Args:
+        generator: one, or one per prompt; all noise is drawn from it.
+
+    Raises:
+        FewstepError: a guidance scale for a pipeline without any, or a prompt that is no class of the network.
+    """
+    _bind_noise(pipe, generator)
+    name, prompts = type(pipe).__name__, list(prompts)
+    if name == "DiTPipeline":
+        return pipe(labels_of(pipe, prompts), generator=generator, **options)
+    if name in ("SanaPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline"):
+        options.setdefault("max_sequence_length", text_length(pipe))
+    if name != "DDPMPipeline":
+        return pipe(prompts, generator=generator, **options)
+    scale = options.pop("guidance_scale", 1.0)
+    if scale not in (0.0, 1.0):
+        raise FewstepError(f"guidance_scale: {scale}: a {name} has no guidance; expected 1")
+    if num_classes(pipe):  # the stock pipeline hands on no labels
+        labels = torch.tensor(labels_of(pipe, prompts), device=pipe.device)
+        pipe.unet.forward = partial(type(pipe.unet).forward, pipe.unet, class_labels=labels)
+    return pipe(batch_size=len(prompts), generator=generator, **options)
+
+
+def _bind_noise(pipe, generator: torch.Generator | Sequence[torch.Generator]) -> None:
+    """Lets a pipeline draw the noise of its steps from the generator of its call.
+
+    Those of Stable Diffusion 3, Flux and DiT do not hand it to their scheduler, which then draws from torch's own.
+    """
+    if type(pipe).__name__ not in ("StableDiffusion3Pipeline", "FluxPipeline", "DiTPipeline"):
+        return
+    step = type(pipe.scheduler).step
+    if "generator" in inspect.signature(step).parameters:
+        pipe.scheduler.step = partial(step, pipe.scheduler, generator=generator)
+
+
+@torch.no_grad()
+def generate(
+    pipe,
+    prompts: Sequence[str],
+    call: dict[str, Any] | Callable[[list[torch.Generator]], dict[str, Any]],
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    label: str = "generating",
+    quiet: bool = False,
+) -> tuple[np.ndarray, float]:
+    """Images uint8 (N, H, W, 3) of N prompts and the seconds each took; sample i uses seed + i for all its noise.
+
+    Args:
+        call: arguments of the pipeline, or a function from the generators of a batch to them (see ``stock_call``).
+    """
+    images, begin = [], time.perf_counter()
+    for start in tqdm(range(0, len(prompts), batch_size), desc=label, disable=quiet, leave=False):
+        chunk = list(prompts[start : start + batch_size])
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
+        options = call(generators) if callable(call) else call
+        output = call_pipeline(pipe, chunk, generators, output_type="np", **options).images
+        images.append((output * 255).round().astype(np.uint8))
+    return np.concatenate(images), (time.perf_counter() - begin) / len(prompts)

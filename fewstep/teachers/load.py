@@ -1,0 +1,222 @@
+"""Finding and loading a teacher: built-in, a folder, or of the hub."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..diffusion import kernels
+from ..errors import FewstepError
+from .base import Teacher, check_pipeline_folder
+from .pipelines import hushed
+
+if TYPE_CHECKING:
+    import torch
+
+
+ASSETS = Path(__file__).parent.parent / "assets"
+BUILTIN = {f"builtin:{name}": ASSETS / name for name in ("emoji-xl", "emoji-flow", "emoji-ar")}
+REGISTERED: dict[str, type[Teacher]] = {}
+
+
+def register(cls: type[Teacher]) -> type[Teacher]:
+    """Decorator: an adapter of your own for a pipeline class, named in its ``pipeline_class``."""
+    REGISTERED[cls.pipeline_class] = cls
+    return cls
+
+
+def adapters() -> dict[str, type[Teacher]]:
+    """Pipeline class -> adapter."""
+    from .ar import PIPELINES, Autoregressive
+    from .classes import DDPM, DiT
+    from .flux import Flux
+    from .sd import StableDiffusion, StableDiffusionXL
+    from .transformers import PixArtAlpha, PixArtSigma, Sana, StableDiffusion3
+
+    known = (
+        *(StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Sana, PixArtAlpha, PixArtSigma),
+        *(DiT, DDPM),
+    )
+    stock = {cls.pipeline_class: cls for cls in known}
+    return {
+        **stock,
+        "DDIMPipeline": DDPM,
+        **dict.fromkeys(PIPELINES, Autoregressive),
+        **REGISTERED,
+    }
+
+
+def pipeline_type(name: str):
+    """The class of a pipeline: one of ours by name, or diffusers' loader, which finds the class itself."""
+    from diffusers import DDPMPipeline, DiffusionPipeline
+
+    from .ar import PIPELINES
+
+    # DDIMPipeline makes DDIM's of any scheduler, and holds the same parts.
+    return {"DDIMPipeline": DDPMPipeline, **PIPELINES}.get(name, DiffusionPipeline)
+
+
+def resolve(source: str) -> str:
+    """The folder of a built-in teacher, or the path or hub id as given.
+
+    Raises:
+        FewstepError: unknown built-in, or a local path that is no pipeline.
+    """
+    if source.startswith("builtin:"):
+        if source not in BUILTIN:
+            raise FewstepError(f"teacher.path: {source!r} is unknown; built in: {', '.join(BUILTIN)}")
+        _check_transformers(source)
+        return str(BUILTIN[source])
+    check_pipeline_folder(source)
+    return source
+
+
+def _check_transformers(source: str) -> None:
+    """The text encoder of the flow sees few tokens in each of its layers, which older libraries cannot do."""
+    from importlib.metadata import version
+
+    have = version("transformers")
+    if source == "builtin:emoji-flow" and int(have.split(".")[0]) < 5:
+        raise FewstepError(
+            f"teacher.path: {source} needs transformers 5, this is {have}: pip install -U transformers"
+        )
+
+
+def pipeline_class_of(source: str) -> str:
+    """Class of a pipeline without loading its weights; one clear error if fewstep has no adapter for it."""
+    from diffusers import DiffusionPipeline
+
+    path = resolve(source)
+    try:
+        name = DiffusionPipeline.load_config(path)["_class_name"]
+    except Exception as error:  # the hub client raises a dozen kinds
+        raise FewstepError(f"teacher.path: cannot read the pipeline {source}: {error}") from error
+    if name not in adapters():
+        raise FewstepError(
+            f"teacher.path: {source} is a {name}; fewstep has adapters for {', '.join(adapters())}. If it only "
+            "wraps the parts of one of these, save them as that class (its from_pipe, then save_pretrained). Else "
+            "subclass fewstep.teachers.base.Teacher (encode, call) under @fewstep.teachers.register in your recipe, as "
+            "in fewstep/teachers/sd.py"
+        )
+    return name
+
+
+@contextmanager
+def nothing_made_up(source: str) -> Iterator[None]:
+    """Refuses a pipeline whose files lack weights: the libraries put random numbers in their place, and only warn.
+
+    Raises:
+        FewstepError: with what the library says.
+    """
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]  # of this one handler
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [(logger, logger.handlers, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.handlers = [handler]
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, handlers, level in before:
+            logger.handlers = handlers
+            logger.setLevel(level)
+    made_up = [text for text in said if "newly initialized" in text]
+    if made_up:
+        text = " ".join(re.sub(r"\x1b\[[\d;]*m", "", made_up[0]).split())
+        raise FewstepError(
+            f"teacher.path: {source}: weights are missing in its files, or have names that this version of a library "
+            f"does not know: {text[:400]}. Put the whole pipeline there, or upgrade to the version that saved it"
+        )
+
+
+def absent_parts(path: str | Path) -> dict[str, None]:
+    """Parts that a pipeline was saved without, e.g. the third encoder of Stable Diffusion 3.
+
+    Its class may want them named all the same when it is loaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    config = DiffusionPipeline.load_config(path)
+    return {
+        name: None
+        for name, value in config.items()
+        if isinstance(value, (list, tuple)) and list(value) == [None, None]
+    }
+
+
+def load_pipeline(source: str, dtype: str = "float32"):
+    """The stock pipeline of a path, hub id or built-in name; weights from safetensors only."""
+    import torch
+
+    pipeline_class = pipeline_class_of(source)
+    usual: dict[str, dict[str, Any]] = {
+        # A safety checker is no part of distillation, and most folders lack it.
+        "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
+        "StableDiffusionXLPipeline": {"add_watermarker": False},
+    }
+    extra = absent_parts(resolve(source)) | usual.get(pipeline_class, {})
+    try:
+        with hushed(), nothing_made_up(source):
+            pipe = pipeline_type(pipeline_class).from_pretrained(
+                resolve(source), torch_dtype=getattr(torch, dtype), use_safetensors=True, **extra
+            )
+    except FewstepError:
+        raise
+    except Exception as error:  # a file missing or damaged: each loader raises its own kinds
+        raise FewstepError(f"teacher.path: cannot load the pipeline {source}: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_teacher(
+    source: str,
+    *,
+    dtype: str = "float32",
+    resolution: int | None = None,
+    autocast: str | None = None,
+    attention: str = "auto",
+    device: torch.device | str = "cpu",
+) -> Teacher:
+    """A pipeline folder, hub id or ``builtin:`` name as a teacher.
+
+    Args:
+        source: what ``DiffusionPipeline.from_pretrained`` takes, or ``builtin:emoji-xl``.
+        dtype: of the frozen weights, "float32" or "bfloat16"; the VAE stays in float32.
+        resolution: pixels; default the pipeline's own. autocast: dtype of the networks' arithmetic, "auto" or None.
+        attention: kernel, see :class:`~fewstep.recipe.TeacherConfig`. device: where it will be, for which ``auto`` is
+            decided.
+
+    Raises:
+        FewstepError: no pipeline there, or no adapter for its class.
+    """
+    import torch
+
+    pipe = load_pipeline(source, dtype)
+    cls = adapters()[type(pipe).__name__]
+    if cls.autoencoder:
+        with hushed():
+            getattr(pipe, cls.autoencoder).to(torch.float32)
+    teacher = with_arithmetic(partial(cls, pipe, source, resolution), autocast, attention, device)
+    return teacher.to(device)
+
+
+def with_arithmetic(
+    build: Callable[[torch.dtype | None, str], Teacher],
+    autocast: str | None,
+    attention: str,
+    device: torch.device | str,
+) -> Teacher:
+    """A teacher whose ``auto`` is decided for the device where it will be."""
+    import torch
+
+    autocast = kernels.autocast_for(autocast, device)
+    teacher = build(getattr(torch, autocast) if autocast else None, attention)
+    teacher.denoiser.attention = kernels.attention_for(attention, device, autocast, teacher.positions)
+    return teacher

@@ -1,0 +1,95 @@
+"""Questions to a stock pipeline, whatever its class."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import FewstepError
+
+
+def network_of(pipe: Any) -> Any:
+    """The denoiser of a stock pipeline."""
+    return pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
+
+
+def pixels_per_latent(pipe: Any) -> int:
+    """Pixels along a side of one latent; 1 without an autoencoder."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return 1
+    factor: int = getattr(pipe, "vae_scale_factor", None) or 2 ** (len(vae.config.block_out_channels) - 1)
+    return factor
+
+
+def native_resolution(pipe: Any) -> int:
+    """Pixels along a side of what the stock pipeline makes by default.
+
+    Raises:
+        FewstepError: its images are not square.
+    """
+    size: Any = getattr(pipe, "default_sample_size", None) or network_of(pipe).config.sample_size
+    if not isinstance(size, int):
+        if len(set(size)) > 1:
+            raise FewstepError(f"{type(pipe).__name__}: sample_size {size}: expected square images")
+        size = size[0]
+    return int(size * pixels_per_latent(pipe))
+
+
+def fix_shift(pipe: Any, resolution: int | None = None) -> None:
+    """Gives a scheduler whose shift depends on the size of the image the shift of this size, for good.
+
+    The stock pipelines compute it anew in each call, from the number of tokens (Flux, SD3).
+    """
+    config = pipe.scheduler.config
+    if not config.get("use_dynamic_shifting"):
+        return
+    side = (
+        (resolution or native_resolution(pipe)) // pixels_per_latent(pipe) // getattr(pipe, "patch_size", 2)
+    )
+    low, high = config.base_image_seq_len, config.max_image_seq_len
+    mu = config.base_shift + (config.max_shift - config.base_shift) * (side**2 - low) / (high - low)
+    shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+    pipe.scheduler = type(pipe.scheduler).from_config(config, use_dynamic_shifting=False, shift=shift)
+
+
+def takes(pipe: Any, argument: str) -> bool:
+    """Whether the stock pipeline's call has this argument."""
+    routed = getattr(pipe, "pipe", pipe)  # which hands on what it does not know
+    return argument in inspect.signature(routed.__call__).parameters
+
+
+def size_options(pipe: Any, resolution: int | None = None) -> dict[str, Any]:
+    """Arguments of the stock pipeline's call for square images of this many pixels, by default its own."""
+    if not takes(pipe, "height"):
+        return {}
+    size = resolution or native_resolution(pipe)
+    options = {"height": size, "width": size}
+    if takes(pipe, "use_resolution_binning"):
+        options["use_resolution_binning"] = False  # it would round to a size of the published models
+    return options
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Loading without the libraries' progress bars and advice; errors still come through."""
+    import diffusers
+    import transformers
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for library, level in zip(libraries, levels):
+            library.set_verbosity(level)
+            library.enable_progress_bar()

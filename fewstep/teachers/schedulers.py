@@ -1,0 +1,103 @@
+"""Schedulers of diffusers: the noise path of one, and its training-free solvers, which are the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..device import real
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import NetDenoiser
+from ..diffusion.schedules import VP, Flow, Schedule
+from ..errors import FewstepError
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Asked before any noise table: a DPM-Solver of a flow holds a table too, which means nothing."""
+    if type(scheduler).__name__.startswith(("FlowM", "SCM")):
+        return True
+    return getattr(scheduler, "config", {}).get("prediction_type") == "flow_prediction"
+
+
+def schedule_of(scheduler: Any) -> Schedule:
+    """The noise path of a diffusers scheduler; a flow's shift is the scheduler's.
+
+    Raises:
+        FewstepError: a shift that depends on the size of the image.
+    """
+    config = scheduler.config
+    if not is_flow(scheduler):
+        return VP.from_scheduler(scheduler)
+    if config.get("use_dynamic_shifting"):
+        raise FewstepError(
+            f"{type(scheduler).__name__}: use_dynamic_shifting: true: expected a fixed shift; set it false and shift "
+            "to the value for your resolution (SD3: 3) in scheduler/scheduler_config.json"
+        )
+    return Flow(config.get("shift", config.get("flow_shift", 1.0)), config.num_train_timesteps)
+
+
+@torch.no_grad()
+def scheduler_sample(
+    denoiser: NetDenoiser, scheduler, noise: Tensor, cond: Cond, num_steps: int, *, guidance: float = 1.0
+) -> Tensor:
+    """Any deterministic diffusers scheduler around a denoiser: cached conditions, both branches in one batch.
+
+    Args:
+        noise: unit noise (B, ...), what a student is given; the scheduler's own scale is applied here.
+
+    Returns:
+        x0 (B, ...), fp32.
+    """
+    scheduler.set_timesteps(num_steps, device=noise.device)
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    for time in scheduler.timesteps:
+        t = time.expand(len(x)).to(real(x.device)) / denoiser.schedule.time_scale
+        scaled = scheduler.scale_model_input(x, time) if hasattr(scheduler, "scale_model_input") else x
+        prediction = denoiser.predict(scaled, t, cond, guidance=guidance)
+        x = scheduler.step(prediction, time, x, return_dict=False)[0]
+    return x.float()
+
+
+def _make(name: str, flow: str | None = None, **options) -> Callable:
+    """A scheduler of this class on the table of another; ``flow`` is its class for a flow, where that is another."""
+
+    def build(scheduler):
+        import diffusers
+
+        if is_flow(scheduler):
+            flowing: Any = schedule_of(scheduler)
+            steps, shift = scheduler.config.num_train_timesteps, flowing.shift
+            if flow:
+                return getattr(diffusers, flow)(num_train_timesteps=steps, shift=shift)
+            path = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+            return getattr(diffusers, name)(num_train_timesteps=steps, **path, **options)
+        # Only what defines the noise table is taken over: defaults of one scheduler are wrong for another
+        # (DDIM clips samples unless told not to).
+        keys = (
+            "num_train_timesteps",
+            "beta_start",
+            "beta_end",
+            "beta_schedule",
+            "trained_betas",
+            "prediction_type",
+        )
+        table = {k: scheduler.config[k] for k in keys if scheduler.config.get(k) is not None}
+        return getattr(diffusers, name)(**table, timestep_spacing="trailing", **options)
+
+    return build
+
+
+# Training-free samplers in diffusers; each takes a pipeline's scheduler and gives one on the same noise table or flow.
+# FlowMap is Euler on an even grid before the shift; FlowMatchEuler's own grid spends its last step on 0.001.
+FLOOR: dict[str, Callable] = {
+    "ddim": _make("DDIMScheduler", "FlowMapEulerDiscreteScheduler", clip_sample=False, set_alpha_to_one=True),
+    "euler": _make("EulerDiscreteScheduler", "FlowMapEulerDiscreteScheduler"),
+    "heun": _make("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+    "dpm++": _make("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", lower_order_final=True),
+    "unipc": _make("UniPCMultistepScheduler"),
+}

@@ -1,0 +1,1 @@
+"""All of autoregressive models: networks, tokenizers, codes, students, pipelines, published checkpoints."""

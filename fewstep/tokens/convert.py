@@ -1,0 +1,205 @@
+"""Published checkpoints of autoregressive models turned into pipelines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FewstepError
+from .llamagen import GPT, LlamaGenVQ
+from .pipeline import LlamaGenPipeline, VARPipeline
+from .var import PATCHES, PATCHES_512, VAR, MultiScaleVQ
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, or of a torch file read with ``weights_only`` (bare, or under a usual name).
+
+    Raises:
+        FewstepError: no such file, or one that holds no tensors by name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FewstepError(f"{path} does not exist; expected a .safetensors, .pt or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each loader raises its own kinds
+        raise FewstepError(f"{path}: cannot be read as weights: {str(error).splitlines()[0]}") from error
+    for name in ("model", "module", "state_dict", "ema", "trainer"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise FewstepError(
+            f"{path}: expected tensors by name, at the top or under model, module or state_dict"
+        )
+    return state
+
+
+def load_weights(
+    module: nn.Module, state: dict[str, Tensor], source: str, unused: Sequence[str] = ()
+) -> None:
+    """Strictly, with every fault listed at once.
+
+    Args:
+        unused: names that published files carry and this module does without.
+
+    Raises:
+        FewstepError: keys are missing, left over, or of another shape.
+    """
+    mine = {name: value for name, value in module.state_dict().items() if not name.startswith("pyramid.")}
+    state = {name: value for name, value in state.items() if name not in unused}
+    faults = [f"missing {name}" for name in mine if name not in state]
+    faults += [f"left over {name}" for name in state if name not in mine]
+    faults += [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
+        for name, value in mine.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise FewstepError(
+            f"{source}: does not fit {type(module).__name__}, {len(faults)} keys: {'; '.join(faults[:20])}{more}"
+        )
+    module.load_state_dict({name: value.float() for name, value in state.items()}, strict=False)
+
+
+def _count(state: dict[str, Tensor], prefix: str) -> int:
+    """How many numbered parts there are."""
+    return 1 + max((int(k[len(prefix) :].split(".")[0]) for k in state if k.startswith(prefix)), default=-1)
+
+
+def _shape(state: dict[str, Tensor], name: str, source: str) -> tuple[int, ...]:
+    if name not in state:
+        raise FewstepError(f"{source}: missing {name}; these are the weights of another model")
+    return tuple(state[name].shape)
+
+
+def llamagen(
+    transformer: str | Path,
+    tokenizer: str | Path,
+    *,
+    tokens: int = 256,
+    top_k: int = 8000,
+    top_p: float = 1.0,
+) -> LlamaGenPipeline:
+    """Class-conditional LlamaGen from its published files, e.g. ``c2i_L_256.pt`` and ``vq_ds16_c2i.pt``.
+
+    Args:
+        tokens: of an image, 256 at 256 px and 576 at 384 px; the files do not say. top_k, top_p: how tokens are drawn.
+
+    Raises:
+        FewstepError: files of another model, or of sizes that do not go together.
+    """
+    gpt, vq = read_weights(transformer), read_weights(tokenizer)
+    size, dim = _shape(gpt, "tok_embeddings.weight", str(transformer))
+    if "cls_embedding.embedding_table.weight" not in gpt:
+        raise FewstepError(
+            f"{transformer}: is conditioned on text; its T5 encoder is no part of fewstep: build the LlamaGenPipeline "
+            "from GPT, a text encoder and a tokenizer of your own"
+        )
+    width = _shape(gpt, "layers.0.feed_forward.w1.weight", str(transformer))[0]
+    net = GPT(
+        vocab_size=size,
+        dim=dim,
+        n_layer=_count(gpt, "layers."),
+        n_head=32 if dim == 3200 else max(1, dim // 64),
+        block_size=tokens,
+        num_classes=gpt["cls_embedding.embedding_table.weight"].shape[0] - 1,
+        multiple_of=math.gcd(width, 256),
+    )
+    codes, code_dim = _shape(vq, "quantize.embedding.weight", str(tokenizer))
+    _same_codes(codes, size, tokenizer, transformer)
+    ch = vq["encoder.conv_in.weight"].shape[0]
+    levels = _count(vq, "decoder.conv_blocks.")
+    vqvae = LlamaGenVQ(
+        codes,
+        code_dim,
+        ch=ch,
+        ch_mult={5: (1, 1, 2, 2, 4), 4: (1, 2, 2, 4)}.get(levels, (1,) * levels),
+        blocks=_count(vq, "encoder.conv_blocks.0.res."),
+        z_channels=vq["encoder.conv_out.weight"].shape[0],
+    )
+    if "quantize.codebook_used" not in vq:
+        vq["quantize.codebook_used"] = torch.zeros(65536)  # a counter that some files lack
+    load_weights(net, gpt, str(transformer))
+    load_weights(vqvae, vq, str(tokenizer))
+    return LlamaGenPipeline(net.eval(), vqvae.eval(), top_k=top_k, top_p=top_p)
+
+
+def var(
+    transformer: str | Path, tokenizer: str | Path, *, top_k: int = 900, top_p: float = 0.95
+) -> VARPipeline:
+    """VAR from its published files, e.g. ``var_d16.pth`` and ``vae_ch160v4096z32.pth``.
+
+    Args:
+        top_k, top_p: how tokens are drawn; these are Distilled Decoding's (arXiv 2510.21003, appendix B.4).
+
+    Raises:
+        FewstepError: files of another model, or of sizes that do not go together.
+    """
+    net_state, vq = read_weights(transformer), read_weights(tokenizer)
+    width, code_dim = _shape(net_state, "word_embed.weight", str(transformer))
+    slots = _shape(net_state, "pos_1LC", str(transformer))[1]
+    scales = _shape(net_state, "lvl_embed.weight", str(transformer))[0]
+    known = {sum(side * side for side in p): p for p in (PATCHES, PATCHES_512)}
+    patches = known.get(slots) or _small_patches(scales, slots, str(transformer))
+    codes = _shape(vq, "quantize.embedding.weight", str(tokenizer))
+    size = _shape(net_state, "head.weight", str(transformer))[0]
+    _same_codes(codes[0], size, tokenizer, transformer)
+    depth = _count(net_state, "blocks.")
+    l2_norm = "blocks.0.attn.scale_mul_1H11" in net_state
+    heads = net_state["blocks.0.attn.scale_mul_1H11"].shape[1] if l2_norm else depth
+    net = VAR(
+        vocab_size=size,
+        code_dim=code_dim,
+        depth=depth,
+        width=width,
+        heads=heads,
+        num_classes=net_state["class_emb.weight"].shape[0] - 1,
+        patch_nums=patches,
+        attn_l2_norm=l2_norm,
+        mlp_ratio=net_state["blocks.0.ffn.fc1.weight"].shape[0] / width,
+        num_codes=codes[0],
+    )
+    levels = _count(vq, "decoder.up.")
+    vqvae = MultiScaleVQ(
+        *codes,
+        ch=vq["encoder.conv_in.weight"].shape[0],
+        ch_mult=(1, 1, 2, 2, 4) if levels == 5 else (1,) * levels,
+        blocks=_count(vq, "encoder.down.0.block."),
+        patch_nums=patches,
+    )
+    # The tokenizer's usage counter is per scale of its own training, which was at 256 px.
+    vq["quantize.ema_vocab_hit_SV"] = vqvae.quantize.ema_vocab_hit_SV
+    load_weights(net, net_state, str(transformer), ("lvl_1L", "attn_bias_for_masking"))
+    load_weights(vqvae, vq, str(tokenizer))
+    net.pyramid.take(vqvae.quantize)
+    return VARPipeline(net.eval(), vqvae.eval(), top_k=top_k, top_p=top_p)
+
+
+def _same_codes(tokenizer_size: int, vocabulary: int, tokenizer, transformer) -> None:
+    if tokenizer_size != vocabulary:
+        raise FewstepError(
+            f"{tokenizer}: has a codebook of {tokenizer_size}, but {transformer} predicts {vocabulary} codes; give the "
+            "tokenizer this transformer was trained with"
+        )
+
+
+def _small_patches(scales: int, slots: int, source: str) -> tuple[int, ...]:
+    """Sides 1, 2, 3, ..., which is how small models are made."""
+    patches = tuple(range(1, scales + 1))
+    if sum(side * side for side in patches) != slots:
+        raise FewstepError(
+            f"{source}: pos_1LC has {slots} places for {scales} scales, which fits no known pyramid"
+        )
+    return patches
+
+
+CHECKPOINTS = {"llamagen": llamagen, "var": var}

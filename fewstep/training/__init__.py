@@ -1,0 +1,1 @@
+"""The loop, and what it keeps: roles, optimizers, checkpoints, averages, sharded weights."""

@@ -1,0 +1,90 @@
+"""The command line itself: quick to start, honest about what it does not know."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fewstep.cli import main
+from fewstep.errors import FewstepError
+from fewstep.runs.library import load_recipe, recipe_files
+
+
+def loaded_by(code: str) -> set[str]:
+    words = [sys.executable, "-c", f"{code}\nimport sys, json; print(json.dumps(sorted(sys.modules)))"]
+    return set(
+        json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    )
+
+
+def test_import_costs_no_more_than_torch():
+    heavy = {
+        "diffusers",
+        "transformers",
+        "peft",
+        "accelerate",
+        "torchvision",
+        "xformers",
+        "cleanfid",
+        "scipy",
+    }
+    modules = loaded_by("import fewstep")
+    assert not modules & (heavy | {"torch"})
+    modules = loaded_by(
+        "import fewstep; fewstep.VP; fewstep.Student; fewstep.NetDenoiser; fewstep.Recipe; fewstep.run"
+    )
+    assert not modules & heavy
+
+
+def test_help_needs_no_torch():
+    assert "torch" not in loaded_by("from fewstep.cli.main import parser; parser().format_help()")
+
+
+def test_every_recipe_is_listed_and_can_be_copied(capsys, tmp_path):
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert len(recipe_files()) > 10 and all(name in listed for name in recipe_files())
+    assert main(["recipes", "copy", "sdxl_dmd2_4step", str(tmp_path)]) == 0
+    assert load_recipe(str(tmp_path / "sdxl_dmd2_4step.py")).method.num_steps == 4
+    assert main(["recipes", "copy", "sdxl_dmd2_4step", str(tmp_path)]) == 2  # never overwrites
+    assert main(["recipes", "copy", "sdxl", str(tmp_path)]) == 2
+
+
+def test_methods_and_doctor(capsys):
+    assert main(["methods"]) == 0
+    assert "dmd2" in capsys.readouterr().out
+    assert main(["doctor"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def test_an_unknown_recipe_is_refused_by_name():
+    with pytest.raises(FewstepError, match="sdxl_dmd2_4step"):
+        load_recipe("sdxl_dmd2")
+
+
+def test_resume_of_no_run_is_refused(tmp_path, capsys):
+    assert main(["resume", str(tmp_path)]) == 2
+    assert "no recipe.yaml" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_ends_with_3_and_its_snapshot_replays(tiny_sd15, tmp_path, monkeypatch, capsys):
+    from test_end_to_end import tiny
+
+    from fewstep.methods.dmd2 import DMD2
+    from fewstep.runs.session import run
+
+    words = ("--train.steps", "14", "--train.sample_every", "0", "--samples.teacher_steps", "0")
+    recipe, loss = tiny("sd15_dmd2_1step", tiny_sd15, tmp_path, *words), DMD2.critic_loss
+    broken = lambda self, *turn: {k: v * float("nan") for k, v in loss(self, *turn).items()}  # noqa: E731
+    monkeypatch.setattr(DMD2, "critic_loss", broken)
+    with pytest.raises(SystemExit) as stop:
+        run(recipe, [])
+    said = capsys.readouterr().err
+    assert stop.value.code == 3 and f"`fewstep replay {recipe.output}` shows it again" in said
+    assert "critic: update left out, not finite: micro-batch 0 sample 0 (critic/denoising" in said
+    assert main(["replay", recipe.output]) == 3
+    assert "again: step 9: the gradient of critic and discriminator" in capsys.readouterr().out
+    monkeypatch.setattr(DMD2, "critic_loss", loss)
+    assert main(["replay", recipe.output]) == 0
+    assert main(["replay", str(tmp_path)]) == 2

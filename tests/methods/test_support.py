@@ -1,0 +1,145 @@
+"""Which method distills which teacher: two real iterations of each pair, and the table that they make.
+
+``python tests/methods/test_support.py`` writes the table anew.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from zoo import ZOO
+
+from fewstep.diffusion.embedding import time_embedder
+from fewstep.diffusion.rng import Rng
+from fewstep.errors import RecipeError
+from fewstep.export import check_exportable
+from fewstep.export.weights import has_lora_files
+from fewstep.methods.base import Batch
+from fewstep.methods.dmd2 import DMD2
+from fewstep.methods.hyper_sd import HyperSD
+from fewstep.methods.sana_sprint import SanaSprint
+from fewstep.methods.sid import SiD
+from fewstep.process import Process
+from fewstep.recipe import DataConfig, Recipe, RoleConfig, TeacherConfig, TrainConfig
+from fewstep.runs.build import build
+from fewstep.training.trainer import Trainer
+
+DOCUMENT = Path(__file__).parents[2] / "recipes" / "TEACHERS.md"
+BEGIN, END = "<!-- table of tests/methods/test_support.py -->\n", "<!-- end of table -->\n"
+
+
+def has_one_time_embedding(teacher) -> bool:
+    try:
+        return bool(time_embedder(teacher.net))
+    except RecipeError:  # DiT has one in each block
+        return False
+
+
+def names_times(teacher) -> bool:
+    """Whether a stock call can be given uneven times."""
+    return teacher.pipeline_class not in ("DiTPipeline", "DDPMPipeline")
+
+
+def dmd2(teacher, kind):
+    scale = 3.0 if kind.guided else 1.0
+    return DMD2.Config(num_steps=4, guidance_scale=scale, critic_steps=1, taps=list(kind.taps))
+
+
+def sid(teacher, kind):
+    return SiD.Config(num_steps=2, guidance_scale=1.5 if kind.guided else 1.0)
+
+
+def sana_sprint(teacher, kind):
+    options = {"taps": list(kind.taps), "warmup": 1}
+    if teacher.pipeline_class == "DDPMPipeline":
+        options["tangent"] = "difference"  # UNet2DModel's attention has no forward mode
+    options["angles"] = [[math.pi / 2], *([[math.pi / 2, 1.3]] if names_times(teacher) else [])]
+    if not (kind.guided and has_one_time_embedding(teacher)):
+        options |= {"guidance_embedding": False, "guidance_scale": 4.5 if kind.guided else 1.0}
+    return SanaSprint.Config(**options)
+
+
+def tscd(teacher, kind):
+    return HyperSD.Config(segments=[4, 1], guidance_scale=3.0 if kind.guided else 1.0)
+
+
+METHODS = {"DMD2": dmd2, "SiD": sid, "SANA-Sprint": sana_sprint, "TSCD": tscd}
+
+
+class Data:
+    """The same prompts and random latents in every iteration."""
+
+    def __init__(self, teacher, prompts):
+        self.rows = {}
+        self.cond, self.shape = teacher.encode(prompts), (len(prompts), *teacher.latent_shape)
+
+    def batch(self, iteration, micro):
+        rng = Rng(0, "support", iteration, micro)
+        real = rng.normal(*self.shape)
+        shared = Rng(0, "shared", iteration)
+        return Batch(self.cond, self.shape, rng, shared, real=real, real_cond=self.cond)
+
+
+def two_steps(teacher, kind, method: str) -> tuple[str, Trainer]:
+    """The cell of the table, after two iterations in which everything was finite and the student has changed."""
+    told = (
+        method == "SANA-Sprint" and teacher.pipeline_class == "SanaPipeline"
+    )  # exported whole, see check_exportable
+    role = RoleConfig(kind="full" if told else "lora", rank=2, lr=1e-3)
+    recipe = Recipe(
+        output="none",
+        teacher=TeacherConfig(path=teacher.source),
+        method=METHODS[method](teacher, kind),
+        data=DataConfig(prompts="none"),
+        train=TrainConfig(steps=2, batch_size=len(kind.prompts), device="cpu"),
+        roles=dict.fromkeys(("student", "critic", "target"), role),
+    )
+    before = {name: weight.clone() for name, weight in teacher.net.named_parameters()}
+    roles, built = build(recipe, teacher, Process())
+    check_exportable(built.student, [role], teacher)
+    trainer = Trainer(built, roles, Data(teacher, kind.prompts), recipe.train, quiet=True)
+    trainer.train()  # refuses to end with a student that has not changed
+    assert trainer.progress.iteration == 2 and not any(trainer.divergence.skipped.values())
+    for name, weight in teacher.net.named_parameters():
+        assert torch.equal(weight, before[name]) and weight.grad is None, name
+    steps = ", ".join(map(str, sorted(built.student.grids)))
+    file = "LoRA" if role.kind == "lora" and has_lora_files(teacher) else "pipeline"
+    return f"{steps}: {file}", trainer
+
+
+CELLS: dict[tuple[str, str], str] = {}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ZOO)
+def test_two_iterations(name, method, teachers):
+    CELLS[name, method], _ = two_steps(teachers(name), ZOO[name], method)
+
+
+def table(cells: dict[tuple[str, str], str]) -> str:
+    rows = [["teacher", "`pipeline_class`", *METHODS], ["---"] * (2 + len(METHODS))]
+    rows += [[name, f"`{ZOO[name].pipeline_class}`", *(cells[name, m] for m in METHODS)] for name in ZOO]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def test_the_table_is_what_these_tests_found():
+    if len(CELLS) < len(ZOO) * len(METHODS):
+        pytest.skip("the table needs all tests of this file")
+    assert BEGIN + table(CELLS) + END in DOCUMENT.read_text()
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    from fewstep.teachers import load_teacher
+    from fewstep.teachers.tiny import write_tiny_pipeline
+
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, kind in ZOO.items():
+            path = write_tiny_pipeline(kind.pipeline_class, Path(folder, name), **kind.options)
+            loaded = load_teacher(str(path), resolution=kind.resolution)
+            found |= {(name, method): two_steps(loaded, kind, method)[0] for method in METHODS}
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + table(found) + END + rest.partition(END)[2])

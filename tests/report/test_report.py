@@ -1,0 +1,340 @@
+"""Report, log, grids and status line, on run directories that are whole, partial or damaged."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fewstep import files
+from fewstep.report import chart, log, report
+from fewstep.report.grid import image_grid
+from fewstep.report.log import MetricsLog, StatusLine, read_metrics
+from fewstep.report.report import write_report
+
+HOSTILE = "<script>alert('x')</script> & \"{{body}}\" <img src=x onerror=alert(1)> \u2028 😀"
+
+
+class Page(HTMLParser):
+    """The tags of a page, their attributes, and how many were left open."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "input"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def find(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def write_page(run_dir):
+    """Writes the report, checks what holds for every report, and returns the parsed page."""
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    page = Page(html)
+    assert not page.open
+    assert len(page.find("script")) == 1  # ours
+    assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
+    sources = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href")]
+    assert all(source.startswith("data:image/") for source in sources)
+    assert not re.search(r"\bnan\b|\binf\b|None", html.split("<body>")[1].split("<script>")[0])
+    return page
+
+
+def save_grid(path, seed=0, size=(2, 8)):
+    images = np.random.default_rng(seed).integers(0, 256, (size[0] * size[1], 8, 8, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(images, size[1]).save(path)
+
+
+@pytest.fixture
+def full_run(tmp_path):
+    """A run directory with everything in it, and with hostile text wherever text can be."""
+    for name in ("step_000000", "step_000100", "step_001000", "teacher", "final"):
+        save_grid(tmp_path / "samples" / f"{name}.png", seed=len(name))
+    for name in ("teacher", "student"):
+        save_grid(tmp_path / "eval" / f"{name}.png")
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(1, 1001):
+        record = {"step": step, "seconds": step / 5, "critic/denoising": 1 / step, f"critic/{HOSTILE}": 0.5}
+        if step % 5 == 0:
+            record["generator/dm"] = math.sin(step) if step != 500 else math.nan
+        log.append(record | {"step_seconds": 0.2})
+    log.close()
+    rows = [
+        {"name": "autoencoder", "kind": "reference", "FD": 1.0, "retrieval": 0.99},
+        {"name": "teacher, 50 steps", "nfe": 100, "FD": 10.0, "retrieval": 0.9, "grid": "eval/teacher.png"},
+        {"name": f"student {HOSTILE}", "nfe": 1, "FD": 12.5, "retrieval": 0.8, "grid": "eval/student.png"},
+        {"name": "floor", "nfe": 1, "FD": math.nan, "retrieval": None, "grid": "../secret.png"},
+    ]
+    evaluation = {"rows": rows, "notes": [HOSTILE], "prompts": [HOSTILE, "red apple"]}
+    run = {"name": HOSTILE, "teacher": HOSTILE, "method": "dmd2", "student_steps": 1, "steps": 1000}
+    run |= {"seconds": 692.4, "parameters": {"student": 1_234_567}, "versions": {"torch": HOSTILE}}
+    (tmp_path / "eval.json").write_text(json.dumps(evaluation))
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (tmp_path / "recipe.yaml").write_text(f"prompts: |\n  {HOSTILE}\n", encoding="utf-8")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "README.md").write_text("# Card\n```python\npipe = load('<a>')\n```\n")
+    return tmp_path
+
+
+class TestImageGrid:
+    images = np.arange(5 * 6 * 4 * 3, dtype=np.uint8).reshape(5, 6, 4, 3)
+
+    def test_geometry(self):
+        grid = image_grid(self.images, 3)
+        assert grid.mode == "RGB"
+        assert grid.size == (3 * (4 + 2) + 2, 2 * (6 + 2) + 2)
+        pixels = np.asarray(grid)
+        for i, image in enumerate(self.images):
+            y, x = 2 + i // 3 * 8, 2 + i % 3 * 6
+            assert np.array_equal(pixels[y : y + 6, x : x + 4], image)
+        assert (pixels[:2] == 255).all() and (pixels[:, :2] == 255).all()  # the gap around
+        assert (pixels[10:, 14:] == 255).all()  # the missing sixth image
+
+    def test_scale_repeats_pixels(self):
+        pixels = np.asarray(image_grid(self.images[:1], 1, scale=3))
+        assert np.array_equal(pixels[2:-2, 2:-2], self.images[0].repeat(3, 0).repeat(3, 1))
+
+    def test_texts_take_room_and_leave_images_alone(self):
+        plain = image_grid(self.images, 3, scale=10)
+        labels = ["red apple", "", "a caption far too long for a cell of forty pixels", "é 😀", "x" * 200]
+        texts = image_grid(self.images, 3, scale=10, labels=labels, row_labels=["teacher", "student, 1 step"])
+        left = texts.width - plain.width
+        assert left > 40 and texts.height > plain.height
+        gap = 2
+        first = np.asarray(texts)[gap : gap + 60, left + gap : left + gap + 40]
+        assert np.array_equal(first, self.images[0].repeat(10, 0).repeat(10, 1))
+        side = np.asarray(texts)[:, :left]
+        assert (side[:, 0] == 255).all() and (side < 128).any()  # text is there and not cut at the edge
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"images": np.zeros((2, 4, 4, 3))}, "uint8"),
+            ({"images": np.zeros((0, 4, 4, 3), np.uint8)}, "N > 0"),
+            ({"images": np.zeros((2, 3, 4, 4), np.uint8)}, "N, H, W, 3"),
+            ({"columns": 0}, "columns"),
+            ({"labels": ["one"]}, "labels: expected 2"),
+            ({"row_labels": ["one", "two"]}, "row_labels: expected 1"),
+        ],
+    )
+    def test_refuses(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            image_grid(**{"images": np.zeros((2, 4, 4, 3), np.uint8), "columns": 2} | arguments)
+
+
+class TestMetricsLog:
+    def test_round_trip_is_strict_json(self, tmp_path):
+        log = MetricsLog(tmp_path / "new" / "metrics.jsonl")
+        values = {"a": np.float32(0.5), "b": math.nan, "c": -math.inf, "d": np.array(math.inf), "e": 3}
+        log.append({"step": 1, "seconds": 0.1} | values)
+        lines = log.path.read_text().splitlines()  # not closed: flushed line by line
+        strict = json.loads(lines[0], parse_constant=pytest.fail)
+        assert strict == {"step": 1, "seconds": 0.1, "a": 0.5, "b": None, "c": None, "d": None, "e": 3}
+        assert read_metrics(log.path) == [strict]
+
+    @pytest.mark.parametrize("tail", ['{"step": 3, "lo', '{"step": 3}', "\0\0\0", '[1]\n"x"\n'])
+    def test_torn_last_line(self, tmp_path, tail):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text('{"step": 1}\n{"step": 2}\n' + tail)
+        complete = [3] if tail == '{"step": 3}' else []
+        assert [r["step"] for r in read_metrics(path)] == [1, 2, *complete]
+        log = MetricsLog(path)
+        log.append({"step": 9})
+        assert [r["step"] for r in read_metrics(path)] == [1, 2, *complete, 9]
+
+    def test_reads_nan_of_others_and_missing_files(self, tmp_path):
+        path = tmp_path / "metrics.jsonl"
+        assert read_metrics(path) == []
+        path.write_text('{"step": 1, "a": NaN, "b": -Infinity}\n')
+        assert read_metrics(path) == [{"step": 1, "a": None, "b": None}]
+
+    def test_truncate_after(self, tmp_path):
+        log = MetricsLog(tmp_path / "metrics.jsonl")
+        for step in (1, 2, 3, 4):
+            log.append({"step": step, "loss": math.nan})
+        log.truncate_after(10)
+        assert len(read_metrics(log.path)) == 4
+        log.truncate_after(2)
+        log.append({"step": 3, "loss": 0.5})
+        assert [(r["step"], r["loss"]) for r in read_metrics(log.path)] == [(1, None), (2, None), (3, 0.5)]
+        assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+    def test_truncate_failing_half_way_keeps_the_log(self, tmp_path, monkeypatch):
+        log = MetricsLog(tmp_path / "metrics.jsonl")
+        log.append({"step": 1})
+        log.append({"step": 2})
+        before = log.path.read_text()
+        monkeypatch.setattr(files.os, "replace", _no_space)
+        with pytest.raises(OSError, match="space"):
+            log.truncate_after(1)
+        assert log.path.read_text() == before
+        assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def _no_space(*_):
+    raise OSError("no space left on device")
+
+
+class TestReport:
+    def test_empty_directory(self, tmp_path):
+        page = write_page(tmp_path)
+        assert tmp_path.name in page.text
+        assert not page.find("img") and not page.find("section")
+
+    def test_full_directory(self, full_run):
+        page = write_page(full_run)
+        for title in ("Evaluation", "Samples over time", "Curves", "Use it", "recipe.yaml"):
+            assert title in page.text
+        assert "11 min 32 s" in page.text and "1.23M" in page.text and "pipe = load('<a>')" in page.text
+        assert "100× more" in page.text  # evaluations per image of the teacher
+        frames = [image["alt"] for image in page.find("img") if "title" in image]
+        assert frames == ["step 0", "step 100", "step 1,000"]
+
+    def test_hostile_text_stays_text(self, full_run):
+        page = write_page(full_run)
+        # Name (three times), teacher (twice), row (table and grid), note, prompt, version, recipe.
+        # The metric's name is cut at its slashes, and covered by what holds for every page.
+        assert page.text.count(HOSTILE) == 11
+        assert all("onerror" not in image for image in page.find("img"))
+
+    def test_best_values_ignore_references_and_gaps(self, full_run):
+        html = write_report(full_run).read_text()
+        assert re.findall(r"<td class=best>(.*?)</td>", html) == ["10", "0.900"]
+        assert "FD ↓" in html and "retrieval ↑" in html and "nfe<" in html
+
+    def test_files_outside_the_run_are_not_embedded(self, full_run):
+        save_grid(full_run.parent / "secret.png", size=(1, 3))
+        widths = {int(image["width"]) for image in write_page(full_run).find("img") if "width" in image}
+        assert widths == {8 * 10 + 2}
+
+    def test_curves_stay_small_and_mark_what_is_not_finite(self, tmp_path):
+        rows = ({"step": i, "loss": 0.1 + i % 7, "gap": None if i == 5000 else -1} for i in range(20_000))
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        page = write_page(tmp_path)
+        assert "1 not finite" in page.text
+        assert (tmp_path / "report.html").stat().st_size < 80_000
+        points = [json.loads(svg["data-points"]) for svg in page.find("svg")]
+        assert [len(p) for p in points] == [chart.MAX_POINTS] * 2
+        assert points[0][-1][2] == 19_999 and float(points[0][-1][3]) == pytest.approx(3.1, abs=0.05)
+
+    def test_a_spike_survives_thinning(self, tmp_path):
+        values = np.ones(5000)
+        values[1234] = 50
+        rows = [{"step": i, "loss": v} for i, v in enumerate(values)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        [bars] = [path["d"] for path in write_page(tmp_path).find("path") if path.get("class") == "bars"]
+        heights = [float(low) - float(high) for low, high in re.findall(r" ([\d.]+)V([\d.]+)", bars)]
+        assert sum(h > 100 for h in heights) == 1
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            [1.0],
+            [0.0, 0.0],
+            [-3, -3],
+            [None, None],
+            [1e-30, 1e30],
+            [1e308, -1e308],
+            [10**400, 1],
+            [1, 1 + 1e-15],
+        ],
+    )
+    def test_odd_curves(self, tmp_path, values):
+        rows = [{"step": i, "loss": v, "text": "x"} for i, v in enumerate(values)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert len(write_page(tmp_path).find("svg")) == 1
+
+    def test_log_axis_only_for_positive_values_over_two_decades(self, tmp_path):
+        rows = [{"step": i, "wide": 10.0**-i, "narrow": 2.0 + i, "signed": 10.0**i - 5} for i in range(4)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        html = write_report(tmp_path).read_text()
+        assert html.count("<i>log</i>") == 1 and "<b>wide</b><i>log</i>" in html
+
+    def test_damaged_files_are_left_out(self, full_run):
+        whole = (full_run / "samples" / "final.png").read_bytes()
+        (full_run / "samples" / "step_000100.png").write_bytes(whole[: len(whole) // 2])
+        (full_run / "samples" / "step_001000.png").write_bytes(b"")
+        (full_run / "samples" / "step_last.png").write_bytes(b"no image")
+        (full_run / "eval.json").write_text('{"rows": [1, {"name": null, "FD": "x", "grid": 3}], "notes": 7}')
+        (full_run / "run.json").write_text('{"seconds": "long", "parameters": 3, "steps"')
+        (full_run / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
+        page = write_page(full_run)
+        assert [image["alt"] for image in page.find("img") if "title" in image] == ["step 0"]
+
+    def test_large_images_shrink_and_frames_are_limited(self, tmp_path):
+        (tmp_path / "samples").mkdir()
+        Image.new("RGB", (4000, 1000), "teal").save(tmp_path / "samples" / "final.png")
+        for step in range(0, 5000, 100):
+            Image.new("RGB", (8, 8)).save(tmp_path / "samples" / f"step_{step:06}.png")
+        page = write_page(tmp_path)
+        assert page.find("img")[0]["width"] == "1600"
+        frames = [image["alt"] for image in page.find("img") if "title" in image]
+        assert len(frames) == report.MAX_FRAMES
+        assert (frames[0], frames[-1]) == ("step 0", "step 4,900")
+
+    def test_failed_write_keeps_the_old_report(self, tmp_path, monkeypatch):
+        path = write_report(tmp_path)
+        before = path.read_text()
+        monkeypatch.setattr(files.os, "replace", _no_space)
+        with pytest.raises(OSError, match="space"):
+            write_report(tmp_path)
+        assert path.read_text() == before
+        assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+class TestStatusLine:
+    def test_prints_rarely_without_a_terminal(self, capsys, monkeypatch):
+        clock = iter(np.arange(0, 100, 0.5))
+        monkeypatch.setattr(log.time, "monotonic", lambda: float(next(clock)))
+        line = StatusLine(total=160, initial=100)
+        for step in range(101, 161):
+            line.update(step, {"critic": 0.12345, "generator": np.float32(2)})
+        line.close()
+        printed = capsys.readouterr().err.splitlines()
+        assert len(printed) == 3  # at 10 s, at 20 s, and the last step
+        assert printed[0] == "step 120/160  2 it/s  ETA 20 s  critic 0.123  generator 2"
+        assert printed[-1].startswith("step 160/160")
+
+    def test_reads_losses_only_when_it_shows_them(self, capsys):
+        class Loss:
+            def __float__(self):
+                raise AssertionError("an accelerator would have had to wait here")
+
+        StatusLine(total=10).update(1, {"critic": Loss()})
+        StatusLine(total=10, quiet=True).update(10, {"critic": Loss()})
+        StatusLine(total=10, quiet=True).write("hidden")
+        assert capsys.readouterr().err == ""
+
+    def test_bar_on_a_terminal(self, capsys, monkeypatch):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        line = StatusLine(total=10, initial=4)
+        line.update(10, {"critic": 0.5})
+        line.write("saved")
+        line.close()
+        shown = capsys.readouterr().err
+        assert "4/10" in shown and "10/10" in shown and "critic 0.5" in shown and "saved" in shown
+
+
+def test_report_needs_no_torch():
+    code = "import sys, fewstep.report.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

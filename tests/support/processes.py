@@ -1,0 +1,201 @@
+"""Processes that tests start. Those that run fewstep are forks of the test's own process, which has imported it all:
+seconds are saved on each. Those that must not have fewstep are forks of an interpreter that has only what users have.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fewstep import recipe as recipes
+from fewstep.process import Process, start
+from fewstep.runs.checks import check_data
+from fewstep.runs.session import Session, execute
+
+
+class Fork:
+    """A fork that runs one function, to be treated as a ``subprocess.Popen``.
+
+    Args:
+        function: where it returns a number, that is the exit code. said: where both outputs go, if not where ours do.
+        env: changes of the environment. start_new_session: as of Popen.
+    """
+
+    def __init__(
+        self, function: Callable, said: Path | None = None, env=None, start_new_session: bool = False
+    ):
+        sys.stdout.flush(), sys.stderr.flush()
+        self.said, self.returncode = said, None
+        if self.said:
+            self.said.touch()
+        self.pid = os.fork()
+        if not self.pid:
+            code = 1
+            try:
+                self._begin(env or {}, start_new_session)
+                made = function()
+                code = made if isinstance(made, int) else 0
+            except SystemExit as ended:
+                code = ended.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(code)
+
+    def _begin(self, env, start_new_session):
+        """What a new process would have otherwise."""
+        if start_new_session:
+            os.setsid()
+        if self.said:
+            file = os.open(self.said, os.O_WRONLY | os.O_APPEND)
+            os.dup2(file, 1), os.dup2(file, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.update(env)
+        tempfile.tempdir = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if done else None
+        return self.returncode
+
+    def wait(self, timeout: float = 900) -> int:
+        """The exit code, negative after a signal.
+
+        Raises:
+            subprocess.TimeoutExpired
+        """
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("fork", timeout)
+            time.sleep(0.005)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def command(words: list[str], **options) -> Fork:
+    """``fewstep WORDS`` in a fork."""
+    from fewstep.cli import main
+
+    return Fork(lambda: main([str(word) for word in words]), **options)
+
+
+def together(count: int, function: Callable[[Process], object], folder: Path) -> list:
+    """What ``function(process)`` returns on each of several ranks (gloo), as JSON."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+
+    def rank(number):
+        result = function(start("cpu"))
+        (folder / f"{number}.json").write_text(json.dumps(result))
+
+    place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    children = [
+        Fork(lambda n=n: rank(n), env={**place, "RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(count)
+    ]
+    try:
+        while None in (codes := [child.poll() for child in children]) and not any(codes):
+            time.sleep(0.01)
+    finally:
+        for child in children:
+            child.kill()
+    assert codes == [0] * count, codes
+    return [json.loads((folder / f"{n}.json").read_text()) for n in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------------- a user's python
+SERVER = """
+import json, os, sys, traceback
+import peft, torch, transformers
+from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+for line in sys.stdin:
+    script, words, folder, out, err = json.loads(line)
+    if not (child := os.fork()):
+        code = 1
+        try:
+            os.chdir(folder)
+            for path, number in ((out, 1), (err, 2)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            sys.argv[:] = [script, *words]
+            assert "fewstep" not in sys.modules
+            exec(compile(open(script).read(), script, "exec"), {"__name__": "__main__"})
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@cache
+def _server() -> subprocess.Popen:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, "-c", SERVER], text=True, env=env, **pipes)
+
+
+def without_fewstep(script: Path, folder: Path, *words: str) -> str:
+    """What ``python SCRIPT WORDS`` prints in a folder, where torch and diffusers are imported and fewstep is not."""
+    out, err = script.with_suffix(".out"), script.with_suffix(".err")
+    task = [str(script), words, str(folder), str(out), str(err)]
+    server = _server()
+    server.stdin.write(json.dumps(task) + "\n")
+    server.stdin.flush()
+    assert server.stdout.readline() == "0\n", err.read_text()[-2000:]
+    return out.read_text()
+
+
+# --------------------------------------------------------------------------------------------------- several train one
+def train(recipe, resuming: bool = False) -> None:
+    """The run without what comes after training."""
+    process = start(recipe.train.device, recipe.train.shard)
+    session = Session(recipe, *check_data(recipe), process)
+    check_split(session)
+    session.train(resuming)
+    process.barrier()
+
+
+def check_split(session: Session) -> None:
+    """What shells share stays shared and whole; what is trained is split, of full copies block by block."""
+    several, base = session.process.world > 1, {id(p) for p in session.teacher.net.parameters()}
+    for role in session.roles.values():
+        frozen = [p for p in role.module.parameters() if not p.requires_grad]
+        assert {id(p) for p in frozen} <= base and not any(hasattr(p, "device_mesh") for p in frozen)
+        assert all(hasattr(p, "device_mesh") == several for p in role.weights.values())
+        if several and role.base is not None and role.config.kind == "full":
+            assert len(role.module.sharded_units) > 5
+
+
+def run(count: int, tasks: list[tuple[str, str]], folder: Path) -> None:
+    """``count`` processes go through the tasks together: (execute, train or resume, file of a recipe)."""
+
+    def work(_process):
+        for task, path in tasks:
+            recipe = recipes.load(path)
+            execute(recipe) if task == "execute" else train(recipe, task == "resume")
+        torch.distributed.destroy_process_group()
+
+    together(count, work, folder)

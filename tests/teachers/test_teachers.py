@@ -1,0 +1,504 @@
+"""Every teacher: a tiny pipeline of its class against the stock pipeline itself."""
+
+import inspect
+import math
+from copy import copy, deepcopy
+from functools import wraps
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from zoo import ZOO
+
+from fewstep.diffusion.discriminator import Discriminator
+from fewstep.diffusion.few_steps import sample
+from fewstep.diffusion.schedules import VP, Flow
+from fewstep.diffusion.solvers import ddim
+from fewstep.diffusion.student import Student
+from fewstep.diffusion.times import even_times
+from fewstep.errors import FewstepError, RecipeError
+from fewstep.evaluation.floor import calibrate, floor_sampler, write_floor
+from fewstep.export import (
+    check_exportable,
+    export_student,
+    load_exported,
+    student_scheduler,
+    trainer_sample,
+    verify,
+)
+from fewstep.recipe import RoleConfig
+from fewstep.teachers import load_teacher, pipeline_class_of, register
+from fewstep.teachers.flux import pack, unpack
+from fewstep.teachers.generate import call_pipeline, generate
+from fewstep.teachers.pipelines import fix_shift, size_options, takes
+from fewstep.teachers.schedulers import FLOOR, schedule_of, scheduler_sample
+from fewstep.teachers.sd import StableDiffusion
+from fewstep.training.roles import build_role, lora_targets
+
+TWO_SHIFTS = ("SD 3", "SANA")
+FLOWS = (*TWO_SHIFTS, "FLUX.1-dev", "FLUX.1-schnell")
+TRANSFORMERS = (*FLOWS, "PixArt-alpha", "PixArt-Sigma", "DiT")
+IN_PIXELS = ("DiT", "UNet2D", "UNet2D by class")  # their pipelines give no latents
+PROMPTS = list(ZOO["SDXL"].prompts)
+
+
+def noise_for(teacher):
+    """In the layout of the stock pipeline, which draws the very same where it takes no latents."""
+    return teacher.unpack(torch.randn(2, *teacher.stock_shape, generator=torch.Generator().manual_seed(0)))
+
+
+def stock(teacher, prompts, **call):
+    """(B, C, h, w) where the steps of an ordinary call end, before anything is decoded or clipped."""
+    ends, kind = [], type(teacher.pipe.scheduler)
+    step = kind.step
+
+    @wraps(step)
+    def watched(*args, **kwargs):
+        made = step(*args, **kwargs)
+        ends.append(made[0])
+        return made
+
+    options = {**size_options(teacher.pipe, teacher.resolution), **call}
+    if takes(teacher.pipe, "latents"):
+        options |= {"latents": teacher.pack(noise_for(teacher)), "output_type": "latent"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "step", watched)
+        call_pipeline(teacher.pipe, prompts, torch.Generator().manual_seed(0), **options)
+    return teacher.unpack(ends[-1][: len(prompts)].float())  # DiT steps both branches of its guidance
+
+
+@pytest.fixture
+def with_scheduler(monkeypatch):
+    def put(teacher, scheduler):
+        monkeypatch.setattr(teacher.pipe, "scheduler", scheduler)
+        return teacher
+
+    return put
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_schedule_and_prediction_are_the_schedulers(name, teachers):
+    denoiser = teachers(name).denoiser
+    if name in FLOWS:  # SANA's DPM-Solver holds a table of alphas too, which means nothing
+        assert isinstance(denoiser.schedule, Flow) and denoiser.prediction == "flow"
+        shift = 3.0 if name in TWO_SHIFTS else math.exp(0.5 + 0.65 * (64 - 256) / (4096 - 256))
+        assert denoiser.schedule.shift == pytest.approx(shift) and denoiser.schedule.time_scale == 1000
+    else:
+        assert isinstance(denoiser.schedule, VP)
+        assert denoiser.prediction == ("v" if name == "SD 2.1, v" else "eps")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("name", ZOO)
+def test_x0_is_the_stock_pipelines_own_prediction(name, guidance, teachers, with_scheduler):
+    """One Euler or DDIM step from the noisiest time to zero is the x0 prediction."""
+    teacher, prompts = teachers(name), ZOO[name].prompts
+    t, cond = torch.full((2,), teacher.denoiser.schedule.t_max), teacher.encode(prompts)
+    if guidance != 1 and not ZOO[name].guided:
+        with pytest.raises(FewstepError, match="no null condition"):
+            teacher.denoiser.x0(noise_for(teacher), t, cond, guidance=guidance)
+        with pytest.raises(FewstepError, match="has no guidance"):
+            stock(teacher, prompts, guidance_scale=guidance)
+        return
+    scale = {"guidance_scale": guidance}
+    if name == "FLUX.1-schnell":  # whose other scale has no effect
+        scale = {"true_cfg_scale": guidance, "negative_prompt": [""] * 2}
+    with_scheduler(teacher, floor_sampler("ddim", teacher.pipe, teacher.pipe.scheduler, 1)[0])
+    expected = stock(teacher, prompts, num_inference_steps=1, **scale)
+    with torch.no_grad():
+        own = teacher.denoiser.x0(noise_for(teacher), t, cond, guidance=guidance)
+    assert (own - expected).abs().max() < 1e-4 * expected.abs().max()
+    if guidance == 1.0:
+        with torch.no_grad():
+            guided = (
+                teacher.denoiser.x0(noise_for(teacher), t, cond, guidance=5.0)
+                if ZOO[name].guided
+                else own + 1
+            )
+        assert (own - guided).abs().max() > 1e-3 * expected.abs().max()  # or the scale would prove nothing
+
+
+# A pipeline's own scheduler, where it is deterministic and walks its own grid in our sampler too.
+OWN = ("SD 1.5", "SD 2.1, v", "SDXL", "SANA", "PixArt-alpha", "PixArt-Sigma", "DiT")
+RUNS = [(n, s) for n in ZOO for s in FLOOR if s in ("ddim", "dpm++") or n in TWO_SHIFTS] + [
+    (n, "own") for n in OWN
+]
+
+
+@pytest.mark.parametrize("name, solver", RUNS)
+def test_our_sampler_reproduces_stock_sampling_with_the_same_scheduler(
+    name, solver, teachers, with_scheduler
+):
+    teacher, prompts = teachers(name), ZOO[name].prompts
+    noise, before, cond = noise_for(teacher), teacher.pipe.scheduler, teacher.encode(prompts)
+    scheduler = deepcopy(before) if solver == "own" else floor_sampler(solver, teacher.pipe, before, 3)[0]
+    guidance = 2.0 if ZOO[name].guided and name != "FLUX.1-schnell" else 1.0
+    own = scheduler_sample(teacher.denoiser, deepcopy(scheduler), noise, cond, 3, guidance=guidance)
+    if name.startswith("FLUX") and solver == "ddim":  # the stock call's grid is not the scheduler's
+        own = ddim(teacher.denoiser, noise, cond, 3, guidance=guidance)
+    expected = stock(
+        with_scheduler(teacher, scheduler), prompts, num_inference_steps=3, guidance_scale=guidance
+    )
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4 * max(1.0, expected.abs().max().item()))
+    if (
+        solver == "euler"
+    ):  # the floor's Euler is our own first-order solver: no step is wasted at the clean end
+        ours = ddim(teacher.denoiser, noise, cond, 3, guidance=guidance)
+        torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_the_fixed_shift_is_that_of_the_stock_call(kind, teachers, with_scheduler):
+    """Flux's own scheduler gets it anew in each call, from the number of tokens."""
+    teacher, options = teachers("FLUX.1-dev"), {"use_dynamic_shifting": True, "time_shift_type": kind}
+    with_scheduler(teacher, FlowMatchEulerDiscreteScheduler(**options))
+    expected = stock(teacher, PROMPTS, num_inference_steps=3, guidance_scale=2.0)
+    fix_shift(teacher.pipe, teacher.resolution)
+    schedule, view = schedule_of(teacher.pipe.scheduler), copy(teacher.denoiser)
+    assert schedule.shift != 1.0
+    view.schedule = schedule
+    own = ddim(view, noise_for(teacher), teacher.encode(PROMPTS), 3, guidance=2.0)
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_flux_has_no_heun(teachers):
+    pipe = teachers("FLUX.1-dev").pipe
+    with pytest.raises(FewstepError, match=r"solver heun: .* takes no sigmas and no shift"):
+        floor_sampler("heun", pipe, pipe.scheduler, 3)
+
+
+@pytest.mark.parametrize("name", [*TWO_SHIFTS, "FLUX.1-dev"])
+def test_a_stock_flow_pipeline_walks_exactly_the_sigmas_of_the_searched_floor(
+    name, teachers, with_scheduler, tmp_path
+):
+    teacher = teachers(name)
+    noise, before = noise_for(teacher), teacher.pipe.scheduler
+    record = calibrate(teacher, PROMPTS, [3], guidance=2.0, num=2, reference_steps=6)
+    write_floor(tmp_path, before, record)
+    scheduler, call = floor_sampler(str(tmp_path), teacher.pipe, before, 3)
+    sigmas = record["schedules"]["3"]["sigmas"]
+    assert record["solver"] == "euler" and call == {"sigmas": sigmas} and sigmas[0] == 1.0
+    made = stock(with_scheduler(teacher, scheduler), PROMPTS, guidance_scale=2.0, **call)
+    assert scheduler.sigmas.tolist() == pytest.approx([*sigmas, 0.0])
+    own = sample(teacher.denoiser, noise, teacher.encode(PROMPTS), sigmas, order=1, guidance=2.0)[2]
+    torch.testing.assert_close(made, own, rtol=1e-4, atol=1e-4)
+    with pytest.raises(FewstepError, match=r"--solver dpm\+\+: no stock scheduler"):
+        calibrate(teacher, PROMPTS, [3], guidance=2.0, solver="dpm++")
+    with pytest.raises(FewstepError, match=f"no table for {ZOO[name].pipeline_class}"):
+        floor_sampler("ays", teacher.pipe, before, 4)
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].guided])
+def test_padding_of_the_prompt_changes_nothing(name, teachers):
+    """Conditions are cut to the tokenizer's limit; the stock call pads further and masks."""
+    teacher = teachers(name)
+    cond, null = teacher.encode(ZOO[name].prompts), teacher.denoiser.null
+    assert len(cond) == 2 and len(null) == 1
+    assert {k: v.shape[1:] for k, v in cond.tensors.items()} == {
+        k: v.shape[1:] for k, v in null.tensors.items()
+    }
+    if "mask" not in cond.tensors:
+        return
+    limit, teacher.pipe.tokenizer.model_max_length = teacher.pipe.tokenizer.model_max_length, 30
+    try:
+        short = teacher.encode(PROMPTS)
+    finally:
+        teacher.pipe.tokenizer.model_max_length = limit
+    assert short["mask"].shape[1] == 30 < cond["mask"].shape[1]
+    x, t = noise_for(teacher), torch.full((2,), teacher.denoiser.schedule.t_max / 2)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            teacher.denoiser.predict(x, t, short), teacher.denoiser.predict(x, t, cond), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_the_null_of_sana_has_no_instruction(teachers):
+    teacher = teachers("SANA")
+    default = inspect.signature(type(teacher.pipe).__call__).parameters["complex_human_instruction"].default
+    _, _, embeds, mask = teacher.pipe.encode_prompt(["a"], True, complex_human_instruction=default)
+    torch.testing.assert_close(teacher.denoiser.null["embeds"], embeds)
+    assert torch.equal(teacher.denoiser.null["mask"], mask)
+
+
+def test_labels_are_numbers_or_the_pipelines_names(teachers, monkeypatch):
+    dit, unet = teachers("DiT"), teachers("UNet2D by class")
+    monkeypatch.setattr(dit.pipe, "labels", {"goldfish": 1})
+    assert dit.encode(["goldfish", "999"])["label"].tolist() == [1, 999] and dit.null()["label"].tolist() == [
+        1000
+    ]
+    for teacher, label, last in ((dit, "1000", 999), (dit, "cat", 999), (unet, "10", 9), (unet, "-1", 9)):
+        with pytest.raises(FewstepError, match=f"class label '{label}': expected a number from 0 to {last}"):
+            teacher.encode([label])
+    assert teachers("UNet2D").encode(["anything"]).tensors == {}
+
+
+def test_packing_is_the_stock_pipelines(teachers):
+    latents, pipe = noise_for(teachers("FLUX.1-dev")), teachers("FLUX.1-dev").pipe
+    assert torch.equal(pack(latents), pipe._pack_latents(latents, 2, 4, 16, 16))
+    assert torch.equal(unpack(pack(latents), 16, 16), latents)
+
+
+@pytest.mark.parametrize("name", ["DiT", "UNet2D"])
+def test_a_size_that_the_stock_pipeline_cannot_make_is_refused(name, teachers):
+    with pytest.raises(FewstepError, match=r"makes images of .* pixels only; leave it null"):
+        load_teacher(teachers(name).source, resolution=64)
+
+
+def test_an_image_that_packs_into_no_tokens_is_refused(teachers):
+    with pytest.raises(FewstepError, match=r"teacher.resolution: 34: expected a multiple of 4"):
+        load_teacher(teachers("FLUX.1-dev").source, resolution=34)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_images_go_to_scaled_latents_and_back(name, teachers):
+    teacher = teachers(name)
+    images = torch.randint(0, 256, (2, *[teacher.resolution] * 2, 3), dtype=torch.uint8)
+    latents = teacher.latents(images, torch.Generator().manual_seed(0))
+    assert latents.shape == (2, *teacher.latent_shape)
+    if teacher.autoencoder is None:
+        assert (
+            latents.min() == -1 and latents.max() == 1 and (teacher.decode(latents) == images.numpy()).all()
+        )
+        return
+    vae, factor = teacher.pipe.vae, teacher.pipe.vae.config.scaling_factor
+    shift = vae.config.get("shift_factor") or 0.0
+    pixels = images.permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        code = vae.encode(pixels)
+        raw = (
+            code.latent
+            if hasattr(code, "latent")
+            else code.latent_dist.sample(torch.Generator().manual_seed(0))
+        )
+        torch.testing.assert_close(latents, (raw - shift) * factor)
+        decoded = vae.decode(latents / factor + shift, return_dict=False)[0]
+    assert teacher.decode(latents).shape == (2, 32, 32, 3)
+    expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
+    assert (torch.tensor(teacher.decode(latents)).float() - expected).abs().max() <= 1
+
+
+# ------------------------------------------------------------------------------------------------------ roles, taps
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_lora_adapts_attention_and_feed_forward_of_every_block(name, teachers):
+    net = teachers(name).net
+    role = build_role("student", net, RoleConfig(rank=2))
+    layers = set(lora_targets(net, role.config.targets))
+    for index in range(2):
+        inside = {n.split(f"transformer_blocks.{index}.")[1] for n in layers if f"blocks.{index}." in n}
+        assert any(n.endswith("to_q") for n in inside) and any(n.startswith("ff.") for n in inside)
+    assert not [n for n in layers if "proj_out" in n or "embed" in n]  # narrower than a usual rank
+
+
+def test_train_mode_drops_no_labels(teachers):
+    """Checkpointing needs train mode, in which DiT would swap every tenth label for the null one."""
+    teacher = load_teacher(teachers("DiT").source)
+    x, label = torch.randn(1, *teacher.latent_shape).expand(64, -1, -1, -1), teacher.encode(["3"]).expand(64)
+    teacher.net.train()
+    with torch.no_grad():
+        made = teacher.denoiser.predict(x, torch.full((64,), 500.0), label)
+    torch.testing.assert_close(made, made[:1].expand_as(made), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_shells_and_checkpointing_give_the_plain_gradient(name, teachers):
+    x, gradients = noise_for(teachers(name)), []
+    for checkpointing in (False, True):
+        teacher = load_teacher(teachers(name).source, resolution=ZOO[name].resolution)
+        role = build_role("student", teacher.net, RoleConfig(rank=2))
+        if checkpointing:
+            teacher.net.enable_gradient_checkpointing()
+            role = build_role("student", teacher.net, RoleConfig(rank=2))
+            role.module.train()
+        g = torch.Generator().manual_seed(1)
+        for weight in role.weights.values():
+            weight.data = 0.2 * torch.randn(weight.shape, generator=g)
+        denoiser = teacher.denoiser.with_net(role.module)
+        t = torch.full((2,), 0.5 * teacher.denoiser.schedule.t_max)
+        denoiser.x0(x, t, teacher.encode(ZOO[name].prompts)).square().mean().backward()
+        gradients.append({n: w.grad for n, w in role.weights.items()})
+        assert all(p.grad is None for p in teacher.net.parameters())
+    assert all(g is not None for g in gradients[0].values())
+    for name_, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name_], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_heads_on_blocks_pass_gradient_to_the_image(name, teachers):
+    teacher, taps = teachers(name), ZOO[name].taps
+    judge = Discriminator(teacher.denoiser, taps, teacher.latent_shape)
+    x = noise_for(teacher).requires_grad_()
+    t = torch.full((2,), 0.5 * teacher.denoiser.schedule.t_max)
+    logits = judge.logits(teacher.denoiser, x, t, teacher.encode(ZOO[name].prompts))
+    tokens = (teacher.latent_shape[1] // 2) ** 2 if name != "SANA" else teacher.latent_shape[1] ** 2
+    assert logits.shape == (2, len(taps) * tokens if name in TRANSFORMERS else 1)
+    logits.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------- export
+def student_of(teacher, times, noise="fresh", kind="lora"):
+    role = build_role("student", teacher.net, RoleConfig(kind=kind, rank=4, alpha=2))
+    g = torch.Generator().manual_seed(1)
+    for weight in role.weights.values():
+        weight.data = weight.data + 0.05 * torch.randn(weight.shape, generator=g)
+    return role, Student(teacher.denoiser.with_net(role.module), times, noise)
+
+
+@pytest.mark.parametrize("noise", ["fresh", "ddim", "fixed"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("name", [*TWO_SHIFTS, "FLUX.1-dev"])
+def test_stock_diffusers_samples_a_flow_student(name, steps, noise, teachers, tmp_path):
+    teacher = teachers(name)
+    times = even_times(teacher.denoiser.schedule, steps)
+    role, student = student_of(teacher, times, noise)
+    own = trainer_sample(student, teacher, PROMPTS)
+    untrained = trainer_sample(Student(teacher.denoiser, times, noise), teacher, PROMPTS)
+    assert (own - untrained).abs().max() > 1e-2  # otherwise the comparison would prove nothing
+    export_student(
+        tmp_path / "e",
+        teacher,
+        student,
+        {"student": role.final_weights()},
+        role.config,
+        about={"method": "x"},
+    )
+    assert (tmp_path / "e" / "pytorch_lora_weights.safetensors").is_file()
+    assert verify(tmp_path / "e", own, teacher, PROMPTS, 1e-4, "float32") < 1e-4
+    pipe, record = load_exported(tmp_path / "e")
+    assert record["timesteps"] == pytest.approx(times)
+
+
+@pytest.mark.parametrize("noise", ["fresh", "ddim"])
+@pytest.mark.parametrize(
+    "times, by_number",
+    [
+        ([1.0], True),
+        ([1.0, 0.783], True),  # SANA-Sprint's two steps
+        ([1.0, 0.75, 0.5, 0.25], True),
+        ([1.0, 0.9, 0.75, 0.5], False),  # a shift is no even grid
+        ([0.7], False),
+    ],
+)
+def test_a_flow_schedulers_file_gives_the_trained_times(times, by_number, noise, tmp_path):
+    """The first and all later times, from the file alone where the grid is even; diffusers' own grids are others."""
+    scheduler, call = student_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0), times, noise)
+    assert ("num_inference_steps" in call) == by_number and call.pop("guidance_scale") == 0.0
+    scheduler.save_pretrained(tmp_path)
+    loaded = type(scheduler).from_pretrained(tmp_path)
+    loaded.set_timesteps(**call)
+    assert loaded.timesteps.tolist() == pytest.approx([1000 * t for t in times], abs=1e-3)
+    assert loaded.sigmas.tolist() == pytest.approx([*times, 0.0], abs=1e-6)
+    plain = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    plain.set_timesteps(4)
+    assert plain.timesteps.tolist() == pytest.approx(
+        [1000, 858, 602, 8.9], abs=0.5
+    )  # the last step is wasted
+
+
+@pytest.mark.parametrize("noise", ["fresh", "ddim"])
+def test_the_last_step_of_a_flow_scheduler_is_the_x0_prediction(noise):
+    x, velocity = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler, call = student_scheduler(FlowMatchEulerDiscreteScheduler(), [0.7], noise)
+    call.pop("guidance_scale")
+    scheduler.set_timesteps(**call)
+    made = scheduler.step(velocity, scheduler.timesteps[0], x).prev_sample
+    torch.testing.assert_close(made, x - 0.7 * velocity)
+
+
+@pytest.mark.parametrize("noise", ["fresh", "ddim"])
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in FLOWS])
+def test_stock_diffusers_samples_a_student_of_a_table(name, noise, teachers, tmp_path):
+    """As a LoRA where diffusers has a loader for it, else merged into a pipeline."""
+    teacher, prompts = teachers(name), list(ZOO[name].prompts)
+    role, student = student_of(teacher, [999, 499], noise)
+    own = trainer_sample(student, teacher, prompts)
+    export_student(
+        tmp_path / "e",
+        teacher,
+        student,
+        {"student": role.final_weights()},
+        role.config,
+        about={"method": "x"},
+    )
+    lora = (tmp_path / "e" / "pytorch_lora_weights.safetensors").is_file()
+    assert lora == name.startswith("SD") != (tmp_path / "e" / "pipeline" / "model_index.json").is_file()
+    scale = 1.0 if name in IN_PIXELS else own.abs().max().item()
+    assert verify(tmp_path / "e", own, teacher, prompts, 1e-4 * scale, "float32") < 1e-4 * scale
+
+
+@pytest.mark.parametrize("name", ["DiT", "UNet2D", "UNet2D by class", "FLUX.1-dev"])
+def test_the_model_cards_snippet_runs_as_it_stands(name, teachers, tmp_path, monkeypatch):
+    teacher, prompts = teachers(name), list(ZOO[name].prompts)
+    role, student = student_of(teacher, [999, 499] if name not in FLOWS else [1.0, 0.5])
+    about = {"method": "x", "prompt": prompts[0]}
+    export_student(
+        tmp_path / "e", teacher, student, {"student": role.final_weights()}, role.config, about=about
+    )
+    monkeypatch.chdir(tmp_path / "e")
+    code = (tmp_path / "e" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "e" / "image.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["DiT", "UNet2D"])
+def test_what_a_pipeline_cannot_be_told_is_refused_before_training(name, teachers):
+    teacher = teachers(name)
+    role, student = student_of(teacher, [999, 700])
+    with pytest.raises(RecipeError, match=r"makes steps on an even grid only \(its call has no timesteps\)"):
+        check_exportable(student, [role.config], teacher)
+    role, student = student_of(teacher, [999, 499], "fixed")
+    with pytest.raises(RecipeError, match=r"method.noise: fixed: .* has no callback"):
+        check_exportable(student, [role.config], teacher)
+
+
+def test_the_names_of_dits_classes_are_exported(teachers, tmp_path, monkeypatch):
+    teacher = teachers("DiT")
+    monkeypatch.setattr(teacher.pipe, "labels", {"goldfish": 1, "Carassius auratus": 1, "tench": 0})
+    role, student = student_of(teacher, [999])
+    weights = {"student": role.final_weights()}
+    export_student(tmp_path / "e", teacher, student, weights, role.config, about={"method": "x"})
+    assert load_exported(tmp_path / "e")[0].get_label_ids(["Carassius auratus", "tench"]) == [1, 0]
+
+
+@pytest.mark.parametrize("name", [*TWO_SHIFTS, "FLUX.1-dev", *IN_PIXELS])
+def test_a_sample_is_the_same_in_any_batch(name, teachers, tmp_path):
+    """Some pipelines keep their generator from the scheduler; fresh noise would depend on the batch."""
+    teacher, prompts = teachers(name), list(ZOO[name].prompts)
+    role, student = student_of(teacher, [1.0, 0.5] if name in FLOWS else [999, 499])
+    export_student(
+        tmp_path / "e",
+        teacher,
+        student,
+        {"student": role.final_weights()},
+        role.config,
+        about={"method": "x"},
+    )
+    pipe, record = load_exported(tmp_path / "e")
+    both = generate(pipe, prompts, record["call"], quiet=True)[0]
+    single = generate(pipe, prompts, record["call"], batch_size=1, quiet=True)[0]
+    assert abs(both.astype(int) - single.astype(int)).max() <= 1
+    assert (both[0] != both[1]).any()
+
+
+def test_a_shift_that_depends_on_the_size_is_refused():
+    with pytest.raises(FewstepError, match="use_dynamic_shifting"):
+        schedule_of(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    assert isinstance(schedule_of(DDIMScheduler()), VP)
+
+
+def test_a_class_without_an_adapter_says_what_to_do_and_takes_one_of_your_own(
+    teachers, tmp_path, monkeypatch
+):
+    index = tmp_path / "model_index.json"
+    index.write_text('{"_class_name": "KandinskyPipeline"}')
+    with pytest.raises(
+        FewstepError, match=r"is a KandinskyPipeline; .* from_pipe, .* @fewstep.teachers.register"
+    ):
+        pipeline_class_of(str(tmp_path))
+    monkeypatch.setattr("fewstep.teachers.load.REGISTERED", {})
+
+    @register
+    class Mine(StableDiffusion):
+        pipeline_class = "StableDiffusionPipeline"
+
+    assert isinstance(load_teacher(teachers("SD 1.5").source), Mine)

@@ -1,0 +1,120 @@
+"""Each folder of the package imports only from those below it, and no file imports itself in a circle."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "fewstep"
+# From top to bottom; what stands in one line does not import from one another.
+ORDER = [
+    ["__init__", "__main__"],
+    ["cli"],
+    ["cost"],
+    ["runs"],
+    ["evaluation", "recipe"],
+    ["export"],
+    ["training"],
+    ["data"],
+    ["methods", "vision"],
+    ["teachers"],
+    ["tokens"],
+    ["diffusion", "report"],
+    ["configs", "process"],
+    ["device", "files"],
+    ["assets", "errors", "version"],
+]
+# What is still to be untied: importing file, imported file.
+OWED = {
+    ("methods.dd2", "export"),  # a student that starts from an earlier run's
+    ("methods.disback", "training.roles"),  # weights that are handed over in a loss
+    ("training.divergence", "training.trainer"),  # what a rescue does to the trainer
+}
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """Name within the package -> file; a folder's own file goes by the folder's name, the package's by __init__."""
+    files = {path: path.relative_to(package).with_suffix("").parts for path in sorted(package.rglob("*.py"))}
+    return {".".join(p[:-1] if p[-1] == "__init__" and len(p) > 1 else p): path for path, p in files.items()}
+
+
+def imports(package: Path) -> dict[str, set[str]]:
+    """Name of each file -> those it imports, wherever the import stands: in functions and for type checkers too."""
+    known = modules(package)
+    found: dict[str, set[str]] = {name: set() for name in known}
+
+    def add(name: str, target: str) -> None:
+        if target.split(".")[0] != package.name:
+            return
+        inner = target.split(".")[1:] or ["__init__"]
+        while ".".join(inner) not in known and len(inner) > 1:  # a name in a module
+            inner = inner[:-1]
+        if ".".join(inner) not in known:
+            inner = ["__init__"]
+        found[name] |= {".".join(inner)} - {name}
+
+    for name, path in known.items():
+        here = [package.name, *path.relative_to(package).parts[:-1]]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    add(name, alias.name)
+            elif isinstance(node, ast.ImportFrom):
+                base = here[: len(here) - node.level + 1] if node.level else []
+                base = [*base, *(node.module.split(".") if node.module else [])]
+                for alias in node.names:
+                    add(name, ".".join([*base, alias.name]))
+    return found
+
+
+def room(name: str) -> str:
+    return name.split(".")[0]
+
+
+def upward(arrows: dict[str, set[str]], order: list[list[str]]) -> set[tuple[str, str]]:
+    """Imports from a folder that is not below."""
+    level = {name: k for k, line in enumerate(order) for name in line}
+    return {
+        (name, target)
+        for name, targets in arrows.items()
+        for target in targets
+        if room(name) != room(target) and level[room(target)] <= level[room(name)]
+    }
+
+
+def circle(arrows: dict[str, set[str]]) -> set[str]:
+    """What is left when files without imports are taken away again and again: circles, and what leads to them."""
+    left = {name: set(targets) for name, targets in arrows.items()}
+    while gone := {name for name, targets in left.items() if not targets & left.keys()}:
+        left = {name: targets for name, targets in left.items() if name not in gone}
+    return set(left)
+
+
+def test_every_folder_has_its_place():
+    rooms = {room(name) for name in modules(PACKAGE)}
+    listed = [name for line in ORDER for name in line]
+    assert rooms == set(listed) and len(listed) == len(rooms)
+
+
+def test_no_folder_imports_from_one_that_is_not_below_it():
+    assert upward(imports(PACKAGE), ORDER) == {pair for pair in OWED if room(pair[0]) != room(pair[1])}
+
+
+def test_no_file_imports_itself_in_a_circle():
+    arrows = imports(PACKAGE)
+    assert all(target in arrows[name] for name, target in OWED)
+    for name, target in OWED:
+        arrows[name] = arrows[name] - {target}
+    assert not circle(arrows)
+
+
+def test_an_import_inside_a_function_counts(tmp_path):
+    package = tmp_path / "house"
+    for folder in ("roof", "cellar"):
+        (package / folder).mkdir(parents=True)
+        (package / folder / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "cellar" / "coal.py").write_text("def burn():\n    from ..roof.chimney import Smoke\n")
+    (package / "roof" / "chimney.py").write_text("import house.cellar.coal\n\nclass Smoke: ...\n")
+    arrows = imports(package)
+    assert arrows["cellar.coal"] == {"roof.chimney"} and arrows["roof.chimney"] == {"cellar.coal"}
+    assert upward(arrows, [["roof"], ["cellar"]]) == {("cellar.coal", "roof.chimney")}
+    assert circle(arrows) == {"cellar.coal", "roof.chimney"}

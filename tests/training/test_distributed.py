@@ -1,0 +1,165 @@
+"""Real processes (gloo) train what one process with accumulation does, and go on with each other's runs."""
+
+import errno
+import shutil
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from test_end_to_end import tiny
+from torch.distributed.checkpoint import CheckpointException
+
+from fewstep import recipe as recipes
+from fewstep.errors import RecipeError
+from fewstep.files import WriteError
+from fewstep.process import Process, start
+from fewstep.training.checkpoint import _write
+
+KINDS = {  # how weights are trained, and over how many of two processes, and of three, they are split
+    "replicas of a LoRA": ("lora", 1, 1),
+    "a sharded LoRA": ("lora", 2, 3),
+    "all sharded": ("full", 2, 3),
+}
+
+
+@cache
+def state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Everything a checkpoint holds, read by one process whoever wrote it."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    reader = HuggingFaceStorageReader(str(run / "checkpoints" / f"step_{step:08d}"))
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.zeros(entry.size) for name, entry in entries.items()}
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def differences(one: dict, other: dict) -> dict[str, float]:
+    """Largest difference by what a tensor is: weight, average, optimizer."""
+    assert one.keys() == other.keys()
+    found: dict[str, float] = {}
+    for name, value in one.items():
+        kind = name.split("/")[1]
+        found[kind] = max(found.get(kind, 0.0), (value - other[name]).abs().max().item())
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_sdxl, tmp_path_factory):
+    """Kind -> runs of two iterations of six micro-batches, by one process and by two, and two more by one and three."""
+    folder = tmp_path_factory.mktemp("distributed")
+    made: dict[str, dict[str, recipes.Recipe]] = {}
+    for name, (kind, *shards) in KINDS.items():
+        (folder / name).mkdir()
+        options = (
+            "--student.kind",
+            kind,
+            "--critic.kind",
+            kind,
+            "--student.ema",
+            "0.5",
+            "--train.device",
+            "cpu",
+        )
+        options += ("--teacher.gradient_checkpointing", "true", "--train.batch_size", "1")
+        options += ("--train.sample_every", "0", "--samples.count", "1", "--evaluation.num", "0")
+        recipe = tiny("sdxl_dmd2_4step", tiny_sdxl, folder / name, *options)
+
+        def variant(run, steps, accumulate, shard, recipe=recipe, name=name):
+            train = replace(recipe.train, steps=steps, accumulate=accumulate, shard=shard)
+            return replace(recipe, output=str(folder / name / run), train=train)
+
+        made[name] = {
+            "one": variant("one", 4, 6, 1),
+            "two": variant("two", 2, 3, shards[0]),
+            "on one": variant("on one", 4, 6, 1),
+            "on three": variant("on three", 4, 2, shards[1]),
+        }
+        for run, chosen in made[name].items():
+            (folder / f"{name} {run}.yaml").write_text(recipes.dump(chosen))
+        processes.train(made[name]["one"])
+
+    def tasks(run, *what):
+        return [(task, str(folder / f"{name} {run}.yaml")) for task, name in zip(what, KINDS)]
+
+    processes.run(2, tasks("two", "train", "train", "execute"), folder)
+    for runs in made.values():
+        for further in ("on one", "on three"):
+            shutil.copytree(
+                Path(runs["two"].output, "checkpoints"), Path(runs[further].output, "checkpoints")
+            )
+        processes.train(runs["on one"], resuming=True)
+    processes.run(3, tasks("on three", "resume", "resume", "resume"), folder)
+    return {name: {run: Path(recipe.output) for run, recipe in runs.items()} for name, runs in made.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_what_one_trains_with_accumulation(kind, trained):
+    one, two = (state(trained[kind][run], 2) for run in ("one", "two"))
+    found = differences(one, two)
+    assert found["weight"] < 1e-4 and found["average"] < 1e-4
+    moved = [n for n in one if n.startswith("student/weight") and "lora_A" not in n]
+    assert max(one[n].abs().max() for n in moved) > 5e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["on one", "on three"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_two_processes_saved_any_number_continues(kind, run, trained):
+    ends = [state(trained[kind][which], 4) for which in (run, "one")]
+    found = differences(*ends)
+    assert found["weight"] < 1e-4 and found["average"] < 1e-4
+    saved = state(trained[kind]["two"], 2)
+    assert differences(ends[0], saved)["weight"] > 1e-3  # it did go on
+
+
+@pytest.mark.slow
+def test_each_process_writes_what_it_holds(trained):
+    """No rank gathers the whole state; together the files hold every weight once."""
+    saved = trained["all sharded"]["two"] / "checkpoints" / "step_00000002"
+    files = sorted(saved.glob("*.safetensors"))
+    whole = trained["all sharded"]["one"] / "checkpoints" / "step_00000002" / "state.safetensors"
+    sizes = [path.stat().st_size for path in files]
+    assert len(sizes) == 2 and max(sizes) < 0.7 * whole.stat().st_size < 0.8 * sum(sizes)
+    listed = {line.split()[1] for line in (saved / "SHA256SUMS").read_text().splitlines()}
+    assert listed == {"state.json", *(path.name for path in files)}
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_exported_whole(trained):
+    """Stock diffusers made the trainer's own sample of it, or the run would have ended with an error."""
+    assert (trained["all sharded"]["two"] / "export" / "pipeline" / "model_index.json").is_file()
+
+
+def test_a_number_of_processes_that_the_shards_do_not_divide_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(
+        RecipeError, match=r"train.shard: 4 does not divide .* processes, 6; start a multiple"
+    ):
+        start("cpu", 4)
+
+
+def test_a_resumed_run_of_another_batch_says_so(tiny_sdxl, tmp_path, capsys):
+    """As with another number of processes and the same accumulation."""
+    recipe = tiny(
+        "sdxl_sid_4step", tiny_sdxl, tmp_path, "--train.sample_every", "0", "--train.accumulate", "3"
+    )
+    processes.train(replace(recipe, train=replace(recipe.train, steps=1)))
+    processes.train(replace(recipe, train=replace(recipe.train, steps=2, accumulate=1)), resuming=True)
+    said = capsys.readouterr()
+    assert "note: an iteration has 2 samples now, and had 6 before; --train.accumulate 3 keeps that" in (
+        said.out + said.err
+    )
+
+
+def test_a_rank_that_cannot_write_is_named_on_all(tmp_path, monkeypatch):
+    def full(*_args, **_options):
+        raise CheckpointException("save", {1: (OSError(errno.ENOSPC, "No space left on device"), [])})
+
+    monkeypatch.setattr("torch.distributed.checkpoint.save", full)
+    with pytest.raises(WriteError, match=r"process 1 cannot write: No space left on device"):
+        _write(tmp_path / "step" / "part", {}, Process(rank=0, world=2))
