@@ -28,7 +28,7 @@ CHOICES = {
     "bf16, math attention, freed memory given back": [*OLD, "--give-back"],
     "bf16, math attention, freed memory kept": OLD,
     "auto, freed memory kept": [],
-    "the same, one_noise": ["--method.one_noise=true"],
+    "the same, one_noise": ["--method.one_noise=true", "--method.gan_time_range=[0.02,0.98]"],
 }
 UNITS = {"as it is": {}, "without matrix units for bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}}
 
