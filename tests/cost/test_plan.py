@@ -221,6 +221,15 @@ def test_the_command_counts_a_full_copy_split_over_two_cards(tmp_path, capsys):
     assert parts["critic"]["trained"] < student["trained"]
 
 
+def test_a_network_that_calls_a_part_of_its_first_block_by_itself_is_split(tmp_path):
+    teacher = write_tiny_pipeline("DiTPipeline", tmp_path / "dit")
+    words = ["--teacher.resolution=null", "--train.shard=2", "--train.batch_size=2", "--steps=4"]
+    made = plan(recipes.override(load_recipe("dit_sid_1step"), ["--teacher", str(teacher), *words]), 2)
+    whole, split = made.parts[0], made.parts[1]
+    assert split.name == "student" and split.trained == whole.parameters
+    assert split.weights == pytest.approx(4 * whole.parameters / 2, rel=0.02)
+
+
 def test_bad_words_are_refused_before_anything_is_counted(capsys):
     for words, told in (
         (["--gpu", "b9000"], "expected one of h100-80gb"),
