@@ -5,17 +5,18 @@ seconds are saved on each. Those that must not have fewstep are forks of an inte
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 from fewstep import recipe as recipes
 from fewstep.process import Process, start
@@ -99,27 +100,36 @@ def command(words: list[str], **options) -> Fork:
     return Fork(lambda: main([str(word) for word in words]), **options)
 
 
+@contextmanager
+def meeting(count: int) -> Iterator[list[dict[str, str]]]:
+    """The environment of each of several ranks. They meet as under torchrun, at a store that is open before any of
+    them begins: a port that is only looked for beforehand can be another's by then.
+    """
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    place["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    yield [{**place, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)]
+
+
 def together(count: int, function: Callable[[Process], object], folder: Path) -> list:
     """What ``function(process)`` returns on each of several ranks (gloo), as JSON."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
 
     def rank(number):
         result = function(start("cpu"))
         (folder / f"{number}.json").write_text(json.dumps(result))
 
-    place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    children = [
-        Fork(lambda n=n: rank(n), env={**place, "RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(count)
-    ]
-    try:
-        while None in (codes := [child.poll() for child in children]) and not any(codes):
-            time.sleep(0.01)
-    finally:
-        for child in children:
-            child.kill()
-    assert codes == [0] * count, codes
+    with meeting(count) as places:
+        children = [
+            Fork(lambda n=n: rank(n), folder / f"rank_{n}.txt", place) for n, place in enumerate(places)
+        ]
+        try:
+            while None in (codes := [child.poll() for child in children]) and not any(codes):
+                time.sleep(0.01)
+        finally:
+            for child in children:
+                child.kill()
+    said = "\n".join(f"rank {n}: {child.said.read_text()[-3000:]}" for n, child in enumerate(children))
+    assert codes == [0] * count, f"{codes}\n{said}"
     return [json.loads((folder / f"{n}.json").read_text()) for n in range(count)]
 
 

@@ -3,14 +3,13 @@
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from processes import Fork, command
+from processes import Fork, command, meeting
 from safetensors.torch import load_file
 from test_end_to_end import tiny
 
@@ -116,34 +115,27 @@ def test_when_one_of_two_processes_dies_the_other_ends_with_an_error(tiny_sd15, 
     )
     path = tmp_path / "recipe.yaml"
     path.write_text(dump(recipe))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    # Without torchrun, which would end the other by itself.
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    two = [
-        command(
-            ["train", path],
-            said=tmp_path / f"{rank}.txt",
-            env=place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    try:
-        metrics, deadline = Path(recipe.output) / "metrics.jsonl", time.time() + 240
-        while not (metrics.exists() and len(read_metrics(metrics)) > 2):
-            assert time.time() < deadline and all(p.poll() is None for p in two), "it did not start"
-            time.sleep(0.1)
-        two[1].send_signal(signal.SIGKILL)
-        begin = time.time()
-        two[0].wait(120)
-        errors = two[0].said.read_text()
-        assert time.time() - begin < 60
-        assert two[0].returncode == 5, errors[-2000:]
-        assert (
-            "another of the 2 processes has ended" in errors and f"fewstep resume {recipe.output}" in errors
-        )
-    finally:
-        for process in two:
-            process.kill()
+    with meeting(2) as places:  # without torchrun, which would end the other by itself
+        two = [
+            command(["train", path], said=tmp_path / f"{rank}.txt", env=place)
+            for rank, place in enumerate(places)
+        ]
+        try:
+            metrics, deadline = Path(recipe.output) / "metrics.jsonl", time.time() + 240
+            while not (metrics.exists() and len(read_metrics(metrics)) > 2):
+                assert time.time() < deadline and all(p.poll() is None for p in two), "it did not start"
+                time.sleep(0.1)
+            two[1].send_signal(signal.SIGKILL)
+            begin = time.time()
+            two[0].wait(120)
+            errors = two[0].said.read_text()
+            assert time.time() - begin < 60
+            assert two[0].returncode == 5, errors[-2000:]
+            assert (
+                "another of the 2 processes has ended" in errors
+                and f"fewstep resume {recipe.output}" in errors
+            )
+        finally:
+            for process in two:
+                process.kill()
     tally("survived", 1)
