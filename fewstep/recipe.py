@@ -94,7 +94,7 @@ def _method_name(config: Any) -> str:
     from .methods import METHODS
 
     for name, cls in METHODS.items():
-        if isinstance(config, cls.Config):
+        if type(config) is cls.Config:  # a Config may build on another method's
             return name
     raise RecipeError(f"method: {type(config).__name__} is no method's Config; known: {', '.join(METHODS)}")
 

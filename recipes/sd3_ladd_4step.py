@@ -28,7 +28,7 @@ recipe = Recipe(
     ),
     method=LADD.Config(
         taps=[f"transformer_blocks.{i}" for i in range(3, 24, 4)],
-        steps=[4, 2, 1],
+        num_steps=[4, 2, 1],
         guidance_scale=5.0,
         synthetic=True,
     ),

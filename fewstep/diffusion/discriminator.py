@@ -77,10 +77,10 @@ def tap_features(
     return [features[name] for name in names]
 
 
-def mean_logits(denoiser: NetDenoiser, tap: str, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+def mean_logits(denoiser: NetDenoiser, taps: Sequence[str], x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
     """Logits (B, n) without weights of their own: features averaged over channels (SiDA, arXiv 2410.14919)."""
-    (features,) = tap_features(denoiser, [tap], x_t, t, cond)
-    return features.mean(1 if features.ndim == 4 else -1).flatten(1)
+    features = tap_features(denoiser, taps, x_t, t, cond)
+    return torch.cat([f.mean(1 if f.ndim == 4 else -1).flatten(1) for f in features], 1)
 
 
 def _groups(channels: int) -> int:

@@ -65,9 +65,11 @@ def gan_generator(fake_logits: Tensor) -> Tensor:
     return F.softplus(-fake_logits).mean()
 
 
-def gan_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """``mean softplus(D(fake)) + mean softplus(-D(real))``; 2 log 2 where D cannot tell."""
-    return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
+def gan_discriminator(
+    real_logits: Tensor, fake_logits: Tensor, real_share: float = 1.0, fake_share: float = 1.0
+) -> Tensor:
+    """``mean softplus(D(fake)) + mean softplus(-D(real))``, each by its share; 2 log 2 where D cannot tell."""
+    return fake_share * F.softplus(fake_logits).mean() + real_share * F.softplus(-real_logits).mean()
 
 
 def discrimination(real_logits: Tensor, fake_logits: Tensor, weight: Tensor, keep: Tensor) -> Tensor:

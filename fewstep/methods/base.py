@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -45,6 +46,7 @@ class Batch:
         rng: randomness of this micro-batch. shared: randomness all ranks and micro-batches agree on.
         pairs: a teacher's own noise and the x0, or tokens, it made of it, or None. pair_cond: their conditions.
         index: rows of ``cond`` in the list of prompts, on the CPU.
+        share, real_share: weight of a mean over the rows of ``cond``, over those of ``real``; not 1 in a :meth:`view`.
         host: ``cond`` and ``real_cond`` by name as they were before the device got them; see :meth:`on_host`.
         carry: what one phase leaves for the next ones of the same iteration.
         log: numbers worth a curve that are no part of the loss.
@@ -59,6 +61,8 @@ class Batch:
     pairs: tuple[Tensor, Tensor] | None = None
     pair_cond: Cond | None = None
     index: Tensor | None = None
+    share: float = 1.0
+    real_share: float = 1.0
     host: dict[str, Cond] = field(default_factory=dict)
     carry: dict[str, Any] = field(default_factory=dict)
     log: dict[str, Tensor] = field(default_factory=dict)
@@ -72,23 +76,29 @@ class Batch:
         """Conditions that the host decides by, without asking the device for them."""
         return self.host.get(name) or getattr(self, name)
 
+    def view(self, rows: Tensor | slice, real_rows: Tensor | slice, **changes: Any) -> Batch:
+        """Some of its rows as a micro-batch with the same randomness and nothing carried over.
+
+        Args:
+            rows: of ``cond``. real_rows: of real images and pairs. changes: other fields.
+        """
+        cond = self.cond.rows(rows)
+        some = {
+            "cond": cond,
+            "shape": (len(cond), *self.shape[1:]),
+            "real": None if self.real is None else self.real[real_rows],
+            "real_cond": None if self.real_cond is None else self.real_cond.rows(real_rows),
+            "pairs": None if self.pairs is None else tuple(value[real_rows] for value in self.pairs),
+            "pair_cond": None if self.pair_cond is None else self.pair_cond.rows(real_rows),
+        }
+        return replace(self, **{**some, "index": None, "host": {}, "carry": {}, "log": {}, **changes})
+
     def row(self, i: int, rng: Rng) -> Batch:
-        """Sample i as a micro-batch of its own, with randomness of its own and nothing carried over."""
+        """Sample i as a micro-batch of its own, with randomness of its own."""
         one = slice(i, i + 1)
-        return replace(
-            self,
-            cond=self.cond.rows(one),
-            shape=(1, *self.shape[1:]),
-            rng=rng,
-            real=None if self.real is None else self.real[one],
-            real_cond=None if self.real_cond is None else self.real_cond.rows(one),
-            pairs=None if self.pairs is None else (self.pairs[0][one], self.pairs[1][one]),
-            pair_cond=None if self.pair_cond is None else self.pair_cond.rows(one),
-            index=None if self.index is None else self.index[one],
-            host={name: cond.rows(one) for name, cond in self.host.items()},
-            carry={},
-            log={},
-        )
+        index = None if self.index is None else self.index[one]
+        host = {name: cond.rows(one) for name, cond in self.host.items()}
+        return self.view(one, one, rng=rng, index=index, host=host)
 
     def note_health(self, x0: Tensor, real: Tensor, fake: Tensor) -> None:
         """Vital signs of a student with a critic, for the log and the report.
@@ -148,8 +158,8 @@ class Phase:
 class Method:
     """Base of all methods; inheritance stops here.
 
-    A method is built with the frozen teacher and one denoiser per name in ``networks``, each on a trainable copy
-    (or LoRA shell) of the teacher's network. It sets ``self.student`` and may add modules of its own in ``heads``.
+    A method gets the frozen teacher and one denoiser per name in ``networks``, each on a trainable copy (or LoRA
+    shell) of the teacher's network. It sets ``self.student`` and may add modules of its own in ``heads``.
 
     Attributes:
         networks: the trainable copies of the teacher that this method needs; where that depends on the options,
@@ -158,7 +168,7 @@ class Method:
         critic: the denoiser that learns what the student makes, where there is one.
         teacher_kind: "diffusion", or "autoregressive" for methods of token models.
         distance, reward: of latents, set before training where the options name them.
-        Config: dataclass of its options; the paper's values are the defaults.
+        Config: dataclass of its options, see :class:`Options`; the paper's values are the defaults.
         needs: data it cannot run without, given its configuration: any of "prompts", "images", "pairs".
     """
 
@@ -174,8 +184,14 @@ class Method:
     distance: Callable[[Tensor, Tensor], Tensor] | None = None
     reward: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def __init__(self, config: Any, teacher: Denoiser, latent_shape: Sequence[int], **denoisers: Denoiser):
-        raise NotImplementedError
+    def __init__(
+        self, config: Any, teacher: Denoiser, latent_shape: Sequence[int], **denoisers: Denoiser | None
+    ):
+        self.config, self.teacher, self.latent_shape = config, teacher, latent_shape
+        self.build(**denoisers)
+
+    build: Callable[..., None]
+    """Takes the denoisers by name, sets ``student``, makes what else is needed; each method's own."""
 
     def heads(self) -> dict[str, nn.Module]:
         """Further trainable roles, beside ``networks``."""
@@ -209,15 +225,29 @@ class Method:
         return ("prompts",)
 
 
-def check_options(config: Any, **expected: tuple[bool, str]) -> None:
-    """For the ``__post_init__`` of a Config: name of an option -> (whether it is fine, what was expected).
+Expected = dict[str, tuple[bool, str]]  # name of an option -> (whether it is fine, what was expected)
+
+
+class Options:
+    """A group of options; a method's Config is one or several of them and what is its own.
+
+    Each may say of its own options what it expects, as ``expected(self) -> Expected``.
 
     Raises:
-        RecipeError: naming the first option that is not, its value and what was expected.
+        RecipeError: naming the first option that is not as expected, its value and what was expected.
     """
-    for name, (fine, what) in expected.items():
-        if not fine:
-            raise RecipeError(f"method.{name}: {getattr(config, name)}: expected {what}")
+
+    def __post_init__(self) -> None:
+        for group in reversed(type(self).__mro__):
+            if expected := vars(group).get("expected"):
+                for name, (fine, what) in expected(self).items():
+                    if not fine:
+                        raise RecipeError(f"method.{name}: {_shown(getattr(self, name))}: expected {what}")
+
+
+def _shown(value: Any) -> str:
+    """As in a recipe.yaml."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -7,7 +7,7 @@ teacher from its own answer there; at the clean end it is a one-step generator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,13 +16,12 @@ from torch import Tensor
 
 from ..diffusion import objectives, trajectory
 from ..diffusion.cond import Cond
-from ..diffusion.denoiser import Denoiser, Guidance, NetDenoiser, Scalar
+from ..diffusion.denoiser import Guidance, NetDenoiser, Scalar
 from ..diffusion.embedding import with_scalar
 from ..diffusion.rng import Rng
 from ..diffusion.schedules import repeated
 from ..diffusion.student import Student
-from ..errors import RecipeError
-from .base import Batch, Method, Phase, Progress, register
+from .base import Batch, Expected, Method, Options, Phase, Progress, register
 
 
 @register("boot")
@@ -33,7 +32,7 @@ class BOOT(Method):
     student: Student
 
     @dataclass
-    class Config:
+    class Config(Options):
         """The paper gives no table of its own values; those here are ours.
 
         Attributes:
@@ -54,23 +53,21 @@ class BOOT(Method):
         guidance_scale: float = 1.0
         guidance_range: tuple[float, float] | None = None
 
-        def __post_init__(self):
-            if self.intervals < 2:
-                raise RecipeError(f"method.intervals: {self.intervals}: expected at least 2")
-            if self.boundary_weight < 0:
-                raise RecipeError(f"method.boundary_weight: {self.boundary_weight}: expected 0 or more")
-            if self.guidance_range is not None:
-                low, high = self.guidance_range
-                if not low < high or not low <= self.guidance_scale <= high:
-                    raise RecipeError(
-                        f"method.guidance_range: {self.guidance_range}: expected low < high around the guidance_scale "
-                        f"{self.guidance_scale} that the student is exported at"
-                    )
+        def expected(self) -> Expected:
+            low, high = self.guidance_range or (-math.inf, math.inf)
+            return {
+                "intervals": (self.intervals >= 2, "at least 2"),
+                "boundary_weight": (self.boundary_weight >= 0, "0 or more"),
+                "guidance_range": (
+                    low < high and low <= self.guidance_scale <= high,
+                    f"low < high around the guidance_scale {self.guidance_scale} that the student is exported at",
+                ),
+            }
 
-    def __init__(
-        self, config: BOOT.Config, teacher: Denoiser, latent_shape: Sequence[int], *, student: NetDenoiser
-    ):
-        self.config, self.teacher, self.schedule = config, teacher, teacher.schedule
+    config: Config
+
+    def build(self, student: NetDenoiser) -> None:
+        config, self.schedule = self.config, self.teacher.schedule
         student = with_scalar(student, "level", Scalar(0.0, scale=1000.0))
         if config.guidance_range is not None:
             student = with_scalar(student, "guidance", Scalar(config.guidance_scale))

@@ -8,7 +8,6 @@ that map from pairs. Further entry points, where the first tokens are known, mak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +19,7 @@ from ..device import upload
 from ..errors import RecipeError
 from ..tokens.codes import CodebookDenoiser
 from ..tokens.entries import EntryStudent
-from .base import Batch, Method, Phase, Progress, register
+from .base import Batch, Expected, Method, Options, Phase, Progress, register
 
 if TYPE_CHECKING:
     from ..tokens.students import ParallelStudent
@@ -36,7 +35,7 @@ class DD1(Method):
     student: EntryStudent
 
     @dataclass
-    class Config:
+    class Config(Options):
         """Neither paper nor code gives the loss weights; those are ours.
 
         Attributes:
@@ -59,22 +58,21 @@ class DD1(Method):
         image_weight: float = 1.0
         regression: Literal["l2", "features", "lpips"] = "l2"
 
-        def __post_init__(self):
+        def expected(self) -> Expected:
             rising = all(a < b for a, b in zip(self.entries, self.entries[1:]))
-            if not self.entries or self.entries[0] != 0 or not rising:
-                raise RecipeError(f"method.entries: {self.entries}: expected 0 and then rising token numbers")
-            if self.split < 0:
-                raise RecipeError(f"method.split: {self.split}: expected 0 or more tokens")
+            return {
+                "entries": (
+                    bool(self.entries) and self.entries[0] == 0 and rising,
+                    "0 and then rising token numbers",
+                ),
+                "split": (self.split >= 0, "0 or more tokens"),
+            }
 
-    def __init__(
-        self,
-        config: DD1.Config,
-        teacher: CodebookDenoiser,
-        latent_shape: Sequence[int],
-        *,
-        student: ParallelStudent,
-    ):
-        self.config, self.teacher, self.net = config, teacher, student
+    config: Config
+    teacher: CodebookDenoiser
+
+    def build(self, student: ParallelStudent) -> None:
+        config, teacher, self.net = self.config, self.teacher, student
         starts = [sum(teacher.net.groups[:g]) for g in range(len(teacher.net.groups))]
         for entry in config.entries:
             if entry not in starts:
@@ -82,9 +80,7 @@ class DD1(Method):
                     f"method.entries: {entry}: expected the first token of a group this teacher decodes at once, one "
                     f"of {starts if len(starts) < 20 else f'0 to {starts[-1]}'}"
                 )
-        self.student = EntryStudent(student, config.entries, latent_shape[0])
-        # Distance of latents, as decoded images; the run puts one here where the recipe asks for it.
-        self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.student = EntryStudent(student, config.entries, self.latent_shape[0])
 
     @classmethod
     def network(cls, config: DD1.Config, teacher, name: str) -> nn.Module:

@@ -7,7 +7,6 @@ tracks the former. What is distilled is a law, not a map, so pairs serve only to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +20,7 @@ from ..diffusion.student import Student
 from ..errors import FewstepError, RecipeError
 from ..tokens.codes import CodebookDenoiser
 from ..tokens.entries import EntryStudent
-from .base import Batch, Method, Phase, Progress, check_options, register
+from .base import Batch, Method, Phase, Progress, register
 
 if TYPE_CHECKING:
     from ..tokens.students import CausalStudent, ParallelStudent
@@ -104,29 +103,25 @@ class DD2(Method):
                 raise RecipeError(
                     f"method.regression_rate: {self.regression_rate}: expected a positive number"
                 )
-            check_options(self, regression_weight=(self.regression_weight >= 0, "0 or more"))
+            if self.regression_weight < 0:
+                raise RecipeError(f"method.regression_weight: {self.regression_weight}: expected 0 or more")
             if self.from_dd1 and self.generator != "codes":
                 raise RecipeError(
                     f"method.from_dd1: {self.from_dd1}: a student of DD1 makes codes; set method.generator to codes"
                 )
 
-    def __init__(
-        self,
-        config: DD2.Config,
-        teacher: CodebookDenoiser,
-        latent_shape: Sequence[int],
-        *,
-        student: CausalStudent | ParallelStudent,
-        critic: CausalStudent,
-    ):
-        self.config, self.teacher, self.critic, self.net = config, teacher, critic, student
+    config: Config
+    teacher: CodebookDenoiser
+
+    def build(self, student: CausalStudent | ParallelStudent, critic: CausalStudent) -> None:
+        config, teacher, self.critic, self.net = self.config, self.teacher, critic, student
         if config.prefix == "continuous" and not getattr(teacher.net, "reads_codes", False):
             raise RecipeError(
                 "method.prefix: continuous: this teacher reads token indices only; use nearest, or a teacher whose "
                 "transformer reads embeddings"
             )
         if config.generator == "codes":
-            self.student = EntryStudent(student, [0], latent_shape[0])
+            self.student = EntryStudent(student, [0], self.latent_shape[0])
         else:
             from ..tokens.students import Generator
 

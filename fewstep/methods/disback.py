@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser, Guidance, NetDenoiser
 from ..errors import RecipeError
 from ..training.roles import hand_over
-from .base import Batch, Method, Phase, Progress, register
+from .base import Batch, Expected, Method, Phase, Progress, register
 from .dmd2 import DMD2
+from .terms import regression
 
 
 class Target:
@@ -56,8 +55,8 @@ class DisBack(Method):
     critic: NetDenoiser
 
     @dataclass
-    class Config:
-        """Options of the path, then those of DMD2 that apply, see :class:`fewstep.methods.dmd2.DMD2.Config`.
+    class Config(DMD2.Config):
+        """DMD2's options and those of the path.
 
         Published for one-step SDXL: 10 nodes of 100 iterations, 1000 iterations per target, guidance 8, start 399.
 
@@ -76,44 +75,22 @@ class DisBack(Method):
         backtrack_steps: int = 1000
         guide_nodes: bool = False
         num_steps: int = 1
-        start: int | float | None = None
-        times: list[int] | None = None
-        guidance_scale: float = 1.0
         critic_steps: int = 1
-        weight: Literal["l1", "kl", "vsd", "one"] = "l1"
-        time_range: tuple[float, float] = (0.02, 0.98)
-        critic_loss: Literal["native", "x0", "eps", "v", "flow"] = "native"
         gan_weight: float = 0.0
-        discriminator_weight: float = 1e-2
-        taps: list[str] = field(default_factory=lambda: ["mid_block"])
 
-        def __post_init__(self):
-            for name in ("nodes", "record_steps", "backtrack_steps"):
-                if getattr(self, name) < 1:
-                    raise RecipeError(f"method.{name}: {getattr(self, name)}: expected at least 1")
-            self.host()
+        def expected(self) -> Expected:
+            names = ("nodes", "record_steps", "backtrack_steps")
+            return {name: (getattr(self, name) >= 1, "at least 1") for name in names}
 
-        def host(self) -> DMD2.Config:
-            """The options of DMD2 among these; refuses what DMD2 refuses."""
-            shared = {o.name for o in fields(DMD2.Config)} & {o.name for o in fields(self)}
-            return DMD2.Config(**{name: getattr(self, name) for name in shared})
+    config: Config
 
-    def __init__(
-        self,
-        config: DisBack.Config,
-        teacher: Denoiser,
-        latent_shape: Sequence[int],
-        *,
-        student: Denoiser,
-        critic: NetDenoiser,
-        **nodes: NetDenoiser,
-    ):
-        self.config, self.critic = config, critic
+    def build(self, student: Denoiser, critic: NetDenoiser, **nodes: NetDenoiser) -> None:
+        config, self.critic = self.config, critic
         self.nodes = [nodes[f"node_{k}"] for k in range(1, config.nodes + 1)]
         _check_equal({**nodes, "critic": critic})
         # The last node is where the critic starts, so the student's first target is the one before it.
-        self.target = Target([*self.nodes[-2::-1], teacher], config.guide_nodes)
-        self.host = DMD2(config.host(), self.target, latent_shape, student=student, critic=critic)
+        self.target = Target([*self.nodes[-2::-1], self.teacher], config.guide_nodes)
+        self.host = DMD2(config, self.target, self.latent_shape, student=student, critic=critic)
         self.student = self.host.student
 
     @classmethod
@@ -122,7 +99,7 @@ class DisBack(Method):
 
     @classmethod
     def needs(cls, config: DisBack.Config) -> tuple[str, ...]:
-        return DMD2.needs(config.host())
+        return DMD2.needs(config)
 
     def heads(self) -> dict[str, nn.Module]:
         return self.host.heads()
@@ -169,8 +146,7 @@ class DisBack(Method):
         with torch.no_grad():
             x0, cond = host.generate(batch)
         x_t, t = host.noised(x0, batch)
-        weight = node.schedule.error_weight(host.critic_kind, t)
-        return {"denoising": objectives.denoising(node.x0(x_t, t, cond), x0, weight)}
+        return {"denoising": regression(node, self.config.critic_loss, x0, x_t, t, cond)}
 
     def generator_loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         # The student's phase runs before the critic's and, in the first iteration, always.

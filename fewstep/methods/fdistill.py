@@ -7,8 +7,7 @@ DMD2's discriminator is an estimate of ``log r``. Everything else is DMD2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser
-from ..errors import RecipeError
-from .base import Batch, Method, Phase, Progress, register
+from .base import Batch, Expected, Method, Phase, Progress, register
 from .dmd2 import DMD2
+from .terms import difference
 
 
 @register("fdistill")
@@ -30,8 +29,8 @@ class FDistill(Method):
     networks = DMD2.networks
 
     @dataclass
-    class Config:
-        """DMD2's options, see :class:`fewstep.methods.dmd2.DMD2.Config`, and four more.
+    class Config(DMD2.Config):
+        """DMD2's options and four more.
 
         Attributes:
             divergence: "rkl" (DMD2 itself), "kl", "js", "softened_rkl", "neyman", "hellinger", "jeffreys"; the first
@@ -48,60 +47,30 @@ class FDistill(Method):
         ratio_range: tuple[float, float] = (0.1, 20.0)
         logit_limit: float = 10.0
         time_bins: int = 10
-        num_steps: int = 4
-        start: int | float | None = None
-        times: list[int] | None = None
-        guidance_scale: float = 1.0
-        critic_steps: int = 5
-        weight: Literal["l1", "kl", "vsd", "one"] = "l1"
-        time_range: tuple[float, float] = (0.02, 0.98)
-        critic_loss: Literal["native", "x0", "eps", "v", "flow"] = "native"
-        gan_weight: float = 5e-3
-        discriminator_weight: float = 1e-2
-        taps: list[str] = field(default_factory=lambda: ["mid_block"])
-        discriminator_on: Literal["critic", "teacher"] = "critic"
-        critic_on_student_turn: bool = True
-        student_input: Literal["rollout", "real"] = "rollout"
 
-        def __post_init__(self):
+        def expected(self) -> Expected:
+            weight = (
+                "a positive weight, for f-distill reads the density ratio from its discriminator; choose method.name "
+                "dmd2 to run without one"
+            )
             low, high = self.ratio_range
-            if not 0 < low < high:
-                raise RecipeError(
-                    f"method.ratio_range: {self.ratio_range}: expected 0 < low < high, around 1; (0.1, 20) is published"
-                )
-            if not self.logit_limit > 0:
-                raise RecipeError(
-                    f"method.logit_limit: {self.logit_limit}: expected a positive number such as 10"
-                )
-            if self.time_bins < 0:
-                raise RecipeError(
-                    f"method.time_bins: {self.time_bins}: expected 0 (off) or more; 10 is published"
-                )
-            for name in ("gan_weight", "discriminator_weight"):
-                if not getattr(self, name) > 0:
-                    raise RecipeError(
-                        f"method.{name}: {getattr(self, name)}: f-distill reads the density ratio from its "
-                        "discriminator; expected a positive weight, or choose method.name dmd2 to run without one"
-                    )
-            self.host()
+            return {
+                "ratio_range": (0 < low < high, "0 < low < high, around 1; (0.1, 20) is published"),
+                "logit_limit": (self.logit_limit > 0, "a positive number such as 10"),
+                "time_bins": (self.time_bins >= 0, "0 (off) or more; 10 is published"),
+                "gan_weight": (self.gan_weight > 0, weight),
+                "discriminator_weight": (self.discriminator_weight > 0, weight),
+                "one_noise": (
+                    not self.one_noise,
+                    "false; the ratio has its own forward",
+                ),
+            }
 
-        def host(self) -> DMD2.Config:
-            """The options of DMD2 among these; refuses what DMD2 refuses."""
-            shared = {o.name for o in fields(DMD2.Config)} & {o.name for o in fields(self)}
-            return DMD2.Config(**{name: getattr(self, name) for name in shared})
+    config: Config
 
-    def __init__(
-        self,
-        config: FDistill.Config,
-        teacher: Denoiser,
-        latent_shape: Sequence[int],
-        *,
-        student: Denoiser,
-        critic: Denoiser,
-    ):
-        self.config = config
-        self.host = DMD2(config.host(), teacher, latent_shape, student=student, critic=critic)
-        self.teacher, self.critic, self.student = teacher, critic, self.host.student
+    def build(self, student: Denoiser, critic: Denoiser) -> None:
+        self.host = DMD2(self.config, self.teacher, self.latent_shape, student=student, critic=critic)
+        self.critic, self.student = critic, self.host.student
 
     @classmethod
     def needs(cls, config: FDistill.Config) -> tuple[str, ...]:
@@ -118,10 +87,7 @@ class FDistill(Method):
         host = self.host
         x0, cond = host.generate(batch)
         batch.carry["x0"] = x0.detach()
-        losses = {"dm": self.matching(x0, cond, batch)}
-        logits = host.discriminator.logits(host.judge, *host.noised(x0, batch), cond)
-        losses["gan"] = self.config.gan_weight * objectives.gan_generator(logits)
-        return losses
+        return {"dm": self.matching(x0, cond, batch), "gan": host.deception(x0, cond, batch)}
 
     def matching(self, x0: Tensor, cond: Cond, batch: Batch) -> Tensor:
         """DMD2's distribution matching, each sample weighted by h, whose mean over the micro-batch is 1."""
@@ -135,10 +101,8 @@ class FDistill(Method):
             if config.time_bins:
                 ratio = ratio / objectives.bin_means(ratio, u, config.time_bins)
             h = objectives.divergence_weight(config.divergence, ratio)
-            weight = objectives.matching_weight(config.weight, x0, real, schedule, t) * (h / h.mean())
-        batch.note_health(x0, real, fake)
         batch.log |= {"h_std": (h / h.mean()).std(correction=0), "density_ratio": ratio.mean()}
-        return objectives.distribution_matching(x0, real, fake, weight)
+        return difference(config.weight, x0, real, fake, schedule, t, batch, h / h.mean())
 
     def ratio(self, logits: Tensor) -> Tensor:
         """Density ratio p / q (B,) from the mean logit of all heads, (B, n), bounded."""

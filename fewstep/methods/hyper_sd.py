@@ -8,7 +8,6 @@ landing place this is PCM (arXiv 2405.18407). A reward and a score difference ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -23,8 +22,7 @@ from ..diffusion.denoiser import Denoiser, Guidance, NetDenoiser
 from ..diffusion.discriminator import Discriminator
 from ..diffusion.schedules import VP
 from ..diffusion.student import Student
-from ..errors import RecipeError
-from .base import Batch, Method, Phase, Progress, register
+from .base import Batch, Expected, Method, Options, Phase, Progress, register
 from .dmd import DMD
 
 End = Literal["random", "segment"]
@@ -41,7 +39,7 @@ class HyperSD(Method):
     student: Student
 
     @dataclass
-    class Config:
+    class Config(Options):
         """The paper's values where it gives any; weights and lengths of its stages are unpublished.
 
         Attributes:
@@ -101,38 +99,37 @@ class HyperSD(Method):
         score_norm: Literal["l1", "kl", "vsd", "one"] = "l1"
         keep_weight: float = 1.0
 
-        def __post_init__(self):
-            stages = len(self.segments)
-            if not stages or min(self.segments) < 1 or max(self.segments) > self.solver_steps:
-                raise RecipeError(
-                    f"method.segments: {self.segments}: expected at least one stage, of 1 to solver_steps "
-                    f"({self.solver_steps}) segments each"
-                )
-            for name in ("lengths", "end", "gan_weight"):
-                value = getattr(self, name)
-                if isinstance(value, list) and len(value) != stages:
-                    raise RecipeError(
-                        f"method.{name}: {value}: expected one per stage of segments {self.segments}"
+        def expected(self) -> Expected:
+            stages, low_high = self.segments or [0], self.guidance_range or (0.0, 1.0)
+            lengths, counts = self.lengths or [1.0], self.num_steps if self.num_steps is not None else [1]
+            return {
+                "segments": (
+                    min(stages) >= 1 and max(stages) <= self.solver_steps,
+                    f"at least one stage, of 1 to solver_steps ({self.solver_steps}) segments each",
+                ),
+                **{
+                    name: (
+                        not isinstance(value := getattr(self, name), list) or len(value) == len(stages),
+                        f"one per stage of segments {self.segments}",
                     )
-            lengths = [*(self.lengths or [1.0]), self.feedback_length + 1, self.score_length + 1]
-            if min(lengths) <= 0 or min(lengths[-2:]) < 1:
-                raise RecipeError(
-                    f"method.lengths: {self.lengths}: expected positive lengths, and 0 or more of feedback and score"
-                )
-            for name in ("target_decay", "eta"):
-                if not 0 <= getattr(self, name) <= 1:
-                    raise RecipeError(f"method.{name}: {getattr(self, name)}: expected 0 to 1")
-            if self.feedback_length and not self.reward:
-                raise RecipeError(
-                    "method.reward: missing; the feedback stage needs a differentiable score of images and prompts, "
-                    "module:function, or feedback_length 0"
-                )
-            if self.num_steps is not None and (not self.num_steps or min(self.num_steps) < 1):
-                raise RecipeError(
-                    f"method.num_steps: {self.num_steps}: expected numbers of steps, e.g. [8, 4, 2, 1]"
-                )
-            if self.guidance_range is not None and not self.guidance_range[0] < self.guidance_range[1]:
-                raise RecipeError(f"method.guidance_range: {self.guidance_range}: expected low < high")
+                    for name in ("end", "gan_weight")
+                },
+                "lengths": (
+                    min(lengths) > 0 and len(lengths) in (len(stages), 0 if self.lengths else 1),
+                    f"a positive length per stage of segments {self.segments}",
+                ),
+                "feedback_length": (self.feedback_length >= 0, "0 or more"),
+                "score_length": (self.score_length >= 0, "0 or more"),
+                "target_decay": (0 <= self.target_decay <= 1, "0 to 1"),
+                "eta": (0 <= self.eta <= 1, "0 to 1"),
+                "reward": (
+                    not self.feedback_length or bool(self.reward),
+                    "a differentiable score of images and prompts for the feedback stage, module:function, or "
+                    "feedback_length 0",
+                ),
+                "num_steps": (bool(counts) and min(counts) >= 1, "numbers of steps, e.g. [8, 4, 2, 1]"),
+                "guidance_range": (low_high[0] < low_high[1], "low < high"),
+            }
 
         def of_stage(self, name: str, stage: int) -> Any:
             value = getattr(self, name)
@@ -142,18 +139,17 @@ class HyperSD(Method):
             """Where jumps of a stage land."""
             return self.of_stage("end", stage) or ("segment" if self.segments[stage] == 1 else "random")
 
-    def __init__(
+    config: Config
+    teacher: NetDenoiser
+
+    def build(
         self,
-        config: HyperSD.Config,
-        teacher: NetDenoiser,
-        latent_shape: Sequence[int],
-        *,
         student: Denoiser,
         target: Denoiser | None = None,
         previous: Denoiser | None = None,
         critic: Denoiser | None = None,
-    ):
-        self.config, self.teacher, self.schedule = config, teacher, teacher.schedule
+    ) -> None:
+        config, teacher, self.schedule = self.config, self.teacher, self.teacher.schedule
         self.previous, self.critic, self.target = previous, critic, target or student
         counts = sorted(set(config.num_steps or config.segments), reverse=True)
         grids = [self.schedule.at(torch.arange(n, 0, -1) / n).tolist() for n in counts]
@@ -163,14 +159,12 @@ class HyperSD(Method):
         self.student = Student(student, grids[0], noise, also=grids[1:], eta=config.eta)
         self.discriminator: Discriminator | None = None
         if any(config.of_stage("gan_weight", i) for i in range(len(config.segments))):
-            self.discriminator = Discriminator(teacher, config.taps, latent_shape)
+            self.discriminator = Discriminator(teacher, config.taps, self.latent_shape)
         self.host: DMD | None = None
         if critic is not None:
             options: dict[str, Any] = {"guidance_scale": config.guidance_scale, "weight": config.score_norm}
             host = DMD.Config(start=config.one_step_time, regression_weight=0.0, **options)
-            self.host = DMD(host, teacher, latent_shape, student=student, critic=critic)
-        # Of latents (B, ...) and of the rows of their prompts; the run puts the recipe's reward here.
-        self.reward: Callable[[Tensor, Tensor], Tensor] | None = None
+            self.host = DMD(host, teacher, self.latent_shape, student=student, critic=critic)
 
     @classmethod
     def networks_for(cls, config: HyperSD.Config) -> tuple[str, ...]:
@@ -246,7 +240,8 @@ class HyperSD(Method):
         _, cond = batch.clean(self.config.synthetic)
         both = torch.cat([batch.carry["goal"], batch.carry["made"]])
         logits = self.judge(stage, both, batch.carry["end"].repeat(2), Cond.cat(cond, cond), batch)
-        return {"discriminator": objectives.gan_discriminator(*logits.chunk(2))}
+        of_goal, of_made = logits.chunk(2)
+        return {"discriminator": objectives.gan_discriminator(of_goal, of_made)}
 
     def feedback(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
         """A hinge on the reward of a sample of the student's, with the gradient of its last step (section 3.3)."""

@@ -18,12 +18,11 @@ from ..diffusion.rng import Rng
 from ..diffusion.schedules import expand
 from ..diffusion.student import Student
 from ..diffusion.times import times_at
-from ..errors import RecipeError
-from .base import Batch, Method, Phase, Progress, register
+from .base import Batch, Expected, Method, Options, Phase, Progress, register
 
 
 @dataclass
-class AdversarialOptions:
+class AdversarialOptions(Options):
     """Options of the discriminator; defaults are LADD's.
 
     Attributes:
@@ -45,13 +44,12 @@ class AdversarialOptions:
     student_every: int = 1
     synthetic: bool = False
 
-    def __post_init__(self):
-        if not self.noise_std > 0:
-            raise RecipeError(f"method.noise_std: {self.noise_std}: expected a positive number")
-        if self.student_every < 1:
-            raise RecipeError(f"method.student_every: {self.student_every}: expected at least 1")
-        if not self.taps:
-            raise RecipeError("method.taps: []: expected names of the teacher's blocks")
+    def expected(self) -> Expected:
+        return {
+            "noise_std": (self.noise_std > 0, "a positive number"),
+            "student_every": (self.student_every >= 1, "at least 1"),
+            "taps": (bool(self.taps), "names of the teacher's blocks"),
+        }
 
 
 class Adversary:
@@ -107,7 +105,7 @@ class LADD(Method):
             proposals: how often each is trained. early_proposals: the same in the first ``early`` student updates; the
                 paper begins with the cleaner half, where the teacher's weights are nearly right already.
             early: student updates; not published, ours.
-            steps: numbers of steps, each a regular choice of ``levels`` from the noisiest on; the first one is shown
+            num_steps: numbers of steps, each a regular choice of ``levels`` from the noisiest on; the first is shown
                 while training.
             guidance_scale: with which the synthetic samples were made.
         """
@@ -116,32 +114,34 @@ class LADD(Method):
         proposals: list[float] = field(default_factory=lambda: [0.7, 0.1, 0.1, 0.1])
         early_proposals: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.5, 0.5])
         early: int = 500
-        steps: list[int] = field(default_factory=lambda: [4])
+        num_steps: list[int] = field(default_factory=lambda: [4])
         guidance_scale: float = 1.0
 
-        def __post_init__(self):
-            super().__post_init__()
-            for name in ("proposals", "early_proposals"):
-                given = getattr(self, name)
-                if len(given) != len(self.levels) or min(given) < 0 or not math.isclose(sum(given), 1.0):
-                    raise RecipeError(
-                        f"method.{name}: {given}: expected a probability for each of the {len(self.levels)} levels, "
-                        "1 in all"
-                    )
-            for steps in self.steps or [0]:
-                if steps < 1 or len(self.levels) % steps:
-                    raise RecipeError(
-                        f"method.steps: {self.steps}: expected divisors of the number of levels, {len(self.levels)}"
-                    )
+        def expected(self) -> Expected:
+            count = len(self.levels)
 
-    def __init__(
-        self, config: LADD.Config, teacher: NetDenoiser, latent_shape: Sequence[int], *, student: Denoiser
-    ):
-        self.config = config
+            def fine(given: list[float]) -> bool:
+                return len(given) == count and min(given) >= 0 and math.isclose(sum(given), 1.0)
+
+            law = f"a probability for each of the {count} levels, 1 in all"
+            return {
+                "proposals": (fine(self.proposals), law),
+                "early_proposals": (fine(self.early_proposals), law),
+                "num_steps": (
+                    bool(self.num_steps) and all(n >= 1 and count % n == 0 for n in self.num_steps),
+                    f"divisors of the number of levels, {count}",
+                ),
+            }
+
+    config: Config
+    teacher: NetDenoiser
+
+    def build(self, student: Denoiser) -> None:
+        config = self.config
         self.times = times_at(student.schedule, [math.atan2(s, 1 - s) for s in config.levels])
-        first, *rest = (self.times[:: len(self.times) // steps] for steps in config.steps)
+        first, *rest = (self.times[:: len(self.times) // steps] for steps in config.num_steps)
         self.student = Student(student, first, also=rest)
-        self.adversary = Adversary(config, teacher, latent_shape)
+        self.adversary = Adversary(config, self.teacher, self.latent_shape)
 
     @classmethod
     def needs(cls, config: LADD.Config) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -12,16 +13,51 @@ from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.rng import Rng
-from ..diffusion.schedules import expand
+from ..diffusion.schedules import Schedule, expand
 from ..diffusion.student import Student
+from ..diffusion.times import TimeLaw, student_times
 from ..errors import RecipeError
-from .base import Batch
+from .base import Batch, Expected, Options
 
 Kind = Literal["native", "x0", "eps", "v", "flow", "edm"]
 # Functions of the level alone among the kinds of fewstep.diffusion.objectives.identity_weight.
 LevelWeight = Literal[
     "one", "1-sigma", "(1-sigma)^2", "1/sigma", "1/sigma^2", "alpha/sigma", "(alpha/sigma)^2"
 ]
+
+
+@dataclass
+class LiveOptions(Options):
+    """Options of both.
+
+    Attributes:
+        num_steps, start, times: of the student, see :func:`student_times`. noise: between its steps.
+        guidance_scale: g of ``u + g (c - u)``.
+        generator_times, critic_times: see :class:`TimeLaw`; they are two laws on pixels, one on latents.
+        critic_loss: prediction whose squared error the critic minimises; "edm" is EDM's weight.
+        critic_steps: iterations, each with one critic update, per student update.
+        lean: hold one network's activations at a time in the student's turn; same gradient, one more forward each.
+    """
+
+    num_steps: int = 1
+    start: float | None = None
+    times: list[float] | None = None
+    noise: Literal["fresh", "fixed", "ddim"] = "fresh"
+    guidance_scale: float = 1.0
+    generator_times: TimeLaw = field(default_factory=TimeLaw)
+    critic_times: TimeLaw = field(default_factory=TimeLaw)
+    critic_loss: Kind = "native"
+    critic_steps: int = 1
+    lean: bool = False
+
+    def expected(self) -> Expected:
+        return {
+            "num_steps": (self.num_steps >= 1, "at least 1"),
+            "critic_steps": (self.critic_steps >= 1, "at least 1; published runs have 1"),
+        }
+
+    def student_of(self, denoiser: Denoiser, schedule: Schedule) -> Student:
+        return Student(denoiser, student_times(schedule, self.num_steps, self.start, self.times), self.noise)
 
 
 def check_guidance(option: str, guidance: float, denoiser: Denoiser) -> None:
@@ -90,17 +126,6 @@ def made_by(student: Student, batch: Batch, last: bool = False) -> Callable[[], 
     step = exit_step(batch, student, last)
     x = student.inputs(batch.rng.normal(*batch.shape), batch.cond, batch.rng.normal_like, step)
     return lambda: student.x0(x, step, batch.cond)
-
-
-def critic_denoising(
-    critic: Denoiser, kind: Kind, x0: Tensor, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0
-) -> Tensor:
-    """Regression of the (guided) critic on samples of the student; samples that are not finite are left out."""
-    keep = objectives.finite_rows(x0)
-    x0, x_t = (torch.where(expand(keep, v).bool(), v, 0.0) for v in (x0, x_t))
-    kind = getattr(critic, "prediction", "x0") if kind == "native" else kind
-    weight = objectives.denoising_weight(kind, critic.schedule, t) * keep
-    return objectives.denoising(critic.x0(x_t, t, cond, guidance=guidance), x0, weight)
 
 
 def drop_captions(cond: Cond, null: Cond | None, rng: Rng, rate: float) -> Cond:

@@ -6,7 +6,6 @@ one ever projects to clean samples, so no expert is a one-step model, and divers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -19,8 +18,8 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.schedules import repeated
 from ..diffusion.student import Student
 from ..diffusion.times import chosen_times
-from ..errors import RecipeError
-from .base import Batch, Method, Phase, Progress, register
+from .base import Batch, Expected, Method, Phase, Progress, register
+from .terms import Critic, Matching, Times, carried, difference, regression
 
 
 @register("phased_dmd")
@@ -31,14 +30,12 @@ class PhasedDMD(Method):
     student: Student
 
     @dataclass
-    class Config:
+    class Config(Critic, Matching, Times):
         """Defaults are the paper's where it gives any.
 
         Attributes:
-            num_steps: steps of the whole student; phases: experts, each with num_steps / phases of them (4 and 2).
-            start: first time. times: an explicit list instead.
+            phases: experts, each with num_steps / phases of the student's steps (2 and 4).
             guidance_scale: of the teacher only (paper: 4 to 5).
-            critic_steps: critic updates per student update (5).
             weight: "l1" is DMD's normaliser (as the authors' trainer), "kl" the exact weight of eq. 10.
             time_range: of the score difference in the last phase; the other phases start at their own level.
             solver: how a step arrives at the next level. Only "ddim" (Euler for flow) is possible: a step that
@@ -46,57 +43,39 @@ class PhasedDMD(Method):
                 and the phase would be one-step distillation in disguise.
         """
 
-        num_steps: int = 4
         phases: int = 2
-        start: int | float | None = None
-        times: list[float] | None = None
-        guidance_scale: float = 1.0
-        critic_steps: int = 5
         weight: Literal["l1", "kl"] = "l1"
-        time_range: tuple[float, float] = (0.02, 0.98)
         solver: Literal["ddim", "lcm"] = "ddim"
 
-        def __post_init__(self):
+        def expected(self) -> Expected:
             steps = len(self.times) if self.times else self.num_steps
-            if self.phases < 1 or steps % self.phases:
-                raise RecipeError(
-                    f"method.phases: {self.phases} with {steps} steps: expected a number of phases that divides the "
-                    "number of steps, e.g. 2 phases of 4 steps"
-                )
-            if self.solver == "lcm":
-                raise RecipeError(
-                    "method.solver: lcm: a step that re-noises its own prediction at the edge of a phase teaches the "
-                    "expert to predict clean images in one step, which is what phases are there to avoid; use ddim"
-                )
-            low, high = self.time_range
-            if not 0 <= low < high <= 1:
-                raise RecipeError(f"method.time_range: {self.time_range}: expected 0 <= low < high <= 1")
-            if self.critic_steps < 1:
-                raise RecipeError(f"method.critic_steps: {self.critic_steps}: expected at least 1")
+            why = "it re-noises its own prediction at the edge of a phase, which teaches the expert to predict clean "
+            return {
+                "phases": (
+                    self.phases >= 1 and steps % self.phases == 0,
+                    f"a number of phases that divides the {steps} steps, e.g. 2 phases of 4 steps",
+                ),
+                "solver": (
+                    self.solver == "ddim",
+                    f"ddim; {why}images in one step, which is what phases are there to avoid",
+                ),
+            }
+
+    config: Config
 
     @classmethod
     def networks_for(cls, config: PhasedDMD.Config) -> tuple[str, ...]:
         return (*(f"student_{k + 1}" for k in range(config.phases)), "critic")
 
-    def __init__(
-        self,
-        config: PhasedDMD.Config,
-        teacher: Denoiser,
-        latent_shape: Sequence[int],
-        *,
-        critic: Denoiser,
-        **experts: Denoiser,
-    ):
-        self.config, self.teacher, self.critic = config, teacher, critic
-        self.schedule = teacher.schedule
+    def build(self, critic: Denoiser, **experts: Denoiser) -> None:
+        config, self.critic, self.schedule = self.config, critic, self.teacher.schedule
         times = chosen_times(self.schedule, config.num_steps, config.start, config.times)
         self.per_phase = len(times) // config.phases
         names = [f"student_{i // self.per_phase + 1}" for i in range(len(times))]
         self.student = Student([experts[n] for n in names], times, "ddim", names)
-        self.levels = [
+        self.levels = [  # where all but the last phase end
             float(t) for t in times[self.per_phase :: self.per_phase]
-        ]  # where all but the last phase end
-        self.critic_kind = getattr(critic, "prediction", "x0")
+        ]
 
     def phases(self) -> list[Phase]:
         count, every = self.config.phases, self.config.critic_steps
@@ -115,34 +94,29 @@ class PhasedDMD(Method):
     def generator_loss(self, k: int, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
         x_s, x0 = self.arrive(k, batch)
         # The critic learns from this very sample, made before the student's update.
-        batch.carry["x_s"] = x_s.detach()
+        batch.carry["x0"] = x_s.detach()
         t = self.times_above(k, batch, *self.config.time_range)
         with torch.no_grad():
             x_t = self.diffuse(k, x_s, batch.rng.normal_like(x_s), t)
             real = self.teacher.x0(x_t, t, batch.cond, guidance=self.config.guidance_scale)
             fake = self.critic.x0(x_t, t, batch.cond)
-        batch.note_health(x0, real, fake)
         if self.config.weight == "kl":  # eq. 10: alpha_t alpha_{t|s} / sigma_t^2 on the difference, at x_s
+            batch.note_health(x0, real, fake)
             a_ts = self.schedule.alpha(t) / (1.0 if self.last(k) else self.schedule.alpha(self.level(k, x_s)))
             weight = (a_ts * self.schedule.alpha(t) / self.schedule.sigma(t) ** 2).to(x_s.dtype)
             return {"dm": objectives.distribution_matching(x_s, real, fake, weight)}
         # The step to x_s is linear in x0 with a positive factor, so the normalised direction may act on x0.
-        weight = objectives.matching_weight("l1", x0, real, self.schedule, t)
-        return {"dm": objectives.distribution_matching(x0, real, fake, weight)}
+        return {"dm": difference("l1", x0, real, fake, self.schedule, t, batch)}
 
     def critic_loss(self, k: int, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
-        if "x_s" not in batch.carry:
-            with torch.no_grad():
-                batch.carry["x_s"] = self.arrive(k, batch)[0]
-        x_s = batch.carry["x_s"]
+        x_s = carried(batch, lambda: self.arrive(k, batch)[0])
         t, eps = self.times_above(k, batch), batch.rng.normal_like(x_s)
-        x_t, target = self.diffuse(k, x_s, eps, t), x_s
-        weight = self.schedule.error_weight(self.critic_kind, t)
+        x_t, target, clamp = self.diffuse(k, x_s, eps, t), x_s, torch.ones_like(t)
         if not self.last(k):
             level = self.level(k, x_s)
             target, clamp = objectives.denoising_target_between(x_s, eps, level, t, self.schedule)
-            weight = weight * clamp
-        return {"denoising": objectives.denoising(self.critic.x0(x_t, t, batch.cond), target, weight)}
+        kind = self.config.critic_loss
+        return {"denoising": regression(self.critic, kind, target, x_t, t, batch.cond, factor=clamp)}
 
     # ----------------------------------------------------------------------------------------------- sampling
     def arrive(self, k: int, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,8 +14,7 @@ from ..diffusion.denoiser import Guidance, NetDenoiser, Scalar
 from ..diffusion.embedding import with_scalar
 from ..diffusion.rng import Rng
 from ..diffusion.schedules import TrigFlow, expand
-from ..errors import RecipeError
-from .base import Batch, Method, Phase, Progress, register
+from .base import Batch, Expected, Method, Phase, Progress, register
 from .ladd import AdversarialOptions, Adversary
 from .scm import Consistency, ConsistencyOptions, angle_range, student_of
 
@@ -61,34 +59,28 @@ class SanaSprint(Method):
         conditional_heads: bool = False
         misaligned: bool = True
 
-        def __post_init__(self):
-            ConsistencyOptions.__post_init__(self)
-            AdversarialOptions.__post_init__(self)
-            if not 0 <= self.max_time <= 1:
-                raise RecipeError(f"method.max_time: {self.max_time}: expected a probability")
-            trained = self.guidance_scales
-            if self.guidance_embedding and not (
-                trained and min(trained) <= self.guidance_scale <= max(trained)
-            ):
-                raise RecipeError(
-                    f"method.guidance_scale: {self.guidance_scale}: expected a scale within those that are trained, "
-                    f"guidance_scales {trained}"
-                )
+        def expected(self) -> Expected:
+            scales = self.guidance_scales or [math.nan]
+            told = min(scales) <= self.guidance_scale <= max(scales)
+            return {
+                "max_time": (0 <= self.max_time <= 1, "a probability"),
+                "guidance_scale": (
+                    told or not self.guidance_embedding,
+                    f"a scale within those that are trained, guidance_scales {self.guidance_scales}",
+                ),
+            }
 
-    def __init__(
-        self,
-        config: SanaSprint.Config,
-        teacher: NetDenoiser,
-        latent_shape: Sequence[int],
-        *,
-        student: NetDenoiser,
-    ):
+    config: Config
+    teacher: NetDenoiser
+
+    def build(self, student: NetDenoiser) -> None:
+        config = self.config
         if config.guidance_embedding:
             student = with_scalar(student, "guidance", Scalar(config.guidance_scale))
-        self.config, self.student = config, student_of(student, config.angles)
-        self.term = Consistency(config, teacher, student)
-        self.term.check(latent_shape)
-        self.adversary = Adversary(config, teacher, latent_shape)
+        self.student = student_of(student, config.angles)
+        self.term = Consistency(config, self.teacher, student)
+        self.term.check(self.latent_shape)
+        self.adversary = Adversary(config, self.teacher, self.latent_shape)
         self.noisiest = angle_range(student.schedule)[1]
 
     @classmethod

@@ -18,11 +18,11 @@ from ..diffusion.schedules import Schedule, TrigFlow, repeated
 from ..diffusion.student import Student
 from ..diffusion.times import times_at
 from ..errors import RecipeError
-from .base import Batch, Method, Phase, Progress, register
+from .base import Batch, Expected, Method, Options, Phase, Progress, register
 
 
 @dataclass
-class ConsistencyOptions:
+class ConsistencyOptions(Options):
     """Options of the consistency loss; defaults are those of the sCM paper for ImageNet 64.
 
     Attributes:
@@ -54,15 +54,14 @@ class ConsistencyOptions:
     difference: float = 1e-3
     synthetic: bool = False
 
-    def __post_init__(self):
-        for grid in self.angles or [[]]:
-            if not grid or not all(0 < a <= math.pi / 2 + 1e-4 for a in grid):
-                raise RecipeError(f"method.angles: {self.angles}: expected lists of times in (0, pi/2]")
-        if len({len(grid) for grid in self.angles}) < len(self.angles):
-            raise RecipeError(f"method.angles: {self.angles}: expected one list for each number of steps")
-        for name in ("sigma_data", "time_std", "tangent_constant", "difference"):
-            if not getattr(self, name) > 0:
-                raise RecipeError(f"method.{name}: {getattr(self, name)}: expected a positive number")
+    def expected(self) -> Expected:
+        within = all(grid and all(0 < a <= math.pi / 2 + 1e-4 for a in grid) for grid in self.angles or [[]])
+        different = len({len(grid) for grid in self.angles}) == len(self.angles)
+        positive = ("sigma_data", "time_std", "tangent_constant", "difference")
+        return {
+            "angles": (within and different, "lists of times in (0, pi/2], one for each number of steps"),
+            **{name: (getattr(self, name) > 0, "a positive number") for name in positive},
+        }
 
 
 class Consistency:
@@ -162,12 +161,12 @@ class SCM(Method):
     class Config(ConsistencyOptions):
         """Nothing beside :class:`ConsistencyOptions`."""
 
-    def __init__(
-        self, config: SCM.Config, teacher: Denoiser, latent_shape: Sequence[int], *, student: NetDenoiser
-    ):
-        self.config, self.student = config, student_of(student, config.angles)
-        self.term = Consistency(config, teacher, student)
-        self.term.check(latent_shape)
+    config: Config
+
+    def build(self, student: NetDenoiser) -> None:
+        self.student = student_of(student, self.config.angles)
+        self.term = Consistency(self.config, self.teacher, student)
+        self.term.check(self.latent_shape)
 
     @classmethod
     def needs(cls, config: SCM.Config) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ arXiv 2505.12674, with a GAN on the critic's encoder SiDA (arXiv 2410.14919).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,17 +22,9 @@ from ..diffusion.denoiser import Denoiser, NetDenoiser
 from ..diffusion.discriminator import check_taps, mean_logits
 from ..diffusion.schedules import Flow
 from ..diffusion.student import Student
-from ..diffusion.times import TimeLaw, student_times
-from .base import Batch, Method, Phase, Progress, check_options, register
-from .live_scores import (
-    Kind,
-    LevelWeight,
-    check_guidance,
-    critic_denoising,
-    drop_captions,
-    made_by,
-    through_networks,
-)
+from .base import Batch, Expected, Method, Phase, Progress, register
+from .live_scores import LevelWeight, LiveOptions, check_guidance, drop_captions, made_by, through_networks
+from .terms import regression
 
 
 @register("sid")
@@ -45,14 +37,13 @@ class SiD(Method):
     critic: NetDenoiser
 
     @dataclass
-    class Config:
+    class Config(LiveOptions):
         """Options; the paper's values are the defaults where there is one for all its experiments.
 
         The losses are means over pixels where published code sums, so weights of terms are relative to a mean. Both
         turns of an iteration share its conditions; noise, times and rollouts of the student's turn are drawn anew.
 
         Attributes:
-            num_steps, start, times: of the student, see :func:`student_times`. noise: between its steps.
             last_share: of the run, at its end, in which the last step alone is trained. Published is 0: a uniform
                 mixture of all steps, which gives the one whose samples are kept 1 / num_steps of the updates. In a
                 short run that leaves four steps no better than one; 0.3 does not.
@@ -62,49 +53,31 @@ class SiD(Method):
                 "teacher_only": the teacher's is. "zero_cfg": a plain teacher and an unconditional critic (1, and 0
                 three times). "anti_cfg": a plain teacher and a critic trained plainly and used with the scale
                 ``-guidance_scale``. The last two (arXiv 2505.12674) leave alignment with the text to the GAN.
-            guidance_scale: g of ``u + g (c - u)``.
             kappa1, kappa2, kappa3, kappa4: override single scales: critic in training, critic in its two places of
                 the loss, teacher. kappa1 and kappa2 should be equal, or the critic used is no posterior mean.
             caption_dropout: of the critic's turn, where kappa1 or kappa2 is not 1.
-            generator_times, critic_times: see :class:`TimeLaw`; they are two laws on pixels, one on latents.
-            critic_loss: prediction whose squared error the critic minimises; "edm" is EDM's weight.
-            critic_steps: iterations, each with one critic update, per student update.
-            lean: hold one network's activations at a time in the student's turn; same gradient, one more forward each.
             gan_weight: of the adversarial term beside the identity's, 0 for none. SiDA: 0.01 to 100, so 1e-4.
             discriminator_weight: of its loss beside the critic's sum over pixels (SiDA 1, on EDM2 100).
-            tap: block of the critic whose features, averaged over channels, are the logits; no further weights.
+            taps: blocks of the critic whose features, averaged over channels, are the logits; no further weights.
             gan_schedule: images seen when the student starts to learn, and when the GAN joins, half and half.
         """
 
-        num_steps: int = 1
-        start: float | None = None
-        times: list[float] | None = None
-        noise: Literal["fresh", "fixed", "ddim"] = "fresh"
         last_share: float = 0.0
         alpha: float = 1.0
         weight: Literal["auto", "l1", LevelWeight] = "auto"
         guidance: Literal["long_short", "teacher_only", "zero_cfg", "anti_cfg"] = "long_short"
-        guidance_scale: float = 1.0
         kappa1: float | None = None
         kappa2: float | None = None
         kappa3: float | None = None
         kappa4: float | None = None
         caption_dropout: float = 0.1
-        generator_times: TimeLaw = field(default_factory=TimeLaw)
-        critic_times: TimeLaw = field(default_factory=TimeLaw)
-        critic_loss: Kind = "native"
-        critic_steps: int = 1
-        lean: bool = False
         gan_weight: float = 0.0
         discriminator_weight: float = 1.0
-        tap: str = "mid_block"
+        taps: list[str] = field(default_factory=lambda: ["mid_block"])
         gan_schedule: tuple[int, int] = (100_000, 200_000)
 
-        def __post_init__(self):
-            check_options(
-                self,
-                num_steps=(self.num_steps >= 1, "at least 1"),
-                critic_steps=(self.critic_steps >= 1, "at least 1; published runs have 1"),
+        def expected(self) -> Expected:
+            return dict(
                 last_share=(0 <= self.last_share < 1, "0 <= share < 1; 0 is published"),
                 alpha=(
                     -1 <= self.alpha <= 2,
@@ -140,30 +113,22 @@ class SiD(Method):
             a, b, c, d = (k if own is None else own for k, own in zip(preset, given))
             return a, b, c, d
 
-    def __init__(
-        self,
-        config: SiD.Config,
-        teacher: Denoiser,
-        latent_shape: Sequence[int],
-        *,
-        student: Denoiser,
-        critic: NetDenoiser,
-    ):
-        self.config, self.teacher, self.critic = config, teacher, critic
-        schedule = critic.schedule
-        times = student_times(schedule, config.num_steps, config.start, config.times)
-        self.student = Student(student, times, config.noise)
+    config: Config
+
+    def build(self, student: Denoiser, critic: NetDenoiser) -> None:
+        config, self.critic, schedule = self.config, critic, critic.schedule
+        self.student = config.student_of(student, schedule)
         self.kappas = config.kappas
         self.weight = config.weight
         if self.weight == "auto":
             self.weight = "1-sigma" if isinstance(schedule, Flow) else "l1"
         self.generator_times = config.generator_times.on(schedule, critic=False)
         self.critic_times = config.critic_times.on(schedule, critic=True)
-        self.pixels = math.prod(latent_shape)
-        for i, (kappa, view) in enumerate(zip(self.kappas, (critic, critic, critic, teacher)), 1):
+        self.pixels = math.prod(self.latent_shape)
+        for i, (kappa, view) in enumerate(zip(self.kappas, (critic, critic, critic, self.teacher)), 1):
             check_guidance(f"kappa{i}", kappa, view)
         if config.gan_weight > 0:
-            check_taps(critic, [config.tap], "tap")
+            check_taps(critic, config.taps, "taps")
 
     @classmethod
     def needs(cls, config: SiD.Config) -> tuple[str, ...]:
@@ -197,7 +162,7 @@ class SiD(Method):
         if kappa1 != 1 or kappa2 != 1:
             cond = drop_captions(cond, self.critic.null, batch.rng, self.config.caption_dropout)
         kind = self.config.critic_loss
-        losses = {"denoising": critic_denoising(self.critic, kind, x0, x_t, t, cond, kappa1)}
+        losses = {"denoising": regression(self.critic, kind, x0, x_t, t, cond, kappa1)}
         if self.config.gan_weight > 0:
             # The same noise and time on both sides, each with its own captions, in one forward.
             both = torch.cat([schedule.add_noise(batch.real, eps, t), x_t])
@@ -242,4 +207,4 @@ class SiD(Method):
         return {"sid": through_networks(make, noised, networks, loss, config.lean)}
 
     def logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return mean_logits(self.critic, self.config.tap, x_t, t, cond)
+        return mean_logits(self.critic, self.config.taps, x_t, t, cond)

@@ -6,8 +6,7 @@ noisy sample alone, which keeps the gradient theorem exact where SiD's normalise
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,9 +15,9 @@ from torch import Tensor
 from ..diffusion import objectives
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.student import Student
-from ..diffusion.times import TimeLaw, student_times
-from .base import Batch, Method, Phase, Progress, check_options, register
-from .live_scores import Kind, LevelWeight, check_guidance, critic_denoising, made_by, through_networks
+from .base import Batch, Expected, Method, Phase, Progress, register
+from .live_scores import LevelWeight, LiveOptions, check_guidance, made_by, through_networks
+from .terms import regression
 
 
 @register("sim")
@@ -30,56 +29,32 @@ class SIM(Method):
     student: Student
 
     @dataclass
-    class Config:
-        """Options. Published are start and alternation (SiD's); c is not, so its default is ours.
+    class Config(LiveOptions):
+        """Options beside those of :class:`LiveOptions`. Published are start and alternation (SiD's); c is not, so its
+        default is ours.
 
         Attributes:
-            num_steps, start, times, noise: of the student, as in SiD; the paper has one step.
             distance, c: see :func:`objectives.implicit_matching`; in units of x0, per entry. Below c the
                 pseudo-Huber distance is quadratic, above it the gradient has unit length.
             weight: a function of the level alone, see :func:`fewstep.diffusion.objectives.identity_weight`.
             guidance_scale: of the teacher only; critic and student are plainly conditional.
-            generator_times, critic_times, critic_loss, critic_steps, lean: as in SiD.
         """
 
-        num_steps: int = 1
-        start: float | None = None
-        times: list[float] | None = None
-        noise: Literal["fresh", "fixed", "ddim"] = "fresh"
         distance: Literal["l2", "pseudo_huber", "log_cosh"] = "pseudo_huber"
         c: float = 0.01
         weight: LevelWeight = "one"
-        guidance_scale: float = 1.0
-        generator_times: TimeLaw = field(default_factory=TimeLaw)
-        critic_times: TimeLaw = field(default_factory=TimeLaw)
-        critic_loss: Kind = "native"
-        critic_steps: int = 1
-        lean: bool = False
 
-        def __post_init__(self):
-            check_options(
-                self,
-                num_steps=(self.num_steps >= 1, "at least 1"),
-                critic_steps=(self.critic_steps >= 1, "at least 1; published runs have 1"),
-                c=(self.c > 0, "a positive number; 0.01 normalises all but the smallest differences"),
-            )
+        def expected(self) -> Expected:
+            return {"c": (self.c > 0, "a positive number; 0.01 normalises all but the smallest differences")}
 
-    def __init__(
-        self,
-        config: SIM.Config,
-        teacher: Denoiser,
-        latent_shape: Sequence[int],
-        *,
-        student: Denoiser,
-        critic: Denoiser,
-    ):
-        self.config, self.teacher, self.critic = config, teacher, critic
-        schedule = critic.schedule
-        times = student_times(schedule, config.num_steps, config.start, config.times)
-        self.student = Student(student, times, config.noise)
+    config: Config
+
+    def build(self, student: Denoiser, critic: Denoiser) -> None:
+        config, self.critic, schedule = self.config, critic, critic.schedule
+        self.student = config.student_of(student, schedule)
         self.generator_times = config.generator_times.on(schedule, critic=False)
         self.critic_times = config.critic_times.on(schedule, critic=True)
-        check_guidance("guidance_scale", config.guidance_scale, teacher)
+        check_guidance("guidance_scale", config.guidance_scale, self.teacher)
 
     def phases(self) -> list[Phase]:
         return [
@@ -93,7 +68,7 @@ class SIM(Method):
         t = self.critic_times.draw(self.critic.schedule, batch.rng, len(x0))
         x_t = self.critic.schedule.add_noise(x0, batch.rng.normal_like(x0), t)
         kind = self.config.critic_loss
-        return {"denoising": critic_denoising(self.critic, kind, x0, x_t, t, batch.cond)}
+        return {"denoising": regression(self.critic, kind, x0, x_t, t, batch.cond)}
 
     def generator_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
         config, schedule, cond = self.config, self.teacher.schedule, batch.cond

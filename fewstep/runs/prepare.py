@@ -202,6 +202,8 @@ class Preparation(Method):
 
     student: Student
 
+    teacher: NetDenoiser
+
     def __init__(self, config: PrepareConfig, teacher: NetDenoiser, *, student: NetDenoiser):
         self.config, self.teacher = config, teacher
         self.student = Student(student, [student.schedule.t_max])

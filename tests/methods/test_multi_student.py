@@ -10,7 +10,7 @@ from fewstep.diffusion import objectives
 from fewstep.diffusion.cond import Cond
 from fewstep.diffusion.rng import Rng
 from fewstep.errors import RecipeError
-from fewstep.methods import Batch, Progress
+from fewstep.methods import Batch, Progress, terms
 from fewstep.methods.multi_student import MultiStudent
 from fewstep.methods.router import Router
 from fewstep.recipe import RoleConfig
@@ -173,10 +173,10 @@ def test_a_student_learns_what_it_would_learn_alone_on_its_rows(mixture, fitted)
     """The gradient of a part does not see the other rows of the micro-batch, only their number."""
     trainer = trainer_of(mixture, fitted)
     method, seen = trainer.method, []
-    x0 = method.students[0].denoiser.x0
-    method.students[0].denoiser.x0 = lambda x_t, t, cond: seen.append(cond["label"]) or x0(x_t, t, cond)
+    x0 = method.hosts[0].student.denoiser.x0
+    method.hosts[0].student.denoiser.x0 = lambda x_t, t, cond: seen.append(cond["label"]) or x0(x_t, t, cond)
     batch = trainer.data.batch(0, 0)
-    method.generator_loss(0, batch, Progress())
+    method.on_part(0, method.hosts[0].generator_loss, batch, Progress())
     expected = batch.cond["label"][method.router(batch.cond) == 0]
     assert seen[0].equal(expected) and 0 < len(expected) < 16
 
@@ -189,8 +189,9 @@ def test_means_over_micro_batches_are_the_mean_over_all_rows_of_a_part(mixture, 
         total = 0.0
         for chunk in part.argsort().split(8):  # one lacks a part
             batch = Batch(Cond({"label": labels[chunk]}), (8, 2), Rng(1), Rng(2))
-            rows, share = method.part(k, batch)
-            total += share * values[chunk][rows].mean() / 3
+            batch.cond = Cond({"label": labels[chunk], "value": values[chunk]})
+            view = method.part(k, batch)
+            total += view.share * view.cond["value"].mean() / 3
         assert total.item() == pytest.approx(values[part == k].mean().item(), abs=1e-6)
 
 
@@ -198,14 +199,15 @@ def test_a_part_without_rows_still_calls_its_networks_and_gives_no_gradient(mixt
     trainer = trainer_of(mixture, fitted)
     method, calls = trainer.method, []
     absent = 1 - int(method.router(Cond({"label": torch.tensor([0])})))
-    for name, denoiser in (("student", method.students[absent].denoiser), ("critic", method.critics[absent])):
+    host = method.hosts[absent]
+    for name, denoiser in (("student", host.student.denoiser), ("critic", host.critic)):
         x0 = denoiser.x0
-        denoiser.x0 = lambda *args, name=name, x0=x0: calls.append(name) or x0(*args)
+        denoiser.x0 = lambda *args, name=name, x0=x0, **kwargs: calls.append(name) or x0(*args, **kwargs)
     for role in trainer.roles.values():
         role.requires_grad_(True)
     batch = Batch(Cond({"label": torch.zeros(8, dtype=torch.long)}), (8, 2), Rng(1), Rng(2))
-    sum(method.generator_loss(absent, batch, Progress()).values()).backward()
-    sum(method.critic_loss(absent, batch, Progress()).values()).backward()
+    sum(method.on_part(absent, host.generator_loss, batch, Progress()).values()).backward()
+    sum(method.on_part(absent, host.critic_loss, batch, Progress()).values()).backward()
     assert calls == ["student", "critic", "critic"]
     for role in (f"student_{absent + 1}", f"critic_{absent + 1}"):
         grads = [w.grad for w in trainer.roles[role].weights.values()]
@@ -222,10 +224,11 @@ def test_real_images_meet_the_discriminator_of_their_part_with_their_own_conditi
     real = torch.arange(4).repeat(4)
     batch = trainer.data.batch(0, 0)
     batch.real, batch.real_cond = 100.0 + real[:, None].expand(16, 2), Cond({"label": real})
-    inner = method.discriminators[0].logits
-    method.discriminators[0].logits = lambda d, x, t, c: seen.append((x, c["label"])) or inner(d, x, t, c)
-    method.noised = lambda x0, batch, *_range: (x0, torch.zeros(len(x0)))
-    losses = method.critic_loss(0, batch, Progress())
+    host = method.hosts[0]
+    inner = host.discriminator.logits
+    host.discriminator.logits = lambda d, x, t, c: seen.append((x, c["label"])) or inner(d, x, t, c)
+    host.noised = lambda x0, batch, *_range: (x0, torch.zeros(len(x0)))
+    losses = method.on_part(0, host.critic_loss, batch, Progress())
     x, labels = seen[0]
     count = int((method.router(batch.real_cond) == 0).sum())
     assert (x[:count, 0] - 100).long().equal(labels[:count]) and (x[count:] < 50).all()
@@ -299,14 +302,15 @@ def test_teacher_score_matching_by_hand(mixture, fitted, data):
     trainer = small_trainer(mixture, fitted, batch_size=64, tsm_data=data)
     method, batch, seen = trainer.method, trainer.data.batch(0, 0), []
     x0 = mixture.x0
-    method.teacher = SimpleNamespace(x0=lambda *a, **k: seen.append((*a, k)) or x0(*a, **k))
+    watched = lambda *a, **k: seen.append((*a, k)) or x0(*a, **k)  # noqa: E731
+    method.teacher = SimpleNamespace(x0=watched, schedule=SD)
     loss = method.tsm_loss(0, batch, Progress())["matching"]
     (x_t, t, cond, options) = seen[0]
     assert options.get("guidance", 1.0) == 1.0 and t.min() < 100 and t.max() > 900
     mine = method.router(batch.real_cond) == 0
     expected = batch.real_cond["label"][mine] if data == "part" else batch.real_cond["label"]
     assert cond["label"].equal(expected)
-    made = method.students[0].denoiser.x0(x_t, t, cond)
+    made = method.hosts[0].student.denoiser.x0(x_t, t, cond)
     # The network predicts v, whose error is alpha^2 + sigma^2 = 1 times that of x0 over sigma^2.
     weight = 1 / SD.sigma(t) ** 2
     error = (weight * (made - x0(x_t, t, cond)).double().square().mean(1)).sum()
@@ -314,7 +318,7 @@ def test_teacher_score_matching_by_hand(mixture, fitted, data):
     assert loss.item() == pytest.approx(error.item() / count, rel=1e-5)
 
 
-def test_the_minimiser_of_teacher_score_matching_is_the_teacher_whatever_the_data():
+def test_the_minimiser_of_teacher_score_matching_is_the_teacher_whatever_the_data(monkeypatch):
     """An affine student fitted at one level to data of another law: the regression has no residual."""
     teacher = GaussianMixture(SD, torch.tensor([[0.7, -0.4]]).double(), torch.tensor(0.3).double())
     level = torch.tensor([500.0], dtype=torch.float64)
@@ -333,7 +337,7 @@ def test_the_minimiser_of_teacher_score_matching_is_the_teacher_whatever_the_dat
     method = MultiStudent(config, teacher, (2,), **networks)
     real = 3 + 2 * Rng("other").normal(512, 2).double()
     noisy = SD.add_noise(real, Rng("eps").normal(512, 2).double(), level.expand(512))
-    method.noised = lambda x0, batch: (noisy, level.expand(512))
+    monkeypatch.setattr(terms, "noised", lambda *_: (noisy, level.expand(512)))
     none = Cond({})
     batch = Batch(none, (512, 2), Rng(1), Rng(2), real=real, real_cond=none)
     weights = [student.scale, student.shift]
@@ -386,10 +390,10 @@ def test_smaller_students_become_the_teachers_denoiser_on_their_part(mixture, fi
     small, role = Mlp(width=64, labels=4).requires_grad_(False), RoleConfig(kind="full", lr=5e-3)
     trainer = small_trainer(mixture, fitted, small, role, steps=160, batch_size=128, tsm_share=0.98)
     method, cond = trainer.method, Cond({"label": torch.arange(4).repeat(100)})
-    x_t, t = method.noised(mixture.sample(400, Rng(3), cond), Batch(cond, (400, 2), Rng(4), Rng(5)))
+    x_t, t = terms.noised(mixture.sample(400, Rng(3), cond), SD, Batch(cond, (400, 2), Rng(4), Rng(5)))
 
     def error(k):
-        difference = method.students[k].denoiser.x0(x_t, t, cond) - mixture.x0(x_t, t, cond)
+        difference = method.hosts[k].student.denoiser.x0(x_t, t, cond) - mixture.x0(x_t, t, cond)
         return difference.square().mean(1)
 
     mine = method.router(cond) == 0

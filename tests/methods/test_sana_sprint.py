@@ -232,7 +232,7 @@ def test_levels_are_proposed_as_the_paper_does(ring, fitted, iteration, expected
 
 
 def test_levels_become_the_students_times_for_each_number_of_steps(fitted):
-    config = LADD.Config(taps=["layers.0"], steps=[4, 2, 1])
+    config = LADD.Config(taps=["layers.0"], num_steps=[4, 2, 1])
     student = LADD(config, flow_view(fitted), (2,), student=flow_view(fitted)).student
     assert student.times == pytest.approx([1, 0.75, 0.5, 0.25])
     assert student.at(2).times == pytest.approx([1, 0.5]) and student.at(1).times == [1.0]
@@ -241,7 +241,7 @@ def test_levels_become_the_students_times_for_each_number_of_steps(fitted):
 @pytest.mark.parametrize(
     "method, options, message",
     [
-        (LADD, {"steps": [3]}, "method.steps"),
+        (LADD, {"num_steps": [3]}, "method.num_steps"),
         (LADD, {"proposals": [1.0]}, "method.proposals"),
         (LADD, {"proposals": [0.5, 0.1, 0.1, 0.1]}, "1 in all"),
         (LADD, {"taps": []}, "method.taps"),
@@ -249,7 +249,7 @@ def test_levels_become_the_students_times_for_each_number_of_steps(fitted):
         (LADD, {"student_every": 0}, "method.student_every"),
         (SCM, {"angles": [[2.0]]}, "method.angles"),
         (SCM, {"angles": []}, "method.angles"),
-        (SCM, {"angles": [[1.5], [1.4]]}, "one list for each"),
+        (SCM, {"angles": [[1.5], [1.4]]}, "one for each"),
         (SCM, {"tangent_constant": 0.0}, "method.tangent_constant"),
         (SanaSprint, {"max_time": 2.0}, "method.max_time"),
         (SanaSprint, {"guidance_scale": 7.0}, "within those that are trained"),
@@ -362,5 +362,5 @@ def test_scm_with_ladd_reaches_the_ring_in_one_step(ring, fitted):
 
 @pytest.mark.slow
 def test_ladd_alone_reaches_the_ring(ring, fitted):
-    config = LADD.Config(taps=["layers.0", "layers.2", "layers.4"], steps=[1], early=0, noise_mean=-1.0)
+    config = LADD.Config(taps=["layers.0", "layers.2", "layers.4"], num_steps=[1], early=0, noise_mean=-1.0)
     assert converge(LADD, config, ring, fitted, 500, flow_view(fitted))[0] < 0.02

@@ -245,7 +245,7 @@ def test_diff_instruct_has_edms_law_of_times_and_loss_for_an_edm_teacher():
     teacher = GaussianMixture(EDM(), torch.zeros(1, 2), torch.tensor(0.25))
     student, critic = Spy(teacher), Spy(teacher)
     method = DiffInstruct(DiffInstruct.Config(), teacher, (2,), student=student, critic=critic)
-    assert method.student.times == [1] and method.lognormal and method.critic_kind == "edm"
+    assert method.student.times == [1] and method.log_normal and method.critic_loss_kind == "edm"
     count = 40000
     batch = Batch(NONE, (count, 2), Rng(0), Rng(1))
     loss = method.critic_loss(batch, Progress())["denoising"]

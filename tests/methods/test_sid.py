@@ -20,8 +20,8 @@ from fewstep.diffusion.schedules import EDM, VP, Flow
 from fewstep.diffusion.times import TimeLaw, student_times
 from fewstep.errors import RecipeError
 from fewstep.export import student_scheduler
-from fewstep.methods import Progress
-from fewstep.methods.live_scores import critic_denoising, exit_step, through_networks
+from fewstep.methods import Progress, terms
+from fewstep.methods.live_scores import exit_step, through_networks
 from fewstep.methods.sid import SiD
 from fewstep.process import Process
 from fewstep.recipe import DataConfig, Recipe, RoleConfig, TeacherConfig, TrainConfig, from_dict, to_dict
@@ -552,7 +552,7 @@ def test_the_weight_of_the_critic():
             return 3 * torch.ones_like(x_t)
 
     def weight(kind, t):  # of a squared error of 4
-        return critic_denoising(Critic, kind, torch.ones(1, 2), torch.zeros(1, 2), t, NONE).item() / 4
+        return terms.regression(Critic, kind, torch.ones(1, 2), torch.zeros(1, 2), t, NONE).item() / 4
 
     Critic.schedule = EDM()
     for sigma in (0.5, 2.0):
@@ -723,7 +723,7 @@ def test_options_that_do_not_fit_the_teacher_are_refused(ring, fitted):
         ({"guidance": "teacher_only", "guidance_scale": 2.0}, "method.kappa4: 2: expected 1"),
         (
             {"gan_weight": 1e-3},
-            "method.tap: 'mid_block' is no block of the network; top-level blocks: layers",
+            "method.taps: 'mid_block' is no block of the network; top-level blocks: layers",
         ),
     ]:
         with pytest.raises(RecipeError, match=words):

@@ -1,0 +1,177 @@
+"""Terms that methods share, each with the options that go with it: a student's times, the score difference that moves
+it, the regression that keeps its critic near, a GAN on their networks' features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..diffusion import objectives
+from ..diffusion.cond import Cond
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.schedules import Schedule, expand
+from ..diffusion.times import uniform_times
+from .base import Batch, Expected, Options
+
+Kind = Literal["native", "x0", "eps", "v", "flow"]
+MatchingWeight = Literal["l1", "kl", "vsd", "one"]
+
+
+def ascending(bounds: Sequence[float]) -> tuple[bool, str]:
+    """What is expected of a part of the schedule."""
+    return 0 <= bounds[0] < bounds[1] <= 1, "0 <= low < high <= 1"
+
+
+@dataclass
+class Times(Options):
+    """When the student is called.
+
+    Attributes:
+        num_steps: its steps. start: its first time, by default the noisiest; equal strides lead down from there.
+        times: an explicit list instead of both.
+    """
+
+    num_steps: int = 4
+    start: int | float | None = None
+    times: list[int | float] | None = None
+
+    def expected(self) -> Expected:
+        if self.times is None and self.start is not None and self.start > 1:  # an index of a table
+            uniform_times(self.num_steps, self.start)
+        return {"num_steps": (self.num_steps >= 1, "at least 1")}
+
+
+@dataclass
+class Matching(Options):
+    """The score difference.
+
+    Attributes:
+        guidance_scale: of the teacher only, ``u + g (c - u)``; the critic has none.
+        weight: see :func:`fewstep.diffusion.objectives.matching_weight`.
+        time_range: its times, as fractions of the schedule; the critic uses all of it.
+    """
+
+    guidance_scale: float = 1.0
+    weight: MatchingWeight = "l1"
+    time_range: tuple[float, float] = (0.02, 0.98)
+
+    def expected(self) -> Expected:
+        return {"time_range": ascending(self.time_range)}
+
+
+@dataclass
+class Critic(Options):
+    """The critic's own turns.
+
+    Attributes:
+        critic_steps: critic updates per student update.
+        critic_loss: kind of prediction whose squared error it minimises; "native" is the network's own.
+    """
+
+    critic_steps: int = 5
+    critic_loss: Kind = "native"
+
+    def expected(self) -> Expected:
+        return {"critic_steps": (self.critic_steps >= 1, "at least 1")}
+
+
+@dataclass
+class Gan(Options):
+    """A discriminator on features of a network.
+
+    Attributes:
+        gan_weight: of the student's adversarial term; 0 is none, and data-free.
+        gan_time_range: noise on what the discriminator sees, as fractions of the schedule (published: all of it). A
+            small teacher gives nothing away behind much noise; a lower end tells real from fake much sooner.
+        discriminator_weight: of its loss beside the critic's.
+        taps: blocks whose features it sees.
+    """
+
+    gan_weight: float = 5e-3
+    gan_time_range: tuple[float, float] = (0.0, 1.0)
+    discriminator_weight: float = 1e-2
+    taps: list[str] = field(default_factory=lambda: ["mid_block"])
+
+    def expected(self) -> Expected:
+        return {"gan_time_range": ascending(self.gan_time_range)}
+
+
+def noised(
+    x0: Tensor, schedule: Schedule, batch: Batch, low: float = 0.0, high: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """x0 (B, ...) at times (B,) drawn from a part of the schedule, by default all of it, per sample."""
+    t = schedule.draw_times(batch.rng.uniform(len(x0)), low, high)
+    return schedule.add_noise(x0, batch.rng.normal_like(x0), t), t
+
+
+def matching(
+    config: Matching, teacher: Denoiser, critic: Denoiser, x0: Tensor, cond: Cond, batch: Batch
+) -> Tensor:
+    """Distribution matching (DMD, arXiv 2311.18828) at a random time; gradient reaches x0 (B, ...) only."""
+    with torch.no_grad():
+        x_t, t = noised(x0, teacher.schedule, batch, *config.time_range)
+        real = teacher.x0(x_t, t, cond, guidance=config.guidance_scale)
+        fake = critic.x0(x_t, t, cond)
+    return difference(config.weight, x0, real, fake, teacher.schedule, t, batch)
+
+
+def difference(
+    weight: str,
+    x0: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    schedule: Schedule,
+    t: Tensor,
+    batch: Batch,
+    factor: Tensor | float = 1.0,
+) -> Tensor:
+    """A loss that moves x0 (B, ...) along the difference of two predictions; vital signs go to the log.
+
+    Args:
+        weight, schedule, t: see :func:`fewstep.diffusion.objectives.matching_weight`. factor: (B,), a further one.
+        real, fake: of teacher and critic at one noisy version of x0.
+    """
+    with torch.no_grad():
+        weights = objectives.matching_weight(weight, x0, real, schedule, t) * factor
+    batch.note_health(x0, real, fake)
+    return objectives.distribution_matching(x0, real, fake, weights)
+
+
+def kind_of(critic: Denoiser, kind: str) -> str:
+    """The kind of prediction that "native" is for a critic; a closed form, which has no network, predicts x0."""
+    return getattr(critic, "prediction", "x0") if kind == "native" else kind
+
+
+def regression(
+    critic: Denoiser,
+    kind: str,
+    target: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Cond,
+    guidance: float = 1.0,
+    factor: Tensor | float = 1.0,
+) -> Tensor:
+    """Squared error of the (guided) critic at x_t (B, ...); samples that are not finite are left out.
+
+    Args:
+        kind: see :func:`fewstep.diffusion.objectives.denoising_weight`, or "native". target: x0, or what has its mean.
+        factor: (B,), a further weight.
+    """
+    keep = objectives.finite_rows(target)
+    target, x_t = (torch.where(expand(keep, v).bool(), v, 0.0) for v in (target, x_t))
+    weight = objectives.denoising_weight(kind_of(critic, kind), critic.schedule, t) * factor * keep
+    return objectives.denoising(critic.x0(x_t, t, cond, guidance=guidance), target, weight)
+
+
+def carried(batch: Batch, make: Callable[[], Tensor]) -> Tensor:
+    """The student's samples of this iteration: those of its own turn, from before its update, or fresh ones."""
+    if "x0" not in batch.carry:
+        with torch.no_grad():
+            batch.carry["x0"] = make()
+    return batch.carry["x0"]
