@@ -118,9 +118,10 @@ def _plainly(recipe: Recipe) -> Recipe:
 def _stand_in(method: Method, recipe: Recipe, teacher: Teacher) -> None:
     """For what a run loads or fits: what judges decoded images, of a reward only the decoder before it; a router, which
     gives one part all that it can get."""
-    if getattr(recipe.method, "regression", "l2") != "l2":
+    wanted = method.wants(recipe.method)
+    if "distance" in wanted:
         method.distance = distance_of(recipe.method.regression, teacher, VGG())
-    if getattr(recipe.method, "reward", None):
+    if "reward" in wanted:
         method.reward = lambda latents, _: teacher.decode_pixels(latents).mean((1, 2, 3))
     if hasattr(method, "router"):
         method.router = lambda cond: torch.zeros(len(cond), dtype=torch.long)

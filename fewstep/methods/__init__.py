@@ -1,23 +1,11 @@
-"""Distillation methods, one file each."""
+"""Distillation methods, one file each; every file of this folder that registers one is found."""
 
-from . import (  # noqa: F401  (each registers itself)
-    boot,
-    dd1,
-    dd2,
-    disback,
-    dmd,
-    dmd2,
-    fdistill,
-    hyper_sd,
-    ladd,
-    multi_student,
-    phased_dmd,
-    sana_sprint,
-    scm,
-    score_difference,
-    sid,
-    sim,
-)
+from importlib import import_module
+from pkgutil import iter_modules
+
 from .base import METHODS, Batch, Method, Phase, Progress, get_method, register
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
 
 __all__ = ["METHODS", "Batch", "Method", "Phase", "Progress", "get_method", "register"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -14,6 +14,9 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.rng import Rng
 from ..diffusion.student import Sampler
 from ..errors import RecipeError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
@@ -161,19 +164,25 @@ class Method:
     A method gets the frozen teacher and one denoiser per name in ``networks``, each on a trainable copy (or LoRA
     shell) of the teacher's network. It sets ``self.student`` and may add modules of its own in ``heads``.
 
+    What it is, for lists and tables: ``summary``, half a sentence; ``papers``, their arXiv numbers; ``steps`` of its
+    students; ``exports``, what a run ends in.
+
     Attributes:
         networks: the trainable copies of the teacher that this method needs; where that depends on the options,
             :meth:`networks_for` says so. extras: names that :meth:`heads` may have.
         followers: those networks that only follow the student, and are built as it is.
         critic: the denoiser that learns what the student makes, where there is one.
         teacher_kind: "diffusion", or "autoregressive" for methods of token models.
-        distance, reward: of latents, set before training where the options name them.
+        distance, reward: of latents, set before training where :meth:`wants` names them.
         Config: dataclass of its options, see :class:`Options`; the paper's values are the defaults.
         needs: data it cannot run without, given its configuration: any of "prompts", "images", "pairs".
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    papers: ClassVar[tuple[str, ...]] = ()
+    steps: ClassVar[str] = "1 or more"
+    exports: ClassVar[str] = "LoRA or pipeline; `LCMScheduler`, flow: `FlowMatchLCMScheduler`"
     networks: ClassVar[tuple[str, ...]] = ("student",)
     extras: ClassVar[tuple[str, ...]] = ("discriminator",)
     teacher_kind: ClassVar[str] = "diffusion"
@@ -224,6 +233,12 @@ class Method:
     def needs(cls, config: Any) -> tuple[str, ...]:
         return ("prompts",)
 
+    @classmethod
+    def wants(cls, config: Any) -> tuple[str, ...]:
+        """Tools beside the teacher, each set as an attribute before training: "distance", by the option
+        ``regression``; "reward", by the option of that name."""
+        return ()
+
 
 Expected = dict[str, tuple[bool, str]]  # name of an option -> (whether it is fine, what was expected)
 
@@ -243,6 +258,23 @@ class Options:
                 for name, (fine, what) in expected(self).items():
                     if not fine:
                         raise RecipeError(f"method.{name}: {_shown(getattr(self, name))}: expected {what}")
+
+    def smoke(self) -> Self:
+        """These options with what lets four iterations on a tiny pipeline meet every kind of turn."""
+        return self
+
+    @classmethod
+    def toy(cls) -> Self:
+        """Options for a network of a few weights, whose blocks are ``layers.N``, on which tests hold every method to
+        what all of them promise."""
+        return cls()
+
+
+def few(taps: list[str]) -> list[str]:
+    """Blocks that a tiny transformer has, in place of those of a large one."""
+    return (
+        [f"transformer_blocks.{i}" for i in (0, 1)] if any("transformer_blocks." in t for t in taps) else taps
+    )
 
 
 def _shown(value: Any) -> str:

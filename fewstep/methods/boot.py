@@ -29,6 +29,9 @@ class BOOT(Method):
     """One step, one network, prompts only."""
 
     summary = "bootstraps the teacher's trajectory from its own predictions; data-free, one step"
+    papers = ("2306.05544",)
+    steps = "1"
+    exports = "LoRA with one more rank for the time it is told, or pipeline; as `dmd2`, at [999]"
     student: Student
 
     @dataclass

@@ -8,7 +8,7 @@ that map from pairs. Further entry points, where the first tokens are known, mak
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -22,6 +22,8 @@ from ..tokens.entries import EntryStudent
 from .base import Batch, Expected, Method, Options, Phase, Progress, register
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ..tokens.students import ParallelStudent
 
 
@@ -30,6 +32,9 @@ class DD1(Method):
     """Regression on the teacher's map from noise to tokens: cross-entropy, and embeddings or images."""
 
     summary = "autoregressive teachers: regression on a noise-to-token map; one or few steps"
+    papers = ("2412.17153",)
+    steps = "1 or 2"
+    exports = "pipeline of tokens"
     extras = ()
     teacher_kind = "autoregressive"
     student: EntryStudent
@@ -68,6 +73,13 @@ class DD1(Method):
                 "split": (self.split >= 0, "0 or more tokens"),
             }
 
+        def smoke(self) -> Self:
+            return replace(self, regression="features" if self.regression == "lpips" else self.regression)
+
+        @classmethod
+        def toy(cls) -> Self:
+            return cls(entries=[0, 2], split=2)
+
     config: Config
     teacher: CodebookDenoiser
 
@@ -91,6 +103,10 @@ class DD1(Method):
     @classmethod
     def needs(cls, config: DD1.Config) -> tuple[str, ...]:
         return ("prompts", "pairs")
+
+    @classmethod
+    def wants(cls, config: Config) -> tuple[str, ...]:
+        return ("distance",)
 
     def phases(self) -> list[Phase]:
         return [Phase("student", ("student",), self.loss)]

@@ -7,7 +7,7 @@ tracks the former. What is distilled is a law, not a map, so pairs serve only to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,6 +23,8 @@ from ..tokens.entries import EntryStudent
 from .base import Batch, Method, Phase, Progress, register
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ..tokens.students import CausalStudent, ParallelStudent
 
 
@@ -31,6 +33,9 @@ class DD2(Method):
     """Stage 1: the critic learns the teacher's own scores, and the generator starts from it. Stage 2: distillation."""
 
     summary = "autoregressive teachers: score distillation at every position; one step"
+    papers = ("2510.21003",)
+    steps = "1"
+    exports = "pipeline of tokens"
     networks = ("student", "critic")
     extras = ()
     teacher_kind = "autoregressive"
@@ -109,6 +114,13 @@ class DD2(Method):
                 raise RecipeError(
                     f"method.from_dd1: {self.from_dd1}: a student of DD1 makes codes; set method.generator to codes"
                 )
+
+        def smoke(self) -> Self:
+            return replace(self, critic_steps=2, initial_share=0.25, head_width=32)
+
+        @classmethod
+        def toy(cls) -> Self:
+            return cls(critic_steps=2, initial_share=0.25, regression_share=0.25, head_width=16)
 
     config: Config
     teacher: CodebookDenoiser

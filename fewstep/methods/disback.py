@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from ..training.roles import hand_over
 from .base import Batch, Expected, Method, Phase, Progress, register
 from .dmd2 import DMD2
 from .terms import regression
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Target:
@@ -52,6 +56,7 @@ class DisBack(Method):
     """
 
     summary = "records how the teacher degrades into the student, then distills along that path backwards"
+    papers = ("2408.15991",)
     critic: NetDenoiser
 
     @dataclass
@@ -81,6 +86,13 @@ class DisBack(Method):
         def expected(self) -> Expected:
             names = ("nodes", "record_steps", "backtrack_steps")
             return {name: (getattr(self, name) >= 1, "at least 1") for name in names}
+
+        def smoke(self) -> Self:
+            return replace(super().smoke(), nodes=2, record_steps=1, backtrack_steps=1)
+
+        @classmethod
+        def toy(cls) -> Self:
+            return cls(nodes=2, record_steps=2, backtrack_steps=2)
 
     config: Config
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -14,12 +14,17 @@ from ..diffusion.student import Student
 from . import terms
 from .base import Batch, Expected, Method, Phase, Progress, register
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 @register("dmd")
 class DMD(Method):
     """One step: a score difference, and regression towards what the teacher makes of the same noise."""
 
     summary = "distribution matching and regression on teacher pairs; one step"
+    papers = ("2311.18828",)
+    steps = "1"
     networks = ("student", "critic")
     student: Student
 
@@ -45,6 +50,10 @@ class DMD(Method):
         def expected(self) -> Expected:
             return {"regression_weight": (self.regression_weight >= 0, "0 or more; 0 needs no pairs")}
 
+        def smoke(self) -> Self:
+            offline = "features" if self.regression == "lpips" else self.regression
+            return replace(super().smoke(), regression=offline)
+
     config: Config
 
     def build(self, student: Denoiser, critic: Denoiser) -> None:
@@ -57,6 +66,10 @@ class DMD(Method):
     @classmethod
     def needs(cls, config: DMD.Config) -> tuple[str, ...]:
         return ("prompts", "pairs") if config.regression_weight else ("prompts",)
+
+    @classmethod
+    def wants(cls, config: Config) -> tuple[str, ...]:
+        return ("distance",) if config.regression_weight else ()
 
     def phases(self) -> list[Phase]:
         return [

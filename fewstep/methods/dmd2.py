@@ -8,7 +8,7 @@ cannot give: real data. Several steps are trained on the student's own rollouts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,16 @@ from ..diffusion.times import chosen_times
 from . import terms
 from .base import Batch, Expected, Method, Phase, Progress, register
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 @register("dmd2")
 class DMD2(Method):
     """Two time scales, distribution matching plus GAN, backward simulation."""
 
     summary = "distribution matching with a fast critic, a GAN on its features and backward simulation"
+    papers = ("2405.14867",)
     networks = ("student", "critic")
     student: Student
 
@@ -67,6 +71,10 @@ class DMD2(Method):
                     "true with critic_steps 1, which would never train the critic",
                 ),
             }
+
+        @classmethod
+        def toy(cls) -> Self:
+            return cls(num_steps=2, start=999, critic_steps=2, gan_weight=1e-2, taps=["layers.0"])
 
     config: Config
 

@@ -7,8 +7,8 @@ DMD2's discriminator is an estimate of ``log r``. Everything else is DMD2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,16 @@ from .base import Batch, Expected, Method, Phase, Progress, register
 from .dmd2 import DMD2
 from .terms import difference
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 @register("fdistill")
 class FDistill(Method):
     """DMD2 with samples weighted by a function of the discriminator's density ratio."""
 
     summary = "DMD2 under a chosen f-divergence, by the density ratio of its discriminator"
+    papers = ("2502.15681",)
     networks = DMD2.networks
 
     @dataclass
@@ -65,6 +69,10 @@ class FDistill(Method):
                     "false; the ratio has its own forward",
                 ),
             }
+
+        @classmethod
+        def toy(cls) -> Self:
+            return replace(super().toy(), student_input="real")
 
     config: Config
 

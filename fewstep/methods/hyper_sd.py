@@ -8,10 +8,10 @@ landing place this is PCM (arXiv 2405.18407). A reward and a score difference ma
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,11 @@ from ..diffusion.denoiser import Denoiser, Guidance, NetDenoiser
 from ..diffusion.discriminator import Discriminator
 from ..diffusion.schedules import VP
 from ..diffusion.student import Student
-from .base import Batch, Expected, Method, Options, Phase, Progress, register
+from .base import Batch, Expected, Method, Options, Phase, Progress, few, register
 from .dmd import DMD
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 End = Literal["random", "segment"]
 
@@ -35,6 +38,9 @@ class HyperSD(Method):
     summary = (
         "consistency within segments that grow, 8-4-2-1; one student of 1 to 8 steps; PCM by its options"
     )
+    papers = ("2404.13686", "2405.18407")
+    steps = "8, 4, 2, 1"
+    exports = "LoRA or pipeline; `TCDScheduler`, `DDIMScheduler` or `LCMScheduler`, flow: as `sid`"
     followers = ("target", "previous")
     student: Student
 
@@ -139,6 +145,14 @@ class HyperSD(Method):
             """Where jumps of a stage land."""
             return self.of_stage("end", stage) or ("segment" if self.segments[stage] == 1 else "random")
 
+        def smoke(self) -> Self:
+            score = 1.0 if self.score_length else 0.0  # a stage of its own within four steps
+            return replace(self, score_length=score, taps=few(self.taps))
+
+        @classmethod
+        def toy(cls) -> Self:
+            return cls(segments=[4, 1], stage_teacher="previous", solver_steps=8, score_length=1.0)
+
     config: Config
     teacher: NetDenoiser
 
@@ -178,6 +192,10 @@ class HyperSD(Method):
     @classmethod
     def needs(cls, config: HyperSD.Config) -> tuple[str, ...]:
         return ("prompts", "pairs" if config.synthetic else "images")
+
+    @classmethod
+    def wants(cls, config: Config) -> tuple[str, ...]:
+        return ("reward",) if config.reward else ()
 
     def heads(self) -> dict[str, nn.Module]:
         return {"discriminator": self.discriminator} if self.discriminator else {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,10 @@ from ..diffusion.rng import Rng
 from ..diffusion.schedules import expand
 from ..diffusion.student import Student
 from ..diffusion.times import times_at
-from .base import Batch, Expected, Method, Options, Phase, Progress, register
+from .base import Batch, Expected, Method, Options, Phase, Progress, few, register
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
@@ -50,6 +54,9 @@ class AdversarialOptions(Options):
             "student_every": (self.student_every >= 1, "at least 1"),
             "taps": (bool(self.taps), "names of the teacher's blocks"),
         }
+
+    def smoke(self) -> Self:
+        return replace(super().smoke(), taps=few(self.taps))
 
 
 class Adversary:
@@ -94,6 +101,8 @@ class LADD(Method):
     """A student that learns from a discriminator alone, which sees through the teacher's eyes."""
 
     summary = "adversarial, on the frozen teacher's features, hinge loss; 1 to 4 steps"
+    papers = ("2403.12015",)
+    steps = "1 to 4"
     student: Student
 
     @dataclass
@@ -132,6 +141,10 @@ class LADD(Method):
                     f"divisors of the number of levels, {count}",
                 ),
             }
+
+        @classmethod
+        def toy(cls) -> Self:
+            return cls(taps=["layers.0", "layers.2"])
 
     config: Config
     teacher: NetDenoiser

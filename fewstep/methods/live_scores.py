@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from ..diffusion.student import Student
 from ..diffusion.times import TimeLaw, student_times
 from ..errors import RecipeError
 from .base import Batch, Expected, Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Kind = Literal["native", "x0", "eps", "v", "flow", "edm"]
 # Functions of the level alone among the kinds of fewstep.diffusion.objectives.identity_weight.
@@ -55,6 +58,9 @@ class LiveOptions(Options):
             "num_steps": (self.num_steps >= 1, "at least 1"),
             "critic_steps": (self.critic_steps >= 1, "at least 1; published runs have 1"),
         }
+
+    def smoke(self) -> Self:
+        return replace(super().smoke(), critic_steps=2)
 
     def student_of(self, denoiser: Denoiser, schedule: Schedule) -> Student:
         return Student(denoiser, student_times(schedule, self.num_steps, self.start, self.times), self.noise)

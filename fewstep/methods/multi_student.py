@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from .base import Batch, Expected, Method, Phase, Progress, register
 from .dmd2 import DMD2
 from .router import Conditions, RoutedDenoiser, RoutedStudent, Router
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 @register("multi_student")
 class MultiStudent(Method):
@@ -32,6 +35,9 @@ class MultiStudent(Method):
     """
 
     summary = "a one-step student per part of the prompts, each by DMD2, and a router between them"
+    papers = ("2410.23274",)
+    steps = "1"
+    exports = "LoRA per part of the prompts, or pipeline of a smaller network, and a router; `LCMScheduler`"
 
     @dataclass
     class Config(DMD2.Config):
@@ -66,6 +72,10 @@ class MultiStudent(Method):
                     "rollout; the conditions of a part are not those of its real images",
                 ),
             }
+
+        @classmethod
+        def toy(cls) -> Self:
+            return cls(parts=2, critic_steps=2, gan_weight=1e-2, taps=["layers.0"])
 
     config: Config
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -21,12 +21,20 @@ from ..diffusion.times import chosen_times
 from .base import Batch, Expected, Method, Phase, Progress, register
 from .terms import Critic, Matching, Times, carried, difference, regression
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 @register("phased_dmd")
 class PhasedDMD(Method):
     """K phases of training, an expert each, nested noise intervals, data-free."""
 
     summary = "an expert per noise interval, matched at intermediate levels; keeps diversity"
+    papers = ("2510.27684",)
+    steps = "2 or more"
+    exports = (
+        "LoRA per expert, switched by a callback; `DDIMScheduler`, flow: `FlowMatchEulerDiscreteScheduler`"
+    )
     student: Student
 
     @dataclass
@@ -60,6 +68,10 @@ class PhasedDMD(Method):
                     f"ddim; {why}images in one step, which is what phases are there to avoid",
                 ),
             }
+
+        @classmethod
+        def toy(cls) -> Self:
+            return cls(critic_steps=2)
 
     config: Config
 

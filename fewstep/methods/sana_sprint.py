@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,18 @@ from .base import Batch, Expected, Method, Phase, Progress, register
 from .ladd import AdversarialOptions, Adversary
 from .scm import Consistency, ConsistencyOptions, angle_range, student_of
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 @register("sana_sprint")
 class SanaSprint(Method):
     """Consistency keeps every step near the teacher's ODE, the discriminator keeps it sharp."""
 
     summary = "sCM plus LADD, one student for 1, 2 and 4 steps"
+    papers = ("2503.09641",)
+    steps = "1, 2, 4"
+    exports = "pipeline, `SanaSprintPipeline` with `SCMScheduler` for SANA; else as `scm`"
     extras = ("weighting", "discriminator")
 
     @dataclass
@@ -69,6 +75,10 @@ class SanaSprint(Method):
                     f"a scale within those that are trained, guidance_scales {self.guidance_scales}",
                 ),
             }
+
+        @classmethod
+        def toy(cls) -> Self:
+            return cls(taps=["layers.0", "layers.2"], guidance_embedding=False, guidance_scale=1.0)
 
     config: Config
     teacher: NetDenoiser

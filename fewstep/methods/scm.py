@@ -155,6 +155,7 @@ class SCM(Method):
     """One network, no critic, no target network: the target is the student itself and its tangent."""
 
     summary = "continuous-time consistency with TrigFlow tangents; one or more steps"
+    papers = ("2410.11081",)
     extras = ("weighting",)
 
     @dataclass

@@ -9,7 +9,7 @@ the teacher is at rest at any scale, and therefore trains the critic on the null
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from ..diffusion.times import TimeLaw
 from ..errors import RecipeError
 from .base import Batch, Expected, Method, Phase, Progress, register
 from .terms import Critic, Matching, MatchingWeight, carried, difference, regression
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CriticLoss = Literal["auto", "native", "x0", "eps", "v", "flow", "scaled_eps", "edm"]
 EDM_LAW = TimeLaw("log_normal", mean=-1.2, std=1.2)  # EDM, arXiv 2206.00364, table 1
@@ -135,6 +138,8 @@ class DiffInstruct(ScoreDifference):
     """The integral KL with weight 1 on the difference of x0 predictions."""
 
     summary = "integral KL between student and teacher: the critic first, then the student, one to one"
+    papers = ("2305.18455",)
+    steps = "1"
 
     @dataclass
     class Config(VariationalOptions):
@@ -146,6 +151,8 @@ class SwiftBrush(ScoreDifference):
     """Variational score distillation of a text-to-image teacher, without images."""
 
     summary = "variational score distillation: guided teacher against guided LoRA critic, image-free"
+    papers = ("2312.05239",)
+    steps = "1"
 
     @dataclass
     class Config(VariationalOptions):
@@ -159,3 +166,7 @@ class SwiftBrush(ScoreDifference):
         time_range: tuple[float, float] = (0.02, 0.98)
         critic_loss: CriticLoss = "scaled_eps"
         critic_first: bool = False
+
+        @classmethod
+        def toy(cls) -> Self:
+            return cls(guidance_scale=1.0, null_probability=0.0)

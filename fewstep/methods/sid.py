@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -26,12 +26,17 @@ from .base import Batch, Expected, Method, Phase, Progress, register
 from .live_scores import LevelWeight, LiveOptions, check_guidance, drop_captions, made_by, through_networks
 from .terms import regression
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 @register("sid")
 class SiD(Method):
     """Score identity distillation: critic and student in turn, the critic first."""
 
     summary = "score identity: Fisher divergence by a critic, gradient through both networks, data-free"
+    papers = ("2404.04057", "2406.01561", "2410.14919", "2505.12674")
+    exports = "LoRA or pipeline; as `dmd2` or, by its noise, as `phased_dmd`"
     networks = ("student", "critic")
     student: Student
     critic: NetDenoiser
@@ -112,6 +117,9 @@ class SiD(Method):
             given = (self.kappa1, self.kappa2, self.kappa3, self.kappa4)
             a, b, c, d = (k if own is None else own for k, own in zip(preset, given))
             return a, b, c, d
+
+        def smoke(self) -> Self:
+            return replace(super().smoke(), gan_schedule=(2, 4))
 
     config: Config
 

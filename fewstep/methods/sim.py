@@ -25,6 +25,8 @@ class SIM(Method):
     """Score implicit matching: critic and student in turn, the critic first."""
 
     summary = "score implicit matching: a distance of scores (pseudo-Huber, log-cosh, L2), data-free"
+    papers = ("2410.16794",)
+    exports = "as `sid`"
     networks = ("student", "critic")
     student: Student
 

@@ -5,8 +5,8 @@ it, the regression that keeps its critic near, a GAN on their networks' features
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.schedules import Schedule, expand
 from ..diffusion.times import uniform_times
-from .base import Batch, Expected, Options
+from .base import Batch, Expected, Options, few
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Kind = Literal["native", "x0", "eps", "v", "flow"]
 MatchingWeight = Literal["l1", "kl", "vsd", "one"]
@@ -79,6 +82,9 @@ class Critic(Options):
     def expected(self) -> Expected:
         return {"critic_steps": (self.critic_steps >= 1, "at least 1")}
 
+    def smoke(self) -> Self:
+        return replace(super().smoke(), critic_steps=2)
+
 
 @dataclass
 class Gan(Options):
@@ -99,6 +105,9 @@ class Gan(Options):
 
     def expected(self) -> Expected:
         return {"gan_time_range": ascending(self.gan_time_range)}
+
+    def smoke(self) -> Self:
+        return replace(super().smoke(), taps=few(self.taps))
 
 
 def noised(

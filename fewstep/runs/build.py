@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from ..data.cache import Store, encode_images, encode_prompts
@@ -15,7 +18,17 @@ from ..recipe import Recipe
 from ..teachers.base import Teacher
 from ..training.roles import Role, build_role
 from ..training.sharding import distribute
+from ..vision.perceptual import distance_of
+from ..vision.reward import load_reward, of_latents
 from .checks import check_gain
+
+# What methods want beside a teacher (:meth:`Method.wants`), of their options, the teacher and the prompts.
+TOOLS: dict[str, Callable[[Any, Teacher, list[str]], Any]] = {
+    "distance": lambda config, teacher, _prompts: distance_of(config.regression, teacher),
+    "reward": lambda config, teacher, prompts: of_latents(
+        load_reward(config.reward, str(teacher.device)), teacher, prompts
+    ),
+}
 
 
 def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str, Role], Method]:

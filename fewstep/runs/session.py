@@ -33,9 +33,7 @@ from ..training import checkpoint
 from ..training.roles import averaged
 from ..training.sharding import gathered
 from ..training.trainer import Trainer
-from ..vision.perceptual import distance_of
-from ..vision.reward import load_reward, of_latents
-from .build import build, encode, on_pixels
+from .build import TOOLS, build, encode, on_pixels
 from .checks import check_class, check_data, check_length, check_output, check_space
 from .preview import Preview
 from .summary import hardware, versions
@@ -199,11 +197,8 @@ class Session:
             process.barrier()  # the first rank encodes, the others find the cache
         encoded = encode(recipe, self.teacher, prompts, images, quiet)
         to_verify = self.method.prepare(encoded["conditions"])
-        if "pairs" in encoded and hasattr(recipe.method, "regression"):
-            self.method.distance = distance_of(recipe.method.regression, self.teacher)
-        if getattr(recipe.method, "reward", None):
-            reward = load_reward(recipe.method.reward, str(process.device))
-            self.method.reward = of_latents(reward, self.teacher, prompts)
+        for tool in self.method.wants(recipe.method):
+            setattr(self.method, tool, TOOLS[tool](recipe.method, self.teacher, prompts))
         if process.main:
             process.barrier()
         self.preview = Preview(

@@ -12,16 +12,6 @@ from ..data.prompts import CLASSES, UNCONDITIONAL
 from ..recipe import Recipe
 
 RANK = 4
-# Options by which four steps meet every kind of turn of a method.
-FEW = {
-    "critic_steps": 2,
-    "nodes": 2,
-    "record_steps": 1,
-    "backtrack_steps": 1,
-    "gan_schedule": (2, 4),
-    "initial_share": 0.25,
-    "head_width": 32,
-}
 
 
 def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
@@ -51,19 +41,9 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
         else str(few / "prompts.txt"),
         images=data.images if data.images is None or Path(data.images).is_dir() else str(few),
     )
-    few_turns = {name: value for name, value in FEW.items() if hasattr(recipe.method, name)}
-    if getattr(recipe.method, "score_length", 0):
-        few_turns["score_length"] = 1.0  # a stage of its own within four steps
-    if getattr(recipe.method, "regression", None) == "lpips":
-        few_turns["regression"] = "features"  # whose weights come with fewstep
-    if getattr(recipe.method, "from_dd1", None):
-        few_turns["from_dd1"] = None  # a run of its own
-    if any(tap.startswith("transformer_blocks.") for tap in getattr(recipe.method, "taps", ())):
-        few_turns["taps"] = [
-            "transformer_blocks.0",
-            "transformer_blocks.1",
-        ]  # more than these a tiny one has not
-    method = dataclasses.replace(recipe.method, **few_turns)
+    method = recipe.method.smoke()
+    if getattr(method, "from_dd1", None):
+        method = dataclasses.replace(method, from_dd1=None)  # a run of its own
     names = (*recipe.method_class.networks_for(method), *recipe.method_class.extras)
     roles = {n: dataclasses.replace(recipe.role(n), rank=min(RANK, recipe.role(n).rank)) for n in names}
     train = dataclasses.replace(

@@ -17,20 +17,6 @@ from fewstep.methods.base import Progress
 from fewstep.teachers.analytic import GaussianMixture
 from fewstep.training.sharding import whole
 
-GAN = {"gan_weight": 1e-2, "taps": ["layers.0"]}
-OPTIONS = {
-    "dmd2": {"num_steps": 2, "start": 999, "critic_steps": 2, **GAN},
-    "phased_dmd": {"num_steps": 4, "critic_steps": 2},
-    "fdistill": {"num_steps": 2, "start": 999, "critic_steps": 2, "student_input": "real", **GAN},
-    "swiftbrush": {"guidance_scale": 1.0, "null_probability": 0.0},
-    "hyper_sd": {"segments": [4, 1], "stage_teacher": "previous", "solver_steps": 8, "score_length": 1.0},
-    "ladd": {"taps": ["layers.0", "layers.2"]},
-    "sana_sprint": {"taps": ["layers.0", "layers.2"], "guidance_embedding": False, "guidance_scale": 1.0},
-    "dd1": {"entries": [0, 2], "split": 2},
-    "dd2": {"critic_steps": 2, "initial_share": 0.25, "regression_share": 0.25, "head_width": 16},
-    "disback": {"nodes": 2, "record_steps": 2, "backtrack_steps": 2, "critic_steps": 1},
-    "multi_student": {"parts": 2, "critic_steps": 2, **GAN},
-}
 JUDGES = {"ladd", "sana_sprint"}  # they see through the teacher's own network
 STEPS = 8
 LABELS = torch.arange(64) % 2
@@ -45,12 +31,12 @@ def teacher():
     return halves, fit(halves, Mlp(width=32, labels=2), steps=50)
 
 
-def trainer_of(name, **options):
+def trainer_of(name, config=None, **options):
     (halves, fitted), method = teacher(), METHODS[name]
     if name == "boot":
         torch.manual_seed(0)
         fitted = TimedMlp(labels=2).requires_grad_(False)
-    config = method.Config(**OPTIONS.get(name, {}))
+    config = config or method.Config.toy()
     if method.teacher_kind == "autoregressive":
         tokens = known_teacher()
         return token_toy(method, config, tokens, STEPS, 16, known_pairs(tokens, 64), **options)
