@@ -50,6 +50,19 @@ def test_the_regression_term_alone_learns_the_teachers_map(ring, fitted, pairs):
     assert error() < 0.15 * before
 
 
+def test_the_student_has_its_turn_every_so_many_updates_of_a_critic_that_sees_fresh_samples_meanwhile(
+    ring, fitted, pairs
+):
+    trainer = paired(ring, fitted, pairs, steps=4, critic_steps=2)
+    seen, inner = [], trainer.method.generate
+    trainer.method.generate = lambda noise, cond, batch: seen.append(len(noise)) or inner(noise, cond, batch)
+    for _ in range(4):
+        trainer.iterate()
+    assert trainer.updates == {"student": 2, "critic": 4}
+    fresh = trainer.config.batch_size
+    assert seen == [2 * fresh, fresh, 2 * fresh, fresh]  # on its own turn with the pairs
+
+
 def test_the_regression_gradient_is_that_of_the_weighted_squared_error(ring, fitted, pairs):
     trainer = paired(ring, fitted, pairs, regression_weight=0.5)
     method, sample = trainer.method, batch(trainer)

@@ -235,6 +235,14 @@ def test_real_images_meet_the_discriminator_of_their_part_with_their_own_conditi
     assert (method.router(Cond({"label": labels})) == 0).all()
     assert labels[count:].equal(batch.cond["label"][method.router(batch.cond) == 0])
     assert set(losses) == {"denoising", "discriminator"}
+    # Each side weighs as many rows as it has: mean over micro-batches is mean over rows.
+    of_real, of_fake = inner(host.judge, x, torch.zeros(len(x)), Cond({"label": labels})).split(
+        [count, len(x) - count]
+    )
+    wanted = 2 * count / 16 * objectives.gan_generator(of_real)
+    wanted = wanted + 2 * (len(x) - count) / 16 * objectives.gan_generator(-of_fake)
+    assert 2 * count != len(x)
+    assert losses["discriminator"].item() == pytest.approx(1e-2 * wanted.item(), rel=1e-5)
     logits = torch.randn(5, 1)
     assert objectives.gan_generator(-logits) + objectives.gan_generator(logits) == pytest.approx(
         objectives.gan_discriminator(logits, logits)

@@ -221,6 +221,23 @@ def test_phases_follow_each_other_and_the_critic_starts_again_from_the_teacher(r
     assert trainer.updates == {"student_1": 2, "student_2": 2, "critic": 4}
 
 
+def test_the_critics_loss_between_levels_by_hand(ring, fitted):
+    trainer = toy(PhasedDMD, PhasedDMD.Config(), ring, fitted, steps=8, batch_size=8)
+    method, batch = trainer.method, trainer.data.batch(0, 0)
+    x_s = batch.carry["x0"] = Rng("x_s").normal(8, 2)
+    seen, x0 = {}, method.critic.x0
+    method.critic.x0 = lambda x_t, t, cond, **o: seen.update(x_t=x_t, t=t) or x0(x_t, t, cond, **o)
+    loss = method.critic_loss(0, batch, trainer.progress)["denoising"]
+    t, s = seen["t"], torch.full_like(seen["t"], method.levels[0])
+    a_ts, s_ts = SD.transition(s, t)
+    eps = (seen["x_t"] - a_ts[:, None] * x_s) / s_ts[:, None]
+    target, bounded = objectives.denoising_target_between(x_s, eps, s, t, SD)
+    assert (bounded < 1).any() or (bounded == 1).all()
+    error = (x0(seen["x_t"], t, batch.cond) - target).square().mean(1)
+    weight = SD.error_weight(method.critic.prediction, t)
+    assert loss.item() == pytest.approx((weight * bounded * error).mean().item(), rel=1e-4)
+
+
 def test_a_run_resumed_at_the_edge_of_a_phase_goes_on_exactly(ring, fitted, tmp_path):
     def run(folder, *stops):
         for stop in stops:
