@@ -227,7 +227,9 @@ def test_the_critics_loss_between_levels_by_hand(ring, fitted):
     x_s = batch.carry["x0"] = Rng("x_s").normal(8, 2)
     seen, x0 = {}, method.critic.x0
     method.critic.x0 = lambda x_t, t, cond, **o: seen.update(x_t=x_t, t=t) or x0(x_t, t, cond, **o)
-    method.times_above = lambda *_: torch.tensor([500, 502, 505, 510, 520, 600, 800, 999])  # from just above 499
+    method.times_above = lambda *_: torch.tensor(
+        [500, 502, 505, 510, 520, 600, 800, 999]
+    )  # from just above 499
     loss = method.critic_loss(0, batch, trainer.progress)["denoising"]
     t, s = seen["t"], torch.full_like(seen["t"], method.levels[0])
     a_ts, s_ts = SD.transition(s, t)
