@@ -6,6 +6,9 @@ expensive work starts. The command line prints the message alone, without a trac
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import signal
 import sys
 
@@ -58,16 +61,30 @@ def why(error: BaseException) -> str | None:
     return None
 
 
+def _unread() -> bool:
+    """Whether nobody reads what is printed any more, as where ``head`` has its lines; what is left is thrown away."""
+    with contextlib.suppress(AttributeError, OSError):  # a system without poll, an output that is no file
+        output = sys.stdout.fileno()
+        pipe = select.poll()
+        pipe.register(output, 0)  # asks for nothing, and is told of an end all the same
+        if pipe.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # the interpreter writes the rest as it ends
+            return True
+    return False
+
+
 def tell(error: BaseException) -> int:
     """Prints what ended a command, in one message, and returns the exit code.
 
     0 done; 2 bad input; 3 the numbers went wrong (not finite, nothing learnt, an export that is off); 4 a file cannot
     be read or written; 5 another process was lost; 128 + N signal N, and the run is saved (130 SIGINT, 138 SIGUSR1,
-    143 SIGTERM).
+    143 SIGTERM). Where nobody reads the output any more there is nothing to say, as with any other tool (141).
 
     Raises:
         BaseException: the error itself, where it is a fault of ours and wants its traceback.
     """
+    if isinstance(error, BrokenPipeError) and _unread():
+        return 128 + signal.SIGPIPE
     if isinstance(error, FewstepError):
         message, code = str(error), error.code
     elif isinstance(error, KeyboardInterrupt):

@@ -95,8 +95,7 @@ def test_a_device_without_memory_left_is_one_line_with_a_remedy(monkeypatch, cap
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation ...")
 
-    # The package has a function of that name, so the module goes by sys.modules.
-    monkeypatch.setattr(sys.modules["fewstep.cli.main"], "_doctor", out_of_memory)
+    monkeypatch.setattr("fewstep.cli.doctor.report", out_of_memory)
     assert main(["doctor"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "out of memory. Tried to allocate 2.00 GiB. `fewstep plan" in error

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import subprocess
 import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, requires, version
+
+from .commands import Commands
+
+COMMANDS = Commands()
 
 # Extras: package -> what it is for.
 EXTRAS = {
@@ -106,3 +111,10 @@ def report() -> tuple[str, bool]:
     faults = problems()
     lines += ["", *(f"PROBLEM: {fault}" for fault in faults)] if faults else ["", "no problem found"]
     return "\n".join(lines), not faults
+
+
+@COMMANDS.command("doctor", "versions, devices, extras, known bad pairs")
+def doctor(args: argparse.Namespace) -> int:
+    text, healthy = report()
+    print(text)
+    return 0 if healthy else 1

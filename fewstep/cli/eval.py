@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.eval_sampling import add_sampling, process
+from fewstep.cli.commands import Commands, argument
+from fewstep.cli.eval_sampling import PROTOCOL, SAMPLING, process
 
 EMOJI = "builtin:emoji"
 IMAGES = "folder or zip of image files, npz of images, statistics file, or builtin:emoji"
@@ -22,93 +23,43 @@ FLAGS = {
 }
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds `eval` with its subcommands; each sets `run`, from the parsed arguments to an exit code."""
-    parser = subparsers.add_parser(
-        "eval", help="generate and measure images: Fréchet distance, CLIP score, speed"
-    )
-    commands = parser.add_subparsers(dest="eval_command", required=True, metavar="COMMAND")
+COMMANDS, EVAL = Commands(), Commands()
+COMMANDS.group("eval", "generate and measure images: Fréchet distance, CLIP score, speed", EVAL, SAMPLING)
 
-    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(run=function)
-        return added
+FAKE = argument("fake", metavar="FAKE", help="folder or npz of images, in the order of the prompts")
+EXTRACTOR = argument("--extractor", metavar="NAME", help="network for the features (default: effnet-lite0)")
+WEIGHTS = argument("--weights", metavar="FILE", help="weights of inception-2015")
+DEVICE = argument("--device", help="of the network: auto (default), cpu, cuda, cuda:1, ...")
+SKIP_BAD = argument("--skip-bad", type=int, default=0, metavar="N", help="leave out up to N unreadable files")
+WORKERS = argument(
+    "--workers", type=int, metavar="P", help="processes that decode image files (default: by cores)"
+)
+OUT = argument("--out", type=Path, metavar="FILE.json", help="also write the result as JSON")
 
-    fid = command("fid", _fid, "distance between two sets of images")
-    fid.add_argument("real", metavar="REAL", help=IMAGES)
-    fid.add_argument("fake", metavar="FAKE", help=IMAGES)
-    for name, text in FLAGS.items():
-        fid.add_argument(
-            f"--{name.replace('_', '-')}", dest=name, action="store_true", help=f"also the {text}"
-        )
-    fid.add_argument("--num", type=int, metavar="N", help="use the first N fake images")
-    fid.add_argument(
+
+@EVAL.command(
+    "fid",
+    "distance between two sets of images",
+    argument("real", metavar="REAL", help=IMAGES),
+    argument("fake", metavar="FAKE", help=IMAGES),
+    *(
+        argument(f"--{name.replace('_', '-')}", dest=name, action="store_true", help=f"also the {text}")
+        for name, text in FLAGS.items()
+    ),
+    argument("--num", type=int, metavar="N", help="use the first N fake images"),
+    argument(
         "--declared",
         action="store_true",
         help="take statistics of unknown origin for ones of this extractor and protocol",
-    )
-
-    stats = command("stats", _stats, "write the statistics of a set of images")
-    stats.add_argument("images", metavar="IMAGES", help=IMAGES)
-    stats.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="npz file to write")
-
-    retrieval = command("retrieval", _retrieval, "do generated emoji look like what the prompt named?")
-    retrieval.add_argument(
-        "fake", metavar="FAKE", help="folder or npz of images, in the order of the prompts"
-    )
-    retrieval.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE", help="text file, one caption of the set a line"
-    )
-
-    diversity = command("diversity", _diversity, "how different are the images of one prompt?")
-    diversity.add_argument("fake", metavar="FAKE", help="folder or npz of images, those of a prompt in a row")
-    diversity.add_argument("--per-prompt", type=int, required=True, metavar="K", help="images per prompt")
-    diversity.add_argument(
-        "--against",
-        metavar="OTHER",
-        help="another model's images of the same prompts, compared prompt by prompt",
-    )
-
-    scores = command("scores", _scores, "do images match their captions? CLIP score and preference models")
-    scores.add_argument("fake", metavar="FAKE", help="folder or npz of images, in the order of the prompts")
-    scores.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or .jsonl")
-    scores.add_argument(
-        "--per-prompt", type=int, default=1, metavar="K", help="images of each prompt, in a row"
-    )
-    scores.add_argument("--scorer", action="append", required=True, metavar="KIND:PATH", help=SCORERS)
-    scores.add_argument("--num", type=int, metavar="N", help="use the first N images")
-
-    compare = command("compare", _compare, "result files side by side; unlike ones are refused")
-    compare.add_argument("results", nargs="+", type=Path, metavar="FILE.json", help="written with --out")
-
-    command("protocols", _protocols, "list the protocols")
-    add_sampling(command)
-
-    for added in (fid, stats, retrieval, diversity):
-        added.add_argument(
-            "--extractor", metavar="NAME", help="network for the features (default: effnet-lite0)"
-        )
-        added.add_argument("--weights", metavar="FILE", help="weights of inception-2015")
-    for added in (fid, stats, scores):
-        added.add_argument("--protocol", metavar="NAME", help="see `fewstep eval protocols`")
-    for added in (fid, stats, scores):
-        added.add_argument("--device", help="of the network: auto (default), cpu, cuda, cuda:1, ...")
-    for added in (fid, stats):
-        added.add_argument(
-            "--skip-bad",
-            type=int,
-            default=0,
-            metavar="N",
-            help="leave out up to N unreadable files",
-        )
-    for added in (fid, stats, retrieval, diversity, scores):
-        added.add_argument(
-            "--workers", type=int, metavar="P", help="processes that decode image files (default: by cores)"
-        )
-    for added in (fid, retrieval, diversity, scores):
-        added.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result as JSON")
-
-
+    ),
+    EXTRACTOR,
+    WEIGHTS,
+    PROTOCOL,
+    DEVICE,
+    SKIP_BAD,
+    WORKERS,
+    OUT,
+)
 def _fid(args: argparse.Namespace) -> int:
     from fewstep.errors import FewstepError
     from fewstep.evaluation import protocols
@@ -136,6 +87,18 @@ def _fid(args: argparse.Namespace) -> int:
     return _finish(result, args.out)
 
 
+@EVAL.command(
+    "stats",
+    "write the statistics of a set of images",
+    argument("images", metavar="IMAGES", help=IMAGES),
+    argument("-o", "--out", type=Path, required=True, metavar="FILE", help="npz file to write"),
+    EXTRACTOR,
+    WEIGHTS,
+    PROTOCOL,
+    DEVICE,
+    SKIP_BAD,
+    WORKERS,
+)
 def _stats(args: argparse.Namespace) -> int:
     from fewstep.errors import FewstepError
     from fewstep.evaluation import protocols
@@ -173,6 +136,18 @@ def _stats(args: argparse.Namespace) -> int:
     return 0
 
 
+@EVAL.command(
+    "retrieval",
+    "do generated emoji look like what the prompt named?",
+    FAKE,
+    argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="text file, one caption of the set a line"
+    ),
+    EXTRACTOR,
+    WEIGHTS,
+    WORKERS,
+    OUT,
+)
 def _retrieval(args: argparse.Namespace) -> int:
     from fewstep.data import emoji
     from fewstep.evaluation.evaluate import evaluate_images
@@ -189,6 +164,21 @@ def _retrieval(args: argparse.Namespace) -> int:
     return _finish(result, args.out)
 
 
+@EVAL.command(
+    "diversity",
+    "how different are the images of one prompt?",
+    argument("fake", metavar="FAKE", help="folder or npz of images, those of a prompt in a row"),
+    argument("--per-prompt", type=int, required=True, metavar="K", help="images per prompt"),
+    argument(
+        "--against",
+        metavar="OTHER",
+        help="another model's images of the same prompts, compared prompt by prompt",
+    ),
+    EXTRACTOR,
+    WEIGHTS,
+    WORKERS,
+    OUT,
+)
 def _diversity(args: argparse.Namespace) -> int:
     from fewstep.errors import FewstepError
     from fewstep.evaluation.evaluate import evaluate_images
@@ -217,6 +207,19 @@ def _diversity(args: argparse.Namespace) -> int:
     return _finish({**result, "warnings": []}, args.out)
 
 
+@EVAL.command(
+    "scores",
+    "do images match their captions? CLIP score and preference models",
+    FAKE,
+    argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or .jsonl"),
+    argument("--per-prompt", type=int, default=1, metavar="K", help="images of each prompt, in a row"),
+    argument("--scorer", action="append", required=True, metavar="KIND:PATH", help=SCORERS),
+    argument("--num", type=int, metavar="N", help="use the first N images"),
+    PROTOCOL,
+    DEVICE,
+    WORKERS,
+    OUT,
+)
 def _scores(args: argparse.Namespace) -> int:
     from fewstep.evaluation.evaluate import evaluate_images
     from fewstep.evaluation.images import open_images
@@ -240,6 +243,11 @@ def _scores(args: argparse.Namespace) -> int:
     return _finish({**result, "warnings": []}, args.out)
 
 
+@EVAL.command(
+    "compare",
+    "result files side by side; unlike ones are refused",
+    argument("results", nargs="+", type=Path, metavar="FILE.json", help="written with --out"),
+)
 def _compare(args: argparse.Namespace) -> int:
     from fewstep.evaluation.compare import compare, load_result
 
@@ -249,6 +257,7 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
+@EVAL.command("protocols", "list the protocols")
 def _protocols(args: argparse.Namespace) -> int:
     from fewstep.evaluation import protocols
     from fewstep.evaluation.statistics import table

@@ -2,90 +2,34 @@
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fewstep.cli.commands import Commands, argument, integers
+
+SAMPLING = Commands()
+
 SOLVERS = "own, lcm, ddim, euler, heun, dpm++, unipc, ays, or a folder of `fewstep floor`"
-
-
-def add_sampling(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Adds the subcommand to the parser of `fewstep eval`."""
-    generate = command(
-        "generate", _generate, "images of a pipeline or student, resumable and sharded by rank"
-    )
-    generate.add_argument(
-        "pipeline", metavar="PIPELINE", help="folder or hub id of a diffusers pipeline, or builtin:..."
-    )
-    generate.add_argument("--steps", type=integers, required=True, metavar="1,2,4", help="numbers of steps")
-    generate.add_argument("--solver", default="own", help=f"{SOLVERS} (default: own, or the student's)")
-    generate.add_argument("--guidance", type=float, help="scale (default: the student's or the pipeline's)")
-    generate.add_argument(
-        "--timesteps",
-        type=integers,
-        metavar="399",
-        help="times of the network's calls, for one number of steps",
-    )
-    generate.add_argument("--layout", default="flat", help="flat or geneval (00000/samples/0000.png)")
-    generate.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="gets DIR/4-steps/000000.png"
-    )
-    add_model(generate)
-    add_images(generate)
-
-    run = command("run", _run, "teacher and students over steps and solvers: one table, one page")
-    run.add_argument(
-        "spec", metavar="SPEC.yaml", nargs="?", help="see eval/README.md; or else these options:"
-    )
-    run.add_argument(
-        "--teacher", metavar="PIPELINE", help="pipeline of the first rows, and under the students"
-    )
-    run.add_argument("--student", action="append", default=[], metavar="EXPORT", help="may be repeated")
-    run.add_argument("--steps", type=integers, default=[1, 2, 4, 8], metavar="1,2,4", help="numbers of steps")
-    run.add_argument("--solver", action="append", metavar="S", help="of the teacher; may be repeated")
-    run.add_argument(
-        "--guidance", action="append", type=float, metavar="G", help="of the teacher; may be repeated"
-    )
-    run.add_argument("--prompts", metavar="FILE", help="one a line, or .jsonl")
-    run.add_argument("--num", type=int, metavar="N", help="images of each row")
-    run.add_argument("--real", metavar="IMAGES", help="folder, npz, statistics or builtin:emoji")
-    run.add_argument("--protocol", metavar="NAME", help="see `fewstep eval protocols`")
-    run.add_argument("--extractor", metavar="NAME", help="network for the features")
-    run.add_argument(
-        "--scorer", action="append", default=[], metavar="KIND:PATH", help="of images and captions"
-    )
-    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets index.html and table.md")
-    run.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, ...; one per process")
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Options that say which weights and where."""
-    parser.add_argument("--lora", metavar="EXPORT", help="export of a fewstep run, or a LoRA file")
-    parser.add_argument("--network", metavar="FILE", help="state dict in place of the denoiser's own")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
-    parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, ...; one per process")
-
-
-def add_images(parser: argparse.ArgumentParser) -> None:
-    """Options that say which images."""
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or .jsonl")
-    parser.add_argument("--num", type=int, metavar="N", help="images in all (default: all prompts)")
-    parser.add_argument("--per-prompt", type=int, default=1, metavar="K", help="images of each prompt")
-    parser.add_argument("--seed", type=int, default=0, help="sample i uses SEED + i")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width")
-    parser.add_argument("--rounding", default="nearest", help="to uint8: nearest or truncate")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="B")
-    parser.add_argument(
-        "--speed-runs", type=int, default=5, metavar="R", help="images timed at batch 1, or 0"
-    )
-
-
-def integers(text: str) -> list[int]:
-    """Numbers from 1 on, separated by commas."""
-    values = [int(word) for word in text.split(",")]
-    if min(values) < 1 or len(set(values)) < len(values):
-        raise argparse.ArgumentTypeError(f"{text}: expected different numbers from 1 on, such as 1,2,4")
-    return values
+DEVICE = argument("--device", help="auto (default), cpu, cuda, cuda:1, ...; one per process")
+PROTOCOL = argument("--protocol", metavar="NAME", help="see `fewstep eval protocols`")
+# Which weights, and where.
+MODEL = (
+    argument("--lora", metavar="EXPORT", help="export of a fewstep run, or a LoRA file"),
+    argument("--network", metavar="FILE", help="state dict in place of the denoiser's own"),
+    argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32"),
+    DEVICE,
+)
+# Which images.
+IMAGES = (
+    argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or .jsonl"),
+    argument("--num", type=int, metavar="N", help="images in all (default: all prompts)"),
+    argument("--per-prompt", type=int, default=1, metavar="K", help="images of each prompt"),
+    argument("--seed", type=int, default=0, help="sample i uses SEED + i"),
+    argument("--size", type=int, metavar="PIXELS", help="height and width"),
+    argument("--rounding", default="nearest", help="to uint8: nearest or truncate"),
+    argument("--batch-size", type=int, default=8, metavar="B"),
+    argument("--speed-runs", type=int, default=5, metavar="R", help="images timed at batch 1, or 0"),
+)
 
 
 def process() -> tuple[int, int]:
@@ -110,6 +54,24 @@ def job_of(args: argparse.Namespace, steps: int, **others: Any) -> Any:
     return Job(steps=steps, **shared, **others)
 
 
+@SAMPLING.command(
+    "generate",
+    "images of a pipeline or student, resumable and sharded by rank",
+    argument("pipeline", metavar="PIPELINE", help="folder or hub id of a diffusers pipeline, or builtin:..."),
+    argument("--steps", type=integers, required=True, metavar="1,2,4", help="numbers of steps"),
+    argument("--solver", default="own", help=f"{SOLVERS} (default: own, or the student's)"),
+    argument("--guidance", type=float, help="scale (default: the student's or the pipeline's)"),
+    argument(
+        "--timesteps",
+        type=integers,
+        metavar="399",
+        help="times of the network's calls, for one number of steps",
+    ),
+    argument("--layout", default="flat", help="flat or geneval (00000/samples/0000.png)"),
+    argument("--out", type=Path, required=True, metavar="DIR", help="gets DIR/4-steps/000000.png"),
+    *MODEL,
+    *IMAGES,
+)
 def _generate(args: argparse.Namespace) -> int:
     from fewstep.evaluation.models import open_model
     from fewstep.evaluation.prompts import read_prompts
@@ -139,6 +101,24 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+@SAMPLING.command(
+    "run",
+    "teacher and students over steps and solvers: one table, one page",
+    argument("spec", metavar="SPEC.yaml", nargs="?", help="see eval/README.md; or else these options:"),
+    argument("--teacher", metavar="PIPELINE", help="pipeline of the first rows, and under the students"),
+    argument("--student", action="append", default=[], metavar="EXPORT", help="may be repeated"),
+    argument("--steps", type=integers, default=[1, 2, 4, 8], metavar="1,2,4", help="numbers of steps"),
+    argument("--solver", action="append", metavar="S", help="of the teacher; may be repeated"),
+    argument("--guidance", action="append", type=float, metavar="G", help="of the teacher; may be repeated"),
+    argument("--prompts", metavar="FILE", help="one a line, or .jsonl"),
+    argument("--num", type=int, metavar="N", help="images of each row"),
+    argument("--real", metavar="IMAGES", help="folder, npz, statistics or builtin:emoji"),
+    PROTOCOL,
+    argument("--extractor", metavar="NAME", help="network for the features"),
+    argument("--scorer", action="append", default=[], metavar="KIND:PATH", help="of images and captions"),
+    argument("--out", type=Path, required=True, metavar="DIR", help="gets index.html and table.md"),
+    DEVICE,
+)
 def _run(args: argparse.Namespace) -> int:
     from fewstep.evaluation.of_spec import run_spec, to_markdown
     from fewstep.evaluation.spec import load_spec

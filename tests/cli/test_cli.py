@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from fewstep.cli import main
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, tell
 from fewstep.runs.library import load_recipe, recipe_files
 
 
@@ -49,6 +49,20 @@ def test_every_recipe_is_listed_and_can_be_copied(capsys, tmp_path):
     assert load_recipe(str(tmp_path / "sdxl_dmd2_4step.py")).method.num_steps == 4
     assert main(["recipes", "copy", "sdxl_dmd2_4step", str(tmp_path)]) == 2  # never overwrites
     assert main(["recipes", "copy", "sdxl", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("flags", [[], ["-u"]], ids=["at the end", "at once"])
+def test_a_reader_that_has_enough_ends_a_command_silently(flags):
+    command = [sys.executable, *flags, "-m", "fewstep", "recipes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_told(capfd):
+    assert tell(BrokenPipeError(32, "Broken pipe", "socket")) == 4
+    assert "socket: Broken pipe" in capfd.readouterr().err
 
 
 def test_methods_and_doctor(capsys):

@@ -1,6 +1,5 @@
 """The whole evaluator on small sets: labels, counts, caches, warnings, refusals, and the command line."""
 
-import argparse
 import json
 import sys
 
@@ -8,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.cli import eval as cli
 from fewstep.cli import main
+from fewstep.cli.main import parser
 from fewstep.errors import FewstepError
 from fewstep.evaluation.evaluate import evaluate_images, to_markdown
 from fewstep.evaluation.features import cache_dir, extract, stream_moments
@@ -245,9 +244,7 @@ def test_effnet_orders_damage_and_collapse():
 
 
 def run(*arguments):
-    parser = argparse.ArgumentParser()
-    cli.add_parser(parser.add_subparsers(required=True))
-    args = parser.parse_args(["eval", *map(str, arguments)])
+    args = parser().parse_args(["eval", *map(str, arguments)])
     return args.run(args)
 
 
@@ -363,8 +360,7 @@ def test_the_parser_imports_nothing_heavy():
     import subprocess
 
     code = (
-        "import argparse, sys; from fewstep.cli import eval as cli; "
-        "cli.add_parser(argparse.ArgumentParser().add_subparsers()); "
+        "import sys; from fewstep.cli.main import parser; parser(); "
         "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,11 +1,10 @@
 """Every command of eval/README.md is one that exists, and its spec is one that loads."""
 
-import argparse
 import re
 import shlex
 from pathlib import Path
 
-from fewstep.cli import eval as cli
+from fewstep.cli.main import parser
 from fewstep.evaluation import protocols
 from fewstep.evaluation.spec import load_spec
 
@@ -23,9 +22,7 @@ def commands():
 
 
 def test_every_command_parses_and_names_what_exists():
-    parser = argparse.ArgumentParser()
-    cli.add_parser(parser.add_subparsers(required=True))
-    found = [parser.parse_args(words) for words in commands()]
+    found = [parser().parse_args(words) for words in commands()]
     assert {args.eval_command for args in found} == {"stats", "generate", "fid", "scores", "run"}
     for args in found:
         if getattr(args, "protocol", None):

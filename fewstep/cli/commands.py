@@ -1,0 +1,82 @@
+"""How a command declares itself: name, help and arguments stand on top of the function that it calls."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Run = Callable[[argparse.Namespace], int]  # parsed arguments -> exit code
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What ``add_argument`` of a parser is given."""
+
+    names: tuple[str, ...]
+    options: dict[str, Any]
+
+
+def argument(*names: str, **options: Any) -> Argument:
+    return Argument(names, options)
+
+
+class Commands:
+    """Commands in the order in which they were declared."""
+
+    def __init__(self) -> None:
+        self.declared: list[Callable[[Any], None]] = []  # each adds itself to the commands of a parser
+
+    def command(
+        self, name: str, text: str, *arguments: Argument, overrides: bool = False
+    ) -> Callable[[Run], Run]:
+        """Declares the decorated function a command.
+
+        Args:
+            text: of the help. overrides: it also takes options of a recipe, ``--a.b VALUE``, and finds them in
+                ``args.overrides``.
+        """
+
+        def declare(run: Run) -> Run:
+            def add(subparsers: Any) -> None:
+                parser = subparsers.add_parser(name, help=text, description=text)
+                parser.set_defaults(run=run, takes_overrides=overrides)
+                for one in arguments:
+                    parser.add_argument(*one.names, **one.options)
+
+            self.declared.append(add)
+            return run
+
+        return declare
+
+    def group(self, name: str, text: str, *parts: Commands) -> None:
+        """Declares a command that has commands of its own."""
+
+        def add(subparsers: Any) -> None:
+            add_all(subparsers.add_parser(name, help=text), f"{name}_command", parts)
+
+        self.declared.append(add)
+
+
+def add_all(parser: argparse.ArgumentParser, dest: str, parts: Iterable[Commands]) -> None:
+    """Gives a parser the commands of all parts; parsed arguments say under ``dest`` which it was."""
+    subparsers = parser.add_subparsers(dest=dest, required=True, metavar="COMMAND")
+    for part in parts:
+        for add in part.declared:
+            add(subparsers)
+
+
+# Arguments of several commands.
+DEVICE = argument("--device", help="auto (default), cpu, cuda, cuda:1, ...")
+RECIPE = argument("recipe")
+RUN = argument("run_folder", type=Path, metavar="RUN")
+
+
+def integers(text: str) -> list[int]:
+    """Numbers from 1 on, separated by commas."""
+    values = [int(word) for word in text.split(",")]
+    if min(values) < 1 or len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{text}: expected different numbers from 1 on, such as 1,2,4")
+    return values

@@ -1,0 +1,60 @@
+"""Commands of what a recipe costs: measured, and counted before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..errors import FewstepError
+from ..files import write_json
+from ..runs.library import load_recipe
+from .commands import RECIPE, Commands, argument
+
+COMMANDS = Commands()
+
+
+@COMMANDS.command(
+    "bench",
+    "what a step takes: seconds, memory, arithmetic, and where they go",
+    RECIPE,
+    argument("--iterations", type=int, default=30),
+    argument("--baseline", choices=["bare"], help="time a loop of the same network calls beside it"),
+    argument(
+        "--random-weights", action="store_true", help="random weights of the teacher's shape, noise for data"
+    ),
+    argument("--out", type=Path, help="also write the result there, as JSON"),
+    overrides=True,
+)
+def bench(args: argparse.Namespace) -> int:
+    from ..cost import bench as benches
+
+    recipe, rest = load_recipe(args.recipe), args.overrides
+    measured = benches.bench(recipe, rest, args.iterations, args.baseline, args.random_weights)
+    if args.out:
+        write_json(args.out, {"recipe": args.recipe, "arguments": rest, **measured})
+    print(json.dumps(measured, indent=1))
+    return 0
+
+
+@COMMANDS.command(
+    "plan",
+    "memory, arithmetic and hours of a recipe, counted before anything is loaded",
+    RECIPE,
+    argument("--gpu", default="h100-80gb", help="card, e.g. h100-80gb, a100-40gb, rtx4090-24gb"),
+    argument("--processes", type=int, default=1, help="cards, each with a process of its own"),
+    argument("--json", action="store_true"),
+    overrides=True,
+)
+def plan(args: argparse.Namespace) -> int:
+    from .. import cost
+    from ..recipe import override
+
+    if args.gpu not in cost.GPUS:
+        raise FewstepError(f"--gpu {args.gpu}: expected one of {', '.join(cost.GPUS)}")
+    if args.processes < 1:
+        raise FewstepError(f"--processes {args.processes}: expected at least 1")
+    made = cost.plan(override(load_recipe(args.recipe), args.overrides), args.processes, quiet=False)
+    print(json.dumps(made.to_dict(args.gpu), indent=1) if args.json else made.text(args.gpu))
+    cost.check_fits(made, args.gpu)
+    return 0

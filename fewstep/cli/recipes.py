@@ -1,0 +1,66 @@
+"""Commands of recipes: what there is, what they encode ahead of their runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import FewstepError
+from ..files import write
+from ..runs.library import load_recipe, recipe_files
+from .commands import RECIPE, Commands, argument
+
+COMMANDS = Commands()
+
+
+@COMMANDS.command(
+    "recipes",
+    "list the recipes, or copy one to change it",
+    argument("action", nargs="?", choices=["list", "copy"], default="list"),
+    argument("name", nargs="?"),
+    argument("to", nargs="?", default="."),
+)
+def recipes(args: argparse.Namespace) -> int:
+    if args.action == "copy":
+        print(_copy(args.name or "", Path(args.to)))
+        return 0
+    for name, path in recipe_files().items():
+        first = next((line for line in path.read_text().splitlines() if line.startswith('"""')), "")
+        print(f"{name:24} {first.strip(chr(34))}")
+    return 0
+
+
+def _copy(name: str, to: Path) -> Path:
+    source = recipe_files().get(name)
+    if source is None:
+        raise FewstepError(f"recipes copy: {name!r} is none of {', '.join(recipe_files())}")
+    target = to / source.name if to.is_dir() else to
+    if target.exists():
+        raise FewstepError(f"recipes copy: {target} exists already; give another place")
+    write(target, source.read_bytes())
+    return target
+
+
+@COMMANDS.command("methods", "list the methods")
+def methods(args: argparse.Namespace) -> int:
+    from ..methods import METHODS
+
+    for name, cls in sorted(METHODS.items()):
+        print(f"{name:12} {cls.summary}")
+    return 0
+
+
+@COMMANDS.command(
+    "cache",
+    "encode a recipe's prompts and images ahead of its runs; goes on where it stopped",
+    RECIPE,
+    overrides=True,
+)
+def cache(args: argparse.Namespace) -> int:
+    from ..recipe import override
+    from ..runs import session
+
+    for name, store in session.cache(override(load_recipe(args.recipe), args.overrides)).items():
+        size = sum(path.stat().st_size for path in store.folder.iterdir())
+        print(f"{name:16} {len(store):9} rows {size / 1e6:10.1f} MB  {store.folder}")
+    return 0

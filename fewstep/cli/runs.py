@@ -1,0 +1,98 @@
+"""Commands of a run: train, resume, replay, sample, export."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from ..errors import FewstepError, TrainingError
+from ..files import replacing
+from ..runs.library import load_recipe
+from .commands import DEVICE, RECIPE, RUN, Commands, argument
+
+COMMANDS = Commands()
+
+
+@COMMANDS.command(
+    "train",
+    "run a recipe: name, script or recipe.yaml; --a.b VALUE overrides, --smoke tries",
+    RECIPE,
+    overrides=True,
+)
+def train(args: argparse.Namespace) -> int:
+    from ..runs.session import run
+
+    run(load_recipe(args.recipe), args.overrides)
+    return 0
+
+
+@COMMANDS.command(
+    "resume", "continue an interrupted run, exactly; --a.b VALUE changes it", RUN, overrides=True
+)
+def resume(args: argparse.Namespace) -> int:
+    from ..runs import session
+
+    session.resume(args.run_folder, args.overrides)
+    return 0
+
+
+@COMMANDS.command("replay", "repeat the step at which a run gave up, from its snapshot", RUN)
+def replay(args: argparse.Namespace) -> int:
+    from ..runs import session
+
+    return TrainingError.code if session.replay(args.run_folder) else 0
+
+
+@COMMANDS.command(
+    "sample",
+    "images from an exported student, by stock diffusers",
+    argument("export", type=Path, metavar="EXPORT", help="export folder, or the run that holds it"),
+    argument("--prompt", action="append", help="may be given several times"),
+    argument("--teacher", help="the teacher's folder, if it moved"),
+    argument("--steps", type=int),
+    argument("--num", type=int, default=1, help="images per prompt"),
+    argument("--seed", type=int, default=0),
+    argument("--scale", type=int, default=1, help="integer enlargement"),
+    DEVICE,
+    argument("--out", type=Path, default=Path("sample.png")),
+)
+def sample(args: argparse.Namespace) -> int:
+    from ..export import at_steps, load_exported, stock_call
+    from ..report.grid import image_grid
+    from ..teachers.generate import generate
+
+    if not args.prompt:
+        raise FewstepError("sample: give at least one --prompt")
+    folder = args.export / "export" if (args.export / "export").is_dir() else args.export
+    pipe, record = load_exported(folder, args.teacher)
+    record = at_steps(record, args.steps)
+    pipe.to(args.device)
+    images, _ = generate(pipe, args.prompt * args.num, partial(stock_call, pipe, record), seed=args.seed)
+    with replacing(args.out) as part:
+        image_grid(images, min(8, len(images)), scale=args.scale).save(part)
+    print(args.out)
+    return 0
+
+
+def _step(text: str) -> str:
+    if text not in ("newest", "best") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected newest, best, or the number of a step")
+    return text
+
+
+@COMMANDS.command(
+    "export",
+    "export a checkpoint of a run again",
+    RUN,
+    argument("--step", default="newest", type=_step, help="newest (default), best, or a step"),
+    argument("--dtype", choices=["float32", "float16", "bfloat16"]),
+    argument("--kohya", action="store_true", help="also keys for ComfyUI and A1111"),
+)
+def export(args: argparse.Namespace) -> int:
+    from ..runs.session import reexport
+
+    options = [f"--export.dtype={args.dtype}"] if args.dtype else []
+    options += ["--export.kohya=true"] if args.kohya else []
+    reexport(args.run_folder, options, args.step)
+    return 0

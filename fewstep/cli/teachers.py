@@ -1,0 +1,216 @@
+"""Commands of teachers: prepared for a method, converted, sampled for pairs, measured in few steps."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import FewstepError
+from ..runs.library import load_recipe, recipe_files
+from .commands import DEVICE, RECIPE, Commands, argument, integers
+
+COMMANDS = Commands()
+
+
+@COMMANDS.command(
+    "prepare",
+    "a teacher with a smooth time embedding, which sCM needs",
+    argument("teacher", metavar="TEACHER", help="pipeline folder, hub id or builtin: name"),
+    argument("--out", type=Path, required=True, help="folder of the prepared pipeline"),
+    argument("--images", required=True, help="folder of captioned images, or builtin:emoji"),
+    argument("--error", type=float, default=0.05, help="stop at this relative error, and"),
+    argument("--stiffness", type=float, default=3.0, help="this ratio of |dF/dt| to |J_x v|"),
+    argument("--steps", type=int, default=5000, help="at most"),
+    argument("--check-every", type=int, default=250),
+    argument("--turns", type=float, default=1.0, help="of the fastest sinusoid that is kept"),
+    argument("--qk-norm", action="store_true", help="normalise queries and keys (SANA, SD3)"),
+    argument("--lr", type=float, default=2e-5),
+    argument("--batch-size", type=int, default=16),
+    argument("--seed", type=int, default=0),
+    DEVICE,
+    argument("--autocast", choices=["auto", "bfloat16"]),
+    argument("--attention", default="auto", choices=["auto", "sdpa", "math", "flash", "efficient", "cudnn"]),
+)
+def prepare(args: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from ..data.images import load_images
+    from ..runs import prepare as preparation
+    from ..teachers import load_teacher
+
+    names = [field.name for field in fields(preparation.PrepareConfig)]
+    config = preparation.PrepareConfig(**{name: getattr(args, name) for name in names if name in args})
+    if args.out.exists():
+        raise FewstepError(f"prepare: {args.out} is there already; give another --out")
+    images = load_images(args.images)
+    options = {"autocast": args.autocast, "attention": args.attention, "device": args.device}
+    teacher = load_teacher(args.teacher, **options)
+    record = preparation.prepare(teacher, args.out, images, config)
+    after, before = record["after"], record["before"]
+    words = "" if record["reached"] else f"; its bounds were not reached in {config.steps} steps"
+    print(
+        f"fewstep: {args.out}: error {after['error']:.4f}, stiffness {before['stiffness']:.2f} -> "
+        f"{after['stiffness']:.2f}, {after['step']} steps{words}"
+    )
+    return 0 if record["reached"] else 1
+
+
+@COMMANDS.command(
+    "pairs",
+    "noise and samples of a recipe's teacher, for methods that regress on them",
+    RECIPE,
+    argument("--out", type=Path, help="folder; default the recipe's data.pairs"),
+    argument("--num", type=int, default=10_000),
+    argument("--solver", help="ddim, euler, dpm++ or unipc; midpoint, heun or euler for tokens"),
+    argument("--steps", type=int, help="of the solver; default 50, or 10 for tokens"),
+    argument("--seed", type=int, default=0),
+    argument("--batch-size", type=int, default=32),
+    overrides=True,
+)
+def pairs(args: argparse.Namespace) -> int:
+    """Noise and samples of a recipe's teacher, at the recipe's guidance."""
+    from ..data.pairs import make_pairs
+    from ..data.prompts import load_prompts
+    from ..process import start
+    from ..recipe import override
+    from ..teachers import load_teacher
+
+    recipe = override(load_recipe(args.recipe), args.overrides)
+    folder: Path | None = args.out or (Path(recipe.data.pairs) if recipe.data.pairs else None)
+    if folder is None:
+        raise FewstepError("pairs: give --out, or a recipe with data.pairs")
+    prompts, process = load_prompts(recipe.data.prompts), start(recipe.train.device)
+    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
+    make_pairs(
+        folder,
+        teacher,
+        prompts,
+        num=args.num,
+        solver=args.solver,
+        steps=args.steps,
+        guidance=getattr(recipe.method, "guidance_scale", 1.0),
+        seed=args.seed,
+        batch_size=args.batch_size,
+        process=process,
+    )
+    if process.main:
+        print(folder)
+    return 0
+
+
+@COMMANDS.command(
+    "convert",
+    "published weights of an autoregressive model as a teacher's folder",
+    argument("family", choices=["llamagen", "var"]),
+    argument("--transformer", required=True, help=".safetensors, .pt or .pth"),
+    argument("--tokenizer", required=True, help=".safetensors, .pt or .pth"),
+    argument("--tokens", type=int, help="of an image of LlamaGen: 256 at 256 px, 576 at 384 px"),
+    argument("--top-k", type=int),
+    argument("--top-p", type=float),
+    argument("--to", type=Path, required=True, help="folder"),
+)
+def convert(args: argparse.Namespace) -> int:
+    """Published checkpoints as a pipeline folder that recipes take as their teacher."""
+    from ..teachers.pipelines import hushed
+    from ..tokens.convert import CHECKPOINTS
+
+    options = {name: value for name in ("top_k", "top_p") if (value := getattr(args, name)) is not None}
+    if args.tokens and args.family == "llamagen":
+        options["tokens"] = args.tokens
+    pipe = CHECKPOINTS[args.family](args.transformer, args.tokenizer, **options)
+    with hushed():
+        pipe.save_pretrained(args.to)
+    print(args.to)
+    return 0
+
+
+@COMMANDS.command(
+    "floor",
+    "search a teacher's best schedule of few steps, which a student has to beat",
+    argument(
+        "teacher",
+        help="pipeline folder, hub id or builtin:...; or a recipe, to measure its floors as its evaluation does",
+    ),
+    argument("--steps", type=integers, required=True, metavar="4,8"),
+    argument("--out", type=Path, required=True, help="folder for floor.json and scheduler/"),
+    argument(
+        "--prompts",
+        default="builtin:emoji",
+        metavar="F",
+        help="one a line, or a built-in name (default: %(default)s)",
+    ),
+    argument("--num", type=int, default=64, help="reference paths (default: 64)"),
+    argument("--guidance", type=float, help="scale (default: the pipeline's)"),
+    argument("--reference-steps", type=int, default=50, metavar="M", help="of a path (default: 50)"),
+    argument("--solver", choices=["dpm++", "euler"], help="default: dpm++, or euler for a flow"),
+    argument("--size", type=int, metavar="PIXELS", help="height and width (default: the pipeline's)"),
+    argument("--dtype", choices=["float32", "bfloat16"], default="float32"),
+    DEVICE,
+    argument("--seed", type=int, default=0),
+    argument("--batch-size", type=int, default=16),
+    overrides=True,
+)
+def floor(args: argparse.Namespace) -> int:
+    """What a teacher does in few steps without training, with the best schedule."""
+    if args.teacher in recipe_files() or Path(args.teacher).suffix in (".py", ".yaml", ".yml"):
+        return _measured_floor(args)
+    if args.overrides:
+        words = " ".join(args.overrides)
+        raise FewstepError(f"floor: {words}: options of a recipe, but {args.teacher} is a teacher")
+    return _searched_floor(args)
+
+
+def _searched_floor(args: argparse.Namespace) -> int:
+    import inspect
+
+    from ..data.prompts import load_prompts
+    from ..evaluation.floor import calibrate, write_floor
+    from ..evaluation.statistics import table
+    from ..teachers import load_teacher
+
+    prompts = load_prompts(args.prompts, "--prompts")
+    options = {"dtype": args.dtype, "resolution": args.size, "device": args.device}
+    teacher = load_teacher(args.teacher, **options)
+    own = inspect.signature(teacher.pipe.__call__).parameters["guidance_scale"].default
+    record = calibrate(
+        teacher,
+        prompts,
+        args.steps,
+        guidance=own if args.guidance is None else args.guidance,
+        num=args.num,
+        reference_steps=args.reference_steps,
+        solver=args.solver,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    write_floor(args.out, teacher.pipe.scheduler, {**record, "prompts": args.prompts})
+    found = record["schedules"].items()
+    names = list(dict.fromkeys(name for _, entry in found for name in entry["error"]))
+    rows = [
+        (n, *(f"{entry['error'][name]:.4f}" for name in names), entry.get("timesteps") or entry["sigmas"])
+        for n, entry in found
+    ]
+    print("Root mean square distance to the reference's samples of the same noise, on paths not searched:\n")
+    print(table(("steps", *names, "searched nodes"), rows))
+    print(args.out)
+    return 0
+
+
+def _measured_floor(args: argparse.Namespace) -> int:
+    """The rows of a recipe's evaluation that need no student: what it will have to beat."""
+    from ..evaluation.of_run import evaluate_run
+    from ..recipe import override
+    from ..runs.checks import check_data
+    from ..teachers import load_teacher
+
+    words = [*args.overrides, "--evaluation.floor_steps", str(args.steps)]
+    recipe = override(load_recipe(args.teacher), words)
+    if not recipe.evaluation.num:
+        raise FewstepError("floor: this recipe has evaluation.num 0: give --evaluation.num 500")
+    if args.out.exists() and any(args.out.iterdir()):
+        raise FewstepError(f"--out {args.out} is not empty: give another folder")
+    prompts, images = check_data(recipe)
+    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=args.device)
+    evaluate_run(recipe, args.out, teacher, prompts, images)
+    print(args.out / "eval.json")
+    return 0
