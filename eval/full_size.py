@@ -126,7 +126,7 @@ def exported(trainer, recipe: Recipe) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         weights = {"student": {name: w.detach() for name, w in role.final_weights().items()}}
         path = export_student(
-            Path(folder) / "export", teacher, student, weights, role.config, about=about, dtype="float32"
+            Path(folder) / "export", teacher, student, weights, [role.config], about=about, dtype="float32"
         )
         files = {p.name: p.stat().st_size / 1e9 for p in path.glob("*.safetensors")}
         batch = trainer.data.batch(0, 0)

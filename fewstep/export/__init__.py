@@ -15,14 +15,13 @@ from .load import at_steps, load_exported, stock_call
 from .scheduler import student_scheduler
 from .verify import ExportError, stock_sample, trainer_sample, verify
 from .weights import LORA_FILE, lora_state_dict
-from .write import check_exportable, export_routed, export_student
+from .write import check_exportable, export_student
 
 __all__ = [
     "LORA_FILE",
     "ExportError",
     "at_steps",
     "check_exportable",
-    "export_routed",
     "export_student",
     "load_exported",
     "lora_state_dict",

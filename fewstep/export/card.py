@@ -9,7 +9,42 @@ from typing import Any
 
 from .weights import LORA_FILE, adapters
 
-# Finds the adapter of a prompt in the tree of fewstep.methods.router.Router; ENCODED is what it was fitted on.
+UNPROMPTED = "DDPMPipeline"  # hands on no labels
+ENCODED = {"pooled": "encoded[2][0]", "embeds": "encoded[0][0].mean(0)"}
+# A program for each kind of export, of parts that some share; the words in braces are those of `_words`.
+ADAPTED = """\
+{imports}from diffusers import DiffusionPipeline, {scheduler}
+{resolve}{load_file}
+pipe = DiffusionPipeline.from_pretrained({teacher}{without})
+{adapters}
+pipe.scheduler = {scheduler}.from_pretrained({folder!r}, subfolder='scheduler')
+{extras}"""
+WHOLE = """\
+{imports}from diffusers import DiffusionPipeline
+{load_file}
+pipe = DiffusionPipeline.from_pretrained({pipeline!r}{without})
+{extras}"""
+IMAGE = """\
+image = pipe({prompt}, {call}).images[0]
+image.save('image.png')"""
+TOKENS = """\
+from fewstep.tokens.pipeline import {pipeline_class}
+
+pipe = {pipeline_class}.from_pretrained({pipeline!r})
+"""
+EXPERTS = """
+experts = {experts}  # of each step
+def switch(pipe, step, time, kwargs):
+    pipe.set_adapters(experts[(step + 1) % len(experts)])
+    return kwargs
+
+pipe.set_adapters(experts[0])
+"""
+NETWORKS = """\
+networks = {{part: type(pipe.{network}).from_pretrained(f'{folder}/{{part}}/pipeline', subfolder={network!r}) \
+for part in {parts}}}
+"""
+# Finds the part of a prompt in the tree of fewstep.methods.router.Router; `encoded` is what it was fitted on.
 ROUTE = """
 with open({tree!r}) as file:
     children = json.load(file)["children"]
@@ -24,99 +59,94 @@ def route(prompt):
     while node >= 0:  # to the half of the prompts on this side, and so on down to one part
         node = children[node][int(sides[node])]
     return {parts}[-node - 1]
+
+prompt = {asked}
 """
-ENCODED = {"pooled": "encoded[2][0]", "embeds": "encoded[0][0].mean(0)"}
+ROUTED_ADAPTED = "import json\n\n" + ADAPTED + ROUTE + "pipe.set_adapters(route(prompt))\n" + IMAGE
+ROUTED_WHOLE = (
+    "import json\n\n" + WHOLE + NETWORKS + ROUTE + "pipe.{network} = networks[route(prompt)]\n" + IMAGE
+)
+FIXED = """
+noise = torch.randn(1, *{latent_shape}, generator=torch.Generator().manual_seed(0))
+generator = torch.Generator().manual_seed(0)  # every step adds the first noise again
+def again(pipe, step, time, kwargs):
+    generator.manual_seed(0)
+    return kwargs
+
+"""
+RESOLVE = "from fewstep.teachers import resolve  # only for the folder of the built-in teacher\n"
+LABELLED = "pipe.unet.forward = partial(pipe.unet.forward, class_labels=torch.tensor([{label}]))\n"
 
 
 def snippet(record: Mapping[str, Any], folder: str = ".") -> str:
     """Code that samples the student with stock diffusers, as it stands."""
-    call = ", ".join(f"{name}={value!r}" for name, value in record["call"].items())
+    return _program(record).format(**_words(record, folder))
+
+
+def _program(record: Mapping[str, Any]) -> str:
+    lora = record["kind"] == "lora"
     if "student" in record:  # of tokens
-        return "\n".join(
-            [
-                f"from fewstep.tokens.pipeline import {record['pipeline_class']}",
-                "",
-                f"pipe = {record['pipeline_class']}.from_pretrained({os.path.join(folder, 'pipeline')!r})",
-                f"image = pipe({record.get('prompt', '207')!r}, {call}).images[0]",
-                "image.save('image.png')",
-            ]
-        )
+        return TOKENS + IMAGE
+    if "parts" in record:
+        return ROUTED_ADAPTED if lora else ROUTED_WHOLE
+    if "experts" in record:
+        return ADAPTED + EXPERTS + IMAGE
+    return ADAPTED + IMAGE if lora else WHOLE + IMAGE
+
+
+def _words(record: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """What stands in the braces of the programs."""
+    prompt, parts = _prompt(record), record.get("parts", [])
+    teacher = repr(record["teacher"])
     builtin = str(record["teacher"]).startswith("builtin:")
-    teacher = "resolve(" + repr(record["teacher"]) + ")" if builtin else repr(record["teacher"])
-    scheduler, experts, parts = record["scheduler"], record.get("experts"), record.get("parts")
-    without = "".join(f", {name}=None" for name in record.get("absent", []))
-    lora, fixed = record["kind"] == "lora", record["noise"] == "fixed"
-    lines = ["import torch"] if fixed else ["import json", ""] if parts else []
-    lines += [f"from diffusers import DiffusionPipeline{f', {scheduler}' if lora else ''}"]
-    if builtin and lora:
-        lines.append("from fewstep.teachers import resolve  # only for the folder of the built-in teacher")
-    if parts:
-        lines.append("from safetensors.torch import load_file")
-    lines.append("")
-    if lora:
-        lines.append(f"pipe = DiffusionPipeline.from_pretrained({teacher}{without})")
-        for name in adapters(record):
-            where = os.path.join(folder, name) if name else folder
-            adapter = f", adapter_name={name!r}" if name else ""
-            lines.append(f"pipe.load_lora_weights({where!r}, weight_name={LORA_FILE!r}{adapter})")
-        lines.append(f"pipe.scheduler = {scheduler}.from_pretrained({folder!r}, subfolder='scheduler')")
-    else:
-        where = os.path.join(folder, parts[0] if parts else "", "pipeline")
-        lines.append(f"pipe = DiffusionPipeline.from_pretrained({where!r}{without})")
-        if parts:
-            name = record["network"]
-            load = f"type(pipe.{name}).from_pretrained(f'{folder}/{{part}}/pipeline', subfolder={name!r})"
-            lines.append(f"networks = {{part: {load} for part in {parts}}}")
-    if experts:
-        lines += [
-            "",
-            f"experts = {experts}  # of each step",
-            "def switch(pipe, step, time, kwargs):",
-            "    pipe.set_adapters(experts[(step + 1) % len(experts)])",
-            "    return kwargs",
-            "",
-            "pipe.set_adapters(experts[0])",
-        ]
-        call += ", callback_on_step_end=switch"
-    if fixed:
-        lines += [
-            "",
-            f"noise = torch.randn(1, *{record['latent_shape']}, generator=torch.Generator().manual_seed(0))",
-            "generator = torch.Generator().manual_seed(0)  # every step adds the first noise again",
-            "def again(pipe, step, time, kwargs):",
-            "    generator.manual_seed(0)",
-            "    return kwargs",
-            "",
-        ]
-        call += ", latents=noise, generator=generator, callback_on_step_end=again"
-    prompt = repr(record.get("prompt", "a photo of a cat"))
-    if record["pipeline_class"] == "DDPMPipeline":  # hands on no labels
-        if "num_classes" in record:
-            lines = [
-                "from functools import partial",
-                "",
-                "import torch",
-                *lines,
-                f"pipe.unet.forward = partial(pipe.unet.forward, class_labels=torch.tensor([{_label(record)}]))",
-            ]
-        prompt = "batch_size=1"
-    elif "num_classes" in record:
-        prompt = f"[{_label(record)}]"
-    if parts:
-        files = {
-            "tree": os.path.join(folder, "router.json"),
-            "tensors": os.path.join(folder, "router.safetensors"),
-        }
-        encoded = ENCODED[record["routed_on"]]
-        lines += [ROUTE.format(**files, encoded=encoded, parts=parts), f"prompt = {prompt}"]
-        lines.append(
-            "pipe.set_adapters(route(prompt))"
-            if lora
-            else f"pipe.{record['network']} = networks[route(prompt)]"
+    return {
+        **record,
+        **_extras(record),
+        "folder": folder,
+        "pipeline": os.path.join(folder, *parts[:1], "pipeline"),
+        "teacher": f"resolve({teacher})" if builtin else teacher,
+        "resolve": RESOLVE if builtin else "",
+        "without": "".join(f", {name}=None" for name in record.get("absent", [])),
+        "adapters": "\n".join(_load(name, folder) for name in adapters(record)),
+        "load_file": "from safetensors.torch import load_file\n" if parts else "",
+        "tree": os.path.join(folder, "router.json"),
+        "tensors": os.path.join(folder, "router.safetensors"),
+        "encoded": ENCODED.get(record.get("routed_on", "")),
+        "asked": prompt,
+        "prompt": "prompt" if parts else prompt,
+    }
+
+
+def _extras(record: Mapping[str, Any]) -> dict[str, str]:
+    """Imports, lines before the call and arguments of the call that not all programs have."""
+    imports, lines = "", ""
+    call = [f"{name}={value!r}" for name, value in record["call"].items()]
+    if "experts" in record:
+        call.append("callback_on_step_end=switch")
+    if record.get("noise") == "fixed":
+        imports, lines = "import torch\n", FIXED.format(latent_shape=record["latent_shape"])
+        call.append("latents=noise, generator=generator, callback_on_step_end=again")
+    if record["pipeline_class"] == UNPROMPTED and "num_classes" in record:
+        imports, lines = (
+            "from functools import partial\n\nimport torch\n",
+            lines + LABELLED.format(label=_label(record)),
         )
-        prompt = "prompt"
-    lines += [f"image = pipe({prompt}, {call}).images[0]", "image.save('image.png')"]
-    return "\n".join(lines)
+    return {"imports": imports, "extras": lines, "call": ", ".join(call)}
+
+
+def _load(name: str, folder: str) -> str:
+    where = os.path.join(folder, name) if name else folder
+    adapter = f", adapter_name={name!r}" if name else ""
+    return f"pipe.load_lora_weights({where!r}, weight_name={LORA_FILE!r}{adapter})"
+
+
+def _prompt(record: Mapping[str, Any]) -> str:
+    """What the call is given to draw, as Python has it."""
+    if record["pipeline_class"] == UNPROMPTED:
+        return "batch_size=1"
+    if "num_classes" in record:
+        return f"[{_label(record)}]"
+    return repr(record.get("prompt", "207" if "student" in record else "a photo of a cat"))
 
 
 def _label(record: Mapping[str, Any]) -> str:
@@ -126,7 +156,7 @@ def _label(record: Mapping[str, Any]) -> str:
 
 def _task(record: Mapping[str, Any]) -> str:
     """The hub's name for what the pipeline does; it has none for class labels."""
-    unprompted = record["pipeline_class"] == "DDPMPipeline" or "num_classes" in record
+    unprompted = record["pipeline_class"] == UNPROMPTED or "num_classes" in record
     return "unconditional-image-generation" if unprompted else "text-to-image"
 
 

@@ -2,15 +2,67 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..configs import RoleConfig
 from ..diffusion.cond import Cond
-from ..methods.router import Router
+from ..diffusion.student import Sampler
+from ..methods.router import RoutedStudent, Router
+from ..teachers.base import Teacher
+from .lora import Lora, Merged, check_shared
+from .target import Edition, Target, Weights
+from .whole import Whole
+
+ALONE: tuple[type[Target], ...] = (Lora, Merged, Whole)  # how one student leaves
+
+
+class Routed(Target):
+    """A folder ``part_k/`` for each part of the prompts, an export of its own, and the router beside them."""
+
+    student: RoutedStudent
+
+    @classmethod
+    def fits(cls, teacher: Teacher, student: Sampler, role: RoleConfig) -> bool:
+        return isinstance(student, RoutedStudent)
+
+    @property
+    def parts(self) -> dict[str, Target]:
+        """Each student alone, by the name of its folder."""
+        found = {}
+        for k, one in enumerate(self.student.students):
+            role = self.roles[one.roles[0]]
+            cls = next(c for c in ALONE if c.fits(self.teacher, one, role))
+            found[f"part_{k + 1}"] = cls(self.teacher, one, [role])
+        return found
+
+    def check(self) -> None:
+        super().check()
+        for part in self.parts.values():
+            part.check()
+
+    def check_role(self, role: RoleConfig) -> None:
+        check_shared(self.teacher)
+
+    def write(self, folder: Path, weights: Weights, edition: Edition) -> None:
+        for name, part in self.parts.items():
+            part.write(folder / name, {role: weights[role] for role in part.roles}, edition)
+        super().write(folder, weights, edition)
+
+    def save(self, folder: Path, weights: Weights, edition: Edition) -> None:
+        shutil.copytree(folder / next(iter(self.parts)) / "scheduler", folder / "scheduler")
+        self.student.router.save(folder)
+
+    def record(self, edition: Edition) -> dict[str, Any]:
+        parts, router = self.parts, self.student.router
+        routed = {"parts": list(parts), "routed_on": router.feature, "network": self.teacher.network}
+        return next(iter(parts.values())).record(edition) | routed
 
 
 class PartNetworks(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -108,39 +107,6 @@ def flow_scheduler(
     elif steps > 1:
         options["shift_terminal"] = last
     return cls(**options), call
-
-
-def scm_scheduler(times: list[float], guidance: float):
-    """``SCMScheduler`` and the call of ``SanaSprintPipeline`` at the times (K,) of a flow.
-
-    The scheduler has TrigFlow's angles. It takes ``intermediate_timesteps`` with two steps only, and spreads others
-    evenly from the first angle down; a list of its own (``timesteps``) the pipeline's call cannot hand on to it.
-
-    Raises:
-        RecipeError: a first time other than pi/2, or three steps or more that are not even in the angle.
-    """
-    from diffusers import SCMScheduler
-
-    if times[0] != 1:
-        raise RecipeError(
-            f"method.angles: a first time of {math.atan2(times[0], 1 - times[0]):.4f}: SanaSprintPipeline would shrink "
-            "the noise it starts from; begin at pi/2, or set method.guidance_embedding false"
-        )
-    first, *rest = (math.atan2(t, 1 - t) for t in times)
-    even = [first * (1 - k / len(times)) for k in range(1, len(times))]
-    if len(times) > 2 and max(abs(a - b) for a, b in zip(rest, even)) > 1e-6:
-        raise RecipeError(
-            f"method.angles: {[round(a, 4) for a in (first, *rest)]}: SanaSprintPipeline takes more than two steps on "
-            f"an even grid only, {[round(a, 4) for a in (first, *even)]}; use that, or set method.guidance_embedding "
-            "false"
-        )
-    call = {
-        "num_inference_steps": len(times),
-        "max_timesteps": first,
-        "intermediate_timesteps": rest[0] if len(rest) == 1 else None,
-        "guidance_scale": guidance,
-    }
-    return SCMScheduler(), call
 
 
 def _rescaled(config) -> bool:

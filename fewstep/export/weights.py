@@ -119,27 +119,6 @@ def save_network(
     made.save_pretrained(folder)
 
 
-def save_sprint(
-    teacher: Teacher, weights: Mapping[str, Tensor], scale: float, scheduler, dtype: torch.dtype, folder: Path
-) -> None:
-    """A SANA student that is told its guidance, times ``scale``, as the stock ``SanaSprintPipeline`` has it."""
-    from diffusers import SanaSprintPipeline, SanaTransformer2DModel
-
-    names = {
-        "guidance_embedding.embedder.": "time_embed.guidance_embedder.",
-        "time_embed.emb.": "time_embed.",
-    }
-    renamed = {}
-    for name, value in weights.items():
-        old = next((prefix for prefix in names if name.startswith(prefix)), "")
-        renamed[names.get(old, "") + name[len(old) :]] = value.float()
-    net = SanaTransformer2DModel.from_config(
-        {**teacher.net.config, "guidance_embeds": True, "guidance_embeds_scale": scale}
-    )
-    net.load_state_dict({**net.state_dict(), **renamed})
-    save_network(teacher, net.to(dtype), scheduler, folder, SanaSprintPipeline)
-
-
 def _options(pipe) -> dict[str, Any]:
     names = ("force_zeros_for_empty_prompt", "requires_safety_checker")
     return {name: pipe.config[name] for name in names if name in pipe.config}

@@ -23,7 +23,6 @@ from ..device import keep_freed
 from ..diffusion import kernels
 from ..errors import FewstepError, LostProcess, TrainingError, tell
 from ..files import WriteError, write, write_json
-from ..methods.router import RoutedStudent
 from ..process import Process, start
 from ..recipe import Recipe
 from ..report.report import write_report
@@ -262,19 +261,16 @@ class Session:
         weights = {role.name: gathered(role.final_weights(), self.process) for role in experts}
         if not self.process.main:
             return
-        student, place = self.method.student, self.folder / "export"
-        options: dict[str, Any] = {
-            "about": self._about(),
-            "dtype": recipe.export.dtype,
-            "kohya": recipe.export.kohya,
-        }
-        if isinstance(student, RoutedStudent):
-            configs = {role.name: role.config for role in experts}
-            folder = export.export_routed(place, self.teacher, student, weights, configs, **options)
-        else:
-            folder = export.export_student(
-                place, self.teacher, student, weights, experts[0].config, **options
-            )
+        folder = export.export_student(
+            self.folder / "export",
+            self.teacher,
+            self.method.student,
+            weights,
+            [role.config for role in experts],
+            about=self._about(),
+            dtype=recipe.export.dtype,
+            kohya=recipe.export.kohya,
+        )
         args = (recipe.export.tolerance, recipe.export.dtype, recipe.teacher.dtype)
         difference = max(
             export.verify(folder, sample, self.teacher, self.export_prompts, *args, steps)

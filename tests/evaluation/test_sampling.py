@@ -304,7 +304,7 @@ def test_a_flow_student_at_other_steps_follows_its_teachers_shift(noise, tmp_pat
     student = Student(teacher.denoiser.with_net(role.module), even_times(schedule, 4), noise)
     weights = {"student": {n: w.detach() for n, w in role.weights.items()}}
     about = {**ABOUT, "method": "dmd2"}
-    export_student(tmp_path / "s" / "export", teacher, student, weights, role.config, about=about)
+    export_student(tmp_path / "s" / "export", teacher, student, weights, [role.config], about=about)
     model = open_model(str(tmp_path / "s"))
     assert model.record["shift"] == 3.0
     for steps, times in [(1, [1.0]), (2, [1.0, 0.75]), (3, [1.0, 6 / 7, 0.6]), (4, [1, 0.9, 0.75, 0.5])]:
@@ -326,7 +326,7 @@ def test_a_sana_sprint_student_at_other_steps_has_even_angles(tmp_path):
     student = student_of(denoiser, [[math.pi / 2, 1.3]])
     weights = {"student": {n: w.detach() for n, w in role.weights.items()}}
     about = {**ABOUT, "method": "sana_sprint"}
-    export_student(tmp_path / "s" / "export", teacher, student, weights, role.config, about=about)
+    export_student(tmp_path / "s" / "export", teacher, student, weights, [role.config], about=about)
     model = open_model(str(tmp_path / "s"))
     for steps, angles in [
         (2, [math.pi / 2, 1.3]),

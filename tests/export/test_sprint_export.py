@@ -12,7 +12,7 @@ from fewstep.diffusion.schedules import Flow
 from fewstep.diffusion.times import times_at
 from fewstep.errors import FewstepError, RecipeError
 from fewstep.export.fold import folded
-from fewstep.export.scheduler import scm_scheduler
+from fewstep.export.sprint import scm_scheduler
 from fewstep.methods.scm import student_of
 from fewstep.recipe import RoleConfig
 from fewstep.teachers import load_teacher
@@ -62,7 +62,7 @@ def test_stock_diffusers_samples_it_at_every_number_of_steps(told, tmp_path):
     weights, student = speak(role), student_of(denoiser, ANGLES)
     own = {s.num_steps: export.trainer_sample(s, teacher, PROMPTS) for s in student.variants()}
     folder = export.export_student(
-        tmp_path / "e", teacher, student, {"student": weights}, role.config, about=ABOUT
+        tmp_path / "e", teacher, student, {"student": weights}, [role.config], about=ABOUT
     )
     for steps, sample in own.items():
         assert export.verify(folder, sample, teacher, PROMPTS, 1e-4, "float32", steps=steps) < 1e-4

@@ -42,7 +42,6 @@ class Course:
         self._after(Trainer, "train", "train")
         self._after(Trainer, "save", "checkpoint")
         self._after(export, "export_student", "export")
-        self._after(export, "export_routed", "export")
         self._after(export, "verify", "verify")
         iterate = Trainer.iterate
 

@@ -359,7 +359,7 @@ def test_stock_diffusers_samples_a_flow_student(name, steps, noise, teachers, tm
         teacher,
         student,
         {"student": role.final_weights()},
-        role.config,
+        [role.config],
         about={"method": "x"},
     )
     assert (tmp_path / "e" / "pytorch_lora_weights.safetensors").is_file()
@@ -417,7 +417,7 @@ def test_stock_diffusers_samples_a_student_of_a_table(name, noise, teachers, tmp
         teacher,
         student,
         {"student": role.final_weights()},
-        role.config,
+        [role.config],
         about={"method": "x"},
     )
     lora = (tmp_path / "e" / "pytorch_lora_weights.safetensors").is_file()
@@ -432,7 +432,7 @@ def test_the_model_cards_snippet_runs_as_it_stands(name, teachers, tmp_path, mon
     role, student = student_of(teacher, [999, 499] if name not in FLOWS else [1.0, 0.5])
     about = {"method": "x", "prompt": prompts[0]}
     export_student(
-        tmp_path / "e", teacher, student, {"student": role.final_weights()}, role.config, about=about
+        tmp_path / "e", teacher, student, {"student": role.final_weights()}, [role.config], about=about
     )
     monkeypatch.chdir(tmp_path / "e")
     code = (tmp_path / "e" / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -456,7 +456,7 @@ def test_the_names_of_dits_classes_are_exported(teachers, tmp_path, monkeypatch)
     monkeypatch.setattr(teacher.pipe, "labels", {"goldfish": 1, "Carassius auratus": 1, "tench": 0})
     role, student = student_of(teacher, [999])
     weights = {"student": role.final_weights()}
-    export_student(tmp_path / "e", teacher, student, weights, role.config, about={"method": "x"})
+    export_student(tmp_path / "e", teacher, student, weights, [role.config], about={"method": "x"})
     assert load_exported(tmp_path / "e")[0].get_label_ids(["Carassius auratus", "tench"]) == [1, 0]
 
 
@@ -470,7 +470,7 @@ def test_a_sample_is_the_same_in_any_batch(name, teachers, tmp_path):
         teacher,
         student,
         {"student": role.final_weights()},
-        role.config,
+        [role.config],
         about={"method": "x"},
     )
     pipe, record = load_exported(tmp_path / "e")

@@ -1,0 +1,133 @@
+"""A LoRA of the teacher's pipeline; several, switched from step to step; or one merged, where no pipeline reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..configs import RoleConfig
+from ..diffusion.embedding import time_embedder
+from ..diffusion.student import Sampler
+from ..errors import RecipeError
+from ..teachers.base import Teacher
+from ..training.roles import lora_targets
+from .fold import folded_lora
+from .target import Edition, Stock, Weights
+from .weights import (
+    has_lora_files,
+    lora_state_dict,
+    merged,
+    resized,
+    save_kohya,
+    save_lora,
+    save_pipeline,
+)
+
+
+class Adapted(Stock):
+    """A student that was trained as a LoRA."""
+
+    def check_role(self, role: RoleConfig) -> None:
+        super().check_role(role)
+        self._check_told(role)
+        denoisers: Any = self.student.denoisers
+        if any(resized(self.teacher, denoiser.net) for denoiser in denoisers):
+            raise RecipeError(
+                "roles.student.kind: lora: a student of another size than the teacher is no adapter of it; use full"
+            )
+
+    def _check_told(self, role: RoleConfig) -> None:
+        if not self.told:
+            return
+        path, mlp, _ = time_embedder(self.teacher.net)
+        adapted = f"{path}.linear_1" in lora_targets(self.teacher.net, role.targets)
+        if adapted or mlp.post_act is not None:
+            raise RecipeError(
+                f"roles.student.targets: {path}.linear_1 must stay as it is for a student that is told its "
+                f"{' and '.join(self.told)}; leave it out, or use kind full"
+            )
+
+    def alone(self, tensors: Mapping[str, Tensor], role: RoleConfig) -> dict[str, Tensor]:
+        """The LoRA alone; what the student is told is one of its ranks."""
+        state, scale = lora_state_dict(tensors, role), self.teacher.denoiser.schedule.time_scale
+        # All times the network is ever given, in its own unit.
+        times = sorted({float(t) for one in self.student.variants() for t in one.times})
+        for name, scalar in self.told.items():
+            state = folded_lora(state, self.teacher.net, name, scalar, torch.tensor(times) * scale)
+        return state
+
+
+class Lora(Adapted):
+    """A LoRA file beside a scheduler."""
+
+    kind = "lora"
+
+    @classmethod
+    def fits(cls, teacher: Teacher, student: Sampler, role: RoleConfig) -> bool:
+        return role.kind == "lora" and has_lora_files(teacher)
+
+    def save(self, folder: Path, weights: Weights, edition: Edition) -> None:
+        self.scheduler.save_pretrained(folder / "scheduler")
+        for name, tensors in weights.items():
+            self._save(self._place(folder, name), tensors, self.roles[name], edition)
+
+    def _place(self, folder: Path, role: str) -> Path:
+        return folder
+
+    def _save(self, folder: Path, tensors: Mapping[str, Tensor], role: RoleConfig, edition: Edition) -> None:
+        state = self.alone(tensors, role)
+        save_lora(self.teacher, state, role, edition.precision, folder)
+        if edition.kohya:
+            save_kohya(self.teacher, state, edition.precision, folder / "kohya" / "fewstep.safetensors")
+
+
+class Switched(Lora):
+    """Experts: several students share one pipeline, as LoRAs in a folder each that are switched from step to step."""
+
+    @classmethod
+    def fits(cls, teacher: Teacher, student: Sampler, role: RoleConfig) -> bool:
+        return len(set(student.roles)) > 1
+
+    def check_role(self, role: RoleConfig) -> None:
+        check_shared(self.teacher)
+        if role.kind != "lora":
+            raise RecipeError(
+                f"roles.student.kind: {role.kind}: several students share one pipeline as LoRAs that are switched; use "
+                "lora"
+            )
+        super().check_role(role)
+
+    def _place(self, folder: Path, role: str) -> Path:
+        return folder / role
+
+    def particulars(self) -> dict[str, Any]:
+        return {**super().particulars(), "experts": list(self.student.roles)}
+
+
+def check_shared(teacher: Teacher) -> None:
+    """Refuses several students in a pipeline that loads no LoRA."""
+    if not has_lora_files(teacher):
+        raise RecipeError(
+            f"method: several students share one pipeline as LoRAs that are switched, and {teacher.pipeline_class} "
+            "loads none; choose a method with one student"
+        )
+
+
+class Merged(Adapted):
+    """Merged into the weights of a whole pipeline, of a class that reads no LoRA (PixArt)."""
+
+    @classmethod
+    def fits(cls, teacher: Teacher, student: Sampler, role: RoleConfig) -> bool:
+        return role.kind == "lora" and not has_lora_files(teacher)
+
+    def save(self, folder: Path, weights: Weights, edition: Edition) -> None:
+        self.scheduler.save_pretrained(folder / "scheduler")
+        ((name, tensors),) = weights.items()
+        whole = merged(self.teacher.net, self.alone(tensors, self.roles[name]))
+        save_pipeline(
+            self.teacher, self.teacher.net, whole, self.scheduler, edition.precision, folder / "pipeline"
+        )

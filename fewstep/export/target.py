@@ -1,0 +1,232 @@
+"""How a student leaves: which class samples it, which files hold it, and what ``fewstep.json`` says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..configs import RoleConfig
+from ..diffusion.denoiser import Scalar
+from ..diffusion.schedules import Flow
+from ..diffusion.student import Sampler
+from ..errors import RecipeError
+from ..files import write, write_json
+from ..teachers.base import Teacher
+from ..teachers.classes import num_classes
+from ..teachers.pipelines import size_options, takes
+from ..teachers.schedulers import is_flow
+from ..version import __version__
+from .card import model_card
+from .scheduler import student_scheduler
+
+Weights = Mapping[
+    str, Mapping[str, Tensor]
+]  # trained tensors by the names of the role, for every role of a student
+Samplers = dict[int, tuple[Any, dict[str, Any]]]  # scheduler and call for each number of steps
+
+
+@dataclass(frozen=True)
+class Edition:
+    """What is asked of an export beside the student.
+
+    Attributes:
+        about: method, recipe hash, title and the like for ``fewstep.json`` and the model card. dtype: of the weights.
+            kohya: also a LoRA's keys for ComfyUI and A1111.
+    """
+
+    about: Mapping[str, Any]
+    dtype: str = "float32"
+    kohya: bool = False
+
+    @property
+    def precision(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+class Target:
+    """One way in which a student leaves.
+
+    Args:
+        roles: how each of the student's networks is trained, in the order of ``student.roles``.
+
+    Attributes:
+        kind: "lora" where the teacher's pipeline stays what it is, "full" where the export holds a whole one.
+    """
+
+    kind: ClassVar[str] = "full"
+
+    def __init__(self, teacher: Teacher, student: Sampler, roles: Sequence[RoleConfig]):
+        self.teacher, self.student = teacher, student
+        self.roles = dict(zip(dict.fromkeys(student.roles), roles))
+
+    @classmethod
+    def fits(cls, teacher: Teacher, student: Sampler, role: RoleConfig) -> bool:
+        """Whether such a student, its first network trained so, leaves in this way."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Refuses, before training, what no pipeline could sample.
+
+        Raises:
+            RecipeError: with the field, and what would do.
+        """
+        kinds = dict.fromkeys(role.kind for role in self.roles.values())
+        if len(kinds) > 1:
+            raise RecipeError(
+                f"roles.student.kind: {' and '.join(kinds)}: expected the same kind for every student of one export"
+            )
+        for role in self.roles.values():
+            self.check_role(role)
+
+    def check_role(self, role: RoleConfig) -> None:
+        """As :meth:`check`, for one of the student's networks."""
+
+    def write(self, folder: Path, weights: Weights, edition: Edition) -> None:
+        """The export folder, ``fewstep.json`` and model card included."""
+        self.save(folder, weights, edition)
+        describe(folder, self.record(edition))
+
+    def save(self, folder: Path, weights: Weights, edition: Edition) -> None:
+        """The weights, and what samples them."""
+        raise NotImplementedError
+
+    def record(self, edition: Edition) -> dict[str, Any]:
+        """What ``fewstep.json`` says."""
+        teacher = self.teacher
+        return {
+            "fewstep": __version__,
+            **edition.about,
+            "teacher": teacher.source,
+            "pipeline_class": teacher.pipeline_class,
+            "kind": self.kind,
+            "num_steps": self.student.num_steps,
+            **self.sampling(),
+            "resolution": teacher.resolution,
+            "latent_shape": list(teacher.stock_shape),
+            "dtype": edition.dtype,
+            **self.particulars(),
+        }
+
+    def sampling(self) -> dict[str, Any]:
+        """Of the record: times, and the scheduler that has them."""
+        return {}
+
+    def particulars(self) -> dict[str, Any]:
+        """Of the record: what only some exports have."""
+        return {}
+
+
+class Stock(Target):
+    """A student that a stock pipeline of diffusers samples, with a stock scheduler."""
+
+    @property
+    def told(self) -> dict[str, Scalar]:
+        """What the student is told beside its condition; it is exported at the defaults."""
+        return scalars_of(self.student)
+
+    @cached_property
+    def samplers(self) -> Samplers:
+        """Scheduler and call for each number of steps.
+
+        Raises:
+            RecipeError: no stock scheduler has such times, or the teacher's pipeline could not be told them.
+        """
+        samplers, student = self.schedulers(), self.student
+        pipe, kind = self.teacher.pipe, self.teacher.pipeline_class
+        for _, call in samplers.values():
+            if self.teacher.denoiser.embeds_guidance:
+                call["guidance_scale"] = 1.0
+            if not takes(pipe, "guidance_scale"):
+                call.pop("guidance_scale", None)
+            if odd := [name for name in ("timesteps", "sigmas") if name in call and not takes(pipe, name)]:
+                raise RecipeError(
+                    f"method.times: {student.times}: a {kind} makes steps on an even grid only (its call has no "
+                    f"{', '.join(odd)}); use num_steps and start"
+                )
+        if student.noise == "fixed" and student.num_steps > 1 and not takes(pipe, "callback_on_step_end"):
+            raise RecipeError(
+                f"method.noise: fixed: a {kind} has no callback that could rewind its noise; use fresh or ddim"
+            )
+        return samplers
+
+    def schedulers(self) -> Samplers:
+        """As :attr:`samplers`, as if every pipeline's call took everything.
+
+        Where one configuration of the scheduler does not fit all numbers of steps, calls name the times.
+        """
+        stock, student, variants = self.teacher.pipe.scheduler, self.student, self.student.variants()
+        scheduler, call = student_scheduler(stock, student.times, student.noise, eta=student.eta)
+        if "timesteps" not in call and "sigmas" not in call and _nested(student) and not is_flow(scheduler):
+            return {
+                one.num_steps: (scheduler, {**call, "num_inference_steps": one.num_steps}) for one in variants
+            }
+        return {
+            one.num_steps: student_scheduler(stock, one.times, one.noise, len(variants) > 1, one.eta)
+            for one in variants
+        }
+
+    @property
+    def scheduler(self) -> Any:
+        return self.samplers[self.student.num_steps][0]
+
+    def check_role(self, role: RoleConfig) -> None:
+        assert self.samplers
+
+    def sampling(self) -> dict[str, Any]:
+        scheduler, call = self.samplers[self.student.num_steps]
+        return {
+            "timesteps": _numbers(self.student.times),
+            "noise": self.student.noise,
+            "call": call | self._size(),
+            "scheduler": type(scheduler).__name__,
+        }
+
+    def particulars(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if (classes := num_classes(self.teacher.pipe)) is not None:
+            found["num_classes"] = classes
+        if isinstance(
+            self.student.schedule, Flow
+        ):  # the exported scheduler's is 1: its times are shifted already
+            found["shift"] = float(self.student.schedule.shift)
+        if absent := [name for name, part in self.teacher.pipe.components.items() if part is None]:
+            found["absent"] = absent
+        if len(self.samplers) > 1:
+            times = {one.num_steps: one.times for one in self.student.variants()}
+            found["steps"] = {
+                str(steps): {"timesteps": _numbers(times[steps]), "call": call | self._size()}
+                for steps, (_, call) in self.samplers.items()
+            }
+        return found
+
+    def _size(self) -> dict[str, int]:
+        return size_options(self.teacher.pipe, self.teacher.resolution)
+
+
+def scalars_of(student: Sampler) -> dict[str, Scalar]:
+    return getattr(student.denoisers[0], "scalars", {})
+
+
+def describe(folder: Path, record: Mapping[str, Any]) -> None:
+    write_json(folder / "fewstep.json", record)
+    write(folder / "README.md", model_card(record))
+
+
+def _numbers(times: Sequence[float]) -> list[float]:
+    """Times of a table as integers, of a flow as they are."""
+    return [int(t) if t == int(t) and t != 1 else t for t in times]
+
+
+def _nested(student: Sampler) -> bool:
+    """Whether every list of times is every n-th of the first, as stock schedulers thin theirs out."""
+    times = student.times
+    return all(
+        len(times) % one.num_steps == 0 and one.times == times[:: len(times) // one.num_steps]
+        for one in student.variants()
+    )
