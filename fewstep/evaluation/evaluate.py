@@ -3,6 +3,7 @@
 import dataclasses
 import platform
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +22,17 @@ from fewstep.vision.extractors import DEFAULT, get_extractor
 from fewstep.vision.scores import Scorer, get_scorer
 
 
-def evaluate_images(
-    real: Any,
-    fake: Any,
-    *,
-    extractor: str | Extractor | None = None,
-    prompted: Sequence[int] | Tensor | None = None,
-    metrics: Sequence[str] = ("fd", "kid", "retrieval"),
-    groups: Sequence[int] | Tensor | None = None,
-    protocol: str | Protocol | None = None,
-    weights: str | None = None,
-    declared: bool = False,
-    captions: Sequence[str] | None = None,
-    scorers: Sequence[str | Scorer] = (),
-    device: str = "cpu",
-) -> dict[str, Any]:
-    """Measures how near generated images are to real ones.
+@dataclass
+class Question:
+    """What is asked of two sets of images, and who answers.
 
-    Args:
-        real: folder, npz file, uint8 array (N, H, W, 3), `ImageSource`, or statistics (object or file).
-            Features of real images are cached by content.
-        fake: the same.
-        extractor: name for `get_extractor`, or an extractor; by default the protocol's, else "effnet-lite0".
+    Attributes:
+        extractor: name for `get_extractor`, or an `Extractor`; by default the protocol's, else "effnet-lite0".
         prompted: for retrieval: the index of the real image that each fake image was asked to be.
         metrics: any of `MEASURES`. Retrieval is left out without `prompted`, diversity without `groups`; what
             needs images is left out, with a warning, when a side is only statistics.
         groups: for diversity: which prompt each fake image belongs to, any integers.
-        protocol: fixes crop, resize and names of the numbers; see `protocols`.
+        protocol: fixes crop, resize and names of the numbers; a `Protocol` or its name, see `protocols`.
         weights: file with the weights of Inception.
         declared: take foreign statistics, which do not say how they were made, for ones of this extractor and
             protocol.
@@ -55,6 +40,62 @@ def evaluate_images(
         scorers: of images and captions, by name for `get_scorer` (with the protocol's prefix and scale) or as they
             are.
         device: where networks run that are given by name.
+    """
+
+    extractor: Any = None
+    prompted: Sequence[int] | Tensor | None = None
+    metrics: Sequence[str] = ("fd", "kid", "retrieval")
+    groups: Sequence[int] | Tensor | None = None
+    protocol: Any = None
+    weights: str | None = None
+    declared: bool = False
+    captions: Sequence[str] | None = None
+    scorers: Sequence[str | Scorer] = ()
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.metrics) - set(MEASURES):
+            raise FewstepError(f"unknown metrics {sorted(unknown)}: expected some of {', '.join(MEASURES)}")
+        if isinstance(self.protocol, str):
+            self.protocol = protocols.load(self.protocol)
+        if self.extractor is None or isinstance(self.extractor, str):
+            if self.protocol:
+                self.extractor = self.protocol.get_extractor(self.extractor, self.device, self.weights)
+            else:
+                self.extractor = get_extractor(self.extractor or DEFAULT, self.device, self.weights)
+
+    def sides(
+        self, real: ImageSource | Statistics, fake: ImageSource | Statistics, n_real: int, n_fake: int
+    ) -> Sides:
+        """The sets, of so many images, with what is asked of them, checked to fit them."""
+        if self.protocol and self.protocol.image_size:
+            _check_sizes(self.protocol, real, fake)
+        prompted, groups, made = self.prompted, self.groups, list[Scorer]()
+        if prompted is not None:
+            prompted = _check_indices("prompted", prompted, n_fake, n_real)
+        if groups is not None:
+            groups = _check_indices("groups", groups, n_fake)
+        if self.scorers:
+            check_captions(self.captions, n_fake)
+            clip = self.protocol.clip if self.protocol else None
+            made = [get_scorer(s, self.device, clip) if isinstance(s, str) else s for s in self.scorers]
+        return Sides(real, fake, self.extractor, prompted, groups, self.captions, made)
+
+    def label(self, number: Number, n_fake: int) -> str:
+        by = number.by or self.extractor.name
+        if self.protocol:
+            return self.protocol.label(number.name, by, n_fake, number.by is not None)
+        return f"{number.name}({by})"
+
+
+def evaluate_images(real: Any, fake: Any, **asked: Any) -> dict[str, Any]:
+    """Measures how near generated images are to real ones.
+
+    Args:
+        real: folder, npz file, uint8 array (N, H, W, 3), `ImageSource`, or statistics (object or file).
+            Features of real images are cached by content.
+        fake: the same.
+        asked: see :class:`Question`.
 
     Returns:
         A JSON-ready dict: `real`, `fake`, `extractor`, `protocol`, `metrics` (label to `value`, `error`,
@@ -63,49 +104,21 @@ def evaluate_images(
     Raises:
         FewstepError: unreadable input, unlike statistics, features that are not finite.
     """
-    if unknown := set(metrics) - set(MEASURES):
-        raise FewstepError(f"unknown metrics {sorted(unknown)}: expected some of {', '.join(MEASURES)}")
-    protocol = protocols.load(protocol) if isinstance(protocol, str) else protocol
-    if extractor is None or isinstance(extractor, str):
-        if protocol:
-            extractor = protocol.get_extractor(extractor, device, weights)
-        else:
-            extractor = get_extractor(extractor or DEFAULT, device, weights)
+    question = Question(**asked)
     real, fake = open_side(real), open_side(fake)  # both, before the network runs on either
-    if declared:
-        real, fake = (_declare(side, extractor) for side in (real, fake))
+    if question.declared:
+        real, fake = (_declare(side, question.extractor) for side in (real, fake))
     about = {"real": describe(real), "fake": describe(fake)}
     counts = {"n_real": about["real"]["n"], "n_fake": about["fake"]["n"]}
-    if protocol and protocol.image_size:
-        _check_sizes(protocol, real, fake)
-    if prompted is not None:
-        prompted = _check_indices("prompted", prompted, counts["n_fake"], counts["n_real"])
-    if groups is not None:
-        groups = _check_indices("groups", groups, counts["n_fake"])
-
-    made: list[Scorer] = []
-    if scorers:
-        check_captions(captions, counts["n_fake"])
-        metrics = (*metrics, "scores")
-        clip = protocol.clip if protocol else None
-        made = [get_scorer(s, device, clip) if isinstance(s, str) else s for s in scorers]
-
-    sides = Sides(real, fake, extractor, prompted, groups, captions, made)
-    numbers, left_out = measure(tuple(metrics), sides)
-
-    def label(number: Number) -> str:
-        by, whole = number.by or extractor.name, number.by is not None
-        if protocol:
-            return protocol.label(number.name, by, counts["n_fake"], whole)
-        return f"{number.name}({by})"
-
+    metrics = (*question.metrics, *["scores"] * bool(question.scorers))
+    numbers, left_out = measure(metrics, question.sides(real, fake, **counts))
     return {
         "schema": 1,
         **about,
-        "extractor": identity(extractor),
-        "protocol": dataclasses.asdict(protocol) if protocol else None,
+        "extractor": identity(question.extractor),
+        "protocol": dataclasses.asdict(question.protocol) if question.protocol else None,
         "metrics": {
-            label(n): {
+            question.label(n, counts["n_fake"]): {
                 "value": n.value,
                 "error": n.error,
                 "error_kind": n.error_kind,
@@ -114,10 +127,7 @@ def evaluate_images(
             }
             for n in numbers
         },
-        "warnings": [
-            *_skipped(real, fake),
-            *_warnings(about, extractor.dim, left_out, declared, protocol),
-        ],
+        "warnings": [*_skipped(real, fake), *_warnings(about, question, left_out)],
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -201,14 +211,13 @@ def _skipped(*sides: ImageSource | Statistics) -> Iterator[str]:
             yield f"{len(names)} images of {side.name} cannot be read and were left out: {', '.join(names)}"
 
 
-def _warnings(
-    about: dict[str, Any], dim: int, left_out: list[str], declared: bool, protocol: Protocol | None
-) -> Iterator[str]:
+def _warnings(about: dict[str, Any], question: Question, left_out: list[str]) -> Iterator[str]:
+    protocol, dim = question.protocol, question.extractor.dim
     if about["real"]["sha256"] and about["real"]["sha256"] == about["fake"]["sha256"]:
         yield "real and fake are the same images"
     if left_out:
         yield f"without {', '.join(left_out)}, which need images where statistics were given"
-    if declared:
+    if question.declared:
         yield "the origin of the foreign statistics is declared, not verified"
     fewest = min(about["real"]["n"], about["fake"]["n"])
     if fewest == 0:
