@@ -9,19 +9,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..diffusion.cond import Cond
+from ..diffusion.denoiser import Denoiser
 from ..diffusion.few_steps import Paths, best_nodes, node_weights, reference_times, sample
 from ..diffusion.rng import Rng
 from ..diffusion.schedules import Flow, Schedule
 from ..errors import FewstepError
 from ..files import write_json
+from ..teachers.base import Teacher
 from ..teachers.schedulers import FLOOR
 
 ORDERS = {"euler": 1, "dpm++": 2}  # of the jumps: Euler's is DDIM's on a variance-preserving path
@@ -52,8 +55,84 @@ def ays_times(pipeline_class: str, schedule: Schedule, num_steps: int) -> list[i
 
 
 # --------------------------------------------------------------------------------------------------- with a teacher
+class End(NamedTuple):
+    """Noise and conditions of some samples, and where the reference's paths from there end."""
+
+    noise: Tensor
+    cond: Cond
+    sample: Tensor
+
+
+@dataclass(frozen=True)
+class Jumps:
+    """How a teacher goes from node to node.
+
+    Attributes:
+        order: of the jumps. guidance: 1 for none.
+    """
+
+    denoiser: Denoiser
+    order: int
+    guidance: float
+
+    def along(self, noise: Tensor, cond: Cond, nodes: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+        """As :func:`~fewstep.diffusion.few_steps.sample`."""
+        return sample(self.denoiser, noise, cond, nodes, order=self.order, guidance=self.guidance)
+
+    def reference(self, noise: Tensor, cond: Cond, times: Sequence[float], paths: Paths | None = None) -> End:
+        """Where the reference ends; its way there is added to the paths."""
+        found = self.along(noise, cond, times)
+        if paths is not None:
+            paths.add(*found)
+        return End(noise, cond, found[2])
+
+    def error(self, nodes: Sequence[float], ends: Sequence[End]) -> float:
+        """Root mean square distance of samples by these nodes to the reference's."""
+        total = 0.0
+        for noise, cond, end in ends:
+            made = self.along(noise, cond, nodes)[2]
+            total += (made - end).square().mean().item() * len(noise)
+        return math.sqrt(total / sum(len(end.noise) for end in ends))
+
+
+@dataclass(frozen=True)
+class Search:
+    """For the best nodes, among the reference's times.
+
+    Attributes:
+        costs: of every jump on the recorded paths. searched: ends of these paths. fresh: ends of others, to measure by.
+    """
+
+    jumps: Jumps
+    times: list[float]
+    costs: np.ndarray
+    searched: list[End]
+    fresh: list[End]
+
+    def schedule(self, num_steps: int, pipeline_class: str) -> dict[str, Any]:
+        """The nodes of so many steps, as a pipeline's call takes them, and the errors of these nodes and others."""
+        schedule = self.jumps.denoiser.schedule
+        others = {"even": reference_times(schedule, num_steps)}
+        if pipeline_class in AYS:
+            others["ays"] = [float(t) for t in ays_times(pipeline_class, schedule, num_steps)]
+        searches = (
+            best_nodes(self.costs * weights, num_steps)[0] for weights in node_weights(schedule, self.times)
+        )
+        options = [tuple(self.times[i] for i in nodes) for nodes in searches]
+        candidates = dict.fromkeys((*options, tuple(others["even"])))
+        nodes = min(candidates, key=lambda nodes: self.jumps.error(nodes, self.searched))
+        tables: dict[str, Sequence[float]] = {"searched": nodes, **others}
+        call = (
+            {"sigmas": list(nodes)} if isinstance(schedule, Flow) else {"timesteps": [int(t) for t in nodes]}
+        )
+        return {
+            **call,
+            "error": {name: self.jumps.error(given, self.fresh) for name, given in tables.items()},
+        }
+
+
 def calibrate(
-    teacher,
+    teacher: Teacher,
     prompts: Sequence[str],
     steps: Sequence[int],
     *,
@@ -70,7 +149,7 @@ def calibrate(
     grid, the one is taken whose samples are nearest to the reference's on the same paths.
 
     Args:
-        teacher: a :class:`~fewstep.teachers.base.Teacher`. prompts: some are chosen for the paths.
+        prompts: some are chosen for the paths.
         steps: numbers of steps. guidance: of paths and samples, 1 for none.
         num: recorded paths; a quarter as many more are made to measure the result.
         reference_steps: of a path, which are also the candidates for nodes.
@@ -86,49 +165,19 @@ def calibrate(
     """
     if teacher.kind != "diffusion":
         raise FewstepError(f"{teacher.source}: a {teacher.kind} teacher has no noise schedule to search")
-    denoiser, schedule = teacher.denoiser, teacher.denoiser.schedule
+    schedule = teacher.denoiser.schedule
     flow = isinstance(schedule, Flow)
     solver = solver or ("euler" if flow else "dpm++")
     _check(steps, num, reference_steps, solver, flow)
-    order, times = ORDERS[solver], reference_times(schedule, reference_steps)
-    rows = num + max(4, num // 4)
-    shuffled = Rng(seed, "floor").permutation(len(prompts)).tolist()
-    chosen = [prompts[shuffled[i % len(prompts)]] for i in range(rows)]
-    noise = Rng(seed, "floor noise").normal(rows, *teacher.latent_shape)
-    paths = Paths.none(times)
-    searched: list[tuple[Tensor, Cond, Tensor]] = []
-    fresh: list[tuple[Tensor, Cond, Tensor]] = []
-    for start in (*range(0, num, batch_size), *range(num, rows, batch_size)):
-        part = slice(start, min(start + batch_size, num if start < num else rows))
-        z, cond = noise[part].to(teacher.device), teacher.encode(chosen[part]).to(teacher.device)
-        found = sample(denoiser, z, cond, times, order=order, guidance=guidance)
-        if start < num:
-            paths.add(*found)
-        (searched if start < num else fresh).append((z, cond, found[2]))
-
+    jumps = Jumps(teacher.denoiser, ORDERS[solver], guidance)
+    times = reference_times(schedule, reference_steps)
+    paths, batches = Paths.none(times), _batches(teacher, prompts, num, seed, batch_size)
+    searched = [jumps.reference(z, cond, times, paths) for z, cond in batches[0]]
+    fresh = [jumps.reference(z, cond, times) for z, cond in batches[1]]
     if not paths.gram.isfinite().all():
         raise FewstepError("the reference's paths are not finite: try --dtype float32, or another --guidance")
 
-    def error(nodes: Sequence[float], batches: list[tuple[Tensor, Cond, Tensor]]) -> float:
-        total = 0.0
-        for z, cond, end in batches:
-            made = sample(denoiser, z, cond, nodes, order=order, guidance=guidance)[2]
-            total += (made - end).square().mean().item() * len(z)
-        return math.sqrt(total / sum(len(z) for z, *_ in batches))
-
-    costs, schedules = paths.costs(schedule, order), {}
-    for n in steps:
-        others = {"even": reference_times(schedule, n)}
-        if type(teacher).pipeline_class in AYS:
-            others["ays"] = [float(t) for t in ays_times(type(teacher).pipeline_class, schedule, n)]
-        searches = (best_nodes(costs * weights, n)[0] for weights in node_weights(schedule, times))
-        options = [tuple(times[i] for i in nodes) for nodes in searches]
-        nodes = min(
-            dict.fromkeys((*options, tuple(others["even"]))), key=lambda nodes: error(nodes, searched)
-        )
-        call = {"sigmas": list(nodes)} if flow else {"timesteps": [int(t) for t in nodes]}
-        errors = {name: error(given, fresh) for name, given in {"searched": nodes, **others}.items()}
-        schedules[str(n)] = {**call, "error": errors}
+    search = Search(jumps, times, paths.costs(schedule, jumps.order), searched, fresh)
     return {
         "schema": 1,
         "teacher": teacher.source,
@@ -137,8 +186,27 @@ def calibrate(
         "reference_steps": reference_steps,
         "num": num,
         "seed": seed,
-        "schedules": schedules,
+        "schedules": {str(n): search.schedule(n, teacher.pipeline_class) for n in steps},
     }
+
+
+def _batches(
+    teacher: Teacher, prompts: Sequence[str], num: int, seed: int, batch_size: int
+) -> tuple[list[tuple[Tensor, Cond]], list[tuple[Tensor, Cond]]]:
+    """Noise and conditions of ``num`` samples, and of a quarter as many more, on the teacher's device."""
+    rows = num + max(4, num // 4)
+    shuffled = Rng(seed, "floor").permutation(len(prompts)).tolist()
+    chosen = [prompts[shuffled[i % len(prompts)]] for i in range(rows)]
+    noise = Rng(seed, "floor noise").normal(rows, *teacher.latent_shape)
+
+    def some(first: int, end: int) -> list[tuple[Tensor, Cond]]:
+        parts = [slice(i, min(i + batch_size, end)) for i in range(first, end, batch_size)]
+        return [
+            (noise[part].to(teacher.device), teacher.encode(chosen[part]).to(teacher.device))
+            for part in parts
+        ]
+
+    return some(0, num), some(num, rows)
 
 
 def _check(steps: Sequence[int], num: int, reference_steps: int, solver: str, flow: bool) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from ..export import at_steps, load_exported, stock_call
 from ..files import replacing, write_json
 from ..report.grid import image_grid
 from ..teachers import load_pipeline
+from ..teachers.base import Teacher
 from ..teachers.generate import generate
 from ..teachers.pipelines import fix_shift, size_options
 from .evaluate import evaluate_images
@@ -55,7 +56,7 @@ def evaluate_run(
     taught: tuple[torch.Tensor, float] | None = (
         None  # an autoregressive teacher's tokens and seconds per image
     )
-    for name, kind, nfe, make in _rows(recipe, folder, teacher, images, asked):
+    for name, kind, nfe, make in Rows(recipe, folder, teacher, images, asked):
         begin = time.perf_counter()
         pictures = make([*asked.prompts, *asked.names])
         seconds = (time.perf_counter() - begin) / len(pictures)
@@ -168,70 +169,104 @@ def _steps(count: int) -> str:
     return "1 step" if count == 1 else f"{count} steps"
 
 
-def _rows(recipe, folder, teacher, images, asked: Asked) -> Iterator[tuple[str, str, int, Callable]]:
-    """(name, kind, network evaluations per image, function from prompts to images) of every row."""
-    config, guidance = recipe.evaluation, recipe.evaluation.teacher_guidance
-    guided = 2 if guidance != 1 else 1
-    size = size_options(teacher.pipe, teacher.resolution)
+class Row(NamedTuple):
+    """One way of making images.
 
-    def sampler(pipe, call: dict[str, Any] | Callable) -> Callable:
-        pipe.to(teacher.device)
+    Attributes:
+        nfe: network evaluations per image. make: from prompts to images.
+    """
 
-        def options(generators: list[torch.Generator]) -> dict[str, Any]:
-            return {**(call(generators) if callable(call) else call), **size}
+    name: str
+    kind: str
+    nfe: int
+    make: Callable[[list[str]], np.ndarray]
 
-        return lambda chosen: generate(pipe, chosen, options, seed=config.seed, batch_size=config.batch_size)[
-            0
-        ]
 
-    lossy = teacher.autoencoder is not None
-    if images is not None and images.captions is not None and config.teacher_steps and lossy:
-        yield (
-            "VAE reconstruction (ceiling)",
-            "reference",
-            0,
-            lambda _: _reconstructions(teacher, images, asked, config.seed),
-        )
-    if config.teacher_steps:
-        pipe = load_pipeline(recipe.teacher.path)
-        call = {"num_inference_steps": config.teacher_steps, "guidance_scale": guidance}
-        yield (
-            f"teacher, {config.teacher_steps} steps",
-            "teacher",
-            guided * config.teacher_steps,
-            sampler(pipe, call),
-        )
-    if (folder / "export").is_dir():  # `fewstep floor` measures what a student will have to beat
-        pipe, record = load_exported(folder / "export", recipe.teacher.path)
+@dataclass(frozen=True)
+class Rows:
+    """All rows of a run's evaluation, each made when it is its turn."""
+
+    recipe: Any
+    folder: Path
+    teacher: Teacher
+    images: CaptionedImages | None
+    asked: Asked
+
+    def __iter__(self) -> Iterator[Row]:
+        yield from self.references()
+        if (self.folder / "export").is_dir():  # `fewstep floor` measures what a student will have to beat
+            yield from self.students()
+        if self.recipe.evaluation.floor_steps:
+            yield from self.floors()
+
+    @property
+    def guided(self) -> int:
+        """Network evaluations of a guided call."""
+        return 2 if self.recipe.evaluation.teacher_guidance != 1 else 1
+
+    def references(self) -> Iterator[Row]:
+        config, images = self.recipe.evaluation, self.images
+        if not config.teacher_steps:
+            return
+        if images is not None and images.captions is not None and self.teacher.autoencoder is not None:
+
+            def lossy(_: list[str]) -> np.ndarray:
+                return _reconstructions(self.teacher, images, self.asked, config.seed)
+
+            yield Row("VAE reconstruction (ceiling)", "reference", 0, lossy)
+        pipe = load_pipeline(self.recipe.teacher.path)
+        call = {"num_inference_steps": config.teacher_steps, "guidance_scale": config.teacher_guidance}
+        calls = self.guided * config.teacher_steps
+        yield Row(f"teacher, {config.teacher_steps} steps", "teacher", calls, self._sampler(pipe, call))
+
+    def students(self) -> Iterator[Row]:
+        pipe, record = load_exported(self.folder / "export", self.recipe.teacher.path)
         for steps in map(int, record.get("steps", [record["num_steps"]])):
             stock = partial(stock_call, pipe, at_steps(record, steps))
-            yield f"student, {_steps(steps)}", "student", steps, sampler(pipe, stock)
-    if not config.floor_steps:
-        return
-    pipe = load_pipeline(recipe.teacher.path)
-    fix_shift(pipe, teacher.resolution)
-    original = pipe.scheduler
-    if "search" in config.floor_solvers:
-        record = calibrate(
-            teacher,
-            asked.prompts,
+            yield Row(f"student, {_steps(steps)}", "student", steps, self._sampler(pipe, stock))
+
+    def floors(self) -> Iterator[Row]:
+        config, found = self.recipe.evaluation, self.folder / "floor"
+        pipe = load_pipeline(self.recipe.teacher.path)
+        fix_shift(pipe, self.teacher.resolution)
+        original = pipe.scheduler
+        if "search" in config.floor_solvers:
+            write_floor(found, original, self._search())
+        for steps in config.floor_steps:
+            for solver in config.floor_solvers:
+                named = str(found) if solver == "search" else solver
+                pipe.scheduler, call = floor_sampler(named, pipe, original, steps)
+                calls = steps
+                if "num_inference_steps" in call:  # Heun's solver calls the network twice a step
+                    pipe.scheduler.set_timesteps(steps)
+                    calls = len(pipe.scheduler.timesteps)
+                make = self._sampler(pipe, {**call, "guidance_scale": config.teacher_guidance})
+                yield Row(f"floor, {steps} x {solver}", "floor", self.guided * calls, make)
+
+    def _search(self) -> dict[str, Any]:
+        config = self.recipe.evaluation
+        return calibrate(
+            self.teacher,
+            self.asked.prompts,
             config.floor_steps,
-            guidance=guidance,
+            guidance=config.teacher_guidance,
             num=max(2, min(64, config.num)),
             reference_steps=max(config.teacher_steps or 50, 2 * max(config.floor_steps)),
             seed=config.seed + 1,  # other noise than the rows have
         )
-        write_floor(folder / "floor", original, record)
-    for steps in config.floor_steps:
-        for solver in config.floor_solvers:
-            named = str(folder / "floor") if solver == "search" else solver
-            pipe.scheduler, call = floor_sampler(named, pipe, original, steps)
-            calls = steps
-            if "num_inference_steps" in call:  # Heun's solver calls the network twice a step
-                pipe.scheduler.set_timesteps(steps)
-                calls = len(pipe.scheduler.timesteps)
-            call = {**call, "guidance_scale": guidance}
-            yield f"floor, {steps} x {solver}", "floor", guided * calls, sampler(pipe, call)
+
+    def _sampler(self, pipe: Any, call: dict[str, Any] | Callable) -> Callable[[list[str]], np.ndarray]:
+        """Images of a pipeline by one call, given as it is or for some generators."""
+        config, size = self.recipe.evaluation, size_options(self.teacher.pipe, self.teacher.resolution)
+        pipe.to(self.teacher.device)
+
+        def options(generators: list[torch.Generator]) -> dict[str, Any]:
+            return {**(call(generators) if callable(call) else call), **size}
+
+        def make(prompts: list[str]) -> np.ndarray:
+            return generate(pipe, prompts, options, seed=config.seed, batch_size=config.batch_size)[0]
+
+        return make
 
 
 def _numbers(real: Any, pictures: np.ndarray, asked: Asked, extractor: str) -> dict[str, float]:
