@@ -144,11 +144,9 @@ def make_pairs(
             rows = range(start, min(start + SHARD, num))
             noise = noise_of(seed, rows, teacher.latent_shape)
             made = []
-            for i in range(0, len(rows), batch_size):
-                part = torch.arange(start + i, min(start + i + batch_size, rows.stop))
-                cond = Cond(conditions.rows(part)).to(teacher.device)
-                x = noise[i : i + batch_size].to(teacher.device)
-                made.append(make(x, cond).cpu())
+            for part in torch.arange(rows.start, rows.stop).split(batch_size):
+                x, cond = noise[part - start].to(teacher.device), Cond(conditions.rows(part))
+                made.append(make(x, cond.to(teacher.device)).cpu())
                 bar.update(len(part))
             # The noise of tokens is many times as large as they are, and a function of the seed.
             kept = {} if name == "tokens" else {"noise": noise}

@@ -41,28 +41,15 @@ def student_scheduler(
                 "method.noise: tcd: no stock scheduler of a flow has such steps; use ddim or fresh"
             )
         return flow_scheduler(times, noise, teacher_scheduler.config.num_train_timesteps, explicit)
-    config = teacher_scheduler.config
     steps, start = len(times), int(times[0])
     even = (
         (noise == "ddim" or not explicit)
         and (start + 1) % steps == 0
         and list(times) == uniform_times(steps, start)
     )
-    table: dict[str, Any] = {
-        key: config[key]
-        for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")
-        if key in config
-    }
     length = start + 1 if even else len(teacher_scheduler.alphas_cumprod)
-    own = config.get("trained_betas") is not None or _rescaled(config) or noise == "tcd"
-    if length != config.num_train_timesteps or own:
-        cumulative = teacher_scheduler.alphas_cumprod.double()[:length].clone()
-        if noise == "tcd":
-            cumulative[0] = 1.0
-        ratio = cumulative / torch.cat([torch.ones(1, dtype=torch.float64), cumulative[:-1]])
-        table = {"trained_betas": (1 - ratio).tolist(), "num_train_timesteps": length}
-    table |= {
-        "prediction_type": config.get("prediction_type", "epsilon"),
+    table = noise_table(teacher_scheduler, length, clean=noise == "tcd") | {
+        "prediction_type": teacher_scheduler.config.get("prediction_type", "epsilon"),
         "clip_sample": False,
         "set_alpha_to_one": True,
     }
@@ -81,6 +68,24 @@ def student_scheduler(
         return TCDScheduler(**table), {**call, "eta": eta}
     # LCM blends x_t into x0 with a weight of 0.25 / (scaling t)^2; students here are pure x0 predictors.
     return LCMScheduler(**table, timestep_scaling=1e6), call
+
+
+def noise_table(scheduler, length: int, clean: bool) -> dict[str, Any]:
+    """The first entries of a scheduler's table, as the configuration of another one has them.
+
+    Args:
+        clean: without the noise at time 0.
+    """
+    config = scheduler.config
+    own = config.get("trained_betas") is not None or bool(config.get("rescale_betas_zero_snr")) or clean
+    if length == config.num_train_timesteps and not own:
+        names = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")
+        return {name: config[name] for name in names if name in config}
+    cumulative = scheduler.alphas_cumprod.double()[:length].clone()
+    if clean:
+        cumulative[0] = 1.0
+    ratio = cumulative / torch.cat([torch.ones(1, dtype=torch.float64), cumulative[:-1]])
+    return {"trained_betas": (1 - ratio).tolist(), "num_train_timesteps": length}
 
 
 def flow_scheduler(
@@ -107,7 +112,3 @@ def flow_scheduler(
     elif steps > 1:
         options["shift_terminal"] = last
     return cls(**options), call
-
-
-def _rescaled(config) -> bool:
-    return bool(config.get("rescale_betas_zero_snr"))

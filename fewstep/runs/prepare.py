@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,20 @@ class PrepareConfig:
     lr: float = 2e-5
     batch_size: int = 16
     seed: int = 0
+
+    def role(self) -> RoleConfig:
+        return RoleConfig(kind="full", lr=self.lr, weight_decay=0.0, warmup=50, ema=0.99)
+
+    def train(self) -> TrainConfig:
+        return TrainConfig(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            log_every=50,
+            sample_every=self.check_every,
+            checkpoint_every=self.check_every,
+            keep=1,
+        )
 
     def __post_init__(self):
         for name in ("error", "stiffness", "steps", "check_every", "turns", "lr", "batch_size"):
@@ -231,6 +246,43 @@ def mixed(cond: Cond, null: Cond | None, dropped: Tensor) -> Cond:
     return Cond({n: torch.where(expand(dropped, v).bool(), rows[n], v) for n, v in cond.tensors.items()})
 
 
+@dataclass
+class Watch:
+    """Measures, every so many steps, how far the network has come, and ends its training where that is enough.
+
+    Attributes:
+        train: of the loop, whose steps it shortens. held_out: what it measures on. checks: what it measured.
+    """
+
+    config: PrepareConfig
+    train: TrainConfig
+    role: Role
+    student: NetDenoiser
+    teacher: NetDenoiser
+    held_out: Batches
+    quiet: bool
+    checks: list[dict[str, float]] = field(default_factory=list)
+
+    def measure(self, denoiser: NetDenoiser) -> dict[str, float]:
+        with averaged(self.role):
+            return compare(self.teacher, denoiser, self.held_out.batch(0, 0))
+
+    @property
+    def reached(self) -> bool:
+        last = self.checks[-1]
+        return last["error"] <= self.config.error and last["stiffness"] <= self.config.stiffness
+
+    def __call__(self, step: int) -> None:
+        if self.checks and step == self.checks[-1]["step"]:
+            return
+        now = {"step": step, **self.measure(self.student)}
+        self.checks.append(now)
+        if not self.quiet:
+            print(f"fewstep: step {step}: error {now['error']:.4f}, stiffness {now['stiffness']:.2f}")
+        if self.reached:
+            self.train.steps = step  # the loop ends here
+
+
 def prepare(
     teacher: Teacher, out: Path, images: CaptionedImages, config: PrepareConfig, *, quiet: bool = False
 ) -> dict[str, Any]:
@@ -255,51 +307,36 @@ def prepare(
     latents = encode_images(teacher, images, quiet=quiet)
     teacher.drop_encoders()
 
-    def batches(size: int, seed: int) -> Batches:
-        return Batches(
-            conditions, teacher.latent_shape, batch_size=size, seed=seed, latents=latents, captions=conditions,
-            device=teacher.device,
-        )  # fmt: skip
-
-    def measured(denoiser: NetDenoiser) -> dict[str, float]:
-        with averaged(role):
-            return compare(teacher.denoiser, denoiser, batches(64, config.seed + 1).batch(0, 0))
-
-    role = Role("student", net, RoleConfig(kind="full", lr=config.lr, weight_decay=0.0, warmup=50, ema=0.99))
-    record: dict[str, Any] = {"teacher": teacher.source, "sinusoids_cut": cut, "qk_norm": config.qk_norm}
-    record["before"] = measured(teacher.denoiser)
-    record["checks"] = []
-    train = TrainConfig(
-        steps=config.steps, batch_size=config.batch_size, seed=config.seed, log_every=50,
-        sample_every=config.check_every, checkpoint_every=config.check_every, keep=1,
-    )  # fmt: skip
-
-    def check(step: int) -> None:
-        if record["checks"] and step == record["checks"][-1]["step"]:
-            return
-        now = {"step": step, **measured(student)}
-        record["checks"].append(now)
-        if not quiet:
-            print(f"fewstep: step {step}: error {now['error']:.4f}, stiffness {now['stiffness']:.2f}")
-        if now["error"] <= config.error and now["stiffness"] <= config.stiffness:
-            train.steps = step  # the loop ends here
-
+    batches = partial(
+        Batches, conditions, teacher.latent_shape, latents=latents, captions=conditions, device=teacher.device
+    )
+    role, train = Role("student", net, config.role()), config.train()
+    held_out = batches(batch_size=64, seed=config.seed + 1)
+    watch = Watch(config, train, role, student, teacher.denoiser, held_out, quiet)
+    before = watch.measure(teacher.denoiser)
     folder = out.with_name(out.name + ".training")
     method = Preparation(config, teacher.denoiser, student=student)
     trainer = Trainer(
-        method, {"student": role}, batches(config.batch_size, config.seed), train, folder=folder, on_sample=check,
+        method, {"student": role}, batches(batch_size=config.batch_size, seed=config.seed), train, folder=folder, on_sample=watch,
         process=Process(device=teacher.device), quiet=quiet,
     )  # fmt: skip
     trainer.restore()
-    check(trainer.progress.iteration)
+    watch(trainer.progress.iteration)
     if trainer.progress.iteration < train.steps:
         try:
             trainer.train()
         except Interrupted as stop:
             raise Interrupted(stop.number, stop.step, "the same command") from None
-    last = record["checks"][-1]
-    reached = last["error"] <= config.error and last["stiffness"] <= config.stiffness
-    record |= {"after": last, "reached": reached, "seconds": round(trainer.seconds, 1)}
+    record = {
+        "teacher": teacher.source,
+        "sinusoids_cut": cut,
+        "qk_norm": config.qk_norm,
+        "before": before,
+        "checks": watch.checks,
+        "after": watch.checks[-1],
+        "reached": watch.reached,
+        "seconds": round(trainer.seconds, 1),
+    }
     with replacing(out) as part, averaged(role):
         save_network(teacher, net, teacher.pipe.scheduler, part)
         write_json(part / "prepare.json", record)

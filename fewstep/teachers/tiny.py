@@ -244,21 +244,8 @@ def _sd3(tokenizer, _pipeline_class, _options):
 
 
 def _sana(_tokenizer, _pipeline_class, _options):
-    import tokenizers
-    import transformers
     from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
-    from packaging.version import Version
-    from transformers import Gemma2Config, Gemma2Model
 
-    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    symbols = [*special, *(chr(i) for i in range(32, 127)), "\u2581"]
-    vocab = {symbol: i for i, symbol in enumerate(symbols)}
-    if Version(transformers.__version__).major >= 5:
-        tokenizer = transformers.GemmaTokenizer(vocab=vocab, merges=[], model_max_length=300)
-    else:
-        model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>"))
-        model.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
-        tokenizer = transformers.GemmaTokenizerFast(tokenizer_object=model, model_max_length=300)
     vae = {
         f"{half}_{name}": value
         for half in ("encoder", "decoder")
@@ -269,22 +256,10 @@ def _sana(_tokenizer, _pipeline_class, _options):
             "qkv_multiscales": ((), ()),
         }.items()
     }
+    tokenizer, encoder = _gemma()
     return SanaPipeline(
         tokenizer=tokenizer,
-        text_encoder=Gemma2Model(
-            Gemma2Config(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                head_dim=8,
-                bos_token_id=special.index("<bos>"),
-                eos_token_id=special.index("<eos>"),
-                pad_token_id=special.index("<pad>"),
-            )
-        ),
+        text_encoder=encoder,
         vae=AutoencoderDC(latent_channels=4, scaling_factor=0.41407, **vae),
         transformer=SanaTransformer2DModel(
             sample_size=16,
@@ -303,6 +278,37 @@ def _sana(_tokenizer, _pipeline_class, _options):
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
     )
+
+
+def _gemma():
+    """Character level: (tokenizer, encoder)."""
+    import tokenizers
+    import transformers
+    from packaging.version import Version
+    from transformers import Gemma2Config, Gemma2Model
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    symbols = [*special, *(chr(i) for i in range(32, 127)), "\u2581"]
+    vocab = {symbol: i for i, symbol in enumerate(symbols)}
+    if Version(transformers.__version__).major >= 5:
+        tokenizer = transformers.GemmaTokenizer(vocab=vocab, merges=[], model_max_length=300)
+    else:
+        model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>"))
+        model.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+        tokenizer = transformers.GemmaTokenizerFast(tokenizer_object=model, model_max_length=300)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        bos_token_id=special.index("<bos>"),
+        eos_token_id=special.index("<eos>"),
+        pad_token_id=special.index("<pad>"),
+    )
+    return tokenizer, Gemma2Model(config)
 
 
 def _t5():
