@@ -1,4 +1,5 @@
-"""Each folder of the package imports only from those below it, and no file imports itself in a circle."""
+"""Each folder of the package imports only from those below it, no file imports itself in a circle, and functions are
+short."""
 
 import ast
 from pathlib import Path
@@ -118,3 +119,29 @@ def test_an_import_inside_a_function_counts(tmp_path):
     assert arrows["cellar.coal"] == {"roof.chimney"} and arrows["roof.chimney"] == {"cellar.coal"}
     assert upward(arrows, [["roof"], ["cellar"]]) == {("cellar.coal", "roof.chimney")}
     assert circle(arrows) == {"cellar.coal", "roof.chimney"}
+
+
+LINES = 60  # of the longest function, its signature and docstring included
+
+
+def functions(source: str) -> dict[str, int]:
+    """Name -> lines of every function, those within others too."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return {f"{node.name}, line {node.lineno}": (node.end_lineno or 0) - node.lineno + 1 for node in found}
+
+
+def test_no_function_is_longer_than_what_it_says():
+    long = {
+        f"{name}: {where}": lines
+        for name, path in modules(PACKAGE).items()
+        for where, lines in functions(path.read_text(encoding="utf-8")).items()
+        if lines >= LINES
+    }
+    assert not long
+
+
+def test_lines_of_a_function_are_all_of_it():
+    source = 'class A:\n    def f(\n        self,\n    ):\n        """Words.\n\n        More."""\n        return 0\n'
+    assert functions(source) == {"f, line 2": 7}
+    assert functions("@one\n@two\nasync def g():\n    def h(): ...\n") == {"g, line 3": 2, "h, line 4": 1}

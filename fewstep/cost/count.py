@@ -14,6 +14,7 @@ from .. import recipe as recipes
 from ..diffusion.kernels import ATTENTION
 from ..errors import FewstepError, RecipeError
 from ..methods.base import Method
+from ..process import Process
 from ..recipe import Recipe
 from ..runs.build import build, on_pixels
 from ..teachers.base import Teacher
@@ -44,7 +45,7 @@ def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
     if recipe.teacher.autocast == "auto":  # every card has units for it
         recipe = replace(recipe, teacher=replace(recipe.teacher, autocast="bfloat16"))
     full, recipe = recipe, _plainly(recipe)
-    t, size = recipe.teacher, recipe.train.batch_size
+    size = recipe.train.batch_size
     if processes % recipe.train.shard:
         raise RecipeError(
             f"train.shard: {recipe.train.shard} does not divide the number of processes, {processes}"
@@ -56,47 +57,61 @@ def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
         norms_as_on_a_gpu(),
         group(processes, recipe.train.shard) as process,
     ):
-        # Shards gather gradients in one way within an iteration and in another at its end.
-        count = min(2, recipe.train.accumulate) if process.mesh is not None else 1
-        train = replace(recipe.train, accumulate=count)
-        needs = recipe.method_class.needs(recipe.method)
         turns: list[Turn] = []
-        teacher = trainer = None
-        known: dict = {}
-        bar = tqdm(desc="plan", unit=" turns", disable=quiet)
-        for batch_size, rng in ((size, Shapes(last=True)), (size + 1, Shapes(last=False))):
-            # Weights that were gathered once would not be counted again.
-            if trainer is None or process.mesh is not None:
-                teacher = skeleton_teacher(t.path, **t.options())
-                roles, method = build(recipe, teacher, process)
-                _stand_in(method, recipe, teacher)
-                trainer = Trainer(method, roles, None, train, process=process, quiet=True)
-                _fill_optimizers(trainer)
-                turns = turns or _turns(trainer)
-                bar.total = bar.total or 2 * len(turns)
-                if process.mesh is None:
-                    for net in {teacher.net, *(role.module for role in roles.values())}:
-                        remember(net, known)
-            trainer.data = Blank(teacher, batch_size, needs, rng.pair)
-            for turn in turns:
-                bar.update()
-                if turn.told:
-                    continue
-                rng.chose = False
-                meter, kept = _run(trainer, turn, recipe.train.accumulate, known)
-                turn.peak[batch_size] = meter.peak + kept * (recipe.train.accumulate - count)
-                turn.flops[batch_size] = {
-                    k: v * recipe.train.accumulate / count for k, v in meter.flops.items()
-                }
-                turn.told = not rng.chose
-            for turn in turns:
-                turn.told &= any(
-                    set(turn.phases) < set(o.phases) and turn.peak[size] <= o.peak[size] for o in turns
-                )
-        bar.close()
-        images = len(recipe.samples.prompts or ()) or recipe.samples.count
+        rehearsal = None
+        with tqdm(desc="plan", unit=" turns", disable=quiet) as bar:
+            for batch_size, shapes in ((size, Shapes(last=True)), (size + 1, Shapes(last=False))):
+                # Weights that were gathered once would not be counted again.
+                if rehearsal is None or process.mesh is not None:
+                    rehearsal = Rehearsal(recipe, process)
+                turns = turns or _turns(rehearsal.trainer)
+                bar.total = 2 * len(turns)
+                for turn in turns:
+                    bar.update()
+                    if not turn.told:
+                        rehearsal.count(turn, batch_size, shapes)
+                for turn in turns:
+                    turn.told &= any(
+                        set(turn.phases) < set(o.phases) and turn.peak[size] <= o.peak[size] for o in turns
+                    )
+        teacher, images = rehearsal.teacher, len(recipe.samples.prompts or ()) or recipe.samples.count
         preview = 0 if recipe.samples.vae else _preview(teacher, images)
-        return Plan(full, processes, *_parts(full, teacher, trainer), preview, turns, on_disk(full, teacher))
+        parts = _parts(full, teacher, rehearsal.trainer)
+        return Plan(full, processes, *parts, preview, turns, on_disk(full, teacher))
+
+
+class Rehearsal:
+    """The trainer of a recipe, built of tensors without storage.
+
+    Attributes:
+        micro: micro-batches of an iteration that are run, and stand for all of them.
+        known: what is remembered of blocks that were run once, where weights are not sharded.
+    """
+
+    def __init__(self, recipe: Recipe, process: Process):
+        self.recipe = recipe
+        self.teacher = skeleton_teacher(recipe.teacher.path, **recipe.teacher.options())
+        roles, method = build(recipe, self.teacher, process)
+        _stand_in(method, recipe, self.teacher)
+        # Shards gather gradients in one way within an iteration and in another at its end.
+        self.micro = min(2, recipe.train.accumulate) if process.mesh is not None else 1
+        train = replace(recipe.train, accumulate=self.micro)
+        self.trainer = Trainer(method, roles, None, train, process=process, quiet=True)
+        _fill_optimizers(self.trainer)
+        self.known: dict = {}
+        if process.mesh is None:
+            for net in {self.teacher.net, *(role.module for role in roles.values())}:
+                remember(net, self.known)
+
+    def count(self, turn: Turn, batch_size: int, shapes: Shapes) -> None:
+        """Memory and arithmetic of one iteration; the turn is told where no shape in it was one of several."""
+        accumulate, needs = self.recipe.train.accumulate, self.recipe.method_class.needs(self.recipe.method)
+        self.trainer.data = Blank(self.teacher, batch_size, needs, shapes.pair)
+        shapes.chose = False
+        meter, kept = _run(self.trainer, turn, accumulate, self.known)
+        turn.peak[batch_size] = meter.peak + kept * (accumulate - self.micro)
+        turn.flops[batch_size] = {k: v * accumulate / self.micro for k, v in meter.flops.items()}
+        turn.told = not shapes.chose
 
 
 def _plainly(recipe: Recipe) -> Recipe:

@@ -317,8 +317,8 @@ def prepare(
     folder = out.with_name(out.name + ".training")
     method = Preparation(config, teacher.denoiser, student=student)
     trainer = Trainer(
-        method, {"student": role}, batches(batch_size=config.batch_size, seed=config.seed), train, folder=folder, on_sample=watch,
-        process=Process(device=teacher.device), quiet=quiet,
+        method, {"student": role}, batches(batch_size=config.batch_size, seed=config.seed), train, folder=folder,
+        on_sample=watch, process=Process(device=teacher.device), quiet=quiet,
     )  # fmt: skip
     trainer.restore()
     watch(trainer.progress.iteration)
