@@ -1,6 +1,6 @@
 """The built-in image set: 1,906 emoji, each with its Unicode name and a caption that it shares with its kind.
 
-Notices in ``fewstep/assets/emoji/NOTICE``.
+Notices in ``fewstep/assets/emoji/NOTICE``. Members of the file are compressed by LZMA, for the wheel's size.
 """
 
 from functools import cache
@@ -11,11 +11,21 @@ import numpy as np
 PATH = Path(__file__).parent.parent / "assets" / "emoji" / "emoji-64.npz"
 
 
+def _read(name: str) -> np.ndarray:
+    with np.load(PATH, allow_pickle=False) as data:
+        return data[name]
+
+
 @cache
 def load() -> tuple[np.ndarray, list[str]]:
     """Images uint8 (1906, 64, 64, 3) on white and their captions, e.g. ``"red apple"``."""
-    with np.load(PATH, allow_pickle=False) as data:
-        return data["images"], [str(caption) for caption in data["captions"]]
+    return _read("images"), names()
+
+
+@cache
+def names() -> list[str]:
+    """The captions alone."""
+    return [str(caption) for caption in _read("captions")]
 
 
 @cache
@@ -24,16 +34,14 @@ def groups() -> list[str]:
 
     A name is drawn nearly one way; these leave a student something to integrate over.
     """
-    with np.load(PATH, allow_pickle=False) as data:
-        return ["any " + str(kind).replace("-", " ").replace("&", "and") for kind in data["subcategory"]]
+    return ["any " + str(kind).replace("-", " ").replace("&", "and") for kind in _read("subcategory")]
 
 
 def prompts(source: str) -> list[str] | None:
     """``builtin:emoji`` is both captions of every image, ``-names`` and ``-groups`` one of them; None: not ours."""
-    names = load()[1]
     built_in = {
-        "builtin:emoji": [*names, *groups()],
-        "builtin:emoji-names": names,
+        "builtin:emoji": [*names(), *groups()],
+        "builtin:emoji-names": names(),
         "builtin:emoji-groups": groups(),
     }
     return built_in.get(source)

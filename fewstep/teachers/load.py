@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN = {f"builtin:{name}": ASSETS / name for name in ("emoji-xl", "emoji-flow", "emoji-ar")}
+VARIABLE = "FEWSTEP_TEACHERS"
 REGISTERED: dict[str, type[Teacher]] = {}
 
 
@@ -65,15 +67,27 @@ def resolve(source: str) -> str:
     """The folder of a built-in teacher, or the path or hub id as given.
 
     Raises:
-        FewstepError: unknown built-in, or a local path that is no pipeline.
+        FewstepError: unknown built-in or one that is not installed, or a local path that is no pipeline.
     """
     if source.startswith("builtin:"):
         if source not in BUILTIN:
             raise FewstepError(f"teacher.path: {source!r} is unknown; built in: {', '.join(BUILTIN)}")
         _check_transformers(source)
-        return str(BUILTIN[source])
+        return str(_builtin(source))
     check_pipeline_folder(source)
     return source
+
+
+def _builtin(source: str) -> Path:
+    """Folder of a built-in teacher; those that a wheel leaves out are looked for in ``$FEWSTEP_TEACHERS``."""
+    shipped, elsewhere = BUILTIN[source], os.environ.get(VARIABLE)
+    folder = Path(elsewhere, shipped.name) if elsewhere and not shipped.is_dir() else shipped
+    if not (folder / "model_index.json").is_file():
+        raise FewstepError(
+            f"teacher.path: {source} is not in {folder.parent}; expected it in a checkout of fewstep, for a wheel has "
+            f"{next(iter(BUILTIN))} only: set {VARIABLE} to the checkout's fewstep/assets, or pip install -e it"
+        )
+    return folder
 
 
 def _check_transformers(source: str) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import shutil
 from copy import copy, deepcopy
 from functools import wraps
 
@@ -30,6 +31,7 @@ from fewstep.recipe import RoleConfig
 from fewstep.teachers import load_teacher, pipeline_class_of, register
 from fewstep.teachers.flux import pack, unpack
 from fewstep.teachers.generate import call_pipeline, generate
+from fewstep.teachers.load import ASSETS, BUILTIN, resolve
 from fewstep.teachers.pipelines import fix_shift, size_options, takes
 from fewstep.teachers.schedulers import FLOOR, schedule_of, scheduler_sample
 from fewstep.teachers.sd import StableDiffusion
@@ -502,3 +504,24 @@ def test_a_class_without_an_adapter_says_what_to_do_and_takes_one_of_your_own(
         pipeline_class = "StableDiffusionPipeline"
 
     assert isinstance(load_teacher(teachers("SD 1.5").source), Mine)
+
+
+# ------------------------------------------------------------------------------------------------------------ built in
+def test_a_teacher_that_a_wheel_leaves_out_is_refused_and_then_found_in_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setitem(BUILTIN, "builtin:emoji-ar", tmp_path / "assets" / "emoji-ar")
+    monkeypatch.delenv("FEWSTEP_TEACHERS", raising=False)
+    with pytest.raises(
+        FewstepError, match=rf"^teacher.path: builtin:emoji-ar is not in {tmp_path}/assets; .*-e"
+    ):
+        resolve("builtin:emoji-ar")
+    monkeypatch.setenv("FEWSTEP_TEACHERS", str(tmp_path / "nowhere"))
+    with pytest.raises(FewstepError, match=rf"is not in {tmp_path}/nowhere; .* set FEWSTEP_TEACHERS to"):
+        resolve("builtin:emoji-ar")
+    monkeypatch.setenv("FEWSTEP_TEACHERS", str(ASSETS))
+    assert resolve("builtin:emoji-ar") == str(ASSETS / "emoji-ar")
+
+
+def test_a_teacher_that_is_installed_is_not_looked_for_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_TEACHERS", str(tmp_path))
+    shutil.copytree(ASSETS / "emoji-ar", tmp_path / "emoji-ar")
+    assert resolve("builtin:emoji-ar") == str(ASSETS / "emoji-ar")
