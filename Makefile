@@ -4,9 +4,10 @@ VENV ?= .venv
 # Constraints for pip, e.g. to pin a CPU build of torch: make test CONSTRAINTS=constraints-cpu.txt
 CONSTRAINTS ?=
 RUN ?= runs/demo
+COVERAGE ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test install lint clean
+.PHONY: demo test coverage install lint clean
 
 install: $(VENV)/.installed
 
@@ -22,10 +23,14 @@ demo: install
 test: install
 	$(BIN)/python -m pytest --slow -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+# The fast tests, and the lines that they never reach; COVERAGE="--slow -n 4" adds the slow ones.
+coverage: install
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html $(COVERAGE)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info .coverage* htmlcov

@@ -51,6 +51,7 @@ LONG += [
     "test_teachers",
     "test_sana_sprint",
     "test_notebooks",
+    "test_wheel",
 ]
 
 

@@ -1,16 +1,19 @@
-"""What the README says is what the result files say."""
+"""What the README says is what the result files say, and what contributors are told is there."""
 
 import json
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fewstep.evaluation.of_run import gallery
 from fewstep.runs.library import recipe_files
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+TEMPLATES = ROOT / ".github" / "ISSUE_TEMPLATE"
+SECTIONS = ("Added", "Changed", "Fixed", "Results")
 RESULTS = sorted((ROOT / "eval" / "results").glob("*.json"))
 
 
@@ -32,6 +35,31 @@ def test_results_say_how_they_were_made(path):
 def test_every_link_of_the_readme_leads_somewhere():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
     assert links and all((ROOT / link).exists() for link in links)
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md"])
+def test_what_a_contributor_reads_names_what_is_there(name):
+    text = (ROOT / name).read_text()
+    paths = re.findall(r"`((?:\.ci|fewstep|tests|recipes|eval)/[\w/.-]*)`", text)
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)]
+    named = [path for path in (*paths, *links) if "NAME" not in path]
+    assert named and not [path for path in named if not (ROOT / path).exists()]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\bmake (\w+)", text)) <= set(targets)
+
+
+def test_a_bug_report_asks_for_what_answers_it():
+    forms = {path.stem: yaml.safe_load(path.read_text()) for path in TEMPLATES.glob("*.yml")}
+    forms.pop("config")
+    assert all({"name", "description", "body"} <= form.keys() for form in forms.values())
+    asked = {field["attributes"]["label"] for field in forms["bug"]["body"]}
+    assert {"Output of `fewstep doctor`", "recipe.yaml"} <= asked
+
+
+def test_the_changelog_has_sections_and_each_but_once():
+    for release in re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]:
+        sections = re.findall(r"^### (.*)", release, re.MULTILINE)
+        assert sections == [name for name in SECTIONS if name in sections]
 
 
 def test_nothing_is_left_to_fill_in():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "fewstep").rglob("*.py"))
@@ -113,6 +114,12 @@ def test_every_import_is_a_declared_dependency_and_every_dependency_is_used():
 def test_every_dependency_has_a_lowest_version():
     project = project_table()
     assert all(re.search(r"[>=]=", line) for line in project["dependencies"])
+
+
+def test_style_is_checked_by_one_version():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    [pinned] = [hook["rev"] for hook in hooks if hook["repo"].endswith("/ruff-pre-commit")]
+    assert f"ruff=={pinned.removeprefix('v')}" in project_table()["optional-dependencies"]["test"]
 
 
 def calls(path):

@@ -2,6 +2,7 @@
 short."""
 
 import ast
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "fewstep"
@@ -93,6 +94,12 @@ def test_every_folder_has_its_place():
     rooms = {room(name) for name in modules(PACKAGE)}
     listed = [name for line in ORDER for name in line]
     assert rooms == set(listed) and len(listed) == len(rooms)
+
+
+def test_the_map_is_the_order():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \| \S.*\|$", text.split("## Map")[1].split("\n## ")[0], re.MULTILINE)
+    assert [re.findall(r"`(\w+)`", row) for row in rows] == ORDER
 
 
 def test_no_folder_imports_from_one_that_is_not_below_it():
