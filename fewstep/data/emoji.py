@@ -13,7 +13,8 @@ PATH = Path(__file__).parent.parent / "assets" / "emoji" / "emoji-64.npz"
 
 def _read(name: str) -> np.ndarray:
     with np.load(PATH, allow_pickle=False) as data:
-        return data[name]
+        found: np.ndarray = data[name]
+    return found
 
 
 @cache
