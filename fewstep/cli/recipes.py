@@ -41,13 +41,35 @@ def _copy(name: str, to: Path) -> Path:
     return target
 
 
-@COMMANDS.command("methods", "list the methods")
+@COMMANDS.command(
+    "methods",
+    "list the methods",
+    argument(
+        "--markdown", action="store_true", help="as a table, with what they need and end in, and their papers"
+    ),
+)
 def methods(args: argparse.Namespace) -> int:
     from ..methods import METHODS
 
+    if args.markdown:
+        print(methods_table())
+        return 0
     for name, cls in sorted(METHODS.items()):
-        print(f"{name:12} {cls.summary}")
+        print(f"{name:14} {cls.steps:10} {cls.summary}")
     return 0
+
+
+def methods_table() -> str:
+    """What every method's class says of itself, as README has it."""
+    from ..methods import METHODS
+
+    lines = ["| method | what it is | steps | needs | ends in | papers |", "|---|---|---|---|---|---|"]
+    for name, cls in sorted(METHODS.items()):
+        papers = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in cls.papers)
+        needs = ", ".join(cls.needs(cls.Config()))
+        cells = (f"`{name}`", cls.summary, cls.steps, needs, cls.exports, papers)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 @COMMANDS.command(

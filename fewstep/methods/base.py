@@ -165,7 +165,8 @@ class Method:
     shell) of the teacher's network. It sets ``self.student`` and may add modules of its own in ``heads``.
 
     What it is, for lists and tables: ``summary``, half a sentence; ``papers``, their arXiv numbers; ``steps`` of its
-    students; ``exports``, what a run ends in.
+    students; ``exports``, what a run ends in and with
+    which family of samplers.
 
     Attributes:
         networks: the trainable copies of the teacher that this method needs; where that depends on the options,
@@ -182,7 +183,7 @@ class Method:
     summary: ClassVar[str]
     papers: ClassVar[tuple[str, ...]] = ()
     steps: ClassVar[str] = "1 or more"
-    exports: ClassVar[str] = "LoRA or pipeline; `LCMScheduler`, flow: `FlowMatchLCMScheduler`"
+    exports: ClassVar[str] = "LoRA or pipeline; LCM"
     networks: ClassVar[tuple[str, ...]] = ("student",)
     extras: ClassVar[tuple[str, ...]] = ("discriminator",)
     teacher_kind: ClassVar[str] = "diffusion"

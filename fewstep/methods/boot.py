@@ -31,7 +31,7 @@ class BOOT(Method):
     summary = "bootstraps the teacher's trajectory from its own predictions; data-free, one step"
     papers = ("2306.05544",)
     steps = "1"
-    exports = "LoRA with one more rank for the time it is told, or pipeline; as `dmd2`, at [999]"
+    exports = "LoRA with a rank more for the time it is told, or pipeline; LCM at [999]"
     student: Student
 
     @dataclass

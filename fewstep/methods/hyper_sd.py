@@ -40,7 +40,7 @@ class HyperSD(Method):
     )
     papers = ("2404.13686", "2405.18407")
     steps = "8, 4, 2, 1"
-    exports = "LoRA or pipeline; `TCDScheduler`, `DDIMScheduler` or `LCMScheduler`, flow: as `sid`"
+    exports = "LoRA or pipeline; TCD, DDIM or LCM"
     followers = ("target", "previous")
     student: Student
 

@@ -37,7 +37,7 @@ class MultiStudent(Method):
     summary = "a one-step student per part of the prompts, each by DMD2, and a router between them"
     papers = ("2410.23274",)
     steps = "1"
-    exports = "LoRA per part of the prompts, or pipeline of a smaller network, and a router; `LCMScheduler`"
+    exports = "LoRA per part of the prompts, or pipeline of a smaller network, and a router; LCM"
 
     @dataclass
     class Config(DMD2.Config):

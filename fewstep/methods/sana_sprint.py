@@ -29,7 +29,7 @@ class SanaSprint(Method):
     summary = "sCM plus LADD, one student for 1, 2 and 4 steps"
     papers = ("2503.09641",)
     steps = "1, 2, 4"
-    exports = "pipeline, `SanaSprintPipeline` with `SCMScheduler` for SANA; else as `scm`"
+    exports = "pipeline of SANA with SCM; else as scm"
     extras = ("weighting", "discriminator")
 
     @dataclass

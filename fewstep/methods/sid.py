@@ -36,7 +36,7 @@ class SiD(Method):
 
     summary = "score identity: Fisher divergence by a critic, gradient through both networks, data-free"
     papers = ("2404.04057", "2406.01561", "2410.14919", "2505.12674")
-    exports = "LoRA or pipeline; as `dmd2` or, by its noise, as `phased_dmd`"
+    exports = "LoRA or pipeline; LCM or DDIM, by its noise"
     networks = ("student", "critic")
     student: Student
     critic: NetDenoiser

@@ -26,7 +26,7 @@ class SIM(Method):
 
     summary = "score implicit matching: a distance of scores (pseudo-Huber, log-cosh, L2), data-free"
     papers = ("2410.16794",)
-    exports = "as `sid`"
+    exports = "LoRA or pipeline; LCM or DDIM, by its noise"
     networks = ("student", "critic")
     student: Student
 
