@@ -53,7 +53,9 @@ def measured(name: str, words: list[str], cycles: int) -> dict[str, Any]:
         for _ in range(cycles * count):
             trainer.iterate()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return {"seconds": wall / cycles / count, "cpu_seconds": cpu / cycles / count}
+    teacher: Any = trainer.method.teacher
+    chosen = {"autocast": str(teacher.autocast).removeprefix("torch."), "attention": teacher.attention}
+    return {"seconds": wall / cycles / count, "cpu_seconds": cpu / cycles / count, **chosen}
 
 
 def child(name: str, words: list[str], cycles: int, env: dict[str, str]) -> dict[str, Any]:
@@ -69,15 +71,16 @@ def table(result: dict[str, Any]) -> str:
         f"`{result['command']}`, {result['rounds']} rounds, {result['cpu']}. Medians; the ratio is to the",
         "first row, of the same round.",
         "",
-        "| processor | choice | seconds an iteration | processor time | ratio of seconds |",
-        "| --- | --- | --- | --- | --- |",
+        "| processor | choice | autocast, attention | seconds an iteration | processor time | ratio of seconds |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for units, rows in result["units"].items():
         first = next(iter(rows.values()))
         for choice, rounds in rows.items():
             seconds, cpu = (statistics.median(r[k] for r in rounds) for k in ("seconds", "cpu_seconds"))
             ratio = statistics.median(r["seconds"] / f["seconds"] for r, f in zip(rounds, first, strict=True))
-            lines.append(f"| {units} | {choice} | {seconds:.3f} | {cpu:.3f} | {ratio:.3f} |")
+            what = f"{rounds[0]['autocast']}, {rounds[0]['attention']}"
+            lines.append(f"| {units} | {choice} | {what} | {seconds:.3f} | {cpu:.3f} | {ratio:.3f} |")
     return "\n".join(lines) + "\n"
 
 
