@@ -35,8 +35,6 @@ COME_ALONG = {"huggingface_hub", "tokenizers", "typing_extensions"}  # with tran
 FOREIGN = {
     "torchvision",
     "open_clip",
-    "lpips",
-    "ImageReward",
     "torch_fidelity",
     "pytorch_fid",
 }  # never needed

@@ -10,9 +10,7 @@ from fewstep.cli.eval_sampling import PROTOCOL, SAMPLING, process
 
 EMOJI = "builtin:emoji"
 IMAGES = "folder or zip of image files, npz of images, statistics file, or builtin:emoji"
-SCORERS = (
-    "clip:PATH, open_clip:ARCHITECTURE:FILE, pickscore:PATH, hpsv2.1:PATH or imagereward; may be repeated"
-)
+SCORERS = "clip:PATH, open_clip:ARCHITECTURE:FILE, pickscore:PATH, hpsv2.1:PATH or imagereward:FOLDER; may be repeated"
 FLAGS = {
     "kid": "kernel distance, which has no small-sample bias",
     "prdc": "precision, recall, density and coverage",

@@ -292,14 +292,13 @@ class Session:
     def write_summary(self, report: bool = True) -> None:
         if not self.process.main:
             return
-        trainer = getattr(self, "trainer", None)
         summary = {
             "name": self.folder.name,
             "teacher": self.teacher.source,
             "method": self.method.name,
             "student_steps": self.method.student.num_steps,
-            "steps": trainer.progress.iteration if trainer else 0,
-            "seconds": round(trainer.seconds, 1) if trainer else 0,
+            "steps": self.trainer.progress.iteration,
+            "seconds": round(self.trainer.seconds, 1),
             "parameters": {n: sum(w.numel() for w in r.weights.values()) for n, r in self.roles.items()},
             "hardware": hardware(self.process),
             "arithmetic": {name: getattr(self.recipe.teacher, name) for name in ("autocast", "attention")},

@@ -1,4 +1,4 @@
-"""LPIPS between the images of one prompt, where the package and its backbone are on disk."""
+"""LPIPS (Zhang et al., arXiv 1801.03924), where its package and its backbone are on disk."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,24 +6,45 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-BACKBONE = "alexnet-owt-7be5be79.pth"  # torchvision's AlexNet; the linear heads come with the package
+from fewstep.errors import FewstepError
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+# torchvision's, as it names their files; the linear heads come with torchmetrics.
+BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 
 
-def find_lpips() -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The distance of images (B, 3, H, W) in -1..1 (Zhang et al., arXiv 1801.03924), or None if it is not here."""
-    if not (Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE).is_file():
-        return None
+def load_lpips(net: str, device: torch.device | str = "cpu") -> Distance:
+    """The distance (B,) of images (B, 3, H, W) in -1..1, frozen, with a gradient in the images.
+
+    Args:
+        net: one of ``BACKBONES``.
+
+    Raises:
+        FewstepError: a package or the backbone is not here; nothing is downloaded.
+    """
+    file = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net]
+    if not file.is_file():
+        raise FewstepError(f"{file} does not exist")
     try:
-        import lpips
-    except ImportError:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        metric = LearnedPerceptualImagePatchSimilarity(net_type=net)
+    except Exception as error:  # package, torchvision or weights: each fails in its own way
+        raise FewstepError(str(error).splitlines()[0]) from error
+    network = metric.net.requires_grad_(False).to(device)  # the metric itself keeps all that it has ever seen
+    return lambda a, b: network(a, b).flatten()
+
+
+def find_lpips(net: str = "alex") -> Distance | None:
+    """As :func:`load_lpips`, None where it is not here."""
+    try:
+        return load_lpips(net)
+    except FewstepError:
         return None
-    return lpips.LPIPS(net="alex", verbose=False).eval()
 
 
 @torch.no_grad()
-def lpips_diversity(
-    images: Tensor, groups: Tensor, distance: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[float, float]:
+def lpips_diversity(images: Tensor, groups: Tensor, distance: Distance) -> tuple[float, float]:
     """Mean distance of two images of one prompt, averaged over the prompts, and its standard error.
 
     Args:

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import RecipeError
+from ..errors import FewstepError, RecipeError
 from ..teachers.base import Teacher
-
-Distance = Callable[[Tensor, Tensor], Tensor]
+from .lpips import Distance, load_lpips
 
 
 def distance_of(kind: str, teacher: Teacher, vgg: Distance | None = None) -> Distance:
@@ -76,14 +75,10 @@ def _maps(teacher: Teacher) -> Callable[[Tensor], list[Tensor]]:
 
 def _lpips(teacher: Teacher) -> Distance:
     try:
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-        metric = (
-            LearnedPerceptualImagePatchSimilarity(net_type="vgg").to(teacher.device).requires_grad_(False)
-        )
-    except Exception as error:  # package, torchvision or weights: each fails in its own way
+        each = load_lpips("vgg", teacher.device)
+    except FewstepError as error:
         raise RecipeError(
-            f"method.regression: lpips: its VGG weights cannot be loaded ({str(error).splitlines()[0]}); install "
-            "fewstep[fid] with the weights in torch's cache, or use features or l2"
+            f"method.regression: lpips: its VGG weights cannot be loaded ({error}); install fewstep[fid] with the "
+            "weights in torch's cache, or use features or l2"
         ) from error
-    return metric
+    return lambda images, wanted: each(images, wanted).mean()

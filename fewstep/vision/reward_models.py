@@ -100,7 +100,8 @@ class ImageReward:
 
         place = Path(folder)
         pickled, tensors = place / "ImageReward.pt", place / "ImageReward.safetensors"
-        state = _state(tensors if tensors.is_file() else pickled)
+        self.file, self.device = tensors if tensors.is_file() else pickled, device
+        state = _state(self.file)
         for name in ("med_config.json", "vocab.txt"):
             if not (place / name).is_file():
                 raise FewstepError(f"{place / name} does not exist; ImageReward needs it beside its weights")
@@ -138,10 +139,14 @@ class ImageReward:
         self.tokenizer = BertTokenizer.from_pretrained(place, local_files_only=True, do_lower_case=True)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.score(prepared(images, self.size), prompts)
+
+    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Of images that are normalised and of the network's size already."""
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=self.TOKENS, return_tensors="pt"
-        ).to(images.device)
-        seen = self.vision(pixel_values=prepared(images, self.size)).last_hidden_state
+        ).to(pixels.device)
+        seen = self.vision(pixel_values=pixels).last_hidden_state
         read = self.text(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen
         ).last_hidden_state

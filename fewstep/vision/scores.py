@@ -1,6 +1,7 @@
 """Scores of an image and its caption: CLIP and the preference models, each a number per image."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,9 +9,11 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.vision import preprocess
-from fewstep.vision.clip import Clip, OpenClip
+from fewstep.vision.clip import MEAN, STD, Clip, OpenClip
+from fewstep.vision.extractor import file_sha256, full_precision
+from fewstep.vision.reward_models import ImageReward
 
-KINDS = ("clip:PATH", "open_clip:ARCHITECTURE:FILE", "pickscore:PATH", "hpsv2.1:PATH", "imagereward")
+KINDS = ("clip:PATH", "open_clip:ARCHITECTURE:FILE", "pickscore:PATH", "hpsv2.1:PATH", "imagereward:FOLDER")
 
 
 class Scorer:
@@ -61,26 +64,20 @@ class ClipScore(Scorer):
         return self.scale * self.clip.cosines(prepared, [self.prefix + c for c in captions])
 
 
-class ImageReward(Scorer):
-    """ImageReward-v1.0 (Xu et al., arXiv 2304.05977), by its own package, which pins old libraries."""
+class ImageRewardScore(Scorer):
+    """ImageReward-v1.0 (Xu et al., arXiv 2304.05977) after Pillow's resize, as its authors see an image."""
 
-    label, name, weights_sha256 = "ImageReward", "ImageReward-v1.0", "undeclared"
+    label, name = "ImageReward", "ImageReward-v1.0"
 
-    def __init__(self, device: str = "cpu"):
-        try:
-            import ImageReward
-        except ImportError as error:
-            raise FewstepError(
-                f"imagereward: the package cannot be imported ({error}): it needs an environment of its own with "
-                "`pip install image-reward`"
-            ) from None
-        self.model = ImageReward.load(self.name, device=device)
+    def __init__(self, model: ImageReward):
+        self.model, self.weights_sha256 = model, file_sha256(model.file)
+        crop = partial(preprocess.shortest_side_crop, size=model.size)
+        self.prepare = partial(preprocess.normalised, crop=crop, mean=MEAN, std=STD)
 
+    @torch.no_grad()
     def score(self, prepared: Tensor, captions: Sequence[str]) -> Tensor:
-        from PIL import Image
-
-        pairs = zip(prepared, captions)
-        return torch.tensor([self.model.score(text, Image.fromarray(x.numpy())) for x, text in pairs])
+        with full_precision():
+            return self.model.score(prepared.to(self.model.device), captions).cpu()
 
 
 def get_scorer(spec: str, device: str = "cpu", clip: dict[str, Any] | None = None) -> Scorer:
@@ -96,8 +93,8 @@ def get_scorer(spec: str, device: str = "cpu", clip: dict[str, Any] | None = Non
         FewstepError: unknown name, or weights that are not there.
     """
     kind, _, source = spec.partition(":")
-    if kind == "imagereward":
-        return ImageReward(device)
+    if kind == "imagereward" and source:
+        return ImageRewardScore(ImageReward(source, device))
     if kind not in ("clip", "open_clip", "pickscore", "hpsv2.1") or not source:
         raise FewstepError(f"unknown scorer {spec!r}: expected {', '.join(KINDS)}")
     model = OpenClip(source, device) if kind == "open_clip" else Clip(source, device)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from fewstep.vision import clip as clip_module
 from fewstep.vision.clip import Clip
 from fewstep.vision.extractor import file_sha256, identity
 from fewstep.vision.extractors import get_extractor
-from fewstep.vision.lpips import BACKBONE, find_lpips, lpips_diversity
+from fewstep.vision.lpips import BACKBONES, find_lpips, lpips_diversity
 from fewstep.vision.preprocess import center_crop, pil_resize
 from fewstep.vision.scores import get_scorer
 
@@ -158,21 +157,6 @@ def test_models_that_are_not_there_or_another_kind(clip_folder, tmp_path):
         get_scorer(f"clip:{tmp_path}/pickled")
 
 
-def test_imagereward_is_an_adapter(images, monkeypatch):
-    class Model:
-        def score(self, prompt, image):
-            return len(prompt) + image.size[0] / 100
-
-    package = types.SimpleNamespace(load=lambda name, device: Model())
-    monkeypatch.setitem(sys.modules, "ImageReward", package)
-    assert get_scorer("imagereward")(images, CAPTIONS).tolist() == pytest.approx(
-        [len(c) + 0.56 for c in CAPTIONS]
-    )
-    monkeypatch.setitem(sys.modules, "ImageReward", None)
-    with pytest.raises(FewstepError, match="pip install image-reward"):
-        get_scorer("imagereward")
-
-
 def test_inception_score_closed_forms():
     sure = 50 * torch.eye(5)[torch.arange(100) % 5]
     assert inception_score(sure)[0] == pytest.approx(5)  # sure and evenly varied: the number of classes
@@ -210,8 +194,8 @@ def test_lpips_diversity_is_over_pairs_of_a_prompt(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert find_lpips() is None  # no backbone here, and none is downloaded
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / BACKBONE).write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "lpips", None)
+    (tmp_path / "checkpoints" / BACKBONES["alex"]).write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
     assert find_lpips() is None
 
 
@@ -222,7 +206,7 @@ def test_lpips_diversity_is_over_pairs_of_a_prompt(monkeypatch, tmp_path):
         ("clip:openai/clip-vit-large-patch14", 0.0, 0.5),
         ("pickscore:yuvalkirstain/PickScore_v1", 5, 30),
         (f"hpsv2.1:{os.environ.get('FEWSTEP_HPSV21', 'path/of/HPSv2.1')}", 0, 50),
-        ("imagereward", -5, 5),
+        (f"imagereward:{os.environ.get('FEWSTEP_IMAGEREWARD', 'path/of/ImageReward')}", -5, 5),
     ],
 )
 def test_published_models_prefer_the_caption_that_is_true(spec, low, high):
@@ -258,7 +242,9 @@ def test_published_dinov2_and_lpips_see_likeness():
     a, b = dino(torch.from_numpy(base)), dino(torch.from_numpy(near))
     assert dino.dim == 1024 and (cosine_similarity(a, b) > cosine_similarity(a, b.flip(0))).all()
     distance = find_lpips()
-    assert distance is not None, f"torch.hub's cache lacks {BACKBONE}, or lpips is not installed"
+    assert distance is not None, (
+        f"{BACKBONES['alex']} is not in torch.hub's cache, or fewstep[fid] not installed"
+    )
     x, y = (torch.from_numpy(z).permute(0, 3, 1, 2) / 127.5 - 1 for z in (base, near))
     assert (distance(x, y).flatten() < distance(x, y.flip(0)).flatten()).all()
 

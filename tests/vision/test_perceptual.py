@@ -9,6 +9,7 @@ import torch
 from fewstep.diffusion.rng import Rng
 from fewstep.errors import RecipeError
 from fewstep.teachers import load_teacher
+from fewstep.vision.lpips import BACKBONES
 from fewstep.vision.perceptual import distance_of
 
 
@@ -30,19 +31,31 @@ def test_a_distance_is_zero_at_its_target_and_leads_there(teacher, kind):
     assert all(p.grad is None for p in teacher.pipe.vae.parameters())
 
 
-def test_lpips_sees_decoded_images_from_minus_one_to_one(teacher, monkeypatch):
+@pytest.fixture
+def backbone(monkeypatch, tmp_path):
+    """torch's cache, with a file where VGG's weights would be."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    file = tmp_path / "checkpoints" / BACKBONES["vgg"]
+    file.touch()
+    return file
+
+
+def test_lpips_sees_decoded_images_from_minus_one_to_one(teacher, monkeypatch, backbone):
     seen = []
 
-    class Metric(torch.nn.Module):
-        def __init__(self, net_type):
-            assert net_type == "vgg"
-            super().__init__()
-
+    class Network(torch.nn.Linear):  # with weights, to see them frozen
         def forward(self, images, wanted):
             seen.append((images, wanted))
-            return (images - wanted).abs().mean()
+            return (images - wanted).abs().mean((1, 2, 3), keepdim=True)
 
-    lpip = SimpleNamespace(LearnedPerceptualImagePatchSimilarity=Metric)
+    network = Network(1, 1)
+
+    def metric(net_type):
+        assert net_type == "vgg"
+        return SimpleNamespace(net=network)
+
+    lpip = SimpleNamespace(LearnedPerceptualImagePatchSimilarity=metric)
     monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", lpip)
     distance, target = distance_of("lpips", teacher), Rng(0).normal(2, *teacher.latent_shape)
     start = (3 * target).requires_grad_()
@@ -52,9 +65,13 @@ def test_lpips_sees_decoded_images_from_minus_one_to_one(teacher, monkeypatch):
     for pixels in (images, wanted):
         assert -1 <= pixels.min() < -0.5 and 0.5 < pixels.max() <= 1
     assert gradient.abs().sum() > 0 and not wanted.requires_grad
+    assert distance(start, target).shape == () and not network.weight.requires_grad
 
 
-def test_lpips_without_its_weights_is_refused_by_name(teacher, monkeypatch):
+def test_lpips_without_its_package_or_its_weights_is_refused_by_name(teacher, monkeypatch, backbone):
     monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
-    with pytest.raises(RecipeError, match=r"method\.regression: lpips"):
+    with pytest.raises(RecipeError, match=r"method\.regression: lpips: .*torchmetrics"):
+        distance_of("lpips", teacher)
+    backbone.unlink()
+    with pytest.raises(RecipeError, match=r"method\.regression: lpips: .*vgg16-397923af\.pth does not exist"):
         distance_of("lpips", teacher)

@@ -6,16 +6,20 @@ import math
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
-from fewstep.errors import RecipeError
-from fewstep.vision.clip import pooled
+from fewstep.errors import FewstepError, RecipeError
+from fewstep.vision.clip import MEAN, STD, pooled
+from fewstep.vision.extractor import file_sha256
 from fewstep.vision.reward import load_reward, of_latents
-from fewstep.vision.reward_models import Regression, prepared
+from fewstep.vision.reward_models import ImageReward, Regression, prepared
+from fewstep.vision.scores import get_scorer
 
 WIDTH, TEXT, DEPTH, PATCH, GRID, HEADS = 128, 32, 2, 4, 4, 2
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "dog", "on", "mat"]
@@ -172,6 +176,22 @@ def test_image_reward_is_the_published_arithmetic_on_the_published_names(folder)
     torch.testing.assert_close(score(images(), PROMPTS), expected, rtol=1e-4, atol=1e-5)
     assert (score(images(), PROMPTS) - score(images(), PROMPTS[::-1])).abs().min() > 1e-2  # the prompt counts
     assert (score(images(), PROMPTS) - score(images().flip(0), PROMPTS)).abs().min() > 1e-2  # and the image
+
+
+def test_evaluation_scores_with_the_same_model_behind_its_authors_resize(folder):
+    seen = (images() * 255).to(torch.uint8)
+    scorer = get_scorer(f"imagereward:{folder}")
+    made = scorer(seen.permute(0, 2, 3, 1), PROMPTS)
+    resized = [
+        Image.fromarray(x.permute(1, 2, 0).numpy()).resize((GRID * PATCH,) * 2, Image.BICUBIC) for x in seen
+    ]
+    pixels = torch.from_numpy(np.stack([np.asarray(x) for x in resized])).permute(0, 3, 1, 2) / 255
+    shift, scale = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    expected = ImageReward(str(folder)).score((pixels - shift) / scale, PROMPTS)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    assert scorer.weights_sha256 == file_sha256(folder / "ImageReward.pt") and not made.requires_grad
+    with pytest.raises(FewstepError, match="imagereward:FOLDER"):
+        get_scorer("imagereward")
 
 
 def test_safetensors_are_the_same_weights(folder, tmp_path):
