@@ -163,7 +163,7 @@ def calibrate(
     Raises:
         FewstepError: numbers out of range, or a solver that the teacher's path cannot have.
     """
-    if teacher.kind != "diffusion":
+    if not teacher.floor:
         raise FewstepError(f"{teacher.source}: a {teacher.kind} teacher has no noise schedule to search")
     schedule = teacher.denoiser.schedule
     flow = isinstance(schedule, Flow)

@@ -31,7 +31,7 @@ from .evaluate import evaluate_images
 from .floor import calibrate, floor_sampler, write_floor
 from .images import open_images
 from .statistics import table
-from .tokens import token_statistics, tokens_of
+from .tokens import TokenNumbers
 
 GRID = 16  # images shown of each row
 
@@ -53,9 +53,7 @@ def evaluate_run(
     # Written first, so that an interruption keeps the rows that are done.
     shown = [*asked.prompts[: GRID // 2], *asked.names[: GRID - GRID // 2]][:GRID]
     result: dict[str, Any] = {"prompts": shown, "rows": [], "notes": [_note(recipe, real)]}
-    taught: tuple[torch.Tensor, float] | None = (
-        None  # an autoregressive teacher's tokens and seconds per image
-    )
+    tokens = TokenNumbers(teacher)
     for name, kind, nfe, make in Rows(recipe, folder, teacher, images, asked):
         begin = time.perf_counter()
         pictures = make([*asked.prompts, *asked.names])
@@ -63,16 +61,7 @@ def evaluate_run(
         row: dict[str, Any] = {"name": name, "kind": kind, "nfe": nfe, "images": len(pictures)}
         if real is not None:
             row |= _numbers(real, pictures, asked, config.extractor)
-        if teacher.kind == "autoregressive":
-            tokens = tokens_of(teacher, pictures)
-            if kind == "teacher":
-                taught = (tokens, seconds)
-            elif kind == "student" and taught:
-                row["speed-up"] = round(taught[1] / seconds, 2)
-            found = token_statistics(tokens, taught[0] if taught else tokens, len(teacher.denoiser.codes))
-            row |= {
-                k: v for k, v in found.items() if taught or k != "token TV"
-            }  # which is against the teacher's
+        row |= tokens.of(kind, pictures, seconds)
         row |= {"seconds per image": round(seconds, 5), "grid": f"eval/{_slug(name)}.png"}
         cut = len(asked.prompts)
         some = np.concatenate([pictures[:cut][: GRID // 2], pictures[cut:][: GRID - GRID // 2]])

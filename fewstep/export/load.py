@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,44 +76,51 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _load(folder: Path, record: dict[str, Any], teacher: str | None, dtype: str, upcast: bool):
-    import diffusers
-
-    lora, parts = record["kind"] == "lora", record.get("parts")
     with hushed():
-        if lora:
+        if record["kind"] == "lora":
             pipe = load_pipeline(teacher or record["teacher"], dtype)
         else:
-            options = {"torch_dtype": getattr(torch, dtype), "use_safetensors": True}
-            pipe = pipeline_type(record["pipeline_class"]).from_pretrained(
-                folder / (parts[0] if parts else "") / "pipeline",
-                **options,
-                **dict.fromkeys(record.get("absent", [])),
-            )
-            if parts:
-                name, first = record["network"], network_of(pipe)
-                others = (
-                    type(first).from_pretrained(folder / part / "pipeline", subfolder=name, **options)
-                    for part in parts[1:]
-                )
-                setattr(pipe, name, PartNetworks([first, *others]))
+            pipe = _whole(folder, record, dtype)
         if upcast:
             pipe.to(torch.float32)
-        if lora:
-            for name in adapters(record):
-                pipe.load_lora_weights(folder / name, weight_name=LORA_FILE, adapter_name=name or None)
-            scheduler = getattr(diffusers, record["scheduler"])
-            pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
+        if record["kind"] == "lora":
+            _adapt(pipe, folder, record)
     pipe.set_progress_bar_config(disable=True)
-    if parts:
-
-        def use(k: int) -> None:
-            if lora:
-                pipe.set_adapters(parts[k])
-            else:
-                network_of(pipe).active = k
-
-        return RoutedPipeline(pipe, Router.load(folder), use), record
+    if "parts" in record:
+        return RoutedPipeline(pipe, Router.load(folder), _chooser(pipe, record)), record
     return pipe, record
+
+
+def _whole(folder: Path, record: Mapping[str, Any], dtype: str):
+    """The pipeline in the folder; of several parts the first one's, with a network of each."""
+    options = {"torch_dtype": getattr(torch, dtype), "use_safetensors": True}
+    first, *others = record.get("parts", [""])
+    cls, absent = pipeline_type(record["pipeline_class"]), dict.fromkeys(record.get("absent", []))
+    pipe = cls.from_pretrained(folder / first / "pipeline", **options, **absent)
+    if "parts" in record:
+        name, net = record["network"], network_of(pipe)
+        more = (
+            type(net).from_pretrained(folder / part / "pipeline", subfolder=name, **options)
+            for part in others
+        )
+        setattr(pipe, name, PartNetworks([net, *more]))
+    return pipe
+
+
+def _adapt(pipe: Any, folder: Path, record: Mapping[str, Any]) -> None:
+    """Gives the teacher's pipeline the export's LoRAs and its scheduler."""
+    import diffusers
+
+    for name in adapters(record):
+        pipe.load_lora_weights(folder / name, weight_name=LORA_FILE, adapter_name=name or None)
+    pipe.scheduler = getattr(diffusers, record["scheduler"]).from_pretrained(folder, subfolder="scheduler")
+
+
+def _chooser(pipe: Any, record: Mapping[str, Any]) -> Callable[[int], None]:
+    """Makes the student of part k the one that is sampled."""
+    if record["kind"] == "lora":
+        return lambda k: pipe.set_adapters(record["parts"][k])
+    return lambda k: setattr(network_of(pipe), "active", k)
 
 
 def at_steps(record: Mapping[str, Any], steps: int | None) -> dict[str, Any]:

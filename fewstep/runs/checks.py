@@ -83,16 +83,16 @@ def check_class(recipe: Recipe) -> None:
             f"teacher.path: {recipe.teacher.path} is a {found}, but this recipe was written for a {expected}; choose "
             "another recipe, or set teacher.pipeline_class null"
         )
-    kind, wanted = adapters()[found].kind, recipe.method_class.teacher_kind
-    if kind != wanted:
+    adapter, wanted = adapters()[found], recipe.method_class.teacher_kind
+    if adapter.kind != wanted:
         raise RecipeError(
             f"method.name: {recipe.method_class.name} distills {wanted} teachers, and {recipe.teacher.path} is "
-            f"{kind} ({found}); choose another method or teacher"
+            f"{adapter.kind} ({found}); choose another method or teacher"
         )
-    if kind == "autoregressive" and recipe.evaluation.floor_steps:
+    if recipe.evaluation.floor_steps and not adapter.floor:
         raise RecipeError(
-            f"evaluation.floor_steps: {recipe.evaluation.floor_steps}: an autoregressive teacher has no training-free "
-            "solver in few steps; leave them out"
+            f"evaluation.floor_steps: {recipe.evaluation.floor_steps}: a {found} has no training-free solver in few "
+            "steps; leave them out"
         )
 
 

@@ -24,6 +24,7 @@ class Autoregressive(Teacher):
     network = "transformer"
     autoencoder = "vqvae"
     kind = "autoregressive"
+    floor = False
     encoders: tuple[str, ...] = ()
     solver = ("midpoint", 10)
     denoiser: CodebookDenoiser  # type: ignore[assignment]  # of codes, where other teachers have a network's

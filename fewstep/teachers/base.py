@@ -32,7 +32,8 @@ class Teacher:
 
     Attributes:
         pipeline_class: name in ``model_index.json``. network: component that is distilled. kind: "diffusion", or
-            "autoregressive" for token models. solver: of pairs and their steps, by default.
+            "autoregressive" for token models. solver: of pairs and their steps, by default. floor: whether there are
+            solvers that sample it in few steps without training.
         pipe: the stock pipeline, frozen. denoiser: its network as a :class:`~fewstep.diffusion.denoiser.NetDenoiser`.
         latent_shape: (C, H, W) of one sample. packing: latents along the side of what a network takes as one token
             already packed (Flux).
@@ -44,6 +45,7 @@ class Teacher:
     packing: ClassVar[int] = 1
     kind: ClassVar[str] = "diffusion"
     solver: ClassVar[tuple[str, int]] = ("ddim", 50)
+    floor: ClassVar[bool] = True
     encoders: tuple[str, ...] = ("text_encoder",)
 
     def __init__(
