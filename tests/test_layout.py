@@ -27,8 +27,6 @@ ORDER = [
 # What is still to be untied: importing file, imported file.
 OWED = {
     ("methods.dd2", "export"),  # a student that starts from an earlier run's
-    ("methods.disback", "training.roles"),  # weights that are handed over in a loss
-    ("training.divergence", "training.trainer"),  # what a rescue does to the trainer
 }
 
 

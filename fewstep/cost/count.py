@@ -183,11 +183,12 @@ def _parts(recipe: Recipe, teacher: Teacher, trainer: Trainer) -> tuple[list[Par
 
 
 def _turns(trainer: Trainer) -> list[Turn]:
-    """Kinds of iterations, by the phases that are due in them, over the whole run."""
+    """Kinds of iterations, by the phases that are due in them, over the whole run; to copy once takes nothing."""
+    phases = [phase for phase in trainer.phases if phase.loss or not phase.once]
     kinds: Counter[tuple[str, ...]] = Counter()
     for iteration in range(trainer.config.steps):
         trainer.progress.iteration = iteration
-        kinds[tuple(phase.name for phase in trainer.phases if phase.due(trainer.progress))] += 1
+        kinds[tuple(phase.name for phase in phases if phase.due(trainer.progress))] += 1
     return [Turn(phases, count) for phases, count in kinds.items() if phases]
 
 

@@ -132,7 +132,9 @@ class Phase:
     Attributes:
         share: (begin, end) as fractions of the run; learning rates warm up and decay within it.
         rate: times the learning rates of its roles.
-        fresh: roles that start again from the teacher, optimiser and all, when the share begins.
+        once: only in the first iteration of the share in which ``when`` holds, and again after one in which it did not.
+        fresh: roles that start again from what they were built from, optimiser and all, when the share begins: before
+            any phase of that iteration.
         follows: (role, decay) instead of a loss: the weights become ``decay`` times their own plus the rest of that
             role's; 0 copies them.
     """
@@ -141,6 +143,7 @@ class Phase:
     train: tuple[str, ...]
     loss: Callable[[Batch, Progress], dict[str, Tensor]] | None
     every: int = 1
+    once: bool = False
     when: Callable[[Progress], bool] = always
     share: tuple[float, float] = (0.0, 1.0)
     rate: float = 1.0
@@ -152,10 +155,17 @@ class Phase:
         begin, end = (round(part * progress.steps) for part in self.share)
         return begin, end
 
+    def begins(self, progress: Progress) -> bool:
+        """Whether this is the first iteration of its share."""
+        return progress.iteration == self.span(progress)[0]
+
     def due(self, progress: Progress) -> bool:
         begin, end = self.span(progress)
         done = progress.iteration
-        return begin <= done < end and (done - begin) % self.every == 0 and self.when(progress)
+        if not (begin <= done < end and (done - begin) % self.every == 0 and self.when(progress)):
+            return False
+        before = replace(progress, iteration=done - 1)
+        return not self.once or self.begins(progress) or not self.when(before)
 
 
 class Method:

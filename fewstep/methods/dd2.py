@@ -160,9 +160,6 @@ class DD2(Method):
         ready = taught + c.regression_share
         begin = ready + c.alignment_share
 
-        def starts(progress: Progress) -> bool:
-            return progress.iteration == round(taught * progress.steps)
-
         phases = [
             Phase("initial", ("critic",), self.initial_loss, share=(0.0, taught)),
             Phase("generator", ("student",), self.generator_loss, every=c.critic_steps, share=(begin, 1.0)),
@@ -172,10 +169,10 @@ class DD2(Method):
             share, rate = (taught, ready), c.regression_rate
             phases.insert(1, Phase("regression", ("student",), self.regression_loss, share=share, rate=rate))
         if c.generator == "embeddings":
-            copied = Phase(
-                "start", ("student",), None, when=starts, share=(taught, 1.0), follows=("critic", 0.0)
+            share = (taught, 1.0)
+            phases.insert(
+                1, Phase("start", ("student",), None, once=True, share=share, follows=("critic", 0.0))
             )
-            phases.insert(1, copied)
         return phases
 
     # ------------------------------------------------------------------------------------------------- stage 1

@@ -11,7 +11,7 @@ This is the paper's algorithm. The authors' published code never loads its nodes
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser, Guidance, NetDenoiser
 from ..errors import RecipeError
-from ..training.roles import hand_over
 from .base import Batch, Expected, Method, Phase, Progress, register
 from .dmd2 import DMD2
 from .terms import regression
@@ -129,15 +128,25 @@ class DisBack(Method):
 
     def phases(self) -> list[Phase]:
         generator, critic = self.host.phases()
+        phases: list[Phase] = []
+        for k in range(self.config.nodes):
+            phases += self._recording(k)
         return [
-            *(self._recording(k) for k in range(self.config.nodes)),
+            *phases,
+            _handed(f"node_{self.config.nodes}", "critic", lambda p: p.iteration >= self.recorded),
             self._backtracking(generator, self.generator_loss),
             self._backtracking(critic, critic.loss),
         ]
 
-    def _recording(self, k: int) -> Phase:
-        steps, loss = self.config.record_steps, functools.partial(self.record_loss, k)
-        return Phase(f"record_{k + 1}", (f"node_{k + 1}",), loss, when=lambda p: p.iteration // steps == k)
+    def _recording(self, k: int) -> list[Phase]:
+        """Of node k, 0-based: from where the node before stopped, the first one from the teacher."""
+        steps, loss, name = self.config.record_steps, functools.partial(self.record_loss, k), f"node_{k + 1}"
+
+        def when(progress: Progress) -> bool:
+            return progress.iteration // steps == k
+
+        record = Phase(f"record_{k + 1}", (name,), loss, when=when)
+        return [_handed(f"node_{k}", name, when), record] if k else [record]
 
     def _backtracking(self, phase: Phase, loss) -> Phase:
         """A phase of the host whose iterations count from the end of the recording."""
@@ -151,21 +160,21 @@ class DisBack(Method):
 
     # ------------------------------------------------------------------------------------------------- losses
     def record_loss(self, k: int, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Node k learns to denoise what the untrained student makes, from where node k - 1 stopped."""
+        """Node k learns to denoise what the untrained student makes."""
         node, host = self.nodes[k], self.host
-        if k and progress.iteration == k * self.config.record_steps:
-            hand_over(self.nodes[k - 1].net, node.net)
         with torch.no_grad():
             x0, cond = host.generate(batch)
         x_t, t = host.noised(x0, batch)
         return {"denoising": regression(node, self.config.critic_loss, x0, x_t, t, cond)}
 
     def generator_loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        # The student's phase runs before the critic's and, in the first iteration, always.
-        if progress.iteration == self.recorded:
-            hand_over(self.nodes[-1].net, self.critic.net)
         self.target.index = self.target_index(progress)
         return self.host.generator_loss(batch, progress)
+
+
+def _handed(source: str, target: str, when: Callable[[Progress], bool]) -> Phase:
+    """The weights of one role become those of another, once, as ``when`` begins to hold."""
+    return Phase(f"{target}_start", (target,), None, once=True, when=when, follows=(source, 0.0))
 
 
 def _check_equal(denoisers: dict[str, NetDenoiser]) -> None:

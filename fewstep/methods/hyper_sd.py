@@ -207,9 +207,10 @@ class HyperSD(Method):
         phases: list[Phase] = []
         for i, share in enumerate(shares[: last + 1]):
             if self.previous is not None and i:
-                # Once, as the stage begins.
-                once: dict[str, Any] = {"follows": ("student", 0.0), "share": share, "every": 1 << 62}
-                phases.append(Phase(f"previous_{i + 1}", ("previous",), None, **once))
+                kept = ("student", 0.0)
+                phases.append(
+                    Phase(f"previous_{i + 1}", ("previous",), None, once=True, share=share, follows=kept)
+                )
             phases.append(Phase(f"stage_{i + 1}", ("student",), partial(self.consistency, i), share=share))
             if c.of_stage("gan_weight", i):
                 judge = partial(self.discrimination, i)

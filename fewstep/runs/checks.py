@@ -124,6 +124,10 @@ def check_length(method: Method, steps: int, per_iteration: int) -> None:
         RecipeError: with the role, its phase and a number of steps that would do.
     """
     phases = method.phases()
+    trained = {role for phase in phases if phase.loss for role in phase.train}
+    phases = [
+        phase for phase in phases if phase.loss or not trained & {*phase.train}
+    ]  # to be copied is not to learn
 
     def idle(steps: int) -> dict[str, str]:
         """Roles that no phase trains, and the first phase that would."""

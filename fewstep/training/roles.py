@@ -89,7 +89,7 @@ class Role:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Back to the teacher: a full copy takes its weights, an adapter becomes the identity again."""
+        """Back to what it was built from: the teacher's weights, or an adapter that is the identity."""
         settle(self.module)
         frozen = (
             dict(self.base.named_parameters()) if self.base is not None and self.config.kind == "full" else {}
@@ -149,20 +149,6 @@ def shell(module: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every parameter and buffer with the original."""
     tensors = itertools.chain(module.parameters(), module.buffers())
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
-
-
-@torch.no_grad()
-def hand_over(source: nn.Module, target: nn.Module) -> None:
-    """Copies weights between modules of equal structure; what shells share is left alone.
-
-    It runs before the first forward of an iteration and reads a module that this iteration does not train, so doing
-    it for every micro-batch, or again after a resume, changes nothing.
-    """
-    settle(source)
-    settle(target)
-    for theirs, mine in zip(source.parameters(), target.parameters(), strict=True):
-        if mine is not theirs:
-            mine.copy_(theirs)
 
 
 def build_role(name: str, base: nn.Module, config: RoleConfig, seed: int = 0) -> Role:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..configs import TrainConfig
 from ..data.batches import Data
+from ..diffusion.rng import Rng
 from ..errors import Interrupted, TrainingError
 from ..files import sweep
 from ..methods.base import Batch, Method, Phase, Progress
@@ -26,7 +27,7 @@ from ..process import Process
 from ..report.health import Watch
 from ..report.log import MetricsLog, StatusLine, direction, read_metrics
 from . import checkpoint
-from .divergence import Divergence, Outcome
+from .divergence import Divergence, Failed, Outcome
 from .means import Means
 from .optimizers import optimizer_of, take_step
 from .roles import Role
@@ -73,7 +74,7 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.begun: dict[str, float] = {}  # what the weights were, to see that they changed
         self.finite: dict[str, Tensor] = {}  # of this iteration's updates, by phase, on the device
-        self.divergence = Divergence(self)
+        self.divergence = Divergence(self.phases, self.again)
         self.status = StatusLine(config.steps, quiet=self.quiet)
 
     # ------------------------------------------------------------------------------------------------- the loop
@@ -95,7 +96,7 @@ class Trainer:
                 try:
                     self.iterate()
                     if self.progress.iteration == self.config.steps:
-                        self.divergence.settle()
+                        self._heed(self.divergence.settle())
                 except TrainingError as error:
                     self._roll_back(error, log)
                     continue
@@ -128,16 +129,17 @@ class Trainer:
         iteration = self.progress.iteration
         batches = self.batches(iteration)
         metrics: dict[str, Tensor] = {}
+        if fresh := [name for phase in self.phases if phase.begins(self.progress) for name in phase.fresh]:
+            # What is left of an update is for weights and moments as they were.
+            self._heed(self.divergence.settle())
+            self.restart(tuple(dict.fromkeys(fresh)))
         for phase in self.phases:
-            if phase.fresh and phase.span(self.progress)[0] == iteration:
-                self.divergence.settle()
-                self.restart(phase.fresh)
             if phase.due(self.progress):
                 metrics.update(self.turn(phase, batches))
         self.window.add(metrics)
         self.progress.iteration += 1
         finite, self.finite = self.finite, {}
-        self.divergence.note(iteration, finite)
+        self._heed(self.divergence.note(iteration, finite))
         if self.divergence.at_the_end():
             self.save("diverged")  # from here the failure that ends the run shows again
 
@@ -146,7 +148,7 @@ class Trainer:
         return [self.data.batch(iteration, i * world + rank) for i in range(count)]
 
     def restart(self, names: tuple[str, ...]) -> None:
-        """Roles begin again: the teacher's weights, an empty optimiser."""
+        """Roles begin again: the weights they were built from, an empty optimiser."""
         for name in names:
             self.roles[name].restart()
             self.optimizers[name].state.clear()
@@ -212,6 +214,68 @@ class Trainer:
             role.update_average(self.updates[role.name])
             optimizer.zero_grad(set_to_none=True)
         return norm
+
+    # ------------------------------------------------------------------------------------ updates that were not finite
+    def again(self, iteration: int, phase: Phase) -> bool:
+        """A phase's turn of an earlier iteration again, see :meth:`rescue`; the run goes on from where it is."""
+        now, self.progress.iteration = self.progress.iteration, iteration
+        try:
+            return self.rescue(phase)
+        finally:
+            self.progress.iteration, self.finite = now, {}
+
+    def rescue(self, phase: Phase) -> bool:
+        """A turn again, one sample at a time, without those whose gradient is not finite.
+
+        Returns:
+            Whether anything was left to learn from.
+        """
+        step, roles = self.progress.iteration, [self.roles[name] for name in phase.train]
+        for role in self.roles.values():
+            role.requires_grad_(role in roles)
+        weights = _weights(roles)
+        kept: list[Tensor | None] = [None] * len(weights)
+        means, lost, count = Means(), [], 0
+        earlier = self.phases[: self.phases.index(phase)]
+        before = [p.loss for p in earlier if p.loss and p.due(self.progress)]
+        for k, batch in enumerate(self.batches(step)):
+            for i in range(batch.shape[0]):
+                key = (self.config.seed, "rescue", step, phase.name, k, i, self.process.rank)
+                one = batch.row(i, Rng(*key, device=batch.rng.device))
+                sums: dict[str, Tensor] = {}
+                for loss in before:  # leaves what this phase takes over
+                    loss(one, self.progress)
+                one.log.clear()
+                self.add(sums, phase, one, roles, True, 1)
+                gradients = [w.grad for w in weights]
+                if _finite(gradients):
+                    count += 1
+                    means.add(sums)
+                    kept = [g if k is None else k if g is None else k + g for k, g in zip(kept, gradients)]
+                else:
+                    odd = [name for name, value in sums.items() if not value.isfinite()]
+                    lost.append(f"micro-batch {k} sample {i}" + (f" ({', '.join(odd)})" if odd else ""))
+                for role in roles:
+                    self.optimizers[role.name].zero_grad(set_to_none=True)
+        self.say(f"step {step}: {phase.name}: {_left_out(lost, count)}")
+        dropped = torch.tensor(float(len(lost)), device=self.process.device)
+        self.window.add({**means.means(), f"{phase.name}/dropped": dropped})
+        if count:
+            for weight, gradient in zip(weights, kept):
+                weight.grad = None if gradient is None else gradient / count
+            self.update(phase, roles)
+        return count > 0
+
+    def _heed(self, failed: Failed | None) -> None:
+        if failed is None:
+            return
+        step, phase = failed
+        where = f"; `fewstep replay {self.folder}` shows it again" if self.folder else ""
+        raise TrainingError(
+            f"step {step}: the gradient of {' and '.join(phase.train)} was not finite {Divergence.MAX_SKIPPED} times "
+            f"in a row{where}. Resume from the last checkpoint with a lower lr or with --train.clip_norm 1, or set "
+            "train.rollbacks"
+        )
 
     def learning_rate(self, role: Role, phase: Phase) -> float:
         """Linear warm-up, constant, linear decay to zero within the phase's share; counted in iterations."""
@@ -363,6 +427,18 @@ def _weights(roles: list[Role]) -> list[Tensor]:
 def _digest(role: Role) -> float:
     """Tells whether weights have changed; a collective on sharded roles."""
     return float(sum(whole(w).double().abs().sum() for w in role.weights.values()))
+
+
+def _finite(gradients: list[Tensor | None]) -> bool:
+    norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+    return bool(torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+
+
+def _left_out(lost: list[str], count: int) -> str:
+    """What is said of a turn that was taken again: the samples left out, and how many were not."""
+    what = f"{len(lost)} of {len(lost) + count} samples left out" if count else "update left out"
+    which = f"not finite: {', '.join(lost[:3])}" if lost else "each is finite alone"
+    return f"{what}, {which}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
 
 
 def _every(step: int, period: int) -> bool:

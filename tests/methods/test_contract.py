@@ -96,7 +96,7 @@ def test_any_turn_can_be_taken_again_sample_by_sample(name):
         due = [p for p in trainer.phases if p.name in again and p.due(Progress(step, STEPS, 16))]
         for phase in due:
             trainer.progress.iteration = step
-            assert trainer.divergence.rescue(phase)
+            assert trainer.rescue(phase)
             assert trainer.window.means()[f"{phase.name}/dropped"] == 0
             again.remove(phase.name)
         trainer.progress.iteration = step + 1

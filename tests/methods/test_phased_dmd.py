@@ -241,6 +241,29 @@ def test_the_critics_loss_between_levels_by_hand(ring, fitted):
     assert loss.item() == pytest.approx((weight * bounded * error).mean().item(), rel=1e-4)
 
 
+def test_an_experts_first_update_sees_the_critic_that_has_started_again(ring, fitted):
+    """Not the one of the phase before, which knows another level; and once: later ones see what it has learned."""
+    trainer = toy(PhasedDMD, PhasedDMD.Config(critic_steps=2), ring, fitted, steps=8, batch_size=8)
+    begin = [w.detach().clone() for w in trainer.roles["critic"].weights.values()]
+    seen, turn = [], trainer.turn
+
+    def watched(phase, batches):
+        critic = trainer.roles["critic"].weights.values()
+        if phase.name.startswith("generator"):
+            seen.append((phase.name, all(a.equal(b) for a, b in zip(critic, begin))))
+        return turn(phase, batches)
+
+    trainer.turn = watched
+    for _ in range(8):
+        trainer.iterate()
+    assert seen == [
+        ("generator_1", True),
+        ("generator_1", False),
+        ("generator_2", True),
+        ("generator_2", False),
+    ]
+
+
 def test_a_run_resumed_at_the_edge_of_a_phase_goes_on_exactly(ring, fitted, tmp_path):
     def run(folder, *stops):
         for stop in stops:

@@ -101,7 +101,7 @@ def test_the_gradient_is_the_mean_of_the_samples_that_are_left(ring, fitted):
     poison(trainer, lambda i, m: [2])
     got = []
     trainer.update = lambda phase, roles: got.extend(w.grad for role in roles for w in role.weights.values())
-    assert trainer.divergence.rescue(phase)
+    assert trainer.rescue(phase)
     for j, value in enumerate(got):
         wanted = torch.stack([g[j] for i, g in enumerate(gradients) if i != 2]).mean(0)
         assert torch.allclose(value, wanted, atol=1e-6)
@@ -235,7 +235,7 @@ def test_a_turn_again_runs_before_it_what_is_due_and_logs_its_own_numbers_only(t
     for step, times in ((0, SIZE), (1, 0)):  # the generator's turn comes every second iteration
         trainer.progress.iteration = step
         calls.clear()
-        assert trainer.divergence.rescue(trainer.phases[1]) and len(calls) == times
+        assert trainer.rescue(trainer.phases[1]) and len(calls) == times
     assert trainer.window.counts["health/critic_lag"] == counts["health/critic_lag"]
     assert trainer.window.counts["critic/denoising"] == counts["critic/denoising"] + 2
 

@@ -7,6 +7,7 @@ from toys import SD, Mlp, fit, toy
 
 from fewstep.diffusion.rng import Rng
 from fewstep.methods import METHODS
+from fewstep.methods.base import Phase, Progress
 from fewstep.teachers.analytic import GaussianMixture
 
 GAN = {"gan_weight": 1e-2, "taps": ["layers.0"], "num_steps": 2, "start": 999, "critic_steps": 2}
@@ -79,3 +80,40 @@ def test_an_update_without_a_finite_gradient_changes_neither_weights_nor_moments
     trainer.update(phase, [student])
     assert not any(a.equal(b) for a, b in zip(before, state()))
     assert trainer.finite["generator"]
+
+
+def due(phase, steps=12):
+    return [i for i in range(steps) if phase.due(Progress(i, steps))]
+
+
+def test_a_phase_that_is_due_once_is_so_where_its_share_or_its_condition_begins():
+    assert due(Phase("", (), None, once=True)) == [0]
+    assert due(Phase("", (), None, once=True, share=(0.25, 1.0))) == [3]
+    later = lambda progress: progress.iteration >= 5  # noqa: E731
+    assert due(Phase("", (), None, once=True, when=later)) == [5]
+    assert due(Phase("", (), None, once=True, when=later, share=(0.5, 1.0))) == [6]
+    assert due(Phase("", (), None, once=True, when=later, share=(0.0, 0.25))) == []
+    twice = lambda progress: progress.iteration % 6 < 2  # noqa: E731
+    assert due(Phase("", (), None, once=True, when=twice)) == [0, 6]
+    assert due(Phase("", (), None, share=(0.25, 0.5), every=2)) == [3, 5]
+
+
+def test_weights_are_copied_before_the_first_turn_and_not_again(ring):
+    trainer = trainer_of(
+        "dmd2", ring, {"num_steps": 1, "critic_steps": 1, "start": 625, "gan_weight": 0.0}, steps=4
+    )
+    flat = lambda name: torch.cat([w.detach().flatten() for w in trainer.roles[name].weights.values()])  # noqa: E731
+    copies = Phase("copy", ("critic",), None, once=True, share=(0.5, 1.0), follows=("student", 0.0))
+    trainer.phases.insert(0, copies)
+    seen, turn = [], trainer.turn
+
+    def watched(phase, batches):
+        result = turn(phase, batches)
+        seen.append((trainer.progress.iteration, phase.name, flat("critic").equal(flat("student"))))
+        return result
+
+    trainer.turn = watched
+    for _ in range(4):
+        trainer.iterate()
+    assert [(i, same) for i, name, same in seen if name == "copy"] == [(2, True)]
+    assert not any(same for i, name, same in seen if i > 2 or name == "critic")
