@@ -72,7 +72,7 @@ def forget_peak() -> None:
 def run(name: str, resolution: int, words: list[str]) -> dict[str, Any]:
     """Builds, runs each kind of turn once, exports, reads the export back."""
     from fewstep.cost.bench import _random
-    from fewstep.cost.count import _fill_optimizers, _turns
+    from fewstep.cost.count import _due, _fill_optimizers, _turns
 
     recipe = overridden(name, resolution, words)
     before, begin = resident("VmRSS"), time.perf_counter()
@@ -83,7 +83,7 @@ def run(name: str, resolution: int, words: list[str]) -> dict[str, Any]:
     turns = {}
     for turn in _turns(trainer):
         trainer.progress.iteration = next(
-            i for i in range(recipe.train.steps) if due(trainer, i) == turn.phases
+            i for i in range(recipe.train.steps) if _due(trainer, i) == turn.phases
         )
         forget_peak()
         begin = time.perf_counter()
@@ -103,11 +103,6 @@ def run(name: str, resolution: int, words: list[str]) -> dict[str, Any]:
         "losses": losses,
         "export": exported(trainer, recipe),
     }
-
-
-def due(trainer, iteration: int) -> tuple[str, ...]:
-    progress = replace(trainer.progress, iteration=iteration)
-    return tuple(phase.name for phase in trainer.phases if phase.due(progress))
 
 
 @torch.no_grad()

@@ -71,6 +71,10 @@ class RoleConfig:
         ema: decay of a moving average of the trained weights after each of this role's updates; 0 for none.
         ema_device: "cpu" keeps that average in the host's memory; null beside the weights.
         gradient_checkpointing: recompute this role's activations in the backward pass; null does as the teacher.
+        start_from: a finished run, one of its checkpoints, or an export, whose weights this role begins with: those of
+            the role of the same name, averaged where there is an average; an export has those of its student. null is
+            the teacher. An adapter must have the same rank and targets there; one of another alpha is rescaled. They
+            are read once: a run that is resumed has its own.
     """
 
     kind: Literal["lora", "full"] = "lora"
@@ -87,6 +91,7 @@ class RoleConfig:
     ema: float = 0.0
     ema_device: Literal["cpu"] | None = None
     gradient_checkpointing: bool | None = None
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -121,7 +121,7 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
         raise RecipeError(f"method: {options!r}; expected a mapping with a name, e.g. {{name: dmd2}}")
     method = get_method(str(options["name"]))
     method.Config.__pydantic_config__ = _FORBID  # type: ignore[attr-defined]
-    config = _validate(method.Config, {k: v for k, v in options.items() if k != "name"}, "method")
+    config = _validate(method.Config, _present(method, options), "method")
     recipe = _validate(Recipe, {**data, "method": config}, "")
     networks = method.networks_for(config)
     families = (n.rstrip("0123456789").rstrip("_") for n in networks)
@@ -132,6 +132,16 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
                 f"roles.{role}: {method.name} has no such role; expected one of {', '.join(known)}"
             )
     return recipe
+
+
+def _present(method: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they are called today; one that has moved and says nothing is left out."""
+    for old, new in method.moved.items():
+        if options.get(old) is not None:
+            raise RecipeError(
+                f"method.{old}: {options[old]}: is {new} now; give it there, and leave this out"
+            )
+    return {name: value for name, value in options.items() if name not in ("name", *method.moved)}
 
 
 def _validate(cls: type, data: Any, prefix: str) -> Any:
@@ -188,6 +198,11 @@ def digest(recipe: Recipe) -> str:
     """Hash of everything but the output folder; stands in ``fewstep.json`` of the export."""
     plain = to_dict(from_dict(to_dict(recipe)))  # 64 and 64.0 are the same alpha
     del plain["output"]
+    for role in plain[
+        "roles"
+    ].values():  # an option that came later leaves the hashes of what does without it alone
+        if role["start_from"] is None:
+            del role["start_from"]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 

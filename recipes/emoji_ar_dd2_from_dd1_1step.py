@@ -26,7 +26,6 @@ recipe = Recipe(
     method=DD2.Config(
         guidance_scale=1.0,
         generator="codes",
-        from_dd1="runs/emoji_ar_dd1_2step/export",
         critic_steps=2,
         matching="dmd",
         copies=2,
@@ -39,7 +38,14 @@ recipe = Recipe(
     data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji-ar"),
     roles={
         "student": RoleConfig(
-            kind="full", lr=2e-4, betas=(0.9, 0.99), weight_decay=1e-3, warmup=50, decay=500, ema=0.99
+            kind="full",
+            lr=2e-4,
+            betas=(0.9, 0.99),
+            weight_decay=1e-3,
+            warmup=50,
+            decay=500,
+            ema=0.99,
+            start_from="runs/emoji_ar_dd1_2step/export",
         ),
         "critic": RoleConfig(kind="full", lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100),
     },

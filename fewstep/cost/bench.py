@@ -115,7 +115,7 @@ def _random(recipe: Recipe, folder: Path | None = None) -> tuple[Trainer, dict[s
         getattr(teacher.pipe, teacher.autoencoder).to("cpu")
     kernels.set_precision(process.device, recipe.train.tf32)
     keep_freed(process.device)
-    roles, method = build(recipe, teacher, process)
+    roles, method = build(recipe, teacher, process, read=False)
 
     def draws(iteration: int, micro: int) -> tuple[Rng, Rng]:
         return Rng(0, iteration, micro, device=process.device), Rng(0, iteration)

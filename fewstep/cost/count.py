@@ -36,6 +36,7 @@ def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
     Every kind of iteration of the whole run is executed at the recipe's micro-batch, on tensors without storage, and
     at a second size where that tells something new: memory that another kind does not take as well, or a rollout of
     another length. With accumulation the micro-batch that is run is not the first, so gradients meet activations.
+    Roles are the teacher's: what else they may start from has the same shapes, and need not be there yet.
 
     Raises:
         FewstepError: no configuration of the teacher can be read, or the method decides by values it computes.
@@ -91,7 +92,7 @@ class Rehearsal:
     def __init__(self, recipe: Recipe, process: Process):
         self.recipe = recipe
         self.teacher = skeleton_teacher(recipe.teacher.path, **recipe.teacher.options())
-        roles, method = build(recipe, self.teacher, process)
+        roles, method = build(recipe, self.teacher, process, read=False)
         _stand_in(method, recipe, self.teacher)
         # Shards gather gradients in one way within an iteration and in another at its end.
         self.micro = min(2, recipe.train.accumulate) if process.mesh is not None else 1
@@ -123,11 +124,8 @@ def _plainly(recipe: Recipe) -> Recipe:
     attention = attention if attention in ATTENTION and attention != "auto" else "sdpa"
     names = (*recipe.method_class.networks_for(recipe.method), *recipe.method_class.extras)
     roles = {name: replace(recipe.role(name), optimizer="adamw") for name in names}
-    method = recipe.method
-    if getattr(method, "from_dd1", None):  # what a run starts from has the shape of what it would make
-        method = replace(method, from_dd1=None)
     teacher = replace(recipe.teacher, attention=attention, compile=False)
-    return replace(recipe, teacher=teacher, method=method, roles=roles)
+    return replace(recipe, teacher=teacher, roles=roles)
 
 
 def _stand_in(method: Method, recipe: Recipe, teacher: Teacher) -> None:
@@ -170,7 +168,7 @@ def _parts(recipe: Recipe, teacher: Teacher, trainer: Trainer) -> tuple[list[Par
                 name,
                 numel(role.module),
                 sum(w.numel() for w in weights),
-                storage_bytes(weights),
+                storage_bytes([*weights, *(role.start or {}).values()]),
                 storage_bytes(weights),
                 bytes_8bit(weights) if config.optimizer == "adamw8bit" else storage_bytes(moments),
                 0 if config.ema_device else storage_bytes((role.average or {}).values()),
@@ -183,13 +181,15 @@ def _parts(recipe: Recipe, teacher: Teacher, trainer: Trainer) -> tuple[list[Par
 
 
 def _turns(trainer: Trainer) -> list[Turn]:
-    """Kinds of iterations, by the phases that are due in them, over the whole run; to copy once takes nothing."""
-    phases = [phase for phase in trainer.phases if phase.loss or not phase.once]
-    kinds: Counter[tuple[str, ...]] = Counter()
-    for iteration in range(trainer.config.steps):
-        trainer.progress.iteration = iteration
-        kinds[tuple(phase.name for phase in phases if phase.due(trainer.progress))] += 1
+    """Kinds of iterations, by the phases that are due in them, over the whole run."""
+    kinds = Counter(_due(trainer, iteration) for iteration in range(trainer.config.steps))
     return [Turn(phases, count) for phases, count in kinds.items() if phases]
+
+
+def _due(trainer: Trainer, iteration: int) -> tuple[str, ...]:
+    """Names of the phases of an iteration, without those that copy once, which takes nothing."""
+    progress = replace(trainer.progress, iteration=iteration)
+    return tuple(p.name for p in trainer.phases if (p.loss or not p.once) and p.due(progress))
 
 
 def _run(trainer: Trainer, turn: Turn, accumulate: int, known: dict) -> tuple[Meter, int]:

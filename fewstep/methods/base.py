@@ -186,6 +186,7 @@ class Method:
         teacher_kind: "diffusion", or "autoregressive" for methods of token models.
         distance, reward: of latents, set before training where :meth:`wants` names them.
         Config: dataclass of its options, see :class:`Options`; the paper's values are the defaults.
+        moved: options that it had once -> where their values belong now, for recipes of that time.
         needs: data it cannot run without, given its configuration: any of "prompts", "images", "pairs".
     """
 
@@ -198,6 +199,7 @@ class Method:
     extras: ClassVar[tuple[str, ...]] = ("discriminator",)
     teacher_kind: ClassVar[str] = "diffusion"
     followers: ClassVar[tuple[str, ...]] = ()
+    moved: ClassVar[Mapping[str, str]] = {}
     Config: ClassVar[type]
     student: Sampler
     critic: Denoiser | None = None

@@ -8,7 +8,7 @@ tracks the former. What is distilled is a law, not a map, so pairs serve only to
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.student import Student
-from ..errors import FewstepError, RecipeError
+from ..errors import RecipeError
 from ..tokens.codes import CodebookDenoiser
 from ..tokens.entries import EntryStudent
 from .base import Batch, Method, Phase, Progress, register
@@ -39,6 +39,7 @@ class DD2(Method):
     networks = ("student", "critic")
     extras = ()
     teacher_kind = "autoregressive"
+    moved: ClassVar = {"from_dd1": "roles.student.start_from"}
     student: Student
     critic: CausalStudent
 
@@ -65,9 +66,8 @@ class DD2(Method):
                 fine-tuning that makes LlamaGen read them).
             generator: "embeddings", the paper's, whose tokens are what its flow head makes of the noise; or "codes", a
                 student as DD1 has it, whose tokens are the likeliest codes. Gradients pass to the mean code of its
-                probabilities (straight through)*, and its stage of regression is DD1's cross-entropy.
-            from_dd1: of "codes": the export folder of a DD1 run, whose student the generator starts from; null is the
-                teacher*.
+                probabilities (straight through)*, and its stage of regression is DD1's cross-entropy. It may start from
+                a finished DD1 student: ``roles.student.start_from``*.
             head_width, head_depth: of the flow head (3 blocks of 1024).
         """
 
@@ -86,7 +86,6 @@ class DD2(Method):
         alignment_share: float = 0.0
         prefix: Literal["nearest", "continuous"] = "nearest"
         generator: Literal["embeddings", "codes"] = "embeddings"
-        from_dd1: str | None = None
         head_width: int = 1024
         head_depth: int = 3
 
@@ -110,10 +109,6 @@ class DD2(Method):
                 )
             if self.regression_weight < 0:
                 raise RecipeError(f"method.regression_weight: {self.regression_weight}: expected 0 or more")
-            if self.from_dd1 and self.generator != "codes":
-                raise RecipeError(
-                    f"method.from_dd1: {self.from_dd1}: a student of DD1 makes codes; set method.generator to codes"
-                )
 
         def smoke(self) -> Self:
             return replace(self, critic_steps=2, initial_share=0.25, head_width=32)
@@ -143,8 +138,6 @@ class DD2(Method):
     def network(cls, config: DD2.Config, teacher, name: str) -> nn.Module:
         from ..tokens.students import CausalStudent, ParallelStudent
 
-        if name == "student" and config.from_dd1:
-            return _finished(config.from_dd1, teacher)
         if name == "student" and config.generator == "codes":
             return ParallelStudent.of(teacher.net, teacher.denoiser.codes, split=sum(teacher.net.groups))
         options = {"head_width": config.head_width, "head_depth": config.head_depth}
@@ -260,29 +253,3 @@ class DD2(Method):
         """At a time per token (B, n, 1)."""
         t = self.teacher.schedule.draw_times(batch.rng.uniform(*q.shape[:2], 1), low, high)
         return self.teacher.schedule.add_noise(q, batch.rng.normal_like(q), t), t
-
-
-def _finished(folder: str, teacher) -> nn.Module:
-    """The student of DD1 in an export; all its tokens are the logits' from here on.
-
-    Raises:
-        RecipeError: no export or a damaged one, another kind of student, or one of other codes.
-    """
-    from ..export import load_exported
-    from ..tokens.students import ParallelStudent
-
-    try:
-        student = getattr(load_exported(folder)[0], "transformer", None)
-    except FewstepError as error:
-        raise RecipeError(f"method.from_dd1: {error}") from error
-    if not isinstance(student, ParallelStudent):
-        raise RecipeError(
-            f"method.from_dd1: {folder}: holds a {type(student).__name__}; expected the ParallelStudent of a DD1 run"
-        )
-    codes = teacher.denoiser.codes
-    if student.codes.shape != codes.shape or not torch.allclose(student.codes, codes.cpu(), atol=1e-3):
-        raise RecipeError(
-            f"method.from_dd1: {folder}: its student was trained for another codebook than this teacher's"
-        )
-    student.register_to_config(split=sum(student.trunk.groups))
-    return student.to(codes.device)

@@ -20,6 +20,7 @@ from ..training.roles import Role, build_role
 from ..training.sharding import distribute
 from ..vision.perceptual import distance_of
 from ..vision.reward import load_reward, of_latents
+from . import starts
 from .checks import check_gain
 
 # What methods want beside a teacher (:meth:`Method.wants`), of their options, the teacher and the prompts.
@@ -31,8 +32,15 @@ TOOLS: dict[str, Callable[[Any, Teacher, list[str]], Any]] = {
 }
 
 
-def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str, Role], Method]:
-    """Roles and method of a recipe; trained weights are sharded over the processes, if there are several."""
+def build(
+    recipe: Recipe, teacher: Teacher, process: Process, read: bool = True
+) -> tuple[dict[str, Role], Method]:
+    """Roles and method of a recipe; trained weights are sharded over the processes, if there are several.
+
+    Args:
+        read: what roles start from (``start_from``); without it they are the teacher's, for a checkpoint to fill
+            them, or where nothing but their shapes matters.
+    """
     cls, t = recipe.method_class, recipe.teacher
     kernels.set_attention(teacher.net, t.attention)
     if t.channels_last:
@@ -62,6 +70,8 @@ def build(recipe: Recipe, teacher: Teacher, process: Process) -> tuple[dict[str,
     for name, module in method.heads().items():
         roles[name] = Role(name, module.to(process.device), recipe.role(name))
     check_gain(method, teacher)
+    if read:
+        starts.start(roles, recipe, teacher, process)
     for role in roles.values():
         distribute(role.module, process)
         role.collect()

@@ -35,6 +35,7 @@ from ..training.trainer import Trainer
 from .build import TOOLS, build, encode, on_pixels
 from .checks import check_class, check_data, check_length, check_output, check_space
 from .preview import Preview
+from .starts import check_starts
 from .summary import hardware, versions
 from .trackers import Trackers
 
@@ -88,7 +89,7 @@ def reexport(folder: str | Path, arguments: Sequence[str] = (), step: str = "new
     """
     folder = Path(folder)
     recipe = recipes.override(_recipe_of(folder), arguments)
-    session = Session(recipe, *check_data(recipe), start("cpu"))
+    session = Session(recipe, *check_data(recipe), start("cpu"), begun=True)
     if not session.trainer.restore():
         raise FewstepError(f"{folder}: no checkpoint to export; train it first")
     if step != "newest":
@@ -112,7 +113,8 @@ def replay(folder: str | Path) -> bool:
     if reason := checkpoint.fault(snapshot):
         raise FewstepError(f"{snapshot}: {reason}; nothing to replay")
     recipe = _recipe_of(folder)
-    trainer = Session(recipe, *check_data(recipe), start(recipe.train.device, recipe.train.shard)).trainer
+    process = start(recipe.train.device, recipe.train.shard)
+    trainer = Session(recipe, *check_data(recipe), process, begun=True).trainer
     trainer.restore(snapshot)
     trainer.folder = None  # leaves everything as it is
     try:
@@ -133,8 +135,11 @@ def execute(recipe: Recipe, resuming: bool = False) -> Path:
     prompts, images = check_data(recipe)
     check_class(recipe)
     kernels.check_attention(recipe.teacher.attention)
+    begun = resuming and bool(checkpoint.every(folder / "checkpoints"))
+    if not begun:
+        check_starts(recipe)
     process = start(recipe.train.device, recipe.train.shard)
-    session = Session(recipe, prompts, images, process)
+    session = Session(recipe, prompts, images, process, begun)
     recipe = session.recipe
     if process.main:
         if note := kernels.doubt(recipe.teacher.autocast, process.device):
@@ -177,16 +182,27 @@ def settled(recipe: Recipe, teacher: Teacher, process: Process) -> Recipe:
 
 
 class Session:
-    """What a recipe becomes once loaded: teacher, roles, method, data, trainer."""
+    """What a recipe becomes once loaded: teacher, roles, method, data, trainer.
 
-    def __init__(self, recipe: Recipe, prompts: list[str], images: CaptionedImages | None, process: Process):
+    Args:
+        begun: a checkpoint will fill the weights, so what they started from is not read.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        prompts: list[str],
+        images: CaptionedImages | None,
+        process: Process,
+        begun: bool = False,
+    ):
         self.process, self.folder = process, Path(recipe.output)
         quiet = not process.main
         self.teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
         self.recipe = recipe = settled(recipe, self.teacher, process)
         kernels.set_precision(process.device, recipe.train.tf32)
         keep_freed(process.device)
-        self.roles, self.method = build(recipe, self.teacher, process)
+        self.roles, self.method = build(recipe, self.teacher, process, read=not begun)
         train = recipe.train
         check_length(self.method, train.steps, train.batch_size * train.accumulate * process.world)
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import tempfile
 from pathlib import Path
 
-from ..configs import EvalConfig, SampleConfig
+from ..configs import EvalConfig, RoleConfig, SampleConfig
 from ..data.prompts import CLASSES, UNCONDITIONAL
 from ..recipe import Recipe
 
@@ -18,7 +19,8 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
     """Four steps of two samples, a small rank, two images evaluated, output in a temporary folder.
 
     Unless the teacher is given or built in, a tiny random pipeline of the recipe's class stands in; where prompts and
-    images are no files here, a few emoji do.
+    images are no files here, a few emoji do. What roles start from is left out: weights of another run would be of
+    other sizes than these, and may not be there yet.
     """
     folder = Path(tempfile.mkdtemp(prefix="fewstep-smoke-"))
     teacher, data = recipe.teacher, recipe.data
@@ -42,10 +44,8 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
         images=data.images if data.images is None or Path(data.images).is_dir() else str(few),
     )
     method = recipe.method.smoke()
-    if getattr(method, "from_dd1", None):
-        method = dataclasses.replace(method, from_dd1=None)  # a run of its own
     names = (*recipe.method_class.networks_for(method), *recipe.method_class.extras)
-    roles = {n: dataclasses.replace(recipe.role(n), rank=min(RANK, recipe.role(n).rank)) for n in names}
+    roles = {name: _small(name, recipe.role(name)) for name in names}
     train = dataclasses.replace(
         recipe.train,
         steps=4,
@@ -71,6 +71,15 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
         samples=SampleConfig(count=2, teacher_steps=2, columns=2),
         evaluation=EvalConfig(num=0),
     )
+
+
+def _small(name: str, config: RoleConfig) -> RoleConfig:
+    if config.start_from is not None:
+        print(
+            f"fewstep: note: --smoke: {name} starts from the teacher, not from {config.start_from}",
+            file=sys.stderr,
+        )
+    return dataclasses.replace(config, rank=min(RANK, config.rank), start_from=None)
 
 
 def _few_pairs(folder: Path, teacher, prompts: str, method) -> Path:

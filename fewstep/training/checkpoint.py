@@ -65,6 +65,8 @@ def _tensors(roles: Mapping[str, Role], optimizers: Optimizers) -> dict[str, Ten
                     tensors[f"{role.name}/optimizer/{part}/{name}"] = tensor.detach()
         for name, value in (role.average or {}).items():
             tensors[f"{role.name}/average/{name}"] = value.detach()
+        for name, value in (role.start or {}).items():
+            tensors[f"{role.name}/start/{name}"] = value.detach()
     return tensors
 
 
@@ -125,14 +127,11 @@ def load(
     Raises:
         FewstepError: the checkpoint is of another run: weights differ in names or shapes.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
-    from torch.distributed.checkpoint import load as load_shards
-
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    reader = HuggingFaceStorageReader(str(folder))
-    entries = reader.read_metadata().state_dict_metadata
+    entries = sizes(folder)
     expected = {f"{r.name}/weight/{n}": w.shape for r in roles.values() for n, w in r.weights.items()}
-    found = {n: getattr(entry, "size", None) for n, entry in entries.items() if "/weight/" in n}
+    expected |= {f"{r.name}/start/{n}": w.shape for r in roles.values() for n, w in (r.start or {}).items()}
+    found = {n: size for n, size in entries.items() if n.split("/")[1] in ("weight", "start")}
     if expected != found:
         odd = sorted(n for n in expected | found if expected.get(n) != found.get(n))[:3]
         raise FewstepError(
@@ -152,17 +151,36 @@ def load(
                     optimizer.state[weight][key] = like.detach()
                 elif f"{role.name}/optimizer/{key}.codes/{name}" in entries:
                     optimizer.state[weight][key] = empty_8bit(optimizer, weight, key)
+    read(folder, _tensors(roles, optimizers), process)
+    return state
+
+
+def sizes(folder: Path) -> dict[str, torch.Size]:
+    """Whole shape of every tensor by its flat name: role, what of it, weight."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    entries: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: entry.size for name, entry in entries.items()}
+
+
+def read(folder: Path, tensors: dict[str, Tensor], process: Process | None = None) -> None:
+    """Fills tensors by their flat names, whatever number of processes wrote them.
+
+    Args:
+        process: None where each process reads by itself, and tensors are whole.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint import load as load_shards
+
     several = process is not None and process.world > 1
-    control = process.control if process is not None else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns where there is one process only
         load_shards(
-            _tensors(roles, optimizers),
-            storage_reader=reader,
-            process_group=control if several else None,
+            tensors,
+            storage_reader=HuggingFaceStorageReader(str(folder)),
+            process_group=process.control if process is not None and several else None,
             no_dist=not several,
         )
-    return state
 
 
 def fault(folder: Path) -> str | None:

@@ -63,10 +63,12 @@ class Role:
     Attributes:
         name, module, config: as built. weights: name -> trained parameter, a fixed order.
         average: name -> moving average of the same weights, or None.
+        start: name -> what :meth:`restart` goes back to, or None for the teacher; see :meth:`remember`.
     """
 
     def __init__(self, name: str, module: nn.Module, config: RoleConfig, base: nn.Module | None = None):
         self.name, self.module, self.config, self.base = name, module, config, base
+        self.start: dict[str, Tensor] | None = None
         self.collect()
 
     def collect(self) -> None:
@@ -87,15 +89,22 @@ class Role:
         for parameter in self.weights.values():
             parameter.requires_grad_(on)
 
+    def remember(self) -> None:
+        """Of a role that will start again: keeps its weights, where they came from elsewhere than the teacher."""
+        if self.config.start_from is not None:
+            self.start = {name: weight.detach().clone() for name, weight in self.weights.items()}
+
     @torch.no_grad()
     def restart(self) -> None:
-        """Back to what it was built from: the teacher's weights, or an adapter that is the identity."""
+        """Back to what it was built from: what ``start_from`` gave, else the teacher, an adapter as the identity."""
         settle(self.module)
         frozen = (
             dict(self.base.named_parameters()) if self.base is not None and self.config.kind == "full" else {}
         )
         for name, weight in self.weights.items():
-            if self.config.kind == "full":
+            if self.start is not None:
+                weight.copy_(self.start[name])
+            elif self.config.kind == "full":
                 assign(weight, frozen[name].float())
             elif ".lora_B." in name:
                 weight.zero_()

@@ -67,6 +67,8 @@ class Trainer:
         self.quiet = quiet or not self.process.main
         per_iteration = config.batch_size * config.accumulate * self.process.world
         self.phases, self.progress = method.phases(), Progress(0, config.steps, per_iteration)
+        for name in {name for phase in self.phases for name in phase.fresh}:
+            roles[name].remember()
         self.optimizers = {name: optimizer_of(role) for name, role in roles.items()}
         self.updates = dict.fromkeys(roles, 0)
         self.seconds, self.rolled_back = 0.0, 0
