@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import recipe as recipes
 from ..configs import RoleConfig
@@ -34,7 +35,7 @@ class Source:
     """
 
     folder: Path
-    sizes: Mapping[str, torch.Size]
+    sizes: dict[str, torch.Size]
     teacher: str
     strength: float
     read: Callable[[Mapping[str, Tensor]], None]
@@ -77,18 +78,24 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def _refused(name: str, source: Source, why: str) -> RecipeError:
+    return RecipeError(f"roles.{name}.start_from: {source.folder}: {why}")
+
+
 def _check_kind(name: str, config: RoleConfig, source: Source) -> None:
-    held = "an adapter" if source.kind == "lora" else "whole weights"
+    held, rank = {"lora": "an adapter", "full": "whole weights"}[source.kind], max(source.ranks, default=0)
     if source.kind != config.kind:
-        raise RecipeError(
-            f"roles.{name}.start_from: {source.folder}: holds {held}, and roles.{name}.kind is {config.kind}; expected "
-            f"{source.kind}, or a run that trained this role as {config.kind}"
+        raise _refused(
+            name,
+            source,
+            f"holds {held}, and roles.{name}.kind is {config.kind}; expected {source.kind}, or a run that trained this "
+            f"role as {config.kind}",
         )
     if source.ranks and config.rank not in source.ranks:
-        rank = max(source.ranks)
-        raise RecipeError(
-            f"roles.{name}.start_from: {source.folder}: holds an adapter of rank {rank}, and roles.{name}.rank is "
-            f"{config.rank}; expected {rank}"
+        raise _refused(
+            name,
+            source,
+            f"holds an adapter of rank {rank}, and roles.{name}.rank is {config.rank}; expected {rank}",
         )
 
 
@@ -190,7 +197,7 @@ def _of_export(name: str, folder: Path) -> Source:
     return Source(folder, sizes, record["teacher"], 1.0, read, lambda: None)
 
 
-def _tensors(files: list[Path], of: Callable) -> Iterator[tuple[str, object]]:
+def _tensors(files: list[Path], of: Callable) -> Iterator[tuple[str, Any]]:
     """What is asked of each tensor of files, by the name that it has in a role, in diffusers' files of either kind."""
     for path in files:
         with safe_open(path, "pt") as tensors:
@@ -203,80 +210,66 @@ def _tensors(files: list[Path], of: Callable) -> Iterator[tuple[str, object]]:
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
-@torch.no_grad()
 def start(roles: Mapping[str, Role], recipe: Recipe, teacher: Teacher, process: Process) -> None:
     """Weights of roles that start from something else than the teacher; before they are split over processes.
 
     Raises:
-        RecipeError: as :func:`check_starts`; or other layers, another size, other constants, or a damaged checkpoint.
+        RecipeError: as :func:`check_starts`; or other layers, another size, other constants, or damaged files.
     """
     for name, role in roles.items():
         if role.config.start_from is None:
             continue
         source = _found(name, role.config.start_from, recipe)
-        head = name in recipe.method_class.extras
-        if not head:
+        if name not in recipe.method_class.extras:
             _check_kind(name, role.config, source)
-        weights = {n: p.detach() for n, p in role.module.named_parameters() if p.requires_grad}
-        constants = {} if source.kind == "lora" else _held_constants(role.module, source)
-        _check_sizes(name, weights, source, constants)
         if fault := process.collect(source.fault() if process.main else None)[0]:
-            raise RecipeError(
-                f"roles.{name}.start_from: {source.folder}: {fault}; give another checkpoint of that run"
-            )
-        found = {n: torch.empty_like(buffer) for n, buffer in constants.items()}
-        try:
-            source.read({**weights, **found})
-        except Exception as error:
-            raise RecipeError(
-                f"roles.{name}.start_from: {source.folder}: cannot be read: {_one_line(error)}"
-            ) from error
-        _check_constants(name, constants, found, source)
-        if source.kind == "lora" and not head:
-            _rescale(weights, source.strength / (role.config.alpha / role.config.rank))
-            if process.main and source.teacher != teacher.source:
-                print(
-                    f"fewstep: note: roles.{name}.start_from: {source.folder} is an adapter of {source.teacher}, and "
-                    f"goes on {teacher.source} here",
-                    file=sys.stderr,
-                )
+            raise _refused(name, source, f"{fault}; give another checkpoint of that run")
+        _fill(role, source)
+        if source.kind == "lora" and source.teacher != teacher.source and process.main:
+            moved = f"{source.folder} is an adapter of {source.teacher}, and goes on {teacher.source} here"
+            print(f"fewstep: note: roles.{name}.start_from: {moved}", file=sys.stderr)
 
 
-def _held_constants(module: nn.Module, source: Source) -> dict[str, Tensor]:
-    """Buffers that the source holds too, such as a codebook."""
-    return {name: buffer for name, buffer in module.named_buffers() if name in source.sizes}
+@torch.no_grad()
+def _fill(role: Role, source: Source) -> None:
+    """The weights of a source; an adapter's by this role's own ``alpha / rank``.
 
-
-def _check_sizes(
-    name: str, weights: Mapping[str, Tensor], source: Source, constants: Mapping[str, Tensor]
-) -> None:
-    own = {n: tensor.shape for n, tensor in {**weights, **constants}.items()}
-    odd = sorted(n for n in own | source.sizes if own.get(n) != source.sizes.get(n))
-    if not odd:
-        return
-    holds, remedy = "holds other weights than this role trains", "a network of the same architecture and size"
-    if source.kind == "lora" and own.keys() != source.sizes.keys():
-        odd = sorted({n.split(".lora_")[0] for n in own.keys() ^ source.sizes.keys()})
-        holds, remedy = f"adapts other layers than roles.{name}.targets", "those of that run"
-    raise RecipeError(
-        f"roles.{name}.start_from: {source.folder}: {holds}, e.g. {', '.join(odd[:2])}; expected {remedy}"
-    )
-
-
-def _check_constants(
-    name: str, own: Mapping[str, Tensor], found: Mapping[str, Tensor], source: Source
-) -> None:
-    """They may be rounded, as exports are."""
-    for constant, value in own.items():
-        if not torch.allclose(value.float(), found[constant].float(), rtol=1e-2, atol=1e-3):
-            raise RecipeError(
-                f"roles.{name}.start_from: {source.folder}: was trained with other {constant} than this teacher's; "
-                "expected a student of this teacher"
-            )
-
-
-def _rescale(weights: Mapping[str, Tensor], ratio: float) -> None:
-    """The same network by another ``alpha / rank``."""
-    for name, weight in weights.items():
+    What a source holds beside weights, such as a codebook, is compared: exports may round it.
+    """
+    own = {n: p.detach() for n, p in role.module.named_parameters() if p.requires_grad}
+    constants = {n: value for n, value in role.module.named_buffers() if n in source.sizes}
+    _check_sizes(role, {**own, **constants}, source)
+    theirs = {n: torch.empty_like(value) for n, value in constants.items()}
+    try:
+        source.read({**own, **theirs})
+    except Exception as error:  # a damaged file raises its reader's own kinds
+        raise _refused(role.name, source, f"cannot be read: {_one_line(error)}") from error
+    for name, value in constants.items():
+        if not torch.allclose(value.float(), theirs[name].float(), rtol=1e-2, atol=1e-3):
+            why = f"was trained with other {name} than this teacher's; expected a student of this teacher"
+            raise _refused(role.name, source, why)
+    ratio = source.strength / (role.config.alpha / role.config.rank)
+    for name, weight in own.items():
         if ".lora_B." in name and ratio != 1:
             weight.mul_(ratio)
+
+
+def _check_sizes(role: Role, tensors: Mapping[str, Tensor], source: Source) -> None:
+    own = {name: tensor.shape for name, tensor in tensors.items()}
+    odd = sorted(name for name in own | source.sizes if own.get(name) != source.sizes.get(name))
+    if not odd:
+        return
+    holds, expected = (
+        "holds other weights than this role trains",
+        "a network of the same architecture and size",
+    )
+    missing, other = own.keys() - source.sizes.keys(), own.keys() ^ source.sizes.keys()
+    if told := [name for name in missing if "_embedding.embedder." in name]:
+        odd, expected = (
+            sorted(told),
+            "the run of that student, whose export lacks what it was told beside its time",
+        )
+    elif other and all(".lora_" in name for name in other):
+        odd = sorted({name.split(".lora_")[0] for name in other})
+        holds, expected = f"adapts other layers than roles.{role.name}.targets", "those of that run"
+    raise _refused(role.name, source, f"{holds}, e.g. {', '.join(odd[:2])}; expected {expected}")

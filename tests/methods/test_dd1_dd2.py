@@ -579,8 +579,6 @@ def test_shares_of_the_stages_leave_something_for_the_last(teacher):
         DD2.Config(regression_rate=0.0)
     with pytest.raises(RecipeError, match=r"method\.regression_weight: -1.0: expected 0 or more"):
         DD2.Config(regression_weight=-1.0)
-    with pytest.raises(RecipeError, match=r"method\.from_dd1: runs/dd1: .* set method\.generator to codes"):
-        DD2.Config(from_dd1="runs/dd1")
 
 
 # ------------------------------------------------------------------------------------------------- convergence

@@ -14,6 +14,7 @@ from toys import SD, Mlp, fit, toy
 from fewstep import recipe as recipes
 from fewstep.cost import plan
 from fewstep.errors import FewstepError, RecipeError
+from fewstep.methods.boot import BOOT
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.hyper_sd import HyperSD
 from fewstep.methods.phased_dmd import PhasedDMD
@@ -169,6 +170,22 @@ def test_followers_start_as_the_student_does(first, tiny_sd15, tmp_path):
     assert {"student", "target", "previous"} <= roles.keys()
     for name in ("student", "target", "previous"):
         assert equal(roles[name].weights, of(ended, "student", "average"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_student_is_told_comes_from_its_run_and_not_from_its_export(kind, tiny_sd15, tmp_path):
+    role = replace(ROLES[kind], targets=["to_q"])
+    run = execute(recipe_of(tiny_sd15, tmp_path / "a", BOOT.Config(guidance_scale=1.0), student=role))
+    ended = of(load_file(run / "checkpoints" / "step_00000002" / "state.safetensors"), "student", "weight")
+    assert any(name.startswith("level_embedding.") for name in ended)
+
+    def student(place):
+        config = replace(role, start_from=str(place))
+        return recipe_of(tiny_sd15, tmp_path / "b", BOOT.Config(guidance_scale=1.0), student=config)
+
+    assert equal(started(student(run)).roles["student"].weights, ended)
+    problem = r"other weights .*level_embedding\.embedder.*; expected the run of that student"
+    refused(student(run / "export"), problem, False)
 
 
 def test_experts_start_from_one_student_and_from_experts(tiny_sd15, tmp_path):
@@ -435,7 +452,7 @@ def test_the_option_of_dd2_that_was_once_says_where_it_is_now(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ processes
 @pytest.mark.slow
 def test_two_processes_start_from_what_one_or_two_ended_with(first, tiny_sd15, tmp_path):
-    kind, run, _ = first
+    kind, run, ended = first
 
     def recipe(name, place, steps=2, shard=2):
         student = replace(ROLES[kind], ema=0.5, start_from=place and str(place))
@@ -447,6 +464,12 @@ def test_two_processes_start_from_what_one_or_two_ended_with(first, tiny_sd15, t
 
     two = tmp_path / "two" / "run"
     paths = {"two": recipe("two", run), "three": recipe("three", two), "four": recipe("four", two / "export")}
+    # What a critic goes back to is split as its weights are, and in the checkpoint of each.
+    phased = PhasedDMD.Config(num_steps=2, phases=2, critic_steps=1)
+    critic = replace(ROLES[kind], start_from=str(run))
+    five = recipe_of(tiny_sd15, tmp_path / "five", phased, student=ROLES["lora"], critic=critic)
+    paths["five"] = tmp_path / "five.yaml"
+    paths["five"].write_text(recipes.dump(replace(five, train=replace(five.train, shard=2))))
     processes.run(2, [("execute", str(path)) for path in paths.values()], tmp_path)
     # One process does the same, from one's run and from two's.
     alone = recipes.load(recipe("alone", run, shard=1))
@@ -454,6 +477,8 @@ def test_two_processes_start_from_what_one_or_two_ended_with(first, tiny_sd15, t
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4)
+    went_back_to = of(checkpoint_of(tmp_path / "five" / "run"), "critic", "start")
+    assert equal(went_back_to, of(ended, "critic", "weight"))
     later = recipes.load(recipe("later", two, shard=1))
     student = started(later).roles["student"]
     assert equal(student.weights, of(states[1], "student", "average"))

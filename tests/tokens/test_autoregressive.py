@@ -641,34 +641,40 @@ def test_dd2_may_start_from_the_student_of_dd1(teacher, tmp_path):
 
     from fewstep.export import load_exported
     from fewstep.methods.dd2 import DD2
+    from fewstep.process import Process
+    from fewstep.runs.build import build
     from fewstep.runs.session import execute
+
+    def second(place, name="two", generator="codes"):
+        made = recipe_of("dd2", teacher, tmp_path)
+        roles = {**made.roles, "student": replace(made.roles["student"], start_from=str(place))}
+        method = DD2.Config(**RUN["dd2"], generator=generator)
+        return replace(made, method=method, roles=roles, output=str(tmp_path / name))
+
+    def refused(recipe, problem):
+        with pytest.raises(RecipeError, match=rf"roles\.student\.start_from: .*{problem}"):
+            build(recipe, teacher, Process())
 
     first = execute(recipe_of("dd1", teacher, tmp_path))
     student = load_exported(first / "export")[0].transformer
-    options = {**RUN["dd2"], "generator": "codes", "from_dd1": str(first / "export")}
-    begun = DD2.network(DD2.Config(**options), teacher, "student")
-    assert begun.config.split == sum(teacher.net.groups)  # the logits make every token
-    assert all(a.equal(b) for a, b in zip(begun.state_dict().values(), student.state_dict().values()))
-    second = replace(
-        recipe_of("dd2", teacher, tmp_path), method=DD2.Config(**options), output=str(tmp_path / "two")
-    )
-    folder = execute(second)
+    for place in (first, first / "export"):
+        _, method = build(second(place), teacher, Process())
+        assert method.net.config.split == sum(teacher.net.groups)  # the logits make every token
+        assert all(
+            a.equal(b) for a, b in zip(method.net.state_dict().values(), student.state_dict().values())
+        )
+        refused(second(place, generator="embeddings"), "other weights than this role trains, e.g. embed.bias")
+    folder = execute(second(first / "export"))
     assert json.loads((folder / "export" / "fewstep.json").read_text())["student"] == "ParallelStudent"
     latents = load_exported(folder / "export")[0](["0", "1"], output_type="latent").images
     assert (torch.cdist(latents, teacher.denoiser.codes).amin(-1) < 1e-5).all()
-
-    def refused(start, problem):
-        with pytest.raises(RecipeError, match=rf"method\.from_dd1: .*{problem}"):
-            DD2.network(replace(second.method, from_dd1=str(start)), teacher, "student")
-
-    refused(tmp_path / "nothing", "nothing is no export")
     third = execute(replace(recipe_of("dd2", teacher, tmp_path), output=str(tmp_path / "three")))
-    refused(third / "export", "holds a CausalStudent; expected the ParallelStudent of a DD1 run")
+    refused(second(third / "export"), "other weights than this role trains, e.g. embed.bias")
     teacher.denoiser.codes = teacher.denoiser.codes + 1
-    refused(first / "export", "was trained for another codebook than this teacher's")
+    refused(second(first / "export"), "was trained with other codes than this teacher's")
     weights = next((first / "export").glob("pipeline/transformer/*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(first / "export", "this export cannot be loaded")
+    refused(second(first / "export"), "cannot be read")
 
 
 def test_methods_and_teachers_must_be_of_one_kind(teacher, tmp_path, tiny_sd15):
