@@ -98,7 +98,7 @@ def test_a_part_runs_in_stock_diffusers_without_fewstep(run, tiny_sdxl, tmp_path
     assert "[799]" in printed
     session = trained(recipe)
     with averaged(*session.experts):
-        own = trainer_sample(session.method.students[0], session.teacher, ["red apple", "a cat"])
+        own = trainer_sample(session.method.student.students[0], session.teacher, ["red apple", "a cat"])
     assert (latents - own).abs().max() < 1e-4
 
 
