@@ -192,3 +192,21 @@ def test_digest_ignores_the_output_folder_and_nothing_else():
 
 def test_an_output_folder_may_be_a_number():
     assert recipes.override(load_recipe("emoji_dmd2_1step"), ["--output", "2026"]).output == "2026"
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "value", "new"),
+    [
+        ("sid_4step", "tap", "mid_block", r"method\.taps, a list,"),
+        ("ladd_4step", "steps", [4], r"method\.num_steps"),
+        ("dd2_1step", "from_dd1", "runs/dd1", r"roles\.student\.start_from"),
+    ],
+)
+def test_an_option_that_has_moved_is_refused_with_its_new_name(name, old, value, new):
+    path = next(path for recipe, path in recipe_files().items() if recipe.endswith(name))
+    plain = recipes.to_dict(load_recipe(str(path)))
+    plain["method"][old] = None
+    assert recipes.from_dict(plain)  # it said nothing
+    plain["method"][old] = value
+    with pytest.raises(RecipeError, match=rf"^method\.{old}: .*is {new} now; give it there"):
+        recipes.from_dict(plain)

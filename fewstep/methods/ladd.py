@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,7 @@ class LADD(Method):
     """A student that learns from a discriminator alone, which sees through the teacher's eyes."""
 
     summary = "adversarial, on the frozen teacher's features, hinge loss; 1 to 4 steps"
+    moved: ClassVar = {"steps": "method.num_steps"}
     papers = ("2403.12015",)
     steps = "1 to 4"
     student: Student

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class SiD(Method):
     """Score identity distillation: critic and student in turn, the critic first."""
 
     summary = "score identity: Fisher divergence by a critic, gradient through both networks, data-free"
+    moved: ClassVar = {"tap": "method.taps, a list,"}
     papers = ("2404.04057", "2406.01561", "2410.14919", "2505.12674")
     exports = "LoRA or pipeline; LCM or DDIM, by its noise"
     networks = ("student", "critic")
