@@ -125,9 +125,8 @@ def check_length(method: Method, steps: int, per_iteration: int) -> None:
     """
     phases = method.phases()
     trained = {role for phase in phases if phase.loss for role in phase.train}
-    phases = [
-        phase for phase in phases if phase.loss or not trained & {*phase.train}
-    ]  # to be copied is not to learn
+    # To be copied is not to learn, unless it is all that a role is for.
+    phases = [phase for phase in phases if phase.loss or not trained & {*phase.train}]
 
     def idle(steps: int) -> dict[str, str]:
         """Roles that no phase trains, and the first phase that would."""
