@@ -74,7 +74,7 @@ def test_a_segment_begins_below_its_nodes_and_landings_lie_between(nodes, segmen
     assert ((start * segments).round() - start * segments).abs().max() < 1e-12
     for end in ("random", "segment"):
         method = method_of(mixture(SD), segments=[segments], solver_steps=nodes, end=end)
-        now, before, landing = method.draw_levels(0, batch_of(4000))
+        now, before, landing = method.term.draw_levels(0, batch_of(4000))
         begin = trajectory.segment_start((now * nodes).round(), nodes, segments)
         assert (begin <= landing).all() and (landing <= before).all() and (before < now).all()
         assert (now - before <= 1 / nodes + 1e-12).all()
@@ -137,9 +137,9 @@ def test_the_goal_of_the_lowest_node_of_a_segment_is_the_teachers_own_step():
     teacher = mixture(SD)
     nonsense = Known(lambda x, t: 100 + x)
     method = method_of(teacher, target=nonsense, segments=[8], solver_steps=8, end="segment")
-    _, made, goal, end = method.inconsistency(0, batch_of())
+    _, made, goal, end = method.term.inconsistency(0, batch_of())
     batch = batch_of()
-    now, _, _ = method.draw_levels(0, batch)
+    now, _, _ = method.term.draw_levels(0, batch)
     t, s = SD.at(now), SD.at(end)
     x_t = SD.add_noise(batch.real, batch.rng.normal_like(batch.real), t)
     assert (goal - SD.ddim_step(x_t, teacher.x0(x_t, t, NONE), t, s)).abs().max() < 1e-12
@@ -195,7 +195,7 @@ def test_gradient_reaches_the_students_jump_only(distance):
     method = method_of(teacher, student, segments=[1], distance=distance)  # the target is the live student
     loss = method.consistency(0, batch_of(), Progress())["consistency"]
     loss.backward()
-    _, made, goal, end = method.inconsistency(0, batch_of())
+    _, made, goal, end = method.term.inconsistency(0, batch_of())
     error = made - goal
     weight = 2 * error if distance == "mse" else error / (error**2 + 1e-6).sqrt()
     x_t = made / net.scale  # one segment lands on the prediction itself, scale x_t
@@ -214,7 +214,7 @@ def test_the_target_is_an_average_or_the_live_student():
         trainer = toy(HyperSD, config, ring, net, steps=3, batch_size=16, real=real, student=role)
         assert ("target" in trainer.roles) is (target == "ema")
         if target == "live":
-            assert trainer.method.target is trainer.method.student.denoiser
+            assert trainer.method.term.target is trainer.method.student.denoiser
             continue
         expected = [w.detach().clone() for w in trainer.roles["student"].weights.values()]
         for _ in range(3):
@@ -223,7 +223,7 @@ def test_the_target_is_an_average_or_the_live_student():
             expected = [0.75 * e + 0.25 * w for e, w in zip(expected, weights)]
         for e, w in zip(expected, trainer.roles["target"].weights.values()):
             torch.testing.assert_close(w, e)
-        assert trainer.method.target.net is trainer.roles["target"].module
+        assert trainer.method.term.target.net is trainer.roles["target"].module
 
 
 def test_stages_resume_each_other_and_the_previous_one_may_teach():
@@ -291,8 +291,10 @@ def test_heads_take_the_goal_for_real_within_the_segment_and_the_student_follows
     batch = batch_of()
     batch.real = batch.real.float()
     seen = []
-    inner = method.discriminator.logits
-    method.discriminator.logits = lambda judge, x, t, cond: seen.append((x, t)) or inner(judge, x, t, cond)
+    inner = method.term.discriminator.logits
+    method.term.discriminator.logits = lambda judge, x, t, cond: (
+        seen.append((x, t)) or inner(judge, x, t, cond)
+    )
     losses = method.consistency(0, batch, Progress())
     x_fake, t = seen[0]
     end = batch.carry["end"]
@@ -361,7 +363,7 @@ def test_the_score_stage_is_dmd_beside_the_last_consistency():
     dmd = DMD(DMD.Config(regression_weight=0.0), teacher, (2,), student=student, critic=critic)
     alone = batch_of()
     assert torch.allclose(losses["dm"], 3 * dmd.generator_loss(alone, Progress())["dm"])
-    assert torch.allclose(losses["consistency"], 0.5 * method.inconsistency(0, alone)[0])
+    assert torch.allclose(losses["consistency"], 0.5 * method.term.inconsistency(0, alone)[0])
 
 
 # -------------------------------------------------------------------------------------------------------- steps
