@@ -11,7 +11,6 @@ from ..diffusion.cond import Cond
 from ..diffusion.rng import Rng
 from ..methods.base import Batch
 from ..teachers.base import Teacher
-from ..tokens.codes import nearest_code
 
 
 class Blank:
@@ -46,8 +45,6 @@ class Blank:
         if "images" in self.needs:
             more = {"real": rng.normal(*self.shape), "real_cond": cond()}
         if "pairs" in self.needs:
-            clean = rng.normal(*self.shape)
-            if self.teacher.kind == "autoregressive":
-                clean = nearest_code(clean, self.teacher.pipe.codes)
+            clean = self.teacher.paired(rng.normal(*self.shape))
             more |= {"pairs": (rng.normal(*self.shape), clean), "pair_cond": cond()}
         return Batch(cond=cond(), shape=self.shape, rng=rng, shared=shared, **more)

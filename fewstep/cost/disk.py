@@ -19,7 +19,7 @@ def on_disk(recipe: Recipe, teacher: Teacher) -> dict[str, dict[str, int | None]
     """Stores of :mod:`fewstep.data.cache` and of pairs: ``bytes_each`` row, and ``rows`` and ``bytes`` where known.
 
     A condition is stored in the dtype of the frozen network, a latent in fp32; an image and a pair bring the condition
-    of their caption. The noise of tokens is a function of their number and is not stored.
+    of their caption.
     """
     dtype, needs = teacher.net.dtype, recipe.method_class.needs(recipe.method)
     prompt = sum(
@@ -32,10 +32,7 @@ def on_disk(recipe: Recipe, teacher: Teacher) -> dict[str, dict[str, int | None]
     if "images" in needs:
         rows["images"] = (latent + prompt, _count(lambda: _images(data.images)))
     if "pairs" in needs:
-        tokens = teacher.kind == "autoregressive"
-        width = 2 if tokens and len(teacher.pipe.codes) <= 2**15 else 4
-        pair = width * teacher.latent_shape[0] if tokens else 2 * latent
-        rows["pairs"] = (pair + prompt, _count(lambda: _pairs(data.pairs)))
+        rows["pairs"] = (teacher.pair_bytes + prompt, _count(lambda: _pairs(data.pairs)))
     return {
         name: {"bytes_each": each, "rows": number, "bytes": None if number is None else each * number}
         for name, (each, number) in rows.items()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..diffusion.cond import Cond
 from ..errors import FewstepError
-from ..tokens.codes import CodebookDenoiser
+from ..tokens.codes import CodebookDenoiser, nearest_code
 from ..tokens.pipeline import AutoregressivePipeline, LlamaGenPipeline, VARPipeline, decode_codes
 from .base import Teacher
 
@@ -60,6 +60,15 @@ class Autoregressive(Teacher):
 
     def null(self) -> Cond:
         return self.pipe.null()
+
+    @property
+    def pair_bytes(self) -> int:
+        """Of its tokens: their noise is a function of their number and is not stored."""
+        return (2 if len(self.pipe.codes) <= 2**15 else 4) * self.latent_shape[0]
+
+    def paired(self, latents: Tensor) -> Tensor:
+        """The tokens (B, n) of embeddings."""
+        return nearest_code(latents, self.pipe.codes)
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         return decode_codes(self.pipe.vqvae, latents).clamp(-1, 1)

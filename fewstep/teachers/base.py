@@ -208,6 +208,15 @@ class Teacher:
         return tuple(self.pack(torch.empty(1, *self.latent_shape, device="meta")).shape[1:])
 
     @property
+    def pair_bytes(self) -> int:
+        """What a pair of noise and sample takes on disk."""
+        return 2 * 4 * math.prod(self.latent_shape)
+
+    def paired(self, latents: Tensor) -> Tensor:
+        """What a pair holds of samples (B, ...): the latents as they are."""
+        return latents
+
+    @property
     def device(self) -> torch.device:
         home: torch.device = next(self.net.parameters()).device
         return home
