@@ -15,6 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from . import extensions
 from .configs import (
     DataConfig,
     EvalConfig,
@@ -184,13 +185,17 @@ def dump(recipe: Recipe) -> str:
 
 
 def load(path: str | Path) -> Recipe:
-    """A ``recipe.yaml``; raises RecipeError with the file's name on anything that is no recipe."""
+    """A ``recipe.yaml``; raises RecipeError with the file's name on anything that is no recipe.
+
+    The code that its run was trained with, in the folder ``code`` beside it, is executed first.
+    """
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}; expected a recipe file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: no YAML: {str(error).splitlines()[0]}") from error
+    extensions.load(Path(path).parent / "code")
     return from_dict(data)
 
 

@@ -20,7 +20,7 @@ ORDER = [
     ["teachers"],
     ["tokens"],
     ["diffusion", "report"],
-    ["configs", "process"],
+    ["configs", "extensions", "process"],
     ["device", "files"],
     ["assets", "errors", "version"],
 ]

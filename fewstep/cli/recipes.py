@@ -49,11 +49,13 @@ def _copy(name: str, to: Path) -> Path:
     ),
 )
 def methods(args: argparse.Namespace) -> int:
+    from ..extensions import plugins
     from ..methods import METHODS
 
     if args.markdown:
         print(methods_table())
         return 0
+    plugins()
     for name, cls in sorted(METHODS.items()):
         print(f"{name:14} {cls.steps:10} {cls.summary}")
     return 0

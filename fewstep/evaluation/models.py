@@ -11,6 +11,7 @@ import torch
 
 from fewstep.errors import FewstepError
 from fewstep.evaluation.floor import RECORD, floor_sampler
+from fewstep.teachers import load_pipeline
 from fewstep.teachers.pipelines import fix_shift, network_of, size_options, takes
 from fewstep.teachers.schedulers import is_flow
 
@@ -190,7 +191,7 @@ def open_model(
             raise FewstepError(
                 f"--lora {lora}: expected the export folder of a fewstep run, or a LoRA file (.safetensors)"
             )
-        pipe = _load_stock(pipeline, dtype)
+        pipe = load_pipeline(pipeline, dtype)
         if lora:
             about["lora"] = str(lora)
             _attach_lora(pipe, Path(lora))
@@ -211,25 +212,6 @@ def _load_export(folder: Path, teacher: str | None, dtype: str) -> tuple[dict[st
 
     pipe, record = load_exported(folder, teacher, dtype)
     return record, pipe
-
-
-def _load_stock(source: str, dtype: str) -> Any:
-    from diffusers import DiffusionPipeline
-
-    from fewstep.teachers import adapters, load_pipeline, resolve
-    from fewstep.teachers.pipelines import hushed
-
-    try:
-        with hushed():
-            if DiffusionPipeline.load_config(resolve(source))["_class_name"] in adapters():
-                return load_pipeline(source, dtype)
-            return DiffusionPipeline.from_pretrained(
-                resolve(source), torch_dtype=getattr(torch, dtype), use_safetensors=True
-            )
-    except FewstepError:
-        raise
-    except Exception as error:  # each loader raises its own kinds
-        raise FewstepError(f"the pipeline {source} cannot be loaded: {error}") from error
 
 
 def _attach_lora(pipe: Any, file: Path) -> None:

@@ -14,6 +14,7 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.rng import Rng
 from ..diffusion.student import Sampler
 from ..errors import RecipeError
+from ..extensions import plugins
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -191,7 +192,7 @@ class Method:
     """
 
     name: ClassVar[str]
-    summary: ClassVar[str]
+    summary: ClassVar[str] = ""
     papers: ClassVar[tuple[str, ...]] = ()
     steps: ClassVar[str] = "1 or more"
     exports: ClassVar[str] = "LoRA or pipeline; LCM"
@@ -309,5 +310,10 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
 
 def get_method(name: str, known: Mapping[str, type[Method]] = METHODS) -> type[Method]:
     if name not in known:
-        raise RecipeError(f"method.name: {name!r} is unknown; expected one of {', '.join(sorted(known))}")
+        plugins()
+    if name not in known:
+        raise RecipeError(
+            f"method.name: {name!r} is unknown; expected one of {', '.join(sorted(known))}, or one of your own: keep "
+            "the folder code/ of its run beside recipe.yaml, or start from the script that registers it"
+        )
     return known[name]

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from ..errors import FewstepError
+from ..extensions import read_script
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -38,11 +39,9 @@ def load_recipe(source: str):
         raise FewstepError(f"recipe {source!r} is neither a file nor one of {', '.join(recipe_files())}")
     if path.suffix in (".yaml", ".yml"):
         return recipes.load(path)
-    spec = importlib.util.spec_from_file_location(f"fewstep_recipe_{path.stem}", path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise FewstepError(f"recipe {path}: expected a .py script or a .yaml file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = read_script(path)
     if not hasattr(module, "recipe"):
         raise FewstepError(f"recipe {path}: defines no variable named recipe")
     return module.recipe

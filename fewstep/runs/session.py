@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .. import export
+from .. import export, extensions
 from .. import recipe as recipes
 from ..data.batches import Ahead, Batches
 from ..data.cache import Store
@@ -50,6 +50,7 @@ def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> Path:
     Returns:
         The run directory. Whatever goes wrong exits with one message, see :func:`fewstep.errors.tell`.
     """
+    extensions.only_read()
     words = list(sys.argv[1:] if arguments is None else arguments)
     smoke = "--smoke" in words
     words = [w for w in words if w != "--smoke"]
@@ -168,6 +169,9 @@ def execute(recipe: Recipe, resuming: bool = False) -> Path:
 
 def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
     """The run directory comes into being when everything is known to fit together."""
+    named = [getattr(recipe.method, "reward", None) or "", recipe.evaluation.extractor]
+    used = [type(session.teacher), recipe.method_class]
+    extensions.keep(folder / "code", used, [name.partition(":")[0] for name in named])
     write(folder / "recipe.yaml", recipes.dump(recipe))
     session.write_summary(report=False)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..diffusion import kernels
 from ..errors import FewstepError
+from ..extensions import plugins
 from .base import Teacher, check_pipeline_folder
 from .pipelines import hushed
 
@@ -101,15 +102,21 @@ def _check_transformers(source: str) -> None:
         )
 
 
-def pipeline_class_of(source: str) -> str:
-    """Class of a pipeline without loading its weights; one clear error if fewstep has no adapter for it."""
+def _class_name(source: str) -> str:
     from diffusers import DiffusionPipeline
 
     path = resolve(source)
     try:
-        name = DiffusionPipeline.load_config(path)["_class_name"]
+        return str(DiffusionPipeline.load_config(path)["_class_name"])
     except Exception as error:  # the hub client raises a dozen kinds
         raise FewstepError(f"teacher.path: cannot read the pipeline {source}: {error}") from error
+
+
+def pipeline_class_of(source: str) -> str:
+    """Class of a pipeline without loading its weights; one clear error if fewstep has no adapter for it."""
+    name = _class_name(source)
+    if name not in adapters():
+        plugins()
     if name not in adapters():
         raise FewstepError(
             f"teacher.path: {source} is a {name}; fewstep has adapters for {', '.join(adapters())}. If it only "
@@ -166,10 +173,10 @@ def absent_parts(path: str | Path) -> dict[str, None]:
 
 
 def load_pipeline(source: str, dtype: str = "float32"):
-    """The stock pipeline of a path, hub id or built-in name; weights from safetensors only."""
+    """The stock pipeline of a path, hub id or built-in name, of any class; weights from safetensors only."""
     import torch
 
-    pipeline_class = pipeline_class_of(source)
+    pipeline_class = _class_name(source)
     usual: dict[str, dict[str, Any]] = {
         # A safety checker is no part of distillation, and most folders lack it.
         "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
@@ -212,8 +219,8 @@ def load_teacher(
     """
     import torch
 
+    cls = adapters()[pipeline_class_of(source)]
     pipe = load_pipeline(source, dtype)
-    cls = adapters()[type(pipe).__name__]
     if cls.autoencoder:
         with hushed():
             getattr(pipe, cls.autoencoder).to(torch.float32)
