@@ -42,7 +42,9 @@ def skeleton_pipeline(source: str, network: str, dtype: torch.dtype):
     try:
         with hushed():
             index = AutoregressivePipeline.load_config(path)  # as diffusers', and older folders too
-            parts = {k: v for k, v in index.items() if isinstance(v, list) and v and not isinstance(v[0], int)}
+            parts = {
+                k: v for k, v in index.items() if isinstance(v, list) and v and not isinstance(v[0], int)
+            }
             for name, (library, class_name) in parts.items():
                 cls = _class(library, class_name)
                 components[name] = None
