@@ -14,7 +14,6 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import PathFinder
 from importlib.metadata import distribution, entry_points, packages_distributions
@@ -39,7 +38,7 @@ def plugins() -> None:
     for point in entry_points(group="fewstep"):
         try:
             point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             package = point.dist.name if point.dist else "a package"
             print(
                 f"fewstep: note: {package}: its entry point {point.name} = {point.value} cannot be loaded: "
@@ -84,8 +83,7 @@ def read_script(path: Path) -> ModuleType:
 
 
 def _look_in(folder: Path) -> None:
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+    sys.path[:] = [str(folder), *(place for place in sys.path if place != str(folder))]
 
 
 # ------------------------------------------------------------------------------------------------------------- keeping
@@ -211,17 +209,18 @@ def load(folder: Path) -> None:
     Raises:
         RecipeError: an index that is none; a file that cannot be imported, with the reason.
     """
+    folder = folder.absolute()
     if not (folder / INDEX).is_file():
         return
     scripts, modules = _read_index(folder / INDEX)
     if (digest := _digest(folder)) in _loaded:
         return
     try:
-        with _first(folder, scripts):
-            for name in modules:
-                importlib.import_module(name)
-            for name in scripts:
-                read_script(folder / name)
+        _put_first(folder, scripts)
+        for name in modules:
+            importlib.import_module(name)
+        for name in scripts:
+            read_script(folder / name)
     except (Exception, SystemExit) as error:
         raise RecipeError(
             f"{_place(error, folder)}: {_line(error)}; this run was trained with this code: install what it needs, or "
@@ -243,31 +242,28 @@ def _read_index(path: Path) -> tuple[list[str], list[str]]:
     return scripts, modules
 
 
+def _files(folder: Path) -> list[Path]:
+    return [
+        path for path in sorted(folder.rglob("*.py")) if not path.name.startswith(".")
+    ]  # half a file is hidden
+
+
 def _digest(folder: Path) -> str:
     """Of all code in a folder."""
     sha = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in _files(folder):
         sha.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return sha.hexdigest()
 
 
-@contextmanager
-def _first(folder: Path, scripts: list[str]) -> Iterator[None]:
+def _put_first(folder: Path, scripts: list[str]) -> None:
     """Its modules are found before others of their names, those of another run among them, now and later."""
-    places = {path.relative_to(folder) for path in folder.rglob("*.py")} - {Path(name) for name in scripts}
-    tops = {place.parts[0].removesuffix(".py") for place in places}
+    places = [path.relative_to(folder).as_posix() for path in _files(folder)]
+    tops = {place.split("/")[0].removesuffix(".py") for place in places if place not in scripts}
     for name in [n for n in sys.modules if n.split(".")[0] in tops]:
         del sys.modules[name]
     importlib.invalidate_caches()
-    _look_in(folder.absolute())
-    before, sys.dont_write_bytecode = (
-        sys.dont_write_bytecode,
-        True,
-    )  # nothing else is to appear in a run's folder
-    try:
-        yield
-    finally:
-        sys.dont_write_bytecode = before
+    _look_in(folder)
 
 
 def _place(error: BaseException, folder: Path) -> str:
