@@ -14,6 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import PathFinder
 from importlib.metadata import distribution, entry_points, packages_distributions
@@ -55,7 +56,17 @@ class Reached(BaseException):
 def only_read() -> None:
     """Where a run begins: ends a script that is only read, and has no ``if __name__ == "__main__"``."""
     if _reading:
-        raise Reached
+        raise Reached('it runs its recipe when it is imported; put that under if __name__ == "__main__"')
+
+
+@contextmanager
+def _only_reading() -> Iterator[None]:
+    global _reading
+    _reading += 1
+    try:
+        yield
+    finally:
+        _reading -= 1
 
 
 def read_script(path: Path) -> ModuleType:
@@ -63,22 +74,19 @@ def read_script(path: Path) -> ModuleType:
 
     Its folder comes first where modules are looked for, as under ``python SCRIPT``.
     """
-    global _reading
     name = SCRIPT + hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8] + f"_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     _look_in(path.absolute().parent)
-    _reading += 1
     try:
-        spec.loader.exec_module(module)
-    except Reached:
+        with _only_reading():
+            spec.loader.exec_module(module)
+    except Reached:  # what it registers, it has registered by then
         pass
     except BaseException:
         del sys.modules[name]
         raise
-    finally:
-        _reading -= 1
     return module
 
 
@@ -217,11 +225,12 @@ def load(folder: Path) -> None:
         return
     try:
         _put_first(folder, scripts)
-        for name in modules:
-            importlib.import_module(name)
+        with _only_reading():
+            for name in modules:
+                importlib.import_module(name)
         for name in scripts:
             read_script(folder / name)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, Reached) as error:
         raise RecipeError(
             f"{_place(error, folder)}: {_line(error)}; this run was trained with this code: install what it needs, or "
             "mend it there"

@@ -1,5 +1,6 @@
 """A user's own method, teacher, reward and extractor, in a folder elsewhere that is gone after training."""
 
+import importlib
 import json
 import os
 import re
@@ -318,6 +319,31 @@ def test_two_runs_whose_files_have_the_same_names_keep_apart(outside):
         "modules": ["mine.methods"],
     }
     assert [recipes.load(path).method.weight for path in paths] == [1.0, 2.0]
+
+
+def test_a_module_that_runs_its_recipe_when_it_is_imported_is_refused(outside):
+    (outside / "code").mkdir()
+    (outside / "code" / "index.json").write_text('{"scripts": [], "modules": ["eager_run"]}')
+    (outside / "code" / "eager_run.py").write_text("import fewstep\nfewstep.run(None)\n")
+    with pytest.raises(
+        RecipeError, match=r"eager_run\.py:2: Reached: it runs its recipe when it is imported; put"
+    ):
+        extensions.load(outside / "code")
+
+
+def test_what_python_m_runs_is_kept_as_part_of_its_package(outside, monkeypatch):
+    script(outside / "own" / "dashed" / "recipe.py", imports="from . import numbers\n")
+    (outside / "own" / "dashed" / "__init__.py").touch()
+    (outside / "own" / "dashed" / "numbers.py").touch()
+    sys.path.insert(0, str(outside / "own"))
+    monkeypatch.setitem(sys.modules, "__main__", importlib.import_module("dashed.recipe"))
+    METHODS["tiny"].__module__ = "__main__"
+    path = a_run(outside / "run")
+    code = outside / "run" / "code"
+    assert json.loads((code / "index.json").read_text()) == {"scripts": [], "modules": ["dashed.recipe"]}
+    shutil.rmtree(outside / "own")
+    recipes.load(path)
+    assert sys.modules[METHODS["tiny"].__module__].__file__ == str(code / "dashed" / "recipe.py")
 
 
 def test_a_method_that_nobody_registers_says_what_to_do(outside):
