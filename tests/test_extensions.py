@@ -318,6 +318,7 @@ def test_two_runs_whose_files_have_the_same_names_keep_apart(outside):
         "scripts": [],
         "modules": ["mine.methods"],
     }
+    assert (outside / "run2" / "code" / "mine" / "__init__.py").is_file()
     assert [recipes.load(path).method.weight for path in paths] == [1.0, 2.0]
 
 
