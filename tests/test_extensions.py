@@ -70,7 +70,7 @@ recipe = Recipe(
     roles={"student": RoleConfig(rank=4)},
     train=TrainConfig(steps=6, batch_size=2, checkpoint_every=2, sample_every=0),
     samples=SampleConfig(count=2, teacher_steps=2, columns=2),
-    evaluation=EvalConfig(num=4, teacher_steps=2, extractor="judging:corners"),
+    evaluation=EvalConfig(num=4, teacher_steps=2, extractor="looking:corners"),
 )
 
 if __name__ == "__main__":
@@ -91,7 +91,8 @@ HELPERS = {
     "judging.py": """
         def brightness(images, prompts):
             return images.mean((1, 2, 3))
-
+    """,
+    "looking.py": """
         def corners(images):
             return images[:, ::8, ::8].flatten(1).float()
     """,
@@ -206,7 +207,7 @@ def test_a_strangers_method_with_its_reward_and_extractor_survives_its_script(ti
     assert json.loads((code / "index.json").read_text()) == {"scripts": ["recipe.py"], "modules": []}
     use_all(folder)
     rows = {row["kind"]: row for row in json.loads((folder / "run" / "eval.json").read_text())["rows"]}
-    assert "FD(judging:corners)" in rows["student"] and "teacher" in rows
+    assert "FD(looking:corners)" in rows["student"] and "teacher" in rows
 
 
 @pytest.mark.slow

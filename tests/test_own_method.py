@@ -1,7 +1,6 @@
 """The page on adding a method: its blocks, as they stand there, are a method, its recipe and its test."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,7 @@ def desk(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    METHODS.pop("progressive", None)
-    for name in ("progressive", "test_progressive"):
-        sys.modules.pop(name, None)
+    return tmp_path  # what is imported from there, a fork imports
 
 
 def test_the_page_has_a_method_of_at_most_sixty_lines_with_its_recipe_and_test():
