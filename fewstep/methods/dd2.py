@@ -20,7 +20,7 @@ from ..diffusion.student import Student
 from ..errors import RecipeError
 from ..tokens.codes import CodebookDenoiser
 from ..tokens.entries import EntryStudent
-from .base import Batch, Method, Phase, Progress, register
+from .base import Batch, Expected, Method, Options, Phase, Progress, register
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,7 +44,7 @@ class DD2(Method):
     critic: CausalStudent
 
     @dataclass
-    class Config:
+    class Config(Options):
         """Defaults are the published ones where the paper gives any; those marked * are ours.
 
         Attributes:
@@ -89,26 +89,21 @@ class DD2(Method):
         head_width: int = 1024
         head_depth: int = 3
 
-        def __post_init__(self):
-            for name in ("time_range", "critic_time_range"):
-                low, high = getattr(self, name)
-                if not 0 < low < high <= 1:
-                    raise RecipeError(f"method.{name}: {(low, high)}: expected 0 < low < high <= 1")
-            for name in ("critic_steps", "copies", "critic_copies", "head_width", "head_depth"):
-                if getattr(self, name) < 1:
-                    raise RecipeError(f"method.{name}: {getattr(self, name)}: expected at least 1")
+        def expected(self) -> Expected:
+            counts = ("critic_steps", "copies", "critic_copies", "head_width", "head_depth")
+            ranges = ("time_range", "critic_time_range")
             later = self.regression_share, self.alignment_share
-            if self.initial_share <= 0 or min(later) < 0 or self.initial_share + sum(later) >= 1:
-                raise RecipeError(
-                    f"method.initial_share: {self.initial_share} with regression_share {later[0]} and alignment_share "
-                    f"{later[1]}: expected a positive one, none below 0, and something left of the run after all"
-                )
-            if self.regression_rate <= 0:
-                raise RecipeError(
-                    f"method.regression_rate: {self.regression_rate}: expected a positive number"
-                )
-            if self.regression_weight < 0:
-                raise RecipeError(f"method.regression_weight: {self.regression_weight}: expected 0 or more")
+            return {
+                **{name: (_within(getattr(self, name)), "0 < low < high <= 1") for name in ranges},
+                **{name: (getattr(self, name) >= 1, "at least 1") for name in counts},
+                "initial_share": (
+                    self.initial_share > 0 and min(later) >= 0 and self.initial_share + sum(later) < 1,
+                    f"with regression_share {later[0]} and alignment_share {later[1]} a positive one, none below 0, and "
+                    "something left of the run after all",
+                ),
+                "regression_rate": (self.regression_rate > 0, "a positive number"),
+                "regression_weight": (self.regression_weight >= 0, "0 or more"),
+            }
 
         def smoke(self) -> Self:
             return replace(self, critic_steps=2, initial_share=0.25, head_width=32)
@@ -253,3 +248,7 @@ class DD2(Method):
         """At a time per token (B, n, 1)."""
         t = self.teacher.schedule.draw_times(batch.rng.uniform(*q.shape[:2], 1), low, high)
         return self.teacher.schedule.add_noise(q, batch.rng.normal_like(q), t), t
+
+
+def _within(bounds: tuple[float, float]) -> bool:
+    return 0 < bounds[0] < bounds[1] <= 1
