@@ -98,7 +98,7 @@ class DD2(Method):
                 **{name: (getattr(self, name) >= 1, "at least 1") for name in counts},
                 "initial_share": (
                     self.initial_share > 0 and min(later) >= 0 and self.initial_share + sum(later) < 1,
-                    f"with regression_share {later[0]} and alignment_share {later[1]} a positive one, none below 0, and "
+                    f"with regression_share {later[0]} and alignment_share {later[1]} a positive one, none below 0 and "
                     "something left of the run after all",
                 ),
                 "regression_rate": (self.regression_rate > 0, "a positive number"),
