@@ -32,9 +32,7 @@ class PhasedDMD(Method):
     summary = "an expert per noise interval, matched at intermediate levels; keeps diversity"
     papers = ("2510.27684",)
     steps = "2 or more"
-    exports = (
-        "LoRA per expert, switched by a callback; `DDIMScheduler`, flow: `FlowMatchEulerDiscreteScheduler`"
-    )
+    exports = "LoRA per expert, switched by a callback; DDIM"
     student: Student
 
     @dataclass
