@@ -46,7 +46,7 @@ def choose(name: str | None = None, option: str = "train.device") -> torch.devic
     Raises:
         RecipeError: no device has this name, or it is not on this machine.
     """
-    name = name or "auto"
+    name = "auto" if name is None else name
     check_name(name, option)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     kind = accelerator.type if accelerator else "cpu"

@@ -123,7 +123,8 @@ def test_a_command_works_on_the_device(name, commands):
 
 @pytest.mark.slow
 def test_every_method_keeps_its_contract_on_the_device_and_no_iteration_waits():
-    words = ["-m", "pytest", "--standin", "-q", "-p", "no:cacheprovider", "methods/test_contract.py"]
+    words = ["-m", "pytest", "--standin", "-q", "-p", "no:cacheprovider"]
+    words += ["methods/test_contract.py", "data/test_devices.py"]
     standin.build()
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -80,7 +80,7 @@ def tap_features(
 def mean_logits(denoiser: NetDenoiser, taps: Sequence[str], x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
     """Logits (B, n) without weights of their own: features averaged over channels (SiDA, arXiv 2410.14919)."""
     features = tap_features(denoiser, taps, x_t, t, cond)
-    return torch.cat([f.mean(1 if f.ndim == 4 else -1).flatten(1) for f in features], 1)
+    return torch.cat([f.mean(1 if f.ndim == 4 else -1).reshape(len(f), -1) for f in features], 1)
 
 
 def _groups(channels: int) -> int:

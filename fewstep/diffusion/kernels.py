@@ -83,13 +83,19 @@ def attention_for(option: str, device: torch.device | str, autocast: str | None,
     return choose_attention(torch.device(device).type, autocast, positions)[0]
 
 
-def check_attention(name: str) -> None:
-    """Refuses a kernel that nobody has heard of, or whose package is missing, before anything is loaded.
+def check_attention(name: str, device: torch.device | str | None = None, autocast: str | None = None) -> None:
+    """Refuses a kernel that nobody has heard of, whose package is missing, or that the device has not, before anything
+    is loaded.
+
+    Args:
+        device: None where any will do. autocast: as of a recipe, for kernels differ by precision.
 
     Raises:
         RecipeError: with what to install, or the nearest name.
     """
     if name in ATTENTION:
+        if device is not None:
+            _probe(name, device, autocast_for(autocast, device))
         return
     if name == "xformers":
         if importlib.util.find_spec("xformers") is None:
@@ -97,7 +103,7 @@ def check_attention(name: str) -> None:
         return
     from diffusers.models import attention_dispatch as dispatch
 
-    known = [*ATTENTION, *(backend.value for backend in dispatch.AttentionBackendName)]
+    known = list(dict.fromkeys([*ATTENTION, *(backend.value for backend in dispatch.AttentionBackendName)]))
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
@@ -106,6 +112,22 @@ def check_attention(name: str) -> None:
         dispatch._check_attention_backend_requirements(dispatch.AttentionBackendName(name))
     except (RuntimeError, ImportError) as error:
         raise RecipeError(f"teacher.attention: {name}: {error}") from error
+
+
+def _probe(name: str, device: torch.device | str, autocast: str | None) -> None:
+    """One small call of a kernel that torch has been asked for by name."""
+    backend = ATTENTION[name]
+    if backend in (None, SDPBackend.MATH):
+        return
+    x = torch.zeros(1, 1, 16, 16, device=device, dtype=getattr(torch, autocast or "float32"))
+    try:
+        with sdpa_kernel(backend):
+            nn.functional.scaled_dot_product_attention(x, x, x)
+    except RuntimeError as error:
+        kind = f"{x.device.type} in {autocast or 'float32'}"
+        raise RecipeError(
+            f"teacher.attention: {name}: torch has no such kernel for {kind}; expected auto, sdpa or math"
+        ) from error
 
 
 def set_attention(net: Any, name: str) -> None:

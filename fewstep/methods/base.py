@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -260,13 +261,21 @@ Expected = dict[str, tuple[bool, str]]  # name of an option -> (whether it is fi
 class Options:
     """A group of options; a method's Config is one or several of them and what is its own.
 
-    Each may say of its own options what it expects, as ``expected(self) -> Expected``.
+    Each may say of its own options what it expects, as ``expected(self) -> Expected``. Of all of them, numbers are
+    finite, and what is called a weight is not negative.
 
     Raises:
         RecipeError: naming the first option that is not as expected, its value and what was expected.
     """
 
     def __post_init__(self) -> None:
+        options: Any = self
+        for option in fields(options):
+            name, numbers = option.name, list(_numbers(getattr(self, option.name)))
+            if not all(map(math.isfinite, numbers)):
+                raise RecipeError(f"method.{name}: {getattr(self, name)}: expected finite numbers")
+            if name.endswith("_weight") and any(number < 0 for number in numbers):
+                raise RecipeError(f"method.{name}: {getattr(self, name)}: expected 0 or more")
         for group in reversed(type(self).__mro__):
             if expected := vars(group).get("expected"):
                 for name, (fine, what) in expected(self).items():
@@ -289,6 +298,14 @@ def few(taps: list[str]) -> list[str]:
     return (
         [f"transformer_blocks.{i}" for i in (0, 1)] if any("transformer_blocks." in t for t in taps) else taps
     )
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def _shown(value: Any) -> str:

@@ -136,6 +136,7 @@ class LADD(Method):
             law = f"a probability for each of the {count} levels, 1 in all"
             return {
                 "proposals": (fine(self.proposals), law),
+                "early": (self.early >= 0, "0 or more student updates"),
                 "early_proposals": (fine(self.early_proposals), law),
                 "num_steps": (
                     bool(self.num_steps) and all(n >= 1 and count % n == 0 for n in self.num_steps),

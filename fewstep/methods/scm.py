@@ -61,6 +61,7 @@ class ConsistencyOptions(Options):
         return {
             "angles": (within and different, "lists of times in (0, pi/2], one for each number of steps"),
             **{name: (getattr(self, name) > 0, "a positive number") for name in positive},
+            "warmup": (self.warmup >= 0, "0 or more"),
         }
 
 

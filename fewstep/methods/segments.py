@@ -68,6 +68,7 @@ class SegmentOptions(Options):
                 )
                 for name in ("end", "gan_weight")
             },
+            "taps": (bool(self.taps) or not self.gan_weight, "names of the teacher's blocks"),
             "target_decay": (0 <= self.target_decay <= 1, "0 to 1"),
             "guidance_range": (low_high[0] < low_high[1], "low < high"),
         }

@@ -94,6 +94,7 @@ class SiD(Method):
                     for i, kappa in enumerate(self.kappas, 1)
                 },
                 caption_dropout=(0 <= self.caption_dropout < 1, "0 <= rate < 1; published is 0.1"),
+                taps=(bool(self.taps) or not self.gan_weight, "names of the critic's blocks"),
                 gan_weight=(self.gan_weight >= 0, "0 or more; 0 is data-free, 1e-4 is SiDA's"),
                 discriminator_weight=(self.discriminator_weight > 0, "a positive number; SiDA has 1"),
                 gan_schedule=(

@@ -104,7 +104,10 @@ class Gan(Options):
     taps: list[str] = field(default_factory=lambda: ["mid_block"])
 
     def expected(self) -> Expected:
-        return {"gan_time_range": ascending(self.gan_time_range)}
+        return {
+            "gan_time_range": ascending(self.gan_time_range),
+            "taps": (bool(self.taps) or not self.gan_weight, "names of the network's blocks"),
+        }
 
     def smoke(self) -> Self:
         return replace(super().smoke(), taps=few(self.taps))

@@ -19,7 +19,7 @@ from .. import recipe as recipes
 from ..data.batches import Ahead, Batches
 from ..data.cache import Store
 from ..data.images import CaptionedImages
-from ..device import keep_freed
+from ..device import choose, keep_freed
 from ..diffusion import kernels
 from ..errors import FewstepError, LostProcess, TrainingError, tell
 from ..files import WriteError, write, write_json
@@ -60,7 +60,9 @@ def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> Path:
             from .smoke import smoke as shrink
 
             recipe = shrink(
-                recipe, keep_teacher=any(w.split("=")[0] in ("--teacher", "--teacher.path") for w in words)
+                recipe,
+                keep_teacher=any(w.split("=")[0] in ("--teacher", "--teacher.path") for w in words),
+                keep_output=any(w.split("=")[0] == "--output" for w in words),
             )
         return execute(recipe)
     except BaseException as error:
@@ -133,9 +135,10 @@ def execute(recipe: Recipe, resuming: bool = False) -> Path:
     folder = Path(recipe.output)
     if not resuming:
         check_output(folder)
+    device = choose(recipe.train.device)
+    kernels.check_attention(recipe.teacher.attention, device, recipe.teacher.autocast)
     prompts, images = check_data(recipe)
     check_class(recipe)
-    kernels.check_attention(recipe.teacher.attention)
     begun = resuming and bool(checkpoint.every(folder / "checkpoints"))
     if not begun:
         check_starts(recipe)
@@ -336,6 +339,7 @@ def cache(recipe: Recipe) -> dict[str, Store]:
         RecipeError: as :func:`execute`, for data and teacher.
     """
     recipe = recipes.from_dict(recipes.to_dict(recipe))
+    choose(recipe.train.device)
     prompts, images = check_data(recipe)
     check_class(recipe)
     device = start(recipe.train.device).device

@@ -15,8 +15,8 @@ from ..recipe import Recipe
 RANK = 4
 
 
-def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
-    """Four steps of two samples, a small rank, two images evaluated, output in a temporary folder.
+def smoke(recipe: Recipe, keep_teacher: bool = False, keep_output: bool = False) -> Recipe:
+    """Four steps of two samples, a small rank, two images evaluated, output in a temporary folder unless one is given.
 
     Unless the teacher is given or built in, a tiny random pipeline of the recipe's class stands in; where prompts and
     images are no files here, a few emoji do. What roles start from is left out: weights of another run would be of
@@ -62,7 +62,7 @@ def smoke(recipe: Recipe, keep_teacher: bool = False) -> Recipe:
         )
     return dataclasses.replace(
         recipe,
-        output=str(folder / "run"),
+        output=recipe.output if keep_output else str(folder / "run"),
         teacher=teacher,
         data=data,
         roles=roles,

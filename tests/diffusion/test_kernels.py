@@ -33,6 +33,21 @@ def test_a_kernel_that_is_unknown_or_not_installed_is_refused_by_name(name, told
         kernels.check_attention(name)
 
 
+@pytest.mark.parametrize("name", ["efficient", "cudnn"])
+def test_a_kernel_that_the_device_has_not_is_refused_before_anything_is_loaded(name, capsys):
+    with pytest.raises(
+        RecipeError, match=f"teacher.attention: {name}: torch has no such kernel for cpu in bfloat16"
+    ):
+        kernels.check_attention(name, "cpu", "bfloat16")
+    for fine in ("auto", "sdpa", "math"):
+        kernels.check_attention(fine, "cpu", None)
+    words = ["--teacher.attention", name, "--train.device", "cpu", "--smoke"]
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "emoji_dmd2_1step", *words])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and f"teacher.attention: {name}" in said and len(said.splitlines()) == 1
+
+
 def test_a_kernel_that_the_network_would_ignore_is_refused(sdxl):
     with pytest.raises(RecipeError, match="does not go through diffusers' dispatcher"):
         kernels.set_attention(sdxl.net, "native")

@@ -17,6 +17,17 @@ from fewstep.methods.base import Progress
 from fewstep.teachers.analytic import GaussianMixture
 from fewstep.training.sharding import whole
 
+GAN = {"gan_weight": 1e-2, "taps": ["layers.0"]}
+# Turns that only options bring.
+VARIANTS = {
+    "boot, heun": {"solver": "heun", "guidance_range": (1.0, 2.0)},
+    "dmd2, real": {"student_input": "real", "num_steps": 2, "start": 999, **GAN},
+    "dmd2, one noise": {"one_noise": True, "gan_time_range": (0.02, 0.98), **GAN},
+    "hyper_sd, gan": {"segments": [2, 1], "guidance_range": (1.0, 2.0), **GAN},
+    "phased_dmd, kl": {"weight": "kl", "critic_steps": 1},
+    "sid, gan": {"num_steps": 2, "gan_schedule": (16, 32), "guidance_scale": 2.0, **GAN},
+    "swiftbrush, null": {"guidance_scale": 2.0, "null_probability": 0.5},
+}
 JUDGES = {"ladd", "sana_sprint"}  # they see through the teacher's own network
 STEPS = 8
 LABELS = torch.arange(64) % 2
@@ -43,7 +54,8 @@ def trainer_of(name, config=None, **options):
     cond = Cond({"label": LABELS})
     real = halves.sample(64, Rng("real"), cond) if "images" in method.needs(config) else None
     options = {"steps": STEPS, "batch_size": 16, "real": real, "labels": LABELS, **options}
-    trainer = toy(method, config, view(fitted) if name in JUDGES else halves, fitted, **options)
+    judged = name in JUDGES or (name == "hyper_sd" and config.gan_weight)
+    trainer = toy(method, config, view(fitted) if judged else halves, fitted, **options)
     if "pairs" in method.needs(config):
         trainer.data.pairs = Rows(64, noise=Rng("n").normal(64, 2), x0=halves.sample(64, Rng("p"), cond))
         trainer.data.pair_conditions = Rows(64, label=LABELS)
@@ -84,6 +96,18 @@ def test_a_method_runs_changes_only_what_a_phase_names_and_leaves_the_rest_alone
     assert {key.split("/")[0] for key in after if not after[key].equal(before[key])} == set(trainer.roles)
     assert all(a.equal(b) for a, b in zip(frozen, fitted.parameters()))
     assert set(turns) == {phase.name for phase in trainer.phases}
+    assert all(value.isfinite().all() for value in after.values())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_turns_that_only_options_bring_run_too(name):
+    method = name.split(",")[0]
+    trainer = trainer_of(method, METHODS[method].Config(**VARIANTS[name]))
+    before = weights(trainer)
+    for _ in range(STEPS):
+        trainer.iterate()
+    after = weights(trainer)
+    assert {key.split("/")[0] for key in after if not after[key].equal(before[key])} == set(trainer.roles)
     assert all(value.isfinite().all() for value in after.values())
 
 

@@ -1,5 +1,6 @@
 """The terms that methods share, by hand; their options; rows of a micro-batch."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -153,3 +154,23 @@ def test_a_view_has_its_rows_and_the_whole_batchs_randomness():
     one = whole.row(2, Rng(9))
     assert one.cond["label"].tolist() == [2] and one.index.tolist() == [2] and one.rng is not whole.rng
     assert one.real.tolist() == [[2.0]] and one.shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("dmd2", {"gan_weight": -1.0}),
+        ("dmd2", {"guidance_scale": math.nan}),
+        ("dmd2", {"start": math.inf}),
+        ("dmd2", {"taps": []}),
+        ("dmd2", {"times": [999.0, math.nan]}),
+        ("hyper_sd", {"gan_weight": [0.1, -0.1, 0.1, 0.1]}),
+        ("hyper_sd", {"one_step_time": math.nan}),
+        ("dd2", {"initial_share": math.nan}),
+        ("scm", {"warmup": -1}),
+        ("ladd", {"early": -1}),
+    ],
+)
+def test_numbers_are_finite_and_weights_not_negative_in_every_method(method, options):
+    with pytest.raises(RecipeError, match=rf"^method\.{next(iter(options))}: .*: expected "):
+        METHODS[method].Config(**options)
