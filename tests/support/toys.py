@@ -91,7 +91,8 @@ def call(net, x, t, cond):
 
 def view(net, schedule=SD, prediction="v"):
     """A small network as a denoiser; times are scaled to 0..1000."""
-    null = Cond({"label": torch.tensor([-1])}) if net.labels else None
+    place = next(net.parameters()).device
+    null = Cond({"label": torch.tensor([-1], device=place)}) if net.labels else None
     return NetDenoiser(net, schedule, prediction, call, null)
 
 
