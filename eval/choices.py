@@ -22,6 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fewstep.errors import FewstepError, tell
+from fewstep.runs.library import load_recipe
+
 RESULTS = Path(__file__).parent / "results" / "choices"
 OLD = ["--teacher.autocast=bfloat16", "--teacher.attention=math"]
 CHOICES = {
@@ -95,6 +98,7 @@ def main() -> int:
     if args.one:
         print(json.dumps(measured(args.recipe, words, args.cycles)))
         return 0
+    load_recipe(args.recipe)  # before minutes are spent
     units: dict[str, dict[str, list[dict[str, Any]]]] = {kind: {c: [] for c in CHOICES} for kind in UNITS}
     for _ in range(args.rounds):
         for kind, env in UNITS.items():
@@ -117,4 +121,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except FewstepError as error:
+        sys.exit(tell(error))

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from fewstep import recipe as recipes
+from fewstep.errors import FewstepError, tell
 from fewstep.recipe import Recipe
 from fewstep.runs.library import load_recipe
 
@@ -195,4 +196,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except FewstepError as error:
+        sys.exit(tell(error))

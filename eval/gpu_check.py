@@ -449,6 +449,7 @@ def run_all(names: list[str], setting: Setting, minutes: float, out: Path) -> in
         "versions": versions(),
         "parts": {},
     }
+    write_json(f"{out}.json", report)  # before minutes are spent
     end, more = time.monotonic() + 60 * minutes, max(1.0, minutes / MINUTES)
     with tempfile.TemporaryDirectory(prefix="fewstep-gpu-check-", ignore_cleanup_errors=True) as folder:
         for name in names:
@@ -521,6 +522,8 @@ def main() -> int:
         names = args.parts.split(",")
         if odd := [name for name in names if name not in PARTS]:
             raise RecipeError(f"--parts: {odd[0]!r} is no part; expected some of {','.join(PARTS)}")
+        if not 0 <= args.minutes < math.inf:
+            raise RecipeError(f"--minutes: {args.minutes:g}: expected 0 or more")
         device = choose(args.device, "--device")
         if device.type == "cpu" and not args.tiny:
             raise RecipeError(f"--device: {args.device}: it needs an accelerator; --tiny runs on the CPU")
