@@ -138,7 +138,7 @@ def gradients(name, mixture, fitted, pairs, schedule):
     weights = {n: trainer.roles[n].weights for n in views}
     weights |= {n: dict(head.named_parameters()) for n, head in built.heads().items()}
     found = {}
-    for phase in built.phases():
+    for phase in (phase for phase in built.phases() if phase.loss):
         batch = trainer.data.batch(0, 0)
         batch.rng, batch.shared = FirstScaled("phase"), Rng("shared")
         batch.rng.scale = scale

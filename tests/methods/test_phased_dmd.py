@@ -329,7 +329,7 @@ def test_options_that_cannot_work_are_refused_by_name():
 @pytest.mark.slow
 def test_four_steps_in_two_phases_reach_the_ring(ring, fitted):
     config = PhasedDMD.Config(critic_steps=3)
-    trainer = toy(PhasedDMD, config, ring, fitted, steps=800)
+    trainer = toy(PhasedDMD, config, ring, fitted, steps=1000)
     start = distance(trainer, ring)
     trainer.train()
     assert distance(trainer, ring) < min(0.03, 0.5 * start)
