@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -18,11 +19,11 @@ from fewstep.cost import GPUS, check_fits, plan, remedy
 from fewstep.cost.blank import Blank
 from fewstep.cost.disk import on_disk
 from fewstep.cost.meter import Meter
-from fewstep.cost.shapes import Shapeless, norms_as_on_a_gpu, products
+from fewstep.cost.shapes import Shapeless, group, norms_as_on_a_gpu, products
 from fewstep.cost.skeleton import skeleton_teacher
 from fewstep.diffusion.rng import Rng
 from fewstep.errors import FewstepError
-from fewstep.process import Process
+from fewstep.process import Process, start
 from fewstep.runs.build import build
 from fewstep.runs.library import load_recipe, recipe_files
 from fewstep.runs.session import cache
@@ -314,3 +315,18 @@ def test_a_recipe_that_names_no_hardware_is_told(tmp_path):
     (tmp_path / "x.py").write_text('"""Title.\n\nHardware: a laptop."""')
     with pytest.raises(ValueError, match="names no hardware"):
         plans.hardware(tmp_path / "x.py")
+
+
+def of_its_own_mesh(process):
+    """Where a tensor that an operator makes of a shard believes this process to be."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    made = torch.zeros_like(distribute_tensor(torch.ones(4), process.mesh, [Replicate(), Shard(0)]))
+    return made.device_mesh.get_coordinate()
+
+
+def test_a_plan_leaves_nothing_of_its_processes_to_those_that_train_after_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "start", lambda device: start(device, shard=2))
+    with group(2, 2) as process:
+        assert list(of_its_own_mesh(process)) == [0, 0]
+    assert [list(place) for place in processes.together(2, of_its_own_mesh, tmp_path)] == [[0, 0], [0, 1]]
