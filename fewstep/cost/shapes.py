@@ -130,7 +130,7 @@ def group(processes: int, shard: int) -> Iterator[Process]:
         return
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+    from torch.distributed.tensor import debug
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
@@ -140,4 +140,4 @@ def group(processes: int, shard: int) -> Iterator[Process]:
     finally:
         dist.destroy_process_group()
         # What torch keeps of operators holds this mesh, in which we are rank 0, and hands it to any that equals it.
-        _clear_sharding_prop_cache()
+        getattr(debug, "_clear_sharding_prop_cache", lambda: None)()  # no public name, and not in every torch
