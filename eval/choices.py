@@ -41,7 +41,6 @@ def measured(name: str, words: list[str], cycles: int) -> dict[str, Any]:
     import fewstep.runs.session
     from fewstep import recipe as recipes
     from fewstep.cost.bench import _real
-    from fewstep.runs.library import load_recipe
 
     if "--give-back" in words:
         fewstep.runs.session.keep_freed = lambda _: None

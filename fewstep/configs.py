@@ -114,7 +114,7 @@ class TrainConfig:
         best: a number of the log, e.g. "generator/dm"; the checkpoint before which its mean was best is kept too.
         rollbacks: how often a run without finite gradients returns to its newest checkpoint and goes on with learning
             rates times ``rollback_lr``, instead of stopping.
-        device: "auto", "cpu", "cuda", "xpu", "mps", or one of several: "cuda:1".
+        device: auto, cpu, cuda, xpu, mps, or one of several, such as cuda:1.
         shard: processes over which trained weights are split.
         trackers: "tensorboard", "wandb" and others of accelerate's, which get the log's numbers too.
         tf32: round fp32 products of a GPU to TF32.

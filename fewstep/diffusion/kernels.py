@@ -31,7 +31,7 @@ FEW = 192  # tokens up to which "math" is the faster kernel for bf16 on a CPU: 0
 
 
 def choose_autocast(kind: str, units: bool | None) -> tuple[str | None, str]:
-    """What ``autocast: auto`` means on a kind of device ("cpu", "cuda", ...), and why.
+    """What ``autocast: auto`` means on a kind of device (cpu, cuda, ...), and why.
 
     Args:
         units: see :func:`fewstep.device.bf16_units`.

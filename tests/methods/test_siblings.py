@@ -285,8 +285,9 @@ def test_lognormal_times_mean_the_same_ratio_on_every_path():
     assert (ratio - (-1.2 + 1.2 * normal)).abs()[inside].max() < 0.03
 
 
-def test_diff_instruct_updates_the_critic_first_on_samples_of_its_own(ring, fitted, monkeypatch):
-    trainer, order = toy(DiffInstruct, DiffInstruct.Config(), ring, fitted, batch_size=64), []
+def turns_of(trainer, monkeypatch):
+    """Lists that fill as it trains: names of its turns, samples that the critic learns, samples that are matched."""
+    order = []
     learned, seen = [], []
     denoising, matching = objectives.denoising, objectives.distribution_matching
     monkeypatch.setattr(
@@ -297,6 +298,12 @@ def test_diff_instruct_updates_the_critic_first_on_samples_of_its_own(ring, fitt
     )
     update = trainer.update
     trainer.update = lambda phase, roles: (order.append(phase.name), update(phase, roles))[1]
+    return order, learned, seen
+
+
+def test_diff_instruct_updates_the_critic_first_on_samples_of_its_own(ring, fitted, monkeypatch):
+    trainer = toy(DiffInstruct, DiffInstruct.Config(), ring, fitted, batch_size=64)
+    order, learned, seen = turns_of(trainer, monkeypatch)
     for _ in range(3):
         trainer.iterate()
     assert order == ["critic", "generator"] * 3
@@ -306,17 +313,8 @@ def test_diff_instruct_updates_the_critic_first_on_samples_of_its_own(ring, fitt
 
 
 def test_swiftbrush_updates_the_student_first_and_the_critic_on_the_same_sample(ring, fitted, monkeypatch):
-    trainer, order = toy(SwiftBrush, SwiftBrush.Config(**PLAIN), ring, fitted, batch_size=64), []
-    learned, seen = [], []
-    denoising, matching = objectives.denoising, objectives.distribution_matching
-    monkeypatch.setattr(
-        objectives, "denoising", lambda p, x0, w: (learned.append(x0), denoising(p, x0, w))[1]
-    )
-    monkeypatch.setattr(
-        objectives, "distribution_matching", lambda x0, *a: (seen.append(x0.detach()), matching(x0, *a))[1]
-    )
-    update = trainer.update
-    trainer.update = lambda phase, roles: (order.append(phase.name), update(phase, roles))[1]
+    trainer = toy(SwiftBrush, SwiftBrush.Config(**PLAIN), ring, fitted, batch_size=64)
+    order, learned, seen = turns_of(trainer, monkeypatch)
     for _ in range(3):
         trainer.iterate()
     assert order == ["generator", "critic"] * 3
