@@ -190,7 +190,7 @@ def use_all(folder: Path) -> None:
     code, said = fewstep(
         folder, "floor", "run/recipe.yaml", "--steps", "2", "--out", "floor", "--device", "cpu"
     )
-    assert code == 0 and (folder / "floor" / "eval.json").is_file(), said
+    assert code == 0 and (folder / "floor" / "eval" / "table.json").is_file(), said
     assert (folder / "run" / "recipe.yaml").read_text() == kept
 
 
@@ -206,8 +206,10 @@ def test_a_strangers_method_with_its_reward_and_extractor_survives_its_script(ti
     assert kept == {*HELPERS, "recipe.py", "index.json"} - {"unused.py"}
     assert json.loads((code / "index.json").read_text()) == {"scripts": ["recipe.py"], "modules": []}
     use_all(folder)
-    rows = {row["kind"]: row for row in json.loads((folder / "run" / "eval.json").read_text())["rows"]}
-    assert "FD(looking:corners)" in rows["student"] and "teacher" in rows
+    rows = {
+        row["kind"]: row for row in json.loads((folder / "run" / "eval" / "table.json").read_text())["rows"]
+    }
+    assert "FD(looking:corners)" in rows["student"]["metrics"] and "teacher" in rows
 
 
 @pytest.mark.slow
@@ -223,7 +225,7 @@ def test_a_strangers_teacher_survives_a_script_without_a_guard(tiny_sd15, tmp_pa
     code, said = fewstep(folder, "train", "own/recipe.py", DIE="yes")
     assert code == -9, said
     use_all(folder)
-    rows = json.loads((folder / "run" / "eval.json").read_text())["rows"]
+    rows = json.loads((folder / "run" / "eval" / "table.json").read_text())["rows"]
     assert {row["kind"] for row in rows} >= {"teacher", "student"}
 
 

@@ -28,7 +28,13 @@ IMAGES = (
     argument("--size", type=int, metavar="PIXELS", help="height and width"),
     argument("--rounding", default="nearest", help="to uint8: nearest or truncate"),
     argument("--batch-size", type=int, default=8, metavar="B"),
-    argument("--speed-runs", type=int, default=5, metavar="R", help="images timed at batch 1, or 0"),
+    argument(
+        "--speed-runs",
+        type=int,
+        default=5,
+        metavar="R",
+        help="images timed at batch 1; 0 times them as they are made",
+    ),
 )
 
 
@@ -83,7 +89,7 @@ def _generate(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts)
     num = check_num(args.num, prompts, args.per_prompt)
     rank, world = process()
-    model = open_model(args.pipeline, args.lora, args.network, args.dtype, args.device)
+    model = open_model(args.pipeline, args.lora, args.network, args.dtype, args.device, args.size)
     for job in jobs:
         folder = args.out / f"{job.steps}-{'step' if job.steps == 1 else 'steps'}"
         manifest = sample_folder(
@@ -139,9 +145,12 @@ def _spec_of(args: argparse.Namespace) -> Any:
     if not (args.teacher and args.prompts):
         raise FewstepError("eval run: give a SPEC.yaml, or --teacher and --prompts")
     solver, guidance = tuple(args.solver or ("own",)), tuple(args.guidance or (None,))
-    teacher = Entry("teacher", args.teacher, steps=tuple(args.steps), solver=solver, guidance=guidance)
+    teacher = Entry(
+        "teacher", args.teacher, kind="teacher", steps=tuple(args.steps), solver=solver, guidance=guidance
+    )
     students = [
-        Entry(f"student {path}", args.teacher, path, steps=tuple(args.steps)) for path in args.student
+        Entry(f"student {path}", args.teacher, path, kind="student", steps=tuple(args.steps))
+        for path in args.student
     ]
     return Spec(
         args.prompts,
@@ -157,7 +166,8 @@ def _spec_of(args: argparse.Namespace) -> Any:
 def _speed(speed: dict[str, Any] | None) -> str:
     if not speed:
         return ""
+    error = "" if speed["seconds_error"] is None else f" ± {speed['seconds_error']:.1g}"
     return (
-        f"{speed['nfe']:g} network evaluations, {speed['seconds']:.3g} ± {speed['seconds_error']:.1g} s an "
-        f"image on {speed['device']}, peak {speed['peak_memory_mb']:.0f} MiB ({speed['peak_memory_kind']})"
+        f"{speed['nfe']:g} network evaluations, {speed['seconds']:.3g}{error} s an image at batch {speed['batch']} on "
+        f"{speed['device']}, peak {speed['peak_memory_mb']:.0f} MiB ({speed['peak_memory_kind']})"
     )

@@ -212,5 +212,5 @@ def _measured_floor(args: argparse.Namespace) -> int:
     prompts, images = check_data(recipe)
     teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=args.device)
     evaluate_run(recipe, args.out, teacher, prompts, images)
-    print(args.out / "eval.json")
+    print(args.out / "eval" / "table.json")
     return 0

@@ -234,29 +234,35 @@ class ShardImages(ImageSource):
 
 
 class FirstImages(ImageSource):
-    """The first n images of another source."""
+    """The first n images of another source, or n after some that are passed over."""
 
-    def __init__(self, source: ImageSource, n: int):
-        if not 0 < n <= len(source):
-            raise FewstepError(f"{source.name} has {len(source)} images, but {n} are asked for")
-        self.name, self.source, self.n = source.name, source, n
+    def __init__(self, source: ImageSource, n: int, after: int = 0):
+        if not 0 < n <= len(source) - after:
+            raise FewstepError(f"{source.name} has {len(source)} images, but {after + n} are asked for")
+        self.name, self.source, self.n, self.after = source.name, source, n, after
         self.sizes, self.skipped, self.workers = source.sizes, source.skipped, source.workers
-        self.files = None if source.files is None else source.files[:n]
+        self.files = None if source.files is None else source.files[after : after + n]
 
     def __len__(self) -> int:
         return self.n
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        left = self.n
+        if self.files is not None:  # others are not opened
+            yield from read_files(self.files, size)
+            return
+        done = 0
         for batch in self.source.batches(size):
-            yield batch[:left]
-            left -= len(batch)
-            if left <= 0:
+            part = batch[max(0, self.after - done) : max(0, self.after + self.n - done)]
+            done += len(batch)
+            if len(part):
+                yield part
+            if done >= self.after + self.n:
                 return
 
     @cached_property
     def sha256(self) -> str:
-        return hashlib.sha256(f"first {self.n} of {self.source.sha256}".encode()).hexdigest()
+        after = f" after {self.after}" if self.after else ""
+        return hashlib.sha256(f"first {self.n}{after} of {self.source.sha256}".encode()).hexdigest()
 
 
 def _files_of(path: Path) -> tuple[list[str], list[File]]:

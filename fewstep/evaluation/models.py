@@ -24,6 +24,11 @@ STEPPING = (
 )  # the part of a call that says where the network is called
 
 
+def solver_name(solver: str) -> str:
+    """What a table calls it: a folder of `fewstep floor` holds a searched schedule, wherever it lies."""
+    return solver if solver in SOLVERS else "search"
+
+
 def check_solver(solver: str, field: str) -> None:
     """Refuses what is neither one of `SOLVERS` nor a folder of `fewstep floor`."""
     if solver not in SOLVERS and not (Path(solver) / RECORD).is_file():
@@ -40,20 +45,24 @@ class Model:
         pipe: the diffusers pipeline, on its device.
         about: JSON-ready names: `pipeline`, `lora`, `network`, whichever were given.
         record: `fewstep.json` of an export, or None.
+        size: pixels of its images, or None for the pipeline's own.
     """
 
     pipe: Any
     about: dict[str, str]
     record: dict[str, Any] | None = None
+    size: int | None = None
 
     def __post_init__(self):
-        fix_shift(self.pipe)
-        self.scheduler = self.pipe.scheduler
+        self.scheduler = getattr(self.pipe, "scheduler", None)  # pipelines of tokens have none
+        if self.scheduler is not None:
+            fix_shift(self.pipe, self.size)
+            self.scheduler = self.pipe.scheduler
 
     @property
     def network(self) -> torch.nn.Module:
-        """The denoiser, whose evaluations are counted."""
-        return network_of(self.pipe)
+        """The denoiser, or the part of it whose evaluations are counted."""
+        return getattr(self.pipe, "counted", None) or network_of(self.pipe)
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +107,8 @@ class Model:
         if timesteps:
             call = {**call, "timesteps": list(timesteps)}
             call.pop("num_inference_steps", None)
-        self.pipe.scheduler = scheduler
+        if scheduler is not None:
+            self.pipe.scheduler = scheduler
         own = inspect.signature(self.pipe.__call__).parameters.get("guidance_scale")
         call.setdefault("guidance_scale", own.default if own else 1.0)
         return call if guidance is None else {**call, "guidance_scale": guidance}
@@ -109,10 +119,10 @@ class Model:
 
         if steps == self.record["num_steps"] or str(steps) in self.record.get("steps", {}):
             return self.scheduler, dict(at_steps(self.record, steps)["call"])
-        if self._switches:
+        if self._switches or self.scheduler is None:
             raise FewstepError(
-                f"--steps {steps}: a student of several experts or of fixed noise runs at its "
-                f"{self.record['num_steps']} steps only"
+                f"--steps {steps}: a student of tokens, of several experts or of fixed noise runs at its "
+                f"{', '.join(self.record.get('steps', [str(self.record['num_steps'])]))} steps only"
             )
         own = self.record["call"]
         if "max_timesteps" in own:  # SanaSprintPipeline, whose scheduler spreads angles evenly
@@ -140,7 +150,7 @@ class Model:
         """The call for one batch: a student of experts or of fixed noise acts between its steps."""
         if takes(self.pipe, "use_resolution_binning"):
             call = {**size_options(self.pipe), **call}
-        if not self._switches or self.pipe.scheduler is not self.scheduler:
+        if not self._switches or getattr(self.pipe, "scheduler", None) is not self.scheduler:
             return call
         from fewstep.export import stock_call
 
@@ -166,6 +176,7 @@ def open_model(
     network: str | None = None,
     dtype: str = "float32",
     device: str = "cpu",
+    size: int | None = None,
 ) -> Model:
     """Loads what is to be measured, by stock diffusers.
 
@@ -174,7 +185,7 @@ def open_model(
         lora: an export of fewstep (or the run that holds one), or a LoRA file in diffusers' format.
         network: safetensors file (or a .bin that is read as weights only) with another state dict of the
             denoiser, as DMD2 publishes.
-        dtype: of the weights. device: where to.
+        dtype: of the weights. device: where to. size: pixels of its images, which a schedule may depend on.
 
     Raises:
         FewstepError: nothing there, not loadable, or weights that do not fit.
@@ -199,7 +210,7 @@ def open_model(
         about["network"] = str(network)
         _replace_network(pipe, Path(network))
     pipe.set_progress_bar_config(disable=True)
-    return Model(pipe.to(device), about, record)
+    return Model(pipe.to(device), about, record, size)
 
 
 def _export(path: str) -> Path | None:

@@ -1,66 +1,80 @@
 """`fewstep eval run`: generates and measures every row, and writes one table as JSON, Markdown and a page."""
 
-import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fewstep.errors import FewstepError
-from fewstep.evaluation import protocols
-from fewstep.evaluation.compare import cell, check_alike, load_result
-from fewstep.evaluation.evaluate import check_captions, evaluate_images, open_side
-from fewstep.evaluation.features import extract
-from fewstep.evaluation.images import ArrayImages, FirstImages, ImageSource, open_images
+from fewstep.evaluation.compare import cell, check_alike
+from fewstep.evaluation.images import FirstImages, open_images
 from fewstep.evaluation.measures import describe
-from fewstep.evaluation.metrics import paired_distance
-from fewstep.evaluation.models import open_model
+from fewstep.evaluation.models import open_model, solver_name
 from fewstep.evaluation.page import write_page
 from fewstep.evaluation.prompts import Prompts, read_prompts
 from fewstep.evaluation.sampling import Job, check_num, is_complete, sample_folder
 from fewstep.evaluation.spec import Entry, Spec, slug
 from fewstep.evaluation.statistics import table
-from fewstep.files import write
-from fewstep.vision.extractor import Extractor
-from fewstep.vision.extractors import DEFAULT, get_extractor
-from fewstep.vision.scores import get_scorer
+from fewstep.evaluation.yardstick import Yardstick, write_json
+from fewstep.files import replacing, write
+from fewstep.report.grid import image_grid
+from fewstep.report.rows import row_name
+
+SHOWN = 8  # images of each row, and as many of prompts that name a real one
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model at one number of steps."""
+    """One model at one number of steps; images that were made elsewhere have no job."""
 
     entry: Entry
-    job: Job
+    job: Job | None
 
     @property
     def folder(self) -> str:
         """Inside `samples/`."""
+        if self.job is None:
+            return slug(self.entry.name)
         guidance = "" if self.job.guidance is None else f"-g{self.job.guidance:g}"
-        return f"{slug(self.entry.name)}/{slug(self.job.solver)}{guidance}/{self.job.steps:03d}-steps"
+        solver = self.job.solver if solver_name(self.job.solver) != "search" else Path(self.job.solver).name
+        return f"{slug(self.entry.name)}/{slug(solver)}{guidance}/{self.job.steps:03d}-steps"
 
 
 def rows_of(spec: Spec) -> list[Row]:
     """All rows, each model's in the order of solvers, guidances and steps."""
     shared = {name: getattr(spec, name) for name in ("per_prompt", "seed", "size", "rounding")}
-    return [
-        Row(entry, Job(steps, solver, guidance, **shared))
-        for entry in spec.models
-        for solver in entry.solver
-        for guidance in entry.guidance
-        for steps in entry.steps
-    ]
+    rows = []
+    for entry in spec.models:
+        if entry.images:
+            rows.append(Row(entry, None))
+            continue
+        rows += [
+            Row(entry, Job(steps, solver, guidance, **shared))
+            for solver in entry.solver
+            for guidance in entry.guidance
+            for steps in entry.steps
+        ]
+    folders = [row.folder for row in rows]
+    if twice := sorted({folder for folder in folders if folders.count(folder) > 1}):
+        raise FewstepError(
+            f"models: two rows are called {twice[0]}: expected different names, solvers or steps"
+        )
+    return rows
 
 
-def run_spec(spec: Spec, out: Path, *, device: str = "cpu", rank: int = 0, world: int = 1) -> dict[str, Any]:
+def run_spec(
+    spec: Spec, out: Path, *, device: str = "cpu", rank: int = 0, world: int = 1, replace: bool = False
+) -> dict[str, Any]:
     """Everything that is not there yet; the first process measures while others only generate.
 
     Args:
         spec: what to compare.
-        out: gets `samples/`, `results/`, `table.json`, `table.md` and `index.html`.
+        out: gets `samples/`, `results/`, `grids/`, `table.json`, `table.md` and `index.html`.
         device: of the networks. rank, world: this process and how many share the generation.
+        replace: images that were made in another way make way, instead of being an error.
 
     Returns:
         The table.
@@ -71,110 +85,49 @@ def run_spec(spec: Spec, out: Path, *, device: str = "cpu", rank: int = 0, world
     prompts = read_prompts(spec.prompts)
     num = check_num(spec.num, prompts, spec.per_prompt)
     rows = rows_of(spec)
-    bench = None
-    if rank == 0:
-        bench = Bench(spec, prompts.of_images(num, spec.per_prompt), device)
+    yardstick = Yardstick(spec, prompts, device) if rank == 0 else None
     records: list[dict[str, Any]] = []
-    for entry, row, manifest in _generate(spec, rows, prompts, num, out, device, rank, world):
-        if bench is None:
+    for row, manifest, pipe in _made(spec, rows, prompts, num, out, device, rank, world, replace):
+        if yardstick is None:
             continue
-        _wait(out / "samples" / row.folder, row.job, num)
-        images = FirstImages(open_images(out / "samples" / row.folder), num)
-        result = bench.measure(images, out / "results" / f"{row.folder}.json", manifest)
-        bench.measured_first = bench.measured_first or f"samples/{row.folder}"
-        records.append(_record(entry, row, manifest, result))
-        _write(out, spec, records, bench)  # rows that are done survive an interruption
-    return _write(out, spec, records, bench) if bench else {}
+        folder = Path(row.entry.images or out / "samples" / row.folder)
+        if row.job is not None:
+            _wait(folder, row.job, num)
+        images = FirstImages(open_images(folder), num)
+        run = manifest["run"] if manifest else {"images": images.sha256}
+        result = yardstick.measure(images, out / "results" / f"{row.folder}.json", run, pipe)
+        records.append(_record(row, manifest, result))
+        _save_grid(out / records[-1]["grid"], images, yardstick)
+        _write(out, spec, rows, records, yardstick)  # rows that are done survive an interruption
+    return _write(out, spec, rows, records, yardstick) if yardstick else {}
 
 
-class Bench:
-    """One yardstick for all rows, checked before anything is generated."""
+def _made(
+    spec: Spec,
+    rows: list[Row],
+    prompts: Prompts,
+    num: int,
+    out: Path,
+    device: str,
+    rank: int,
+    world: int,
+    replace: bool,
+) -> Iterator[tuple[Row, dict[str, Any] | None, Any]]:
+    """Each row after this process has made its share, with the manifest and the pipeline of what was drawn.
 
-    def __init__(self, spec: Spec, captions: list[str], device: str):
-        self.spec, self.captions, self.device = spec, captions, device
-        self.protocol = protocols.load(spec.protocol) if spec.protocol else None
-        self.extractor: Extractor = (
-            self.protocol.get_extractor(spec.extractor, device, spec.weights)
-            if self.protocol
-            else get_extractor(spec.extractor or DEFAULT, device, spec.weights)
-        )
-        clip = self.protocol.clip if self.protocol else None
-        self.scorers = [get_scorer(scorer, device, clip) for scorer in spec.scorers]
-        if self.scorers:
-            check_captions(captions, len(captions))
-        self.real = None if spec.real is None else open_real(spec.real)
-        self.others = {name: load_result(path) for name, path in spec.results.items()}
-        self.reference: tuple[dict[str, Any], Any] | None = None  # the first row: its run and features
-        self.measured_first = ""
-
-    def measure(self, images: ImageSource, file: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-        """The result of one row, from its file if that was made of the same images in the same way."""
-        groups = [i // self.spec.per_prompt for i in range(len(images))]
-        made_of = {
-            "run": manifest["run"],
-            "num": len(images),
-            "metrics": list(self.spec.measured),
-            "scorers": [[s.label, s.name, s.weights_sha256] for s in self.scorers],
-            "real": describe(self.real) if self.real is not None else None,
-            "extractor": [self.extractor.name, self.extractor.weights_sha256, self.extractor.resize],
-            "protocol": dataclasses.asdict(self.protocol) if self.protocol else None,
-            "reference": self.reference and self.reference[0],
-        }
-        made_of = json.loads(json.dumps(made_of))
-        features = None
-        if self.reference is None:  # the first row that is measured
-            features = extract(images, self.extractor, cached=True)
-            self.reference = (manifest["run"], features)
-        if file.is_file():
-            found = load_result(file)
-            if found.get("made_of") == made_of:
-                return found
-        result = evaluate_images(
-            self.real if self.real is not None else images,
-            images,
-            extractor=self.extractor,
-            metrics=self.spec.measured,
-            groups=groups if self.spec.per_prompt > 1 else None,
-            protocol=self.protocol,
-            captions=self.captions,
-            scorers=self.scorers,
-        )
-        if features is None:
-            features = extract(images, self.extractor, cached=True)
-            value, error = paired_distance(self.reference[1], features)
-            result["metrics"][f"same-noise distance({self.extractor.name})"] = {
-                "value": value,
-                "error": error,
-                "error_kind": "over pairs of the same prompt and noise",
-                "n_real": len(features),
-                "n_fake": len(features),
-            }
-        if self.real is None:
-            result["warnings"] = []
-        _write_json(file, {**result, "made_of": made_of})
-        return {**result, "made_of": made_of}
-
-
-def open_real(name: str) -> Any:
-    """Images or statistics; "builtin:emoji" are those that come with fewstep."""
-    if name == "builtin:emoji":
-        from fewstep.data import emoji
-
-        return ArrayImages(emoji.load()[0], name)
-    return open_side(name)
-
-
-def _generate(
-    spec: Spec, rows: list[Row], prompts: Prompts, num: int, out: Path, device: str, rank: int, world: int
-) -> Iterator[tuple[Entry, Row, dict[str, Any]]]:
-    """Each row after this process has made its share; a model is loaded once, the reference row first."""
-    first = [row for row in rows if row.entry is spec.models[0]]
-    order = [first[-1], *first[:-1], *(row for row in rows if row.entry is not spec.models[0])]
+    A model is loaded once, the row that others are compared with comes first.
+    """
+    first = [row for row in rows if row.entry is spec.reference]
+    order = [*first[-1:], *first[:-1], *(row for row in rows if row.entry is not spec.reference)]
     model, loaded = None, None
     for row in order:
+        if row.job is None:
+            yield row, None, None
+            continue
         if loaded is not row.entry:
             model, loaded = None, row.entry  # frees the one before
-            model = open_model(loaded.pipeline, loaded.lora, loaded.network, spec.dtype, device)
+            about = (loaded.pipeline, loaded.lora, loaded.network)
+            model = open_model(*about, spec.dtype, device, spec.size)
         manifest = sample_folder(
             model,
             prompts,
@@ -185,8 +138,9 @@ def _generate(
             rank=rank,
             world=world,
             speed_runs=spec.speed_runs,
+            replace=replace,
         )
-        yield row.entry, row, manifest
+        yield row, manifest, model.pipe
 
 
 def _wait(folder: Path, job: Job, num: int) -> None:
@@ -195,62 +149,109 @@ def _wait(folder: Path, job: Job, num: int) -> None:
         time.sleep(2)
 
 
-def _record(entry: Entry, row: Row, manifest: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+def _record(row: Row, manifest: dict[str, Any] | None, result: dict[str, Any]) -> dict[str, Any]:
+    drawn = {}
+    if row.job is not None and manifest is not None:
+        drawn = {
+            "solver": solver_name(row.job.solver),
+            "guidance": manifest["run"]["guidance"],
+            "steps": row.job.steps,
+            "samples": f"samples/{row.folder}",
+        }
     return {
-        "name": entry.name,
-        "solver": row.job.solver,
-        "guidance": manifest["run"]["guidance"],
-        "steps": row.job.steps,
-        "samples": f"samples/{row.folder}",
-        "speed": manifest.get("speed"),
+        "name": row.entry.name,
+        "kind": row.entry.kind,
+        **drawn,
+        "folder": row.folder,
+        "grid": f"grids/{row.folder.replace('/', '_')}.png",
+        "speed": manifest.get("speed") if manifest else None,
         "metrics": result["metrics"],
         "warnings": result["warnings"],
         "result": result,
     }
 
 
-def _write(out: Path, spec: Spec, records: list[dict[str, Any]], bench: Bench) -> dict[str, Any]:
+def shown(yardstick: Yardstick) -> list[int]:
+    """Indices of the images in the grids: the first of some prompts, and some that name a real image."""
+    firsts = list(range(0, yardstick.cut, yardstick.spec.per_prompt))[:SHOWN]
+    return [*firsts, *range(yardstick.cut, len(yardstick.captions))[:SHOWN]]
+
+
+def _save_grid(path: Path, images: Any, yardstick: Yardstick) -> None:
+    """The same prompts and noise in every row's grid; small images enlarged, large ones made smaller."""
+    from PIL import Image
+
+    tiles = []
+    for i in shown(yardstick):
+        (batch,) = FirstImages(images, 1, after=i).batches(1)
+        tile = Image.fromarray(batch[0].numpy())
+        tile.thumbnail((256, 256))
+        tiles.append(np.asarray(tile))
+    with replacing(path, durable=False) as part:
+        image_grid(np.stack(tiles), SHOWN, scale=max(1, 96 // tiles[0].shape[1])).save(part)
+
+
+def _write(
+    out: Path, spec: Spec, rows: list[Row], records: list[dict[str, Any]], yardstick: Yardstick
+) -> dict[str, Any]:
     """table.json, table.md, index.html; rows that were not made in the same way are refused."""
-    results = {r["samples"]: r["result"] for r in records}
-    if len(results) + len(bench.others) > 1:
-        check_alike(
-            {**results, **bench.others} if bench.real is not None else {**_unpaired(results), **bench.others}
-        )
-    order = [f"samples/{row.folder}" for row in rows_of(spec)]
-    shown = sorted(records, key=lambda r: order.index(r["samples"]))
-    rows = [{k: v for k, v in r.items() if k != "result"} for r in shown]
-    rows += [
-        {"name": name, "metrics": r["metrics"], "warnings": r["warnings"]} for name, r in bench.others.items()
+    results, others = {r["folder"]: r["result"] for r in records}, yardstick.others
+    if len(results) + len(others) > 1:
+        check_alike({**(results if yardstick.real is not None else _unpaired(results)), **others})
+    order = [row.folder for row in rows]
+    made = sorted(records, key=lambda r: order.index(r["folder"]))
+    reference = next((r for r in records if "samples" in r), None)
+    table_rows = [_row(r, reference) for r in made]
+    table_rows += [
+        {"name": name, "kind": "model", "speed": None, "metrics": r["metrics"], "warnings": r["warnings"]}
+        for name, r in others.items()
     ]
     whole = {
         "schema": 1,
         "title": spec.title,
-        "images": len(bench.captions),
-        "prompts": bench.captions[: 8 * spec.per_prompt : spec.per_prompt],
-        "real": describe(bench.real) if bench.real is not None else None,
-        "protocol": bench.protocol.name if bench.protocol else None,
-        "rows": rows,
-        "notes": _notes(shown, len(bench.captions), bench.measured_first),
-        "warnings": list(dict.fromkeys(w for row in rows for w in row["warnings"])),
+        "images": len(yardstick.captions),
+        "named": len(yardstick.named),
+        "prompts": [yardstick.captions[i] for i in shown(yardstick)],
+        "real": describe(yardstick.real) if yardstick.real is not None else None,
+        "protocol": yardstick.protocol.name if yardstick.protocol else None,
+        "rows": table_rows,
+        "notes": _notes(made, yardstick, reference),
+        "warnings": list(dict.fromkeys(w for row in table_rows for w in row["warnings"])),
     }
-    _write_json(out / "table.json", whole)
-    text = to_markdown(whole)
-    write(out / "table.md", text)
+    write_json(out / "table.json", whole)
+    write(out / "table.md", to_markdown(whole))
     write_page(whole, out)
     return whole
 
 
-def _notes(records: list[dict[str, Any]], images: int, first: str) -> list[str]:
+def _row(record: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, Any]:
+    """How a table holds it, with how many times faster it is than the reference, both timed alike."""
+    row = {k: v for k, v in record.items() if k not in ("result", "folder")}
+    own, other = row["speed"], reference and reference["speed"]
+    alike = own and other and all(own[key] == other[key] for key in ("batch", "device", "threads"))
+    if alike and record is not reference:
+        row["speed-up"] = round(other["seconds"] / own["seconds"], 3)
+    return row
+
+
+def _notes(
+    records: list[dict[str, Any]], yardstick: Yardstick, reference: dict[str, Any] | None
+) -> list[str]:
     """What one has to know to read the numbers."""
-    notes = [f"{images} images in every row, of the same prompts and the same noise; ± is a standard error."]
-    if devices := sorted({r["speed"]["device"] for r in records if r["speed"]}):
-        notes.append(f"Seconds: median at batch 1, from the prompt to pixels, on {', '.join(devices)}.")
-    if len(records) > 1:
-        reference = next(r for r in records if r["samples"] == first)
-        facts = f"{reference['name']}, {reference['steps']} steps, {reference['solver']}"
+    images = f"{yardstick.cut} images"
+    if yardstick.named:
+        images += f", and {len(yardstick.named)} by name for retrieval,"
+    notes = [f"{images} in every row, of the same prompts and the same noise; ± is a standard error."]
+    speeds = [r["speed"] for r in records if r["speed"]]
+    if devices := sorted({speed["device"] for speed in speeds}):
+        batches = ", ".join(str(b) for b in sorted({speed["batch"] for speed in speeds}))
         notes.append(
-            f"Same-noise distance: to {facts}, guidance {reference['guidance']:g}, as the mean of 1 - cosine of the "
-            "features of both images of a sample."
+            f"Seconds: median at batch {batches}, from the prompt to pixels, on {', '.join(devices)}."
+        )
+    if reference and len(records) > 1:
+        notes.append(
+            f"Same-noise distance: to {row_name(reference)}, guidance {reference['guidance']:g}, as the mean of 1 - "
+            "cosine of the features of both images of a sample."
         )
     return notes
 
@@ -281,11 +282,3 @@ def to_markdown(whole: dict[str, Any]) -> str:
         body.append((*facts, f"{speed['nfe']:g}" if speed else "", cell(seconds), memory, *measured))
     lines = [f"# {whole['title']}", "", table(header, body), ""]
     return "\n".join([*lines, *(f"- {line}" for line in (*whole["notes"], *whole["warnings"]))]) + "\n"
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    try:
-        text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    except ValueError:
-        raise FewstepError(f"{path}: a number is not finite; look at the images of this row") from None
-    write(path, text)

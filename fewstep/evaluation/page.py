@@ -1,20 +1,16 @@
 """The page of `fewstep eval run`: one HTML file with the table, plots as SVG and grids as PNG, all inside."""
 
 import base64
-import io
 import itertools
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fewstep.evaluation.compare import cell
 from fewstep.evaluation.plot import Series, legend, plot
 from fewstep.files import write
-from fewstep.report.grid import image_grid
+from fewstep.report.rows import row_name
 
-SHOWN = 8  # images of each row
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
@@ -109,23 +105,15 @@ def _series(
 
 
 def _grids(rows: list[dict[str, Any]], out: Path) -> str:
-    """The first images of each row, the same prompts and noise below each other."""
-    from PIL import Image
-
+    """Some images of each row, the same prompts and noise below each other."""
     html = ""
     for row in rows:
-        if "samples" not in row:
+        if "grid" not in row:
             continue
-        files = sorted((out / row["samples"]).glob("[0-9]*.png"))[:SHOWN]
-        images = []
-        for file in files:
-            with Image.open(file) as image:
-                image.thumbnail((256, 256))
-                images.append(np.asarray(image.convert("RGB")))
-        buffer = io.BytesIO()
-        image_grid(np.stack(images), SHOWN).save(buffer, "PNG")
-        caption = f"{row['name']}, {row['steps']} steps, {row['solver']}, guidance {_number(row['guidance'])}"
-        data = base64.b64encode(buffer.getvalue()).decode()
+        caption = row_name(row)
+        if row.get("guidance") is not None:
+            caption += f", guidance {_number(row['guidance'])}"
+        data = base64.b64encode((out / row["grid"]).read_bytes()).decode()
         html += f"<figure><figcaption>{escape(caption)}</figcaption>"
         html += f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}"></figure>'
     return html

@@ -22,6 +22,24 @@ class Prompts:
     texts: tuple[str, ...]
     records: tuple[dict[str, Any], ...] = ()
 
+    def named(self, num: int) -> list[int]:
+        """Of `num` prompts, what the last ones have as `real`: the image that each names, for retrieval.
+
+        Raises:
+            FewstepError: other prompts between these, or what is no index.
+        """
+        found = [record.get("real") for record in self.records[:num]]
+        first = next((i for i, index in enumerate(found) if index is not None), len(found))
+        named: list[int] = []
+        for i, index in enumerate(found[first:], first):
+            if type(index) is not int or index < 0:
+                raise FewstepError(
+                    f'prompt {i + 1}: "real" is {index!r}, expected the index of a real image in this prompt and in '
+                    "all that follow"
+                )
+            named.append(index)
+        return named
+
     @property
     def sha256(self) -> str:
         return hashlib.sha256("\n".join(self.texts).encode()).hexdigest()

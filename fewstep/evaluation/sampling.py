@@ -6,8 +6,10 @@ resumption. (Kernels may round differently for another batch size: then pixels d
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from fewstep.errors import FewstepError
 from fewstep.evaluation.files import check_file
 from fewstep.evaluation.models import Model
 from fewstep.evaluation.prompts import Prompts
-from fewstep.evaluation.speed import measure_speed
+from fewstep.evaluation.speed import Stopwatch, measure_speed
 from fewstep.evaluation.statistics import table
 from fewstep.files import create, replacing, sweep, write, write_json
 from fewstep.teachers.generate import call_pipeline
+from fewstep.teachers.pipelines import size_options
 
 MANIFEST = "manifest.json"
 ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"nearest": np.round, "truncate": np.floor}
@@ -95,6 +98,7 @@ def sample_folder(
     rank: int = 0,
     world: int = 1,
     speed_runs: int = 5,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Fills a folder with this process's share of the images; those that exist already are kept.
 
@@ -103,7 +107,8 @@ def sample_folder(
         folder: gets `manifest.json` and the files of the layout.
         num: images in all, by all processes. batch_size: images at once.
         rank, world: this process makes the samples i with `i % world == rank`.
-        speed_runs: images timed at batch 1 by the first process, or 0.
+        speed_runs: images timed at batch 1 by the first process; 0 times its share as it is made.
+        replace: images of another run make way, instead of being an error.
 
     Returns:
         The manifest.
@@ -114,8 +119,8 @@ def sample_folder(
     num = check_num(num, prompts, job.per_prompt)
     call = model.prepare(job.steps, job.solver, job.guidance, job.timesteps)
     if job.size:
-        call |= {"height": job.size, "width": job.size}
-    manifest = _claim(folder, _describe(model, prompts, job, call), num)
+        call |= size_options(model.pipe, job.size)
+    manifest = _claim(folder, _describe(model, prompts, job, call), num, replace)
     mine = list(range(rank, num, world))
     sweep(folder)
     if job.layout == "geneval":
@@ -123,18 +128,20 @@ def sample_folder(
     # Whole batches are made again for one missing image, so that a resumed run repeats the arithmetic exactly.
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     missing = [[i for i in batch if not _is_image(folder / job.path(i))] for batch in batches]
+    watch = Stopwatch(model.network)
     with tqdm(total=sum(map(len, missing)), desc=folder.name, unit="image", disable=None) as bar:
         for batch, wanted in zip(batches, missing):
             if wanted:
-                images = draw(model, [prompts.texts[i // job.per_prompt] for i in batch], batch, job, call)
+                texts = [prompts.texts[i // job.per_prompt] for i in batch]
+                with watch.drawing(len(batch)):
+                    images = draw(model, texts, batch, job, call)
                 for i in wanted:
                     save_png(images[batch.index(i)], folder / job.path(i))
                 bar.update(len(wanted))
-    if rank == 0 and speed_runs and "speed" not in manifest:
-        once = [prompts.texts[0]]
-        manifest["speed"] = measure_speed(
-            lambda: draw(model, once, [0], job, call), model.network, runs=speed_runs
-        )
+    if rank == 0 and "speed" not in manifest and (speed_runs or watch.images):
+        one = ([prompts.texts[0]], [0], job, call)
+        alone = partial(measure_speed, lambda: draw(model, *one), model.network)
+        manifest["speed"] = alone(speed_runs) if speed_runs else watch.read()
         write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -207,8 +214,9 @@ def _describe(model: Model, prompts: Prompts, job: Job, call: dict[str, Any]) ->
             "prompts_sha256": prompts.sha256,
             **asdict(job),
             "guidance": call["guidance_scale"],
-            "scheduler": type(model.pipe.scheduler).__name__,
+            "scheduler": type(getattr(model.pipe, "scheduler", None)).__name__,
             "timesteps": call.get("timesteps"),
+            **{key: call[key] for key in ("sigmas",) if key in call},
             "pipeline_class": type(model.pipe).__name__,
             "weights": model.fingerprint(),
             **{name: module.__version__ for name, module in versions.items()},
@@ -217,8 +225,10 @@ def _describe(model: Model, prompts: Prompts, job: Job, call: dict[str, Any]) ->
     }
 
 
-def _claim(folder: Path, wanted: dict[str, Any], num: int) -> dict[str, Any]:
+def _claim(folder: Path, wanted: dict[str, Any], num: int, replace: bool) -> dict[str, Any]:
     """Writes the manifest of a new folder, or checks that of an old one, which may grow in number."""
+    if replace and (old := read_manifest(folder)) and old["run"] != json.loads(json.dumps(wanted["run"])):
+        shutil.rmtree(folder)  # its manifest says who made it
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {"schema": 1, "num": num, **wanted}
     found = read_manifest(folder)

@@ -6,30 +6,43 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import FewstepError
+from fewstep.evaluation.images import ImageSource
 from fewstep.evaluation.models import check_solver
 
 WITHOUT_REAL = ("vendi", "diversity", "is")  # measures that need no real images
+KINDS = ("model", "reference", "teacher", "student", "floor")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One pipeline or student.
+    """One pipeline or student, or images that were made elsewhere.
 
     Attributes:
         name: of its rows. pipeline, lora, network: see `open_model`.
+        images: folder, zip or npz file instead of a pipeline, in the order of the prompts: one row.
+        kind: "teacher", "student", "floor", "reference" (which no sampler can reach) or "model".
         steps, solver, guidance: every combination is a row; a guidance of None is the model's own.
     """
 
     name: str
-    pipeline: str
+    pipeline: str | None = None
     lora: str | None = None
     network: str | None = None
+    images: str | None = None
+    kind: str = "model"
     steps: tuple[int, ...] = (1, 2, 4, 8)
     solver: tuple[str, ...] = ("own",)
     guidance: tuple[float | None, ...] = (None,)
 
     def __post_init__(self):
         _check(bool(self.name), f"models.name is {self.name!r}", "a text")
+        given = [n for n in ("pipeline", "images") if getattr(self, n)]
+        _check(
+            len(given) == 1,
+            f"models.{self.name} has {' and '.join(given) or 'neither'}",
+            "pipeline or images",
+        )
+        _check(self.kind in KINDS, f"models.{self.name}.kind is {self.kind!r}", f"one of {', '.join(KINDS)}")
         ok = self.steps and all(type(k) is int and k > 0 for k in self.steps)
         _check(ok, f"models.{self.name}.steps is {list(self.steps)}", "numbers from 1 on")
         for solver in self.solver:
@@ -49,8 +62,9 @@ class Spec:
     Attributes:
         title: of the page.
         prompts: file for `read_prompts`. num, per_prompt, seed, size, rounding: see `Job`.
-        models: the rows; the reference of same-noise distances is the first, at its last steps and guidance.
-        real: folder, npz, statistics or "builtin:emoji"; without it nothing is compared with real images.
+        models: the rows; the reference of same-noise distances is the first pipeline, at its last steps and guidance.
+        real: folder, npz, statistics, "builtin:emoji" or an `ImageSource`; without it nothing is compared with real
+            images.
         protocol, extractor, weights: see `evaluate_images`.
         metrics: names of measures. scorers: of images and captions.
         results: name to file of an earlier `eval fid ... --out`, shown beside if made in the same way.
@@ -65,7 +79,7 @@ class Spec:
     seed: int = 0
     size: int | None = None
     rounding: str = "nearest"
-    real: str | None = None
+    real: str | ImageSource | None = None
     protocol: str | None = None
     extractor: str | None = None
     weights: str | None = None
@@ -90,10 +104,14 @@ class Spec:
             _check(metric in MEASURES, f"metrics has {metric!r}", f"of {', '.join(MEASURES)}")
 
     @property
-    def measured(self) -> tuple[str, ...]:
-        """The measures that this run can have; several images of a prompt add their diversity."""
-        names = dict.fromkeys((*self.metrics, *(("diversity",) if self.per_prompt > 1 else ())))
-        return tuple(n for n in names if self.real or n in WITHOUT_REAL)
+    def reference(self) -> Entry | None:
+        """The first model that draws, which the others are compared with at the same noise."""
+        return next((entry for entry in self.models if entry.pipeline), None)
+
+    def measured(self, repeated: bool) -> tuple[str, ...]:
+        """The measures that this run can have; prompts with several images add the diversity of these."""
+        names = dict.fromkeys((*self.metrics, *["diversity"] * repeated))
+        return tuple(n for n in names if self.real is not None or n in WITHOUT_REAL)
 
 
 def load_spec(path: str | Path) -> Spec:

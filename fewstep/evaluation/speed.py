@@ -1,4 +1,4 @@
-"""What an image costs: network evaluations counted, seconds at batch 1, peak memory."""
+"""What an image costs: network evaluations counted, seconds, peak memory."""
 
 import resource
 import statistics
@@ -36,44 +36,67 @@ def counted(network: nn.Module) -> Iterator[Rows]:
         handle.remove()
 
 
+class Stopwatch:
+    """Counts and times what a network makes while it draws.
+
+    Args:
+        network: whose evaluations are counted.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network, self.device = network, next(network.parameters()).device
+        self.seconds: list[float] = []  # per image, of each call
+        self.images, self.evaluations, self.batch = 0, 0, 0
+        reset_peak(self.device)
+
+    @contextmanager
+    def drawing(self, images: int) -> Iterator[None]:
+        """Around a call that makes so many images at once."""
+        wait(self.device)
+        begin = time.perf_counter()
+        with counted(self.network) as rows:
+            yield
+            wait(self.device)
+        self.seconds.append((time.perf_counter() - begin) / images)
+        self.images, self.evaluations = self.images + images, self.evaluations + rows.count
+        self.batch = max(self.batch, images)
+
+    def read(self) -> dict[str, Any]:
+        """Cost of one image.
+
+        Returns:
+            JSON-ready: `nfe`, `seconds` per image (median of the calls) and its standard error `seconds_error` (1.25 s
+            / sqrt(n), as of a normal sample; None for one call), `runs` (calls), `batch` (images at once),
+            `peak_memory_mb` (MiB) and `peak_memory_kind`, `device`, `threads`.
+        """
+        most, runs = peak(self.device), len(self.seconds)
+        return {
+            "nfe": self.evaluations / self.images,
+            "seconds": statistics.median(self.seconds),
+            "seconds_error": 1.2533 * statistics.stdev(self.seconds) / runs**0.5 if runs > 1 else None,
+            "runs": runs,
+            "batch": self.batch,
+            "peak_memory_mb": (resident_peak() if most is None else most) / 2**20,
+            "peak_memory_kind": "process, high-water mark" if most is None else "device's allocator",
+            "device": name_of(self.device),
+            "threads": torch.get_num_threads(),
+        }
+
+
 def measure_speed(draw: Callable[[], Any], network: nn.Module, runs: int = 5) -> dict[str, Any]:
-    """Cost of one image.
+    """Cost of one image, see `Stopwatch.read`, by timed calls after one that warms up.
 
     Args:
         draw: makes one image at batch 1, from the prompt to pixels.
         network: whose evaluations are counted.
-        runs: timed calls, after one that warms up.
-
-    Returns:
-        JSON-ready: `nfe`, `seconds` per image (median) and its standard error `seconds_error` (1.25 s / sqrt(n),
-        as of a normal sample), `runs`, `peak_memory_mb` (MiB) and `peak_memory_kind`, `device`, `threads`.
+        runs: timed calls.
     """
-    device = next(network.parameters()).device
-
-    def now() -> float:
-        wait(device)
-        return time.perf_counter()
-
     draw()
-    reset_peak(device)
-    seconds = []
-    with counted(network) as rows:
-        for _ in range(runs):
-            begin = now()
+    watch = Stopwatch(network)
+    for _ in range(runs):
+        with watch.drawing(1):
             draw()
-            seconds.append(now() - begin)
-    most = peak(device)
-    spread = statistics.stdev(seconds) if runs > 1 else 0.0
-    return {
-        "nfe": rows.count / runs,
-        "seconds": statistics.median(seconds),
-        "seconds_error": 1.2533 * spread / runs**0.5,
-        "runs": runs,
-        "peak_memory_mb": (resident_peak() if most is None else most) / 2**20,
-        "peak_memory_kind": "process, high-water mark" if most is None else "device's allocator, batch 1",
-        "device": name_of(device),
-        "threads": torch.get_num_threads(),
-    }
+    return watch.read()
 
 
 def resident_peak() -> int:

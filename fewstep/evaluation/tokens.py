@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..teachers.base import Teacher
+from ..tokens.pipeline import AutoregressivePipeline
+from .images import ImageSource
+
+BATCH = 64
 
 
 def token_statistics(tokens: Tensor, reference: Tensor, codes: int) -> dict[str, float]:
@@ -25,35 +29,27 @@ def token_statistics(tokens: Tensor, reference: Tensor, codes: int) -> dict[str,
     return {"token perplexity": entropy.exp().item(), "token TV": (0.5 * (mine - other).abs().sum()).item()}
 
 
-def tokens_of(teacher: Teacher, images: np.ndarray, batch_size: int = 64) -> Tensor:
-    """Tokens (N, n) of images uint8 (N, H, W, 3) at the teacher's size, by its own tokenizer."""
-    parts = torch.from_numpy(np.ascontiguousarray(images)).split(batch_size)
-    pixels = (part.permute(0, 3, 1, 2).float() / 127.5 - 1 for part in parts)
-    return torch.cat([teacher.pipe.tokenize(part.to(teacher.device)).cpu() for part in pixels])
+class Tokens:
+    """Those of the images that a pipeline drew, which others are compared with.
 
-
-class TokenNumbers:
-    """What the rows of an evaluation carry beside other numbers where the teacher is one of tokens.
-
-    Attributes:
-        taught: the teacher's tokens and its seconds per image, once it had its turn.
+    Args:
+        pipe: whose tokenizer is used. images: at its own size.
     """
 
-    def __init__(self, teacher: Teacher):
-        self.teacher = teacher
-        self.taught: tuple[Tensor, float] | None = None
+    def __init__(self, pipe: AutoregressivePipeline, images: ImageSource):
+        self.pipe, self.codes = pipe, len(pipe.codes)
+        self.reference = self.of(images)
 
-    def of(self, kind: str, images: np.ndarray, seconds: float) -> dict[str, float]:
-        """Of a row: statistics, and how many times faster a student is at equal batch."""
-        if self.teacher.kind != "autoregressive":
-            return {}
-        tokens, found = tokens_of(self.teacher, images), {}
-        if kind == "teacher":
-            self.taught = tokens, seconds
-        elif kind == "student" and self.taught:
-            found["speed-up"] = round(self.taught[1] / seconds, 2)
-        codes = len(self.teacher.pipe.codes)
-        statistics = token_statistics(tokens, self.taught[0] if self.taught else tokens, codes)
-        if not self.taught:
-            del statistics["token TV"]  # which is against the teacher's
-        return found | statistics
+    @torch.no_grad()
+    def of(self, images: ImageSource) -> Tensor:
+        """(N, n)."""
+        pixels = (part.permute(0, 3, 1, 2).float() / 127.5 - 1 for part in images.batches(BATCH))
+        return torch.cat([self.pipe.tokenize(part.to(self.pipe.device)).cpu() for part in pixels])
+
+    def statistics(self, images: ImageSource) -> dict[str, float]:
+        return token_statistics(self.of(images), self.reference, self.codes)
+
+
+def tokens_of(pipe: Any, images: ImageSource) -> Tokens | None:
+    """None of a pipeline that has no tokens."""
+    return Tokens(pipe, images) if isinstance(pipe, AutoregressivePipeline) else None

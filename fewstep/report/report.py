@@ -23,6 +23,7 @@ from .chart import curves
 from .formats import brief, drawable, duration, pretty
 from .health import sign_of, warnings
 from .log import direction, read_metrics
+from .rows import flat
 
 MAX_FRAMES = 24  # sample grids embedded in a report; evenly chosen from all that exist
 MAX_PIXELS, MAX_BYTES = 1600, 400_000  # above these an image is embedded as a smaller JPEG
@@ -46,7 +47,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     """Writes `report.html` into a run directory: one file without outside references, for `file://` too.
 
     Everything is optional, and whatever is missing or unreadable is left out: `run.json`, `recipe.yaml`,
-    `metrics.jsonl`, `samples/step_*.png`, `samples/teacher.png`, `samples/final.png`, `eval.json`,
+    `metrics.jsonl`, `samples/step_*.png`, `samples/teacher.png`, `samples/final.png`, `eval/table.json`,
     `export/README.md`. The file is replaced atomically, so it can stay open in a browser during a run.
 
     Args:
@@ -56,9 +57,10 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         Path of the report.
     """
     folder = Path(run_dir)
-    run, evaluation = _read_json(folder / "run.json"), _read_json(folder / "eval.json")
+    run, evaluation = _read_json(folder / "run.json"), _read_json(folder / "eval" / "table.json")
     records = read_metrics(folder / "metrics.jsonl")
-    rows = [{**row, "kind": _kind(row)} for row in _list(evaluation, "rows") if isinstance(row, dict)]
+    rows = [flat(row) for row in _list(evaluation, "rows") if isinstance(row, dict)]
+    rows = [{**row, "kind": _kind(row)} for row in rows]
     title = pretty(run.get("name")) or folder.resolve().name
     snippet = _snippet(read_text(folder / "export" / "README.md"))
     sections = [
@@ -87,7 +89,7 @@ def _headline(folder: Path, title: str, run: dict, rows: list[dict]) -> str:
     lead += f" with <b>{method}</b>" if method else ""
     lead += f" into a student of <b>{steps} step{'s' * (steps != '1')}</b>" if steps else ""
     lead = f'<p class="lead">{lead}.</p>' if teacher or method else ""
-    grids = [folder / "samples" / "final.png", _inside(folder, _best_student(rows).get("grid"))]
+    grids = [folder / "samples" / "final.png", _inside(folder / "eval", _best_student(rows).get("grid"))]
     picture = next(filter(None, map(_load, [*grids, *reversed(_steps(folder).values())])), None)
     layout = picture.layout if picture else "wide"
     text = f'<div><p class="eyebrow">fewstep run</p><h1>{escape(title)}</h1>{lead}</div>'
@@ -147,7 +149,7 @@ def _comparison(folder: Path, evaluation: dict, rows: list[dict]) -> str:
     """Notes, and the rows' grids: teacher, student and floor at a glance, prompts in the same columns."""
     notes = "".join(f"<li>{escape(pretty(note))}</li>" for note in _list(evaluation, "notes"))
     notes = f'<ul class="notes">{notes}</ul>' if notes else ""
-    grids = [(row, picture) for row in rows if (picture := _load(_inside(folder, row.get("grid"))))]
+    grids = [(row, picture) for row in rows if (picture := _load(_inside(folder / "eval", row.get("grid"))))]
     if not grids:
         return notes
     figures = "".join(_figure(picture, pretty(row.get("name")), row["kind"]) for row, picture in grids)

@@ -105,10 +105,7 @@ class Preview:
         x_t = schedule.add_noise(latents, rng.normal_like(latents), t)
         rows = [latents]
         for denoiser, guidance in ((self.teacher.denoiser, self.guidance), (self.method.critic, 1.0)):
-            # Denoisers of tokens also know what came before each; others have their condition only.
-            known = (
-                denoiser.context(latents, cond, guidance=guidance) if hasattr(denoiser, "context") else cond
-            )
+            known = self.teacher.known(denoiser, latents, cond, guidance)
             rows.append(denoiser.x0(x_t, t, known, guidance=guidance))
         self._save(name, torch.cat(rows), write, self.folder.parent / "health", len(latents))
 

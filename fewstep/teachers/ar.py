@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,10 @@ class Autoregressive(Teacher):
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         return self.pipe.encode_prompt(prompts)
+
+    def known(self, denoiser: Any, latents: Tensor, cond: Cond, guidance: float) -> Cond:
+        """What comes before each token too."""
+        return denoiser.context(latents, cond, guidance=guidance)
 
     def blank(self, rows: int) -> Cond:
         return self.null().map(lambda row: row.new_zeros(rows, *row.shape[1:]))

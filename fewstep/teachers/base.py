@@ -112,6 +112,10 @@ class Teacher:
             "measure it instead: fewstep bench RECIPE"
         )
 
+    def known(self, denoiser: Any, latents: Tensor, cond: Cond, guidance: float) -> Cond:
+        """What a denoiser goes by, of given samples: their condition, and whatever else it reads of them."""
+        return cond
+
     def null(self) -> Cond | None:
         """One row of the unconditional branch, by the stock pipeline's own rule: mostly the empty prompt.
 

@@ -77,6 +77,11 @@ class AutoregressivePipeline(DiffusionPipeline):
         """The transformer itself, also inside a student."""
         return self.transformer.trunk if isinstance(self.transformer, TokenStudent) else self.transformer
 
+    @property
+    def counted(self):
+        """What every evaluation of the transformer goes through once; a teacher's steps are no calls of it."""
+        return (self.backbone.layers if hasattr(self.backbone, "layers") else self.backbone.blocks)[0]
+
     @torch.no_grad()
     def encode_prompt(self, prompt: Sequence[str | int]) -> Cond:
         """Conditions of texts, or of class labels given as numbers.

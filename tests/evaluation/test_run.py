@@ -1,5 +1,6 @@
 """`fewstep eval run`: one table of teacher and student, errors beside numbers, a page without outside parts."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -11,10 +12,13 @@ from PIL import Image
 
 from fewstep.cli import main
 from fewstep.errors import FewstepError
-from fewstep.evaluation import of_spec as run_module
+from fewstep.evaluation import yardstick
+from fewstep.evaluation.evaluate import evaluate_images
+from fewstep.evaluation.images import FirstImages, open_images
 from fewstep.evaluation.of_spec import rows_of, run_spec
 from fewstep.evaluation.plot import Series, legend, plot, style_of
-from fewstep.evaluation.spec import load_spec
+from fewstep.evaluation.prompts import read_prompts
+from fewstep.evaluation.spec import Entry, Spec, load_spec
 
 EVIL = "<script>alert('x')</script> & \"cat\""
 
@@ -87,7 +91,7 @@ def test_run_makes_one_table_and_a_page(spec_file, tmp_path, capsys, monkeypatch
         assert row["speed"]["seconds"] > 0 and len(list((out / row["samples"]).glob("*.png"))) == 8
     text = (out / "table.md").read_text()
     assert text.count("±") >= 5 * 9 and "s / image" in text
-    assert "Same-noise distance: to teacher, 2 steps, ddim, guidance 4" in text
+    assert "Same-noise distance: to teacher, 2 x ddim, guidance 4" in text
 
     page = (out / "index.html").read_text()
     parser = Outside()
@@ -99,7 +103,7 @@ def test_run_makes_one_table_and_a_page(spec_file, tmp_path, capsys, monkeypatch
     assert parser.tags.count("img") == 5 and "Guidance sweep" in page
 
     # Again: nothing is generated, nothing is measured, and the table is the same.
-    monkeypatch.setattr(run_module, "evaluate_images", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(yardstick, "evaluate_images", lambda *_, **__: pytest.fail("measured again"))
     monkeypatch.setattr("fewstep.evaluation.sampling.draw", lambda *_: pytest.fail("generated again"))
     before = (out / "table.json").read_text()
     assert run_spec(load_spec(spec_file), out) == whole and (out / "table.json").read_text() == before
@@ -193,3 +197,99 @@ def test_lines_are_told_apart_and_look_alike_in_every_plot():
     colour, style = style_of(9)
     assert f'stroke="{colour}"' in alone and 'stroke-dasharray="6 3"' in alone
     assert f"{style} {colour}" in legend(names)
+
+
+# ------------------------------------------------------------------------------------------- what a run measures itself
+def test_prompts_that_name_real_images_are_for_retrieval_alone(spec_file, tiny_sd15, tmp_path):
+    lines = [{"prompt": f"thing {i % 3}"} for i in range(6)] + [
+        {"prompt": f"n {i}", "real": i} for i in (7, 2)
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = Entry("teacher", str(tiny_sd15), kind="teacher", steps=(1,), solver=("ddim",), guidance=(1.0,))
+    real, own = str(tmp_path / "real"), f"{__name__}:pool_function"
+    spec = Spec(
+        str(tmp_path / "p.jsonl"), (model,), real=real, extractor=own, metrics=("fd", "kid"), speed_runs=0
+    )
+    (row,) = run_spec(spec, tmp_path / "out")["rows"]
+    drawn = open_images(tmp_path / "out" / row["samples"])
+    images = torch.cat(list(drawn.batches(8))).numpy()
+    assert len(images) == 8
+    asked = {"metrics": ("fd", "kid", "diversity"), "groups": [0, 1, 2, 0, 1, 2], "extractor": own}
+    wanted = evaluate_images(real, images[:6], **asked)["metrics"]
+    wanted |= evaluate_images(real, images[6:], metrics=("retrieval",), prompted=[7, 2], extractor=own)[
+        "metrics"
+    ]
+    assert row["metrics"] == wanted
+    assert row["speed"]["batch"] == 8 and row["speed"]["nfe"] == 1 and row["speed"]["runs"] == 1
+    whole = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert whole["named"] == 2 and whole["prompts"][-2:] == ["n 7", "n 2"]
+
+
+def test_images_made_elsewhere_are_a_row(spec_file, tiny_sd15, tmp_path):
+    """A row of images says of itself what it can, and is compared with real ones, not with the noise of others."""
+    model = Entry("drawn", str(tiny_sd15), steps=(1, 2), solver=("ddim",), guidance=(1.0,))
+    there = Entry("there", images=str(tmp_path / "real"), kind="reference")
+    real, own = str(tmp_path / "real"), f"{__name__}:pool_function"
+    spec = Spec(
+        str(tmp_path / "p.txt"), (there, model), real=real, extractor=own, metrics=("fd",), speed_runs=1
+    )
+    rows = run_spec(spec, tmp_path / "out")["rows"]
+    assert [(r["name"], r.get("steps")) for r in rows] == [("there", None), ("drawn", 1), ("drawn", 2)]
+    assert (
+        rows[0]["speed"] is None
+        and "samples" not in rows[0]
+        and (tmp_path / "out" / rows[0]["grid"]).is_file()
+    )
+    wanted = evaluate_images(real, FirstImages(open_images(real), 4), metrics=("fd",), extractor=own)
+    assert rows[0]["metrics"] == wanted["metrics"]
+    distance = [any(m.startswith("same-noise") for m in r["metrics"]) for r in rows]
+    assert distance == [False, True, False]  # the reference is the pipeline's last
+    assert rows[1]["speed-up"] > 0 and "speed-up" not in rows[2]
+    with pytest.raises(FewstepError, match="real has 12 images, but 13 are asked for"):
+        (tmp_path / "many.txt").write_text("\n".join(map(str, range(13))))
+        run_spec(
+            dataclasses.replace(spec, prompts=str(tmp_path / "many.txt"), models=(there,)), tmp_path / "more"
+        )
+
+
+def test_another_student_takes_the_place_of_the_old_one_only_where_asked(tiny_sd15, tmp_path):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    spec = Spec(
+        str(tmp_path / "p.txt"), (Entry("m", str(tiny_sd15), steps=(1,)),), speed_runs=0, metrics=("vendi",)
+    )
+    spec = dataclasses.replace(spec, extractor=f"{__name__}:pool_function")
+    run_spec(spec, tmp_path / "out")
+    kept = {p: p.read_bytes() for p in (tmp_path / "out" / "samples").rglob("*.png")}
+    other = dataclasses.replace(spec, seed=5)
+    with pytest.raises(FewstepError, match="another run"):
+        run_spec(other, tmp_path / "out")
+    assert {p: p.read_bytes() for p in kept} == kept
+    run_spec(other, tmp_path / "out", replace=True)
+    assert all(p.read_bytes() != old for p, old in kept.items())
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"name": "x"}, "neither, expected pipeline or images"),
+        ({"name": "x", "pipeline": "a", "images": "b"}, "has pipeline and images"),
+        ({"name": "x", "images": "b", "kind": "best"}, "kind is 'best', expected one of"),
+    ],
+)
+def test_an_entry_is_a_pipeline_or_images(entry, message):
+    with pytest.raises(FewstepError, match=message):
+        Entry(**entry)
+
+
+@pytest.mark.parametrize("real", ["3", -1, True, 1.0])
+def test_an_index_of_a_real_image_is_one(real, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "real": real}) + "\n")
+    with pytest.raises(FewstepError, match='"real" is'):
+        read_prompts(tmp_path / "p.jsonl").named(1)
+
+
+def test_prompts_without_an_image_do_not_follow_those_with_one(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "real": 1}\n{"prompt": "b"}\n')
+    assert read_prompts(tmp_path / "p.jsonl").named(1) == [1]
+    with pytest.raises(FewstepError, match="prompt 2"):
+        read_prompts(tmp_path / "p.jsonl").named(2)

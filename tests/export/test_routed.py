@@ -160,8 +160,8 @@ def test_a_run_is_evaluated(tiny_sdxl, tmp_path):
     words = ("--evaluation.num", "4", "--evaluation.named", "2", "--evaluation.prompts", "null")
     words = (*WORDS, *words, "--evaluation.floor_steps", "[]", "--evaluation.teacher_steps", "2")
     folder = execute(tiny("emoji_multi_student_1step", tiny_sdxl, tmp_path, *words))
-    rows = json.loads((folder / "eval.json").read_text())["rows"]
-    assert any(row["kind"] == "student" and row["nfe"] == 1 and row["images"] == 6 for row in rows)
+    rows = json.loads((folder / "eval" / "table.json").read_text())["rows"]
+    assert any(row["kind"] == "student" and row["speed"]["nfe"] == 1 for row in rows)
 
 
 def test_a_run_resumes_exactly_with_the_same_router(run, tiny_sdxl, tmp_path):

@@ -65,13 +65,18 @@ def save_grid(path, seed=0, size=(2, 8)):
     image_grid(images, size[1]).save(path)
 
 
+def row(name, nfe, fd, retrieval, **more):
+    metrics = {"FD": {"value": fd, "error": None}, "retrieval": {"value": retrieval, "error": None}}
+    return {"name": name, "speed": {"nfe": nfe} if nfe else None, "metrics": metrics, **more}
+
+
 @pytest.fixture
 def full_run(tmp_path):
     """A run directory with everything in it, and with hostile text wherever text can be."""
     for name in ("step_000000", "step_000100", "step_001000", "teacher", "final"):
         save_grid(tmp_path / "samples" / f"{name}.png", seed=len(name))
     for name in ("teacher", "student"):
-        save_grid(tmp_path / "eval" / f"{name}.png")
+        save_grid(tmp_path / "eval" / "grids" / f"{name}.png")
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for step in range(1, 1001):
         record = {"step": step, "seconds": step / 5, "critic/denoising": 1 / step, f"critic/{HOSTILE}": 0.5}
@@ -80,15 +85,15 @@ def full_run(tmp_path):
         log.append(record | {"step_seconds": 0.2})
     log.close()
     rows = [
-        {"name": "autoencoder", "kind": "reference", "FD": 1.0, "retrieval": 0.99},
-        {"name": "teacher, 50 steps", "nfe": 100, "FD": 10.0, "retrieval": 0.9, "grid": "eval/teacher.png"},
-        {"name": f"student {HOSTILE}", "nfe": 1, "FD": 12.5, "retrieval": 0.8, "grid": "eval/student.png"},
-        {"name": "floor", "nfe": 1, "FD": math.nan, "retrieval": None, "grid": "../secret.png"},
+        row("autoencoder", None, 1.0, 0.99, kind="reference"),
+        row("teacher", 100, 10.0, 0.9, steps=50, solver="own", grid="grids/teacher.png"),
+        row(f"student {HOSTILE}", 1, 12.5, 0.8, grid="grids/student.png"),
+        row("floor", 1, math.nan, None, grid="../secret.png"),
     ]
     evaluation = {"rows": rows, "notes": [HOSTILE], "prompts": [HOSTILE, "red apple"]}
     run = {"name": HOSTILE, "teacher": HOSTILE, "method": "dmd2", "student_steps": 1, "steps": 1000}
     run |= {"seconds": 692.4, "parameters": {"student": 1_234_567}, "versions": {"torch": HOSTILE}}
-    (tmp_path / "eval.json").write_text(json.dumps(evaluation))
+    (tmp_path / "eval" / "table.json").write_text(json.dumps(evaluation))
     (tmp_path / "run.json").write_text(json.dumps(run))
     (tmp_path / "recipe.yaml").write_text(f"prompts: |\n  {HOSTILE}\n", encoding="utf-8")
     (tmp_path / "export").mkdir()
@@ -275,7 +280,11 @@ class TestReport:
         (full_run / "samples" / "step_000100.png").write_bytes(whole[: len(whole) // 2])
         (full_run / "samples" / "step_001000.png").write_bytes(b"")
         (full_run / "samples" / "step_last.png").write_bytes(b"no image")
-        (full_run / "eval.json").write_text('{"rows": [1, {"name": null, "FD": "x", "grid": 3}], "notes": 7}')
+        rows = [
+            1,
+            {"name": None, "metrics": {"FD": {"value": "x"}, "KID": 3}, "grid": 3, "speed": [], "steps": "x"},
+        ]
+        (full_run / "eval" / "table.json").write_text(json.dumps({"rows": rows, "notes": 7}))
         (full_run / "run.json").write_text('{"seconds": "long", "parameters": 3, "steps"')
         (full_run / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
         page = write_page(full_run)

@@ -254,7 +254,7 @@ def write_page(folder, mark):
 WRITERS = {
     "metrics": write_log,
     "grid": write_grid,
-    "json": lambda folder, mark: files.write_json(folder / "eval.json", {"mark": mark}),
+    "json": lambda folder, mark: files.write_json(folder / "table.json", {"mark": mark}),
     "tensors": lambda folder, mark: files.write_tensors(
         folder / "rows.safetensors", {"x": torch.full((9,), mark)}
     ),

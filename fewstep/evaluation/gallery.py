@@ -1,0 +1,57 @@
+"""Tables of several evaluations for people: what the README shows of ``eval/results``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..report.rows import flat, row_name, steps_of
+from .statistics import table
+
+RANK = {"reference": 0, "teacher": 1, "floor": 2, "student": 3}
+
+
+def results_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of a ``table.json`` as Markdown: numbers with their standard errors, best viewed beside the grids."""
+    return _table([flat(row) for row in rows])
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    apart = ("name", "kind", "nfe", "grid")
+    labels = list(dict.fromkeys(k for row in rows for k in row if k not in apart and not k.endswith("±")))
+
+    def cell(row: dict[str, Any], label: str) -> str:
+        if label not in row:
+            return ""
+        error = row.get(f"{label} ±")
+        digits = ".3g" if label == "seconds per image" else ".0f" if row[label] >= 100 else ".3f"
+        return f"{row[label]:{digits}}" + (f" ± {error:.2g}" if error else "")
+
+    body = [(r["name"], f"{r.get('nfe', 0):g}", *(cell(r, label) for label in labels)) for r in rows]
+    return table(("", "network calls", *labels), body)
+
+
+def gallery(results: Mapping[str, dict[str, Any]]) -> str:
+    """A Markdown table per teacher: references once, floors once, then every student by its result file.
+
+    Args:
+        results: name of the file -> content; those of one teacher with the same prompts, images and extractor.
+    """
+    teachers: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, result in results.items():
+        teachers.setdefault(result["teacher"], {})[name] = result
+    parts = [
+        f"Teacher `{name}`:\n\n{_gallery_of(group)}" for name, group in sorted(teachers.items(), reverse=True)
+    ]
+    return "\n\n".join(parts)
+
+
+def _gallery_of(results: Mapping[str, dict[str, Any]]) -> str:
+    rows: dict[str, dict[str, Any]] = {}
+    for result in results.values():
+        rows |= {row_name(row): flat(row) for row in result["rows"] if row["kind"] != "student"}
+    for name, result in results.items():
+        students = [row for row in result["rows"] if row["kind"] == "student"]
+        for row in students:
+            label = f"`{name}`" if len(students) == 1 else f"`{name}`, {steps_of(row['steps'])}"
+            rows[label] = {**flat(row), "name": label, "distilled in s": float(result["seconds"])}
+    ordered = sorted(rows.values(), key=lambda r: (RANK[r["kind"]], r.get("nfe", 0), r["name"]))
+    return _table([{k: v for k, v in row.items() if k != "seconds per image"} for row in ordered])
