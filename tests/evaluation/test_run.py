@@ -225,6 +225,42 @@ def test_prompts_that_name_real_images_are_for_retrieval_alone(spec_file, tiny_s
     assert whole["named"] == 2 and whole["prompts"][-2:] == ["n 7", "n 2"]
 
 
+def test_scores_are_of_the_images_that_name_none(tiny_sd15, clip_folder, tmp_path):
+    lines = [{"prompt": p} for p in ("red", "blue")] + [{"prompt": "n", "real": 0}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    images = np.random.default_rng(2).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    np.savez(tmp_path / "made.npz", images=images)
+    scorer, own = f"clip:{clip_folder}", f"{__name__}:pool_function"
+    entry = Entry("made", images=str(tmp_path / "made.npz"))
+    shared = {"scorers": (scorer,), "extractor": own, "metrics": ("fd",)}
+    (row,) = run_spec(
+        Spec(str(tmp_path / "p.jsonl"), (entry,), real=str(tmp_path / "made.npz"), **shared), tmp_path / "out"
+    )["rows"]
+    wanted = evaluate_images(images[:2], images[:2], captions=["red", "blue"], **shared)["metrics"]
+    (label,) = (name for name in wanted if name.startswith("CLIP score"))
+    assert row["metrics"][label]["value"] == wanted[label]["value"] and row["metrics"][label]["n_fake"] == 2
+
+
+def test_the_named_images_and_no_others_are_looked_for(spec_file, tmp_path):
+    """Six of noise, then exact copies of two real ones: found again, in their order, and by nobody else."""
+    real = open_images(tmp_path / "real")
+    everything = torch.cat(list(real.batches(12))).numpy()
+    noise = np.random.default_rng(1).integers(0, 256, (6, 32, 32, 3)).astype(np.uint8)
+    for order, found in (([7, 2], 1.0), ([2, 7], 0.0)):
+        images = np.concatenate([noise, everything[order]])
+        np.savez(tmp_path / "made.npz", images=images)
+        lines = [{"prompt": f"thing {i}"} for i in range(6)] + [{"prompt": "n", "real": i} for i in (7, 2)]
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        made = Entry("made", images=str(tmp_path / "made.npz"))
+        own = f"{__name__}:pool_function"
+        spec = Spec(
+            str(tmp_path / "p.jsonl"), (made,), real=str(tmp_path / "real"), extractor=own, metrics=("fd",)
+        )
+        (row,) = run_spec(spec, tmp_path / f"out{found}")["rows"]
+        values = {label.partition("(")[0]: metric["value"] for label, metric in row["metrics"].items()}
+        assert values["retrieval"] == found and values["FD"] > 0
+
+
 def test_images_made_elsewhere_are_a_row(spec_file, tiny_sd15, tmp_path):
     """A row of images says of itself what it can, and is compared with real ones, not with the noise of others."""
     model = Entry("drawn", str(tiny_sd15), steps=(1, 2), solver=("ddim",), guidance=(1.0,))
