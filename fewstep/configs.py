@@ -214,3 +214,16 @@ class EvalConfig:
     batch_size: int = 32
     extractor: str = "effnet-lite0"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num", "named"):
+            if getattr(self, name) < 0 or getattr(self, name) == 1:
+                raise RecipeError(
+                    f"evaluation.{name}: {getattr(self, name)}: expected 0, or at least 2 images"
+                )
+        steps = self.floor_steps
+        if any(k < 1 for k in steps) or len(set(steps)) < len(steps):
+            raise RecipeError(f"evaluation.floor_steps: {steps}: expected different numbers from 1 on")
+        for name, least in (("teacher_steps", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"evaluation.{name}: {getattr(self, name)}: expected {least} or more")

@@ -8,7 +8,7 @@ import yaml
 from fewstep import recipe as recipes
 from fewstep.errors import RecipeError
 from fewstep.methods.dmd2 import DMD2
-from fewstep.recipe import DataConfig, Recipe, RoleConfig, TeacherConfig, TrainConfig
+from fewstep.recipe import DataConfig, EvalConfig, Recipe, RoleConfig, TeacherConfig, TrainConfig
 from fewstep.runs.library import load_recipe, recipe_files
 
 
@@ -210,3 +210,21 @@ def test_an_option_that_has_moved_is_refused_with_its_new_name(name, old, value,
     plain["method"][old] = value
     with pytest.raises(RecipeError, match=rf"^method\.{old}: .*is {new} now; give it there"):
         recipes.from_dict(plain)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num": -1},
+        {"num": 1},
+        {"named": 1},
+        {"floor_steps": [0]},
+        {"floor_steps": [4, 4]},
+        {"teacher_steps": -1},
+        {"batch_size": 0},
+    ],
+)
+def test_an_evaluation_that_could_not_be_made_is_refused_by_its_field(options):
+    (name,) = options
+    with pytest.raises(RecipeError, match=f"evaluation.{name}: .*expected"):
+        EvalConfig(**options)

@@ -76,7 +76,7 @@ def _asked(recipe, prompts: list[str], images: CaptionedImages | None) -> list[d
         counts = Counter(images.captions)
         single = [i for i, caption in enumerate(images.captions) if counts[caption] == 1]
         order = Rng(config.seed, "named").permutation(len(single)).tolist()
-        for i in (single[k] for k in order[: config.named]):
+        for i in (single[k] for k in order[: config.named] if len(single) > 1):
             lines.append({"prompt": images.captions[i], "real": i % len(images.files)})
     return lines
 

@@ -50,6 +50,11 @@ class Yardstick:
         if self.named and spec.per_prompt > 1:
             raise FewstepError(f"per_prompt is {spec.per_prompt}, expected 1 where prompts name real images")
         self.cut = num - len(self.named)
+        if self.cut < 2 or len(self.named) == 1:
+            raise FewstepError(
+                f"{spec.prompts}: {num} prompts, of which {len(self.named)} name a real image: expected at least 2 that "
+                "name none, and none or at least 2 that do"
+            )
         counts = Counter(self.captions[: self.cut])
         numbers = {caption: i for i, caption in enumerate(counts)}
         self.groups = [numbers[caption] for caption in self.captions[: self.cut]]

@@ -226,9 +226,9 @@ def test_prompts_that_name_real_images_are_for_retrieval_alone(spec_file, tiny_s
 
 
 def test_scores_are_of_the_images_that_name_none(tiny_sd15, clip_folder, tmp_path):
-    lines = [{"prompt": p} for p in ("red", "blue")] + [{"prompt": "n", "real": 0}]
+    lines = [{"prompt": p} for p in ("red", "blue")] + [{"prompt": "n", "real": i} for i in (0, 2)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    images = np.random.default_rng(2).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    images = np.random.default_rng(2).integers(0, 256, (4, 32, 32, 3)).astype(np.uint8)
     np.savez(tmp_path / "made.npz", images=images)
     scorer, own = f"clip:{clip_folder}", f"{__name__}:pool_function"
     entry = Entry("made", images=str(tmp_path / "made.npz"))
@@ -322,6 +322,16 @@ def test_an_index_of_a_real_image_is_one(real, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "real": real}) + "\n")
     with pytest.raises(FewstepError, match='"real" is'):
         read_prompts(tmp_path / "p.jsonl").named(1)
+
+
+@pytest.mark.parametrize("lines", [[{}], [{}, {}, {"real": 1}], [{"real": 1}, {"real": 0}]])
+def test_too_few_of_either_kind_are_refused_before_anything_is_drawn(lines, spec_file, tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": "a", **line}) + "\n" for line in lines))
+    spec = Spec(str(tmp_path / "p.jsonl"), (Entry("m", "nowhere"),), real=str(tmp_path / "real"))
+    with pytest.raises(
+        FewstepError, match="expected at least 2 that name none, and none or at least 2 that do"
+    ):
+        run_spec(spec, tmp_path / "out")
 
 
 def test_prompts_without_an_image_do_not_follow_those_with_one(tmp_path):
