@@ -257,6 +257,10 @@ def test_the_named_images_and_no_others_are_looked_for(spec_file, tmp_path):
             str(tmp_path / "p.jsonl"), (made,), real=str(tmp_path / "real"), extractor=own, metrics=("fd",)
         )
         (row,) = run_spec(spec, tmp_path / f"out{found}")["rows"]
+        again = [line | {"real": 9 - line["real"]} if "real" in line else line for line in lines]
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in again))
+        (other,) = run_spec(spec, tmp_path / f"out{found}")["rows"]  # not what is stored for other names
+        assert {m["value"] for n, m in other["metrics"].items() if n.startswith("retrieval")} == {1 - found}
         values = {label.partition("(")[0]: metric["value"] for label, metric in row["metrics"].items()}
         assert values["retrieval"] == found and values["FD"] > 0
 

@@ -414,3 +414,20 @@ def test_accelerate_launch_makes_the_files_of_one_process(tiny_sd15, tmp_path, l
     assert main([*words, str(tmp_path / "one")]) == 0
     one, two = (files(tmp_path / name / "2-steps") for name in ("one", "two"))
     assert one == two and len(one) == len(TEXTS)
+
+
+def test_seconds_and_evaluations_are_of_one_image(monkeypatch):
+    """Batches of 4 and of 2, a second each: 0.25 and 0.5 s an image, 3 evaluations of each sample."""
+    from fewstep.evaluation import speed
+
+    clock = iter(range(100))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: float(next(clock)))
+    net = torch.nn.Linear(3, 3)
+    watch = speed.Stopwatch(net)
+    for rows in (4, 2):
+        with watch.drawing(rows):
+            for _ in range(3):
+                net(torch.zeros(rows, 3))
+    found = watch.read()
+    assert found["seconds"] == pytest.approx((0.25 + 0.5) / 2) and found["nfe"] == 3 and found["batch"] == 4
+    assert found["seconds_error"] == pytest.approx(1.2533 * 0.25 / 2**0.5 / 2**0.5, rel=1e-3)
