@@ -52,8 +52,8 @@ class Yardstick:
         self.cut = num - len(self.named)
         if self.cut < 2 or len(self.named) == 1:
             raise FewstepError(
-                f"{spec.prompts}: {num} prompts, of which {len(self.named)} name a real image: expected at least 2 that "
-                "name none, and none or at least 2 that do"
+                f"{spec.prompts}: {num} prompts, of which {len(self.named)} name a real image: expected at least 2 "
+                "that name none, and none or at least 2 that do"
             )
         counts = Counter(self.captions[: self.cut])
         numbers = {caption: i for i, caption in enumerate(counts)}
