@@ -46,15 +46,17 @@ class DataConfig:
     """What is generated and what is real.
 
     Attributes:
-        prompts: text file, one prompt per line, or ``builtin:emoji``.
+        prompts: text file, one prompt per line; a table (JSON lines, JSON, CSV, TSV, Parquet); or ``builtin:emoji``.
         images: folder of captioned images, or ``builtin:emoji``; a data-free method only measures itself against them,
             and null is then allowed.
         pairs: folder that ``fewstep pairs`` wrote; null where the method needs none.
+        column: of the texts in tables of prompts and of captions; null is the only one called text, caption or prompt.
     """
 
     prompts: str
     images: str | None = None
     pairs: str | None = None
+    column: str | None = None
 
 
 @dataclass

@@ -203,11 +203,13 @@ def digest(recipe: Recipe) -> str:
     """Hash of everything but the output folder; stands in ``fewstep.json`` of the export."""
     plain = to_dict(from_dict(to_dict(recipe)))  # 64 and 64.0 are the same alpha
     del plain["output"]
-    for role in plain[
-        "roles"
-    ].values():  # an option that came later leaves the hashes of what does without it alone
-        if role["start_from"] is None:
-            del role["start_from"]
+    # An option that came later leaves the hashes of what does without it alone.
+    for part, name in [
+        (plain["data"], "column"),
+        *((role, "start_from") for role in plain["roles"].values()),
+    ]:
+        if part[name] is None:
+            del part[name]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -70,6 +70,9 @@ def add_all(parser: argparse.ArgumentParser, dest: str, parts: Iterable[Commands
 
 # Arguments of several commands.
 DEVICE = argument("--device", help="auto (default), cpu, cuda, cuda:1, ...")
+COLUMN = argument(
+    "--column", metavar="NAME", help="of a table of prompts (default: its text, caption or prompt)"
+)
 RECIPE = argument("recipe")
 RUN = argument("run_folder", type=Path, metavar="RUN")
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.commands import Commands, argument
+from fewstep.cli.commands import COLUMN, Commands, argument
 from fewstep.cli.eval_sampling import PROTOCOL, SAMPLING, process
 
 EMOJI = "builtin:emoji"
@@ -139,8 +139,13 @@ def _stats(args: argparse.Namespace) -> int:
     "do generated emoji look like what the prompt named?",
     FAKE,
     argument(
-        "--prompts", type=Path, required=True, metavar="FILE", help="text file, one caption of the set a line"
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="captions of the set, one a line, or a table",
     ),
+    COLUMN,
     EXTRACTOR,
     WEIGHTS,
     WORKERS,
@@ -151,7 +156,7 @@ def _retrieval(args: argparse.Namespace) -> int:
     from fewstep.evaluation.evaluate import evaluate_images
     from fewstep.evaluation.images import open_images
 
-    prompted = prompted_indices(args.prompts, emoji.load()[1])
+    prompted = prompted_indices(args.prompts, emoji.load()[1], args.column)
     result = evaluate_images(
         _open(EMOJI, args),
         open_images(args.fake, workers=_workers(args)),
@@ -209,7 +214,8 @@ def _diversity(args: argparse.Namespace) -> int:
     "scores",
     "do images match their captions? CLIP score and preference models",
     FAKE,
-    argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or .jsonl"),
+    argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or a table"),
+    COLUMN,
     argument("--per-prompt", type=int, default=1, metavar="K", help="images of each prompt, in a row"),
     argument("--scorer", action="append", required=True, metavar="KIND:PATH", help=SCORERS),
     argument("--num", type=int, metavar="N", help="use the first N images"),
@@ -224,7 +230,7 @@ def _scores(args: argparse.Namespace) -> int:
     from fewstep.evaluation.prompts import read_prompts
     from fewstep.evaluation.sampling import check_made_from, check_num
 
-    prompts = read_prompts(args.prompts)
+    prompts = read_prompts(args.prompts, args.column)
     fake = _first(open_images(args.fake, workers=_workers(args)), args.num)
     check_made_from(args.fake, prompts, args.per_prompt)
     check_num(len(fake), prompts, args.per_prompt)
@@ -268,25 +274,21 @@ def _protocols(args: argparse.Namespace) -> int:
     return 0
 
 
-def prompted_indices(path: Path, captions: list[str]) -> list[int]:
-    """Index into `captions` of each line of a text file; FewstepError names a line that is no caption."""
+def prompted_indices(path: Path, captions: list[str], column: str | None = None) -> list[int]:
+    """Index into `captions` of each text of a file; FewstepError names one that is no caption."""
     import difflib
 
+    from fewstep.data import texts
     from fewstep.errors import FewstepError
 
-    try:
-        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FewstepError(
-            f"{path} cannot be read ({error}): expected a text file with one caption a line"
-        ) from None
+    found = texts.read(path, column)
     index = {caption: i for i, caption in reversed(list(enumerate(captions)))}
-    for number, line in enumerate(lines, 1):
-        if line.strip() not in index:
-            near = difflib.get_close_matches(line.strip(), index, 1)
+    for place, text in zip(found.places, found.texts):
+        if text.strip() not in index:
+            near = difflib.get_close_matches(text.strip(), index, 1)
             hint = f"; the nearest is {near[0]!r}" if near else ""
-            raise FewstepError(f"{path}, line {number}: {line!r} is no caption of the reference set{hint}")
-    return [index[line.strip()] for line in lines]
+            raise FewstepError(f"{path}, {place}: {text!r} is no caption of the reference set{hint}")
+    return [index[text.strip()] for text in found.texts]
 
 
 def _workers(args: argparse.Namespace) -> int | None:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.commands import Commands, argument, integers
+from fewstep.cli.commands import COLUMN, Commands, argument, integers
 
 SAMPLING = Commands()
 
@@ -21,7 +21,8 @@ MODEL = (
 )
 # Which images.
 IMAGES = (
-    argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or .jsonl"),
+    argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or a table"),
+    COLUMN,
     argument("--num", type=int, metavar="N", help="images in all (default: all prompts)"),
     argument("--per-prompt", type=int, default=1, metavar="K", help="images of each prompt"),
     argument("--seed", type=int, default=0, help="sample i uses SEED + i"),
@@ -86,7 +87,7 @@ def _generate(args: argparse.Namespace) -> int:
     own = {"solver": args.solver, "guidance": args.guidance, "layout": args.layout}
     own["timesteps"] = tuple(args.timesteps) if args.timesteps else None
     jobs = [job_of(args, steps, **own) for steps in args.steps]
-    prompts = read_prompts(args.prompts)
+    prompts = read_prompts(args.prompts, args.column)
     num = check_num(args.num, prompts, args.per_prompt)
     rank, world = process()
     model = open_model(args.pipeline, args.lora, args.network, args.dtype, args.device, args.size)
@@ -116,7 +117,8 @@ def _generate(args: argparse.Namespace) -> int:
     argument("--steps", type=integers, default=[1, 2, 4, 8], metavar="1,2,4", help="numbers of steps"),
     argument("--solver", action="append", metavar="S", help="of the teacher; may be repeated"),
     argument("--guidance", action="append", type=float, metavar="G", help="of the teacher; may be repeated"),
-    argument("--prompts", metavar="FILE", help="one a line, or .jsonl"),
+    argument("--prompts", metavar="FILE", help="one a line, or a table"),
+    COLUMN,
     argument("--num", type=int, metavar="N", help="images of each row"),
     argument("--real", metavar="IMAGES", help="folder, npz, statistics or builtin:emoji"),
     PROTOCOL,
@@ -155,6 +157,7 @@ def _spec_of(args: argparse.Namespace) -> Any:
     return Spec(
         args.prompts,
         (teacher, *students),
+        column=args.column,
         num=args.num,
         real=args.real,
         protocol=args.protocol,

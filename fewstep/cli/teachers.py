@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import FewstepError
 from ..runs.library import load_recipe, recipe_files
-from .commands import DEVICE, RECIPE, Commands, argument, integers
+from .commands import COLUMN, DEVICE, RECIPE, Commands, argument, integers
 
 COMMANDS = Commands()
 
@@ -71,6 +71,7 @@ def pairs(args: argparse.Namespace) -> int:
     """Noise and samples of a recipe's teacher, at the recipe's guidance."""
     from ..data.pairs import make_pairs
     from ..data.prompts import load_prompts
+    from ..data.texts import column_for
     from ..process import start
     from ..recipe import override
     from ..teachers import load_teacher
@@ -79,7 +80,9 @@ def pairs(args: argparse.Namespace) -> int:
     folder: Path | None = args.out or (Path(recipe.data.pairs) if recipe.data.pairs else None)
     if folder is None:
         raise FewstepError("pairs: give --out, or a recipe with data.pairs")
-    prompts, process = load_prompts(recipe.data.prompts), start(recipe.train.device)
+    data = recipe.data
+    prompts = load_prompts(data.prompts, column=column_for(data.prompts, data.column))
+    process = start(recipe.train.device)
     teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
     make_pairs(
         folder,
@@ -137,8 +140,9 @@ def convert(args: argparse.Namespace) -> int:
         "--prompts",
         default="builtin:emoji",
         metavar="F",
-        help="one a line, or a built-in name (default: %(default)s)",
+        help="one a line, a table, or a built-in name (default: %(default)s)",
     ),
+    COLUMN,
     argument("--num", type=int, default=64, help="reference paths (default: 64)"),
     argument("--guidance", type=float, help="scale (default: the pipeline's)"),
     argument("--reference-steps", type=int, default=50, metavar="M", help="of a path (default: 50)"),
@@ -168,7 +172,7 @@ def _searched_floor(args: argparse.Namespace) -> int:
     from ..evaluation.statistics import table
     from ..teachers import load_teacher
 
-    prompts = load_prompts(args.prompts, "--prompts")
+    prompts = load_prompts(args.prompts, "--prompts", args.column)
     options = {"dtype": args.dtype, "resolution": args.size, "device": args.device}
     teacher = load_teacher(args.teacher, **options)
     own = inspect.signature(teacher.pipe.__call__).parameters["guidance_scale"].default

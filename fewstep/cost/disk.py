@@ -10,6 +10,7 @@ import torch
 
 from ..data.images import EXTENSIONS, load_images
 from ..data.prompts import load_prompts
+from ..data.texts import column_for
 from ..errors import FewstepError
 from ..recipe import Recipe
 from ..teachers.base import Teacher
@@ -28,7 +29,12 @@ def on_disk(recipe: Recipe, teacher: Teacher) -> dict[str, dict[str, int | None]
     )
     latent = 4 * torch.Size(teacher.latent_shape).numel()
     data = recipe.data
-    rows = {"prompts": (prompt, _count(lambda: len(load_prompts(data.prompts))))}
+    rows = {
+        "prompts": (
+            prompt,
+            _count(lambda: len(load_prompts(data.prompts, column=column_for(data.prompts, data.column)))),
+        )
+    }
     if "images" in needs:
         rows["images"] = (latent + prompt, _count(lambda: _images(data.images)))
     if "pairs" in needs:

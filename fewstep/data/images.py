@@ -1,20 +1,23 @@
-"""Captioned training images: a folder with ``metadata.jsonl`` or sidecar text files, or the built-in emoji."""
+"""Captioned training images: a folder with tables of captions or sidecar text files, or the built-in emoji."""
 
 from __future__ import annotations
 
-import json
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..errors import RecipeError, why
+from ..errors import FewstepError, RecipeError, why
 from ..files import ReadError
-from . import emoji
+from . import emoji, texts
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+TABLES = (".jsonl", ".csv", ".parquet")  # with captions: metadata.jsonl and so on
 MAX_PIXELS = 64_000_000  # a larger file is a mistake or a bomb
 
 
@@ -43,16 +46,18 @@ class CaptionedImages:
         return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
-def load_images(source: str) -> CaptionedImages:
+def load_images(source: str, column: str | None = None) -> CaptionedImages:
     """Captioned images of a folder, or ``builtin:emoji``, where every image comes under both its captions.
 
-    A folder's captions are in ``metadata.jsonl`` or in ``NAME.txt`` files.
-
-    ``metadata.jsonl`` is the layout of Hugging Face image folders: ``{"file_name": ..., "text": ...}`` per line.
+    A folder's captions are in ``NAME.txt`` files, or in tables as Hugging Face's image folders have them: a
+    ``metadata.jsonl`` (or .csv, .parquet) in the folder or in those within it, with ``file_name`` and ``text``.
     Every file is checked before anything expensive starts.
 
+    Args:
+        column: of the captions in tables; None is their only one called text, caption or prompt.
+
     Raises:
-        RecipeError: folder missing or empty, a caption missing, or corrupt files (up to ten are named).
+        RecipeError: folder missing or empty, a caption missing or no text, or corrupt files (up to ten are named).
     """
     if (captions := emoji.prompts(source)) is not None:
         return CaptionedImages(captions, emoji.load()[0])
@@ -64,7 +69,12 @@ def load_images(source: str) -> CaptionedImages:
     )
     if not files:
         raise RecipeError(f"data.images: {source} holds no image; looked for {', '.join(EXTENSIONS)}")
-    captions = _captions(folder, files)
+    try:
+        captions = _captions(folder, files, column)
+    except RecipeError:
+        raise
+    except FewstepError as error:
+        raise RecipeError(f"data.images: {error}") from error
     corrupt = [f"{f.name} ({reason})" for f in files if (reason := _fault(f))]
     if corrupt:
         more = f" and {len(corrupt) - 10} more" if len(corrupt) > 10 else ""
@@ -75,30 +85,59 @@ def load_images(source: str) -> CaptionedImages:
     return CaptionedImages(captions, files)
 
 
-def _captions(folder: Path, files: Sequence[Path]) -> list[str]:
-    table = folder / "metadata.jsonl"
-    if table.is_file():
-        try:
-            rows = [
-                json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()
-            ]
-            by_name = {str(row["file_name"]): str(row["text"]) for row in rows}
-        except (ValueError, KeyError, TypeError) as error:
-            raise RecipeError(
-                f'data.images: {table}: {error!r}; expected lines like {{"file_name": "a.png", "text": "a cat"}}'
-            ) from error
-        names = {f: f.relative_to(folder).as_posix() for f in files}
-        missing = [n for n in names.values() if n not in by_name]
-        captions = [by_name.get(n, "") for n in names.values()]
+def tables(source: str | Path) -> list[Path]:
+    """Tables of captions in a folder and in those within it.
+
+    Raises:
+        RecipeError: two in one folder.
+    """
+    found = sorted(p for p in Path(source).expanduser().rglob("metadata.*") if p.suffix in TABLES)
+    for one, other in pairwise(found):
+        if one.parent == other.parent:
+            raise RecipeError(f"data.images: {one} and {other.name} are in one folder; remove one of them")
+    return found
+
+
+def _captions(folder: Path, files: Sequence[Path], column: str | None) -> list[str]:
+    if found := tables(folder):
+        known = [Path(os.path.normpath(f)) for f in files]
+        by_file = _of_tables(folder, found, set(known), column)
+        captions = [by_file.get(f) for f in known]
+        if lost := list(by_file.keys() - set(known)):
+            print(
+                f"fewstep: note: data.images: {len(lost)} rows of {found[0]} name no image that is there, e.g. "
+                f"{min(lost)}",
+                file=sys.stderr,
+            )
     else:
         sidecars = [f.with_suffix(".txt") for f in files]
-        missing = [f.name for f, s in zip(files, sidecars) if not s.is_file()]
-        captions = [s.read_text(encoding="utf-8").strip() if s.is_file() else "" for s in sidecars]
-    if missing:
+        captions = [texts.read_text(s).strip() if s.is_file() else None for s in sidecars]
+    if missing := [
+        f.relative_to(folder).as_posix() for f, caption in zip(files, captions) if caption is None
+    ]:
         raise RecipeError(
             f"data.images: {folder}: no caption for {len(missing)} of {len(files)} images, e.g. {missing[0]}; give "
             "metadata.jsonl or a .txt file beside each image"
         )
+    return [caption or "" for caption in captions]
+
+
+def _of_tables(folder: Path, found: Sequence[Path], known: set[Path], column: str | None) -> dict[Path, str]:
+    """File -> caption; names are relative to their table's folder, to the whole one, or to that which holds it."""
+    captions: dict[Path, str] = {}
+    for table in found:
+        rows = texts.rows(table)
+        name = texts.column_of(table, rows, column)
+        for place, row in rows:
+            file = texts.cell(table, place, row, "file_name").replace("\\", "/")
+            text = texts.cell(table, place, row, name, blank=True).strip()
+            starts = (table.parent, folder, folder.parent)
+            near = [Path(os.path.normpath(start / file)) for start in starts]
+            path = next((path for path in near if path in known), near[0])
+            if captions.setdefault(path, text) != text:
+                raise RecipeError(
+                    f"data.images: {table}, {place}: {file} has another caption before; keep one"
+                )
     return captions
 
 

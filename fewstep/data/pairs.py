@@ -34,7 +34,9 @@ class Pairs:
 
     def __init__(self, folder: Path):
         self.about = json.loads((folder / "pairs.json").read_text())
-        self.prompts = (folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
+        # As they were written: other ends of lines than ours may stand in a prompt.
+        text = (folder / "prompts.txt").read_bytes().decode()
+        self.prompts = text.removesuffix("\n").split("\n")
         remedy = "put it back, or run fewstep pairs again, then go on with fewstep resume"
         self.store = Store(folder, self.about["num"], SHARD, remedy)
 
@@ -160,7 +162,7 @@ def _claim(folder: Path, about: dict[str, Any], prompts: list[str]) -> None:
     path = folder / "pairs.json"
     if path.is_file():
         found = json.loads(path.read_text())
-        if found != about or (folder / "prompts.txt").read_text(encoding="utf-8") != text:
+        if found != about or (folder / "prompts.txt").read_bytes() != text.encode():
             odd = [k for k in about if found.get(k) != about[k]] or ["prompts"]
             raise FewstepError(
                 f"{folder}: holds pairs of another kind: {odd[0]} is {found.get(odd[0])!r}, not {about.get(odd[0])!r}; "

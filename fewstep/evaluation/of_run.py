@@ -17,6 +17,7 @@ import torch
 
 from ..data.images import CaptionedImages
 from ..data.prompts import load_prompts
+from ..data.texts import column_for
 from ..diffusion.rng import Rng
 from ..export.load import read_record
 from ..files import write
@@ -67,7 +68,11 @@ def evaluate_run(
 def _asked(recipe, prompts: list[str], images: CaptionedImages | None) -> list[dict[str, Any]]:
     """Prompts for the distances, then those that caption exactly one image, with its index as ``real``."""
     config = recipe.evaluation
-    source = load_prompts(config.prompts) if config.prompts else prompts
+    source = prompts
+    if config.prompts:
+        source = load_prompts(
+            config.prompts, "evaluation.prompts", column_for(config.prompts, recipe.data.column)
+        )
     order = Rng(config.seed, "evaluation").permutation(len(source)).tolist()
     lines: list[dict[str, Any]] = [
         {"prompt": source[i]} for i in (order * -(-config.num // len(order)))[: config.num]

@@ -82,7 +82,7 @@ def run_spec(
     Raises:
         FewstepError: anything wrong with the inputs, before a model is loaded.
     """
-    prompts = read_prompts(spec.prompts)
+    prompts = read_prompts(spec.prompts, spec.column)
     num = check_num(spec.num, prompts, spec.per_prompt)
     rows = rows_of(spec)
     yardstick = Yardstick(spec, prompts, device) if rank == 0 else None

@@ -1,12 +1,11 @@
-"""Prompt files: one text a line, or one JSON object with a `prompt` a line, as GenEval has them."""
+"""Prompts of images that are measured, each in its place: lines, or rows of a table such as GenEval's."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.errors import FewstepError
+from fewstep.data import texts
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class Prompts:
 
     Attributes:
         texts: the prompts.
-        records: what a line of a JSON file holds beside and including `prompt`; empty for a text file.
+        records: what the rows of a table hold beside and including the prompt; empty for a text file.
         sha256: hash of the texts.
     """
 
@@ -49,35 +48,11 @@ class Prompts:
         return [self.texts[i // per_prompt] for i in range(num)]
 
 
-def read_prompts(path: str | Path) -> Prompts:
-    """Reads a .jsonl file with a `prompt` in every line, or any other file as one prompt a line.
+def read_prompts(path: str | Path, column: str | None = None) -> Prompts:
+    """One prompt a line, or the column of a table, see :mod:`fewstep.data.texts`.
 
     Raises:
-        FewstepError: unreadable file, no prompts, an empty line before the last prompt, JSON without a prompt.
+        FewstepError: neither text nor a table, no prompts, an empty line before the last prompt, a row without one.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").rstrip("\r\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FewstepError(
-            f"{path} cannot be read ({error}): expected a UTF-8 file, one prompt a line"
-        ) from None
-    lines = [line.removesuffix("\r") for line in lines]
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise FewstepError(f"{path}, line {number} is empty: expected a prompt; remove the line")
-    if path.suffix != ".jsonl":
-        return Prompts(tuple(lines))
-    records = tuple(_record(path, number, line) for number, line in enumerate(lines, 1))
-    return Prompts(tuple(record["prompt"] for record in records), records)
-
-
-def _record(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-        if isinstance(record["prompt"], str) and record["prompt"].strip():
-            return record
-        problem = f"prompt is {record['prompt']!r}"
-    except (ValueError, KeyError, TypeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    raise FewstepError(f'{path}, line {number} ({problem}): expected JSON such as {{"prompt": "a cat"}}')
+    found = texts.read(path, column)
+    return Prompts(found.texts, found.records)

@@ -61,7 +61,7 @@ class Spec:
 
     Attributes:
         title: of the page.
-        prompts: file for `read_prompts`. num, per_prompt, seed, size, rounding: see `Job`.
+        prompts, column: see `read_prompts`. num, per_prompt, seed, size, rounding: see `Job`.
         models: the rows; the reference of same-noise distances is the first pipeline, at its last steps and guidance.
         real: folder, npz, statistics, "builtin:emoji" or an `ImageSource`; without it nothing is compared with real
             images.
@@ -74,6 +74,7 @@ class Spec:
     prompts: str
     models: tuple[Entry, ...]
     title: str = "Few-step generators side by side"
+    column: str | None = None
     num: int | None = None
     per_prompt: int = 1
     seed: int = 0

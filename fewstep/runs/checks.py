@@ -10,6 +10,7 @@ from pathlib import Path
 from ..data.images import CaptionedImages, load_images
 from ..data.pairs import load_pairs
 from ..data.prompts import load_prompts
+from ..data.texts import column_for
 from ..errors import RecipeError
 from ..methods.base import Method, Progress
 from ..recipe import Recipe
@@ -47,9 +48,10 @@ def check_space(folder: Path, roles: dict[str, Role], recipe: Recipe) -> None:
 
 def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
     check_trackers(recipe.train.trackers)
-    prompts = load_prompts(recipe.data.prompts)
-    if recipe.evaluation.prompts:
-        load_prompts(recipe.evaluation.prompts, "evaluation.prompts")
+    data, measured = recipe.data, recipe.evaluation.prompts
+    prompts = load_prompts(data.prompts, column=column_for(data.prompts, data.column))
+    if measured:
+        load_prompts(measured, "evaluation.prompts", column_for(measured, data.column))
     if recipe.samples.distance:
         _check_distance(recipe)
     needs = recipe.method_class.needs(recipe.method)
@@ -62,7 +64,7 @@ def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
             "data.images: missing; this configuration needs real images. Give a folder of captioned "
             "images, or set method.gan_weight 0 to run data-free"
         )
-    return prompts, load_images(recipe.data.images)
+    return prompts, load_images(recipe.data.images, recipe.data.column)
 
 
 def _check_distance(recipe: Recipe) -> None:

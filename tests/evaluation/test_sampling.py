@@ -198,14 +198,18 @@ def test_geneval_layout(model, tmp_path):
 
 @pytest.mark.parametrize(
     "text, message",
-    [(b"", "line 1 is empty"), (b"a\n\nb\n", "line 2 is empty"), (b"\xff\xfe", "cannot be read")],
+    [
+        (b"", "holds no prompt"),
+        (b"a\n\nb\n", "line 2 is empty"),
+        (b"\xff\xfe", "is no UTF-8 text: it is UTF-16"),
+    ],
 )
 def test_bad_prompt_files(tmp_path, text, message):
     (tmp_path / "p.txt").write_bytes(text)
     with pytest.raises(FewstepError, match=message):
         read_prompts(tmp_path / "p.txt")
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    with pytest.raises(FewstepError, match=r"line 2 .*KeyError"):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"tag": "b"}\n')
+    with pytest.raises(FewstepError, match=r"line 2: has no 'prompt'"):
         read_prompts(tmp_path / "p.jsonl")
 
 
