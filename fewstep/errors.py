@@ -61,6 +61,12 @@ def why(error: BaseException) -> str | None:
     return None
 
 
+def in_line(error: BaseException) -> str:
+    """What a library says, in one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:397] + "..."
+
+
 def _unread() -> bool:
     """Whether nobody reads what is printed any more, as where ``head`` has its lines; what is left is thrown away."""
     with contextlib.suppress(AttributeError, OSError):  # a system without poll, an output that is no file

@@ -34,6 +34,11 @@ class ReadError(FewstepError):
     code = 4
 
 
+def at_home(text: str) -> str:
+    """A path with ``~`` at its beginning, or behind the ``kind:`` before it, as the shell would have it."""
+    return re.sub(r"(^|:)~(?=/|$)", lambda found: found[1] + str(Path.home()), text)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[Path]:
     """``with replacing(path) as part:`` write the file or folder ``part``; it takes the place of ``path`` at the end.

@@ -26,6 +26,7 @@ from .configs import (
     TrainConfig,
 )
 from .errors import RecipeError
+from .files import at_home
 from .methods import Method, get_method
 
 __all__ = [
@@ -116,7 +117,7 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
     """
     if not isinstance(data, Mapping):
         raise RecipeError(f"recipe: {type(data).__name__}; expected a mapping of fields")
-    data = dict(data)
+    data = _at_home(data)
     options = data.get("method")
     if not isinstance(options, Mapping) or "name" not in options:
         raise RecipeError(f"method: {options!r}; expected a mapping with a name, e.g. {{name: dmd2}}")
@@ -133,6 +134,18 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
                 f"roles.{role}: {method.name} has no such role; expected one of {', '.join(known)}"
             )
     return recipe
+
+
+def _at_home(data: Mapping[str, Any]) -> dict[str, Any]:
+    """With the user's folder for ``~``, in whichever field holds a path."""
+    return {
+        name: _at_home(value)
+        if isinstance(value, Mapping)
+        else at_home(value)
+        if isinstance(value, str)
+        else value
+        for name, value in data.items()
+    }
 
 
 def _present(method: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..errors import tell
+from ..files import at_home
 from ..version import __version__
 from . import cost, doctor, eval, recipes, runs, teachers
 from .commands import add_all
@@ -45,6 +47,9 @@ def _run(words: Sequence[str]) -> int:
     if rest and not args.takes_overrides:
         whole.error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = rest
+    for name, value in vars(args).items():  # a shell leaves the ~ of --out=~/x to us
+        if isinstance(value, (str, Path)):
+            setattr(args, name, type(value)(at_home(str(value))))
     if "device" in args:
         from ..device import choose
 

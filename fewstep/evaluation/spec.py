@@ -8,6 +8,7 @@ from typing import Any
 from fewstep.errors import FewstepError
 from fewstep.evaluation.images import ImageSource
 from fewstep.evaluation.models import check_solver
+from fewstep.files import at_home
 
 WITHOUT_REAL = ("vendi", "diversity", "is")  # measures that need no real images
 KINDS = ("model", "reference", "teacher", "student", "floor")
@@ -166,7 +167,7 @@ def _fields(cls: type, data: Any, where: str) -> dict[str, Any]:
                 f"{where}{name} is {value!r}",
                 "a number" if wanted is int else "a text",
             )
-        values[name] = value
+        values[name] = at_home(value) if isinstance(value, str) else value
     return values
 
 

@@ -99,6 +99,8 @@ def _words(record: Mapping[str, Any], folder: str) -> dict[str, Any]:
     prompt, parts = _prompt(record), record.get("parts", [])
     teacher = repr(record["teacher"])
     builtin = str(record["teacher"]).startswith("builtin:")
+    if _lies_here(record):  # whose path is told to nobody who is given the card
+        teacher = f"json.load(open({os.path.join(folder, 'fewstep.json')!r}))['teacher']"
     return {
         **record,
         **_extras(record),
@@ -131,7 +133,14 @@ def _extras(record: Mapping[str, Any]) -> dict[str, str]:
             "from functools import partial\n\nimport torch\n",
             lines + LABELLED.format(label=_label(record)),
         )
+    if _lies_here(record) and "parts" not in record and record["kind"] == "lora":
+        imports = "import json\n\n" + imports
     return {"imports": imports, "extras": lines, "call": ", ".join(call)}
+
+
+def _lies_here(record: Mapping[str, Any]) -> bool:
+    """Whether the teacher is a folder of the machine that trained, rather than of the hub or built in."""
+    return os.path.isabs(str(record["teacher"]))
 
 
 def _load(name: str, folder: str) -> str:
@@ -182,10 +191,15 @@ def model_card(record: Mapping[str, Any]) -> str:
         if "parts" in record
         else []
     )
+    teacher, relation = str(record["teacher"]), "adapter" if record["kind"] == "lora" else "finetune"
+    base = [f"base_model: {json.dumps(teacher)}", f"base_model_relation: {relation}"]
+    run = "Run in this folder:"
+    if _lies_here(record):
+        teacher, base = os.path.basename(teacher), []
+        run = "Run in this folder; `fewstep.json` says where the teacher is:"
     front = [
         "---",
-        f"base_model: {json.dumps(record['teacher'])}",
-        f"base_model_relation: {'adapter' if record['kind'] == 'lora' else 'finetune'}",
+        *base,
         "library_name: diffusers",
         f"pipeline_tag: {_task(record)}",
         f"tags: [fewstep, {record['method']}{', lora' if record['kind'] == 'lora' else ''}]",
@@ -196,11 +210,11 @@ def model_card(record: Mapping[str, Any]) -> str:
             *front,
             f"# {record.get('title', 'student')}",
             "",
-            f"A {steps}-{plural} student of `{record['teacher']}`, distilled with {record['method']} by fewstep "
+            f"A {steps}-{plural} student of `{teacher}`, distilled with {record['method']} by fewstep "
             f"{record['fewstep']} (recipe {record.get('recipe', 'unknown')}).",
             "",
             *several,
-            "Run in this folder:",
+            run,
             "",
             "```python",
             snippet(record),

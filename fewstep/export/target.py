@@ -102,7 +102,7 @@ class Target:
         return {
             "fewstep": __version__,
             **edition.about,
-            "teacher": teacher.source,
+            "teacher": teacher.place,
             "pipeline_class": teacher.pipeline_class,
             "kind": self.kind,
             "num_steps": self.student.num_steps,

@@ -14,8 +14,9 @@ from ..data.texts import column_for
 from ..errors import RecipeError
 from ..methods.base import Method, Progress
 from ..recipe import Recipe
-from ..teachers import adapters, pipeline_class_of
+from ..teachers import adapters, pipeline_class_of, resolve
 from ..teachers.base import Teacher
+from ..teachers.folders import check_parts
 from ..training.roles import Role
 from .trackers import check_trackers
 
@@ -85,6 +86,7 @@ def check_class(recipe: Recipe) -> None:
             f"teacher.path: {recipe.teacher.path} is a {found}, but this recipe was written for a {expected}; choose "
             "another recipe, or set teacher.pipeline_class null"
         )
+    check_parts(recipe.teacher.path, resolve(recipe.teacher.path))
     adapter, wanted = adapters()[found], recipe.method_class.teacher_kind
     if adapter.kind != wanted:
         raise RecipeError(

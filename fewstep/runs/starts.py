@@ -225,7 +225,7 @@ def start(roles: Mapping[str, Role], recipe: Recipe, teacher: Teacher, process: 
         if fault := process.collect(source.fault() if process.main else None)[0]:
             raise _refused(name, source, f"{fault}; give another checkpoint of that run")
         _fill(role, source)
-        if source.kind == "lora" and source.teacher != teacher.source and process.main:
+        if source.kind == "lora" and source.teacher not in (teacher.source, teacher.place) and process.main:
             moved = f"{source.folder} is an adapter of {source.teacher}, and goes on {teacher.source} here"
             print(f"fewstep: note: roles.{name}.start_from: {moved}", file=sys.stderr)
 

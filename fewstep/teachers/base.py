@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..diffusion.cond import Cond
 from ..diffusion.denoiser import NetDenoiser
 from ..diffusion.solvers import ddim
 from ..errors import FewstepError
+from ..files import at_home
 from .pipelines import fix_shift, native_resolution, pixels_per_latent, size_options
 from .schedulers import FLOOR, PREDICTIONS, is_flow, schedule_of, scheduler_sample
 
@@ -202,6 +203,12 @@ class Teacher:
         return self
 
     @property
+    def place(self) -> str:
+        """Its source for those who read it elsewhere: of a folder the whole path."""
+        path = at_home(self.source)
+        return os.path.abspath(path) if os.path.isdir(path) else self.source
+
+    @property
     def positions(self) -> int:
         """Places of a sample: the most tokens that a network's attention may see of it."""
         return math.prod(self.latent_shape[1:])
@@ -256,18 +263,3 @@ def _without_dropout(net: nn.Module) -> None:
             module.p = 0.0
         elif type(module).__name__ == "LabelEmbedding":
             module.dropout_prob = 0.0  # type: ignore[assignment]  # diffusers' attribute
-
-
-def check_pipeline_folder(source: str) -> None:
-    """Refuses a local path that holds no pipeline, before anything is loaded."""
-    path = Path(source)
-    if path.exists() and not (path / "model_index.json").is_file():
-        raise FewstepError(
-            f"teacher.path: {source} is no diffusers pipeline (no model_index.json in it); give a folder written by "
-            "save_pretrained, a hub id, or builtin:emoji-xl"
-        )
-    if not path.exists() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1):
-        raise FewstepError(
-            f"teacher.path: {source} does not exist; give a folder written by save_pretrained, a hub id such as "
-            "stabilityai/stable-diffusion-xl-base-1.0, or builtin:emoji-xl"
-        )

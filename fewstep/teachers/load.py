@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..diffusion import kernels
-from ..errors import FewstepError
+from ..errors import FewstepError, in_line
 from ..extensions import plugins
-from .base import Teacher, check_pipeline_folder
+from ..files import at_home
+from .base import Teacher
+from .folders import check_parts, check_pipeline_folder
 from .pipelines import hushed
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ def resolve(source: str) -> str:
             raise FewstepError(f"teacher.path: {source!r} is unknown; built in: {', '.join(BUILTIN)}")
         _check_transformers(source)
         return str(_builtin(source))
+    source = at_home(source)
     check_pipeline_folder(source)
     return source
 
@@ -109,7 +112,7 @@ def _class_name(source: str) -> str:
     try:
         return str(DiffusionPipeline.load_config(path)["_class_name"])
     except Exception as error:  # the hub client raises a dozen kinds
-        raise FewstepError(f"teacher.path: cannot read the pipeline {source}: {error}") from error
+        raise FewstepError(f"teacher.path: cannot read the pipeline {source}: {in_line(error)}") from error
 
 
 def pipeline_class_of(source: str) -> str:
@@ -182,6 +185,7 @@ def load_pipeline(source: str, dtype: str = "float32"):
         "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
         "StableDiffusionXLPipeline": {"add_watermarker": False},
     }
+    check_parts(source, resolve(source))
     extra = absent_parts(resolve(source)) | usual.get(pipeline_class, {})
     try:
         with hushed(), nothing_made_up(source):
@@ -191,7 +195,7 @@ def load_pipeline(source: str, dtype: str = "float32"):
     except FewstepError:
         raise
     except Exception as error:  # a file missing or damaged: each loader raises its own kinds
-        raise FewstepError(f"teacher.path: cannot load the pipeline {source}: {error}") from error
+        raise FewstepError(f"teacher.path: cannot load the pipeline {source}: {in_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,0 +1,232 @@
+"""Folders of teachers as people have them: each that cannot be loaded ends in one line, whose advice is good."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fewstep import recipe as recipes
+from fewstep.cli import main
+from fewstep.errors import FewstepError
+from fewstep.evaluation.spec import load_spec
+from fewstep.runs.checks import check_class
+from fewstep.runs.library import load_recipe
+from fewstep.teachers import load_teacher
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_sdxl):
+    return shutil.copytree(tiny_sdxl, tmp_path / "teacher")
+
+
+@pytest.fixture
+def refused(tally):
+    """The one line in which a teacher is refused, by its loader and before anything of it is loaded."""
+
+    def check(source, *words):
+        tally("inputs tried", 1)
+        plain = load_recipe("sdxl_sid_4step")
+        with pytest.raises(FewstepError) as error:
+            load_teacher(str(source))
+        message = str(error.value)
+        with pytest.raises(FewstepError) as early:
+            check_class(
+                recipes.override(plain, ["--teacher", str(source), "--teacher.pipeline_class", "null"])
+            )
+        assert str(early.value) == message
+        assert "\n" not in message and message.startswith("teacher.path: "), message
+        assert all(word in message for word in words), message
+        tally("refused with a clear error", 1)
+        return message
+
+    return check
+
+
+def follow(message, cwd):
+    """Runs the command that a message advises."""
+    command = re.search(r'python -c "[^"]+"', message)[0]
+    words = shlex.split(command)
+    subprocess.run([sys.executable, *words[1:]], cwd=cwd, check=True, capture_output=True)
+    return cwd / "NEW"
+
+
+def as_variant(path):
+    path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+
+
+def as_bin(path):
+    names = {"model": "pytorch_model"}
+    torch.save(load_file(path), path.with_name(names.get(path.stem, path.stem) + ".bin"))
+    path.unlink()
+
+
+@pytest.mark.parametrize("parts", ["**", "unet"])
+@pytest.mark.parametrize("change, word", [(as_variant, "variant fp16"), (as_bin, ".bin files")])
+def test_weights_of_another_form_and_the_command_that_mends_them(
+    folder, refused, tmp_path, change, word, parts
+):
+    for path in list(folder.glob(f"{parts}/*.safetensors")):
+        change(path)
+    message = refused(folder, word)
+    if change is as_bin and parts == "unet":
+        return  # diffusers takes one form of file for all parts
+    assert load_teacher(str(follow(message, tmp_path))).latent_shape == (4, 16, 16)
+
+
+def test_a_variant_beside_the_weights_is_passed_over(folder):
+    for path in list(folder.rglob("*.safetensors")):
+        shutil.copy(path, path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    load_teacher(str(folder))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder_2", "tokenizer", "scheduler"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_part_that_is_listed_and_missing(folder, refused, part, empty):
+    shutil.rmtree(folder / part)
+    if empty:
+        (folder / part).mkdir()
+    refused(folder, f"lists {part} (", str(folder / part), "put it there")
+
+
+def test_the_third_encoder_of_stable_diffusion_3(tmp_path, teachers, refused):
+    folder = shutil.copytree(teachers("SD 3").source, tmp_path / "sd3")
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    listed = {
+        "text_encoder_3": ["transformers", "T5EncoderModel"],
+        "tokenizer_3": ["transformers", "T5TokenizerFast"],
+    }
+    path.write_text(json.dumps({**index, **listed}))
+    advice = refused(folder, "lists text_encoder_3 (T5EncoderModel)")
+    named = re.findall(r'"(\w+)": \[null, null\]', advice)
+    path.write_text(json.dumps({**index, **listed, **{name: [None, None] for name in named}}))
+    assert load_teacher(str(folder)).encoders == ("text_encoder", "text_encoder_2")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pth"])
+def test_single_files(tmp_path, folder, refused, suffix):
+    path = tmp_path / f"sdxl{suffix}"
+    path.write_bytes((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
+    refused(path, "is a single file", f"from_single_file('{path}')")
+    (tmp_path / "models").mkdir()
+    shutil.move(path, tmp_path / "models" / path.name)
+    refused(
+        tmp_path / "models",
+        "is a folder of single files",
+        f"from_single_file('{tmp_path / 'models' / path.name}')",
+    )
+
+
+def test_a_folder_beside_the_right_one(tmp_path, folder, refused):
+    refused(folder / "unet", "no model_index.json", f"there is one in {folder}")
+    refused(tmp_path, f"there is one in {folder}")
+    export = tmp_path / "export"
+    export.mkdir()
+    for name in ("fewstep.json", "pytorch_lora_weights.safetensors"):
+        (export / name).write_text("{}")
+    assert "single file" not in refused(export, "no model_index.json")
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"],
+)
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", None])
+def test_damaged_files(folder, tally, file, content):
+    path = folder / file
+    path.write_bytes(path.read_bytes()[:100] if content is None else content)
+    tally("inputs tried", 1)
+    with pytest.raises(FewstepError) as error:
+        load_teacher(str(folder))
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    tally("refused with a clear error", 1)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'{"_class_name": 3}', b"\xff", b'{"unet": ["a"]}']
+)
+def test_a_damaged_index(folder, tally, content):
+    (folder / "model_index.json").write_bytes(content)
+    tally("inputs tried", 1)
+    with pytest.raises(FewstepError) as error:
+        load_teacher(str(folder))
+    assert "\n" not in str(error.value)
+    tally("refused with a clear error", 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- at home
+PATHS = [
+    "teacher.path",
+    "data.prompts",
+    "data.images",
+    "data.pairs",
+    "samples.vae",
+    "evaluation.prompts",
+    "output",
+]
+PATHS += ["roles.student.start_from", "evaluation.extractor"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_shell_is_not_needed_for_a_path_at_home(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = recipes.to_dict(recipes.override(load_recipe("sdxl_sid_4step"), [f"--{name}=~/a/b"]))
+    value = made
+    for part in name.split("."):
+        value = value[part]
+    assert value == str(tmp_path / "a" / "b")
+    given = recipes.to_dict(recipes.override(load_recipe("sdxl_sid_4step"), [f"--{name}=a~/b"]))
+    for part in name.split("."):
+        given = given[part]
+    assert given == "a~/b"
+
+
+def test_a_path_at_home_behind_its_kind(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = recipes.override(load_recipe("sdxl_hyper_sd"), ["--method.reward=imagereward:~/r"])
+    assert made.method.reward == f"imagereward:{tmp_path / 'r'}"
+
+
+def test_a_teacher_and_options_of_commands_at_home(monkeypatch, tmp_path, folder, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_teacher("~/teacher").latent_shape == (4, 16, 16)
+    (tmp_path / "p.txt").write_text("a cat\n")
+    words = [
+        "--prompts=~/p.txt",
+        "--out=~/made",
+        "--speed-runs=0",
+        "--solver=ddim",
+        "--steps=1",
+        "--device=cpu",
+    ]
+    assert main(["eval", "generate", "~/teacher", *words]) == 0
+    assert (tmp_path / "made" / "1-step" / "000000.png").is_file() and not Path("~").exists()
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("prompts: ~/p.txt\nmodels: [{name: a, pipeline: ~/teacher}]\n")
+    loaded = load_spec(spec)
+    assert loaded.prompts == str(tmp_path / "p.txt") and loaded.models[0].pipeline == str(folder)
+
+
+def test_a_card_tells_nobody_where_a_teacher_lay(monkeypatch, tmp_path, folder):
+    from fewstep.export import model_card
+    from fewstep.teachers.base import Teacher
+
+    monkeypatch.chdir(tmp_path)
+    for source in ("teacher", "./teacher", str(folder)):
+        place = Teacher.place.fget(type("Teacher", (), {"source": source}))
+        assert place == str(folder)
+    record = {
+        "kind": "lora", "num_steps": 1, "call": {"num_inference_steps": 1}, "scheduler": "LCMScheduler", "fewstep": "1",
+        "method": "sid", "timesteps": [799], "latent_shape": [4, 8, 8], "pipeline_class": "StableDiffusionXLPipeline",
+    }  # fmt: skip
+    card = model_card({**record, "teacher": str(folder)})
+    assert str(tmp_path) not in card and "base_model" not in card and "student of `teacher`" in card
+    card = model_card({**record, "teacher": "stabilityai/sdxl"})
+    assert 'base_model: "stabilityai/sdxl"' in card and "from_pretrained('stabilityai/sdxl')" in card
