@@ -35,6 +35,28 @@ def repeated(time: float, like: Tensor) -> Tensor:
     return torch.full((len(like),), time, dtype=real(like.device), device=like.device)
 
 
+def noise_table(scheduler: Any) -> Tensor:
+    """``alphas_cumprod`` of a diffusers scheduler, (T,) float64.
+
+    Where it was rescaled to zero terminal SNR (``rescale_betas_zero_snr``) the last entry is exactly 0, as it is for
+    DDIM. Euler, DPM-Solver and UniPC put 2^-24 in its place, for their sigmas to stay finite.
+
+    Raises:
+        FewstepError: it has no such table.
+    """
+    if getattr(scheduler, "alphas_cumprod", None) is None:
+        raise FewstepError(
+            f"teacher.path: a {type(scheduler).__name__} has no table of noise levels (alphas_cumprod) and is no flow; "
+            "expected such as DDIMScheduler, EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler. Where the "
+            "network was trained on one, save that in the teacher's folder scheduler/; networks of EDM and consistency "
+            "models are no teachers here"
+        )
+    table: Tensor = scheduler.alphas_cumprod.detach().to("cpu", torch.float64).clone()
+    if scheduler.config.get("rescale_betas_zero_snr"):
+        table[-1] = 0.0
+    return table
+
+
 Pair = tuple[Tensor, Tensor]
 
 
@@ -184,6 +206,10 @@ class Schedule:
         """The ``low`` with which :meth:`draw_times` draws above t only."""
         return (t - self.t_min) / (self.t_max - self.t_min)
 
+    def is_silent(self, t: float) -> bool:
+        """Whether there is no signal at all at this time (zero SNR), where eps says nothing of x0."""
+        return self.alpha(torch.tensor([t], dtype=torch.float64)).item() == 0
+
     def x0_gain(self, t: float, kind: str) -> float:
         """How many times an error of the prediction is multiplied in x0; 14.6 for eps at t=999 of SDXL."""
         time = torch.tensor([t], dtype=torch.float64)
@@ -213,6 +239,7 @@ class VP(Schedule):
             or not bool(((table[:-1] > table[1:]) & (table[:-1] <= 1)).all())
         ):
             raise FewstepError("VP schedule: alphas_cumprod must be one decreasing row of numbers up to 1")
+        self.silent_from = float(len(table) - 1) if table[-1] == 0 else math.inf
         # A zero-terminal-SNR table ends at 0; log-SNR -40 stands for it, alpha = 2e-9. One of TCD starts at 1.
         self.table = torch.log(table) - torch.log1p(-table)
         self.table = self.table.clamp(-40.0, 40.0)
@@ -221,8 +248,8 @@ class VP(Schedule):
 
     @classmethod
     def from_scheduler(cls, scheduler) -> VP:
-        """From any diffusers scheduler that holds ``alphas_cumprod`` (betas, trained betas, zero-SNR rescaling)."""
-        return cls(scheduler.alphas_cumprod)
+        """From any diffusers scheduler of a table, see :func:`noise_table`."""
+        return cls(noise_table(scheduler))
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._on_device:
@@ -262,6 +289,9 @@ class VP(Schedule):
 
     def fraction_above(self, t: float) -> float:
         return (math.floor(t) + 1) / len(self.table)
+
+    def is_silent(self, t: float) -> bool:
+        return t >= self.silent_from
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         table = self._table(log_snr.device)

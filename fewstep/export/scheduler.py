@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..diffusion import schedules
 from ..diffusion.times import uniform_times
 from ..errors import RecipeError
 from ..teachers.schedulers import is_flow
@@ -81,7 +82,7 @@ def noise_table(scheduler, length: int, clean: bool) -> dict[str, Any]:
     if length == config.num_train_timesteps and not own:
         names = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")
         return {name: config[name] for name in names if name in config}
-    cumulative = scheduler.alphas_cumprod.double()[:length].clone()
+    cumulative = schedules.noise_table(scheduler)[:length]
     if clean:
         cumulative[0] = 1.0
     ratio = cumulative / torch.cat([torch.ones(1, dtype=torch.float64), cumulative[:-1]])

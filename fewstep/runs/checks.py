@@ -107,13 +107,12 @@ def check_gain(method: Method, teacher: Teacher) -> None:
         RecipeError: at zero SNR.
     """
     start, denoiser = method.student.times[0], teacher.denoiser
-    gain = denoiser.schedule.x0_gain(start, denoiser.prediction)
-    if gain > 1e4:
+    if denoiser.schedule.is_silent(start) and denoiser.prediction == "eps":
         raise RecipeError(
             f"method.start: {start:g}: there is no signal at this time of {teacher.source} (zero terminal SNR), so an "
             f"{denoiser.prediction} prediction says nothing of x0; give an earlier start, or a v-prediction teacher"
         )
-    if gain > 10:
+    if (gain := denoiser.schedule.x0_gain(start, denoiser.prediction)) > 10:
         print(
             f"fewstep: note: at its first time {start} this {denoiser.prediction} student multiplies its error "
             f"by {gain:.1f}; an earlier method.start (399 for one-step SDXL) is gentler",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..device import real
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import NetDenoiser
-from ..diffusion.schedules import VP, Flow, Schedule
+from ..diffusion.schedules import VP, Flow, Schedule, noise_table
 from ..errors import FewstepError
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
@@ -87,9 +88,21 @@ def _make(name: str, flow: str | None = None, **options) -> Callable:
             "prediction_type",
         )
         table = {k: scheduler.config[k] for k in keys if scheduler.config.get(k) is not None}
-        return getattr(diffusers, name)(**table, timestep_spacing="trailing", **options)
+        cls = getattr(diffusers, name)
+        if scheduler.config.get("rescale_betas_zero_snr"):
+            table |= _rescaled(cls, scheduler)
+        return cls(**table, timestep_spacing="trailing", **options)
 
     return build
+
+
+def _rescaled(cls: type, scheduler: Any) -> dict[str, Any]:
+    """A table of zero terminal SNR for a class that rescales it by itself, or else with 2^-24 at its end (Heun)."""
+    if "rescale_betas_zero_snr" in inspect.signature(cls).parameters:
+        return {"rescale_betas_zero_snr": True}
+    table = noise_table(scheduler).clamp(min=2**-24)
+    ratio = table / torch.cat([torch.ones(1, dtype=torch.float64), table[:-1]])
+    return {"trained_betas": (1 - ratio).tolist()}
 
 
 # Training-free samplers in diffusers; each takes a pipeline's scheduler and gives one on the same noise table or flow.

@@ -1,8 +1,8 @@
 """LoRA shells share one frozen base; gradients are right whatever happens between forward and backward."""
 
+import diffusers
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
 
 from fewstep.diffusion.schedules import VP
@@ -188,11 +188,15 @@ def test_moving_average_forgets_its_start_and_then_decays_as_told():
 
 
 @pytest.mark.parametrize(
+    "scheduler", ["DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
+)
+@pytest.mark.parametrize(
     ("start", "prediction", "fine"), [(999, "eps", False), (899, "eps", True), (999, "v", True)]
 )
-def test_an_eps_student_at_zero_terminal_snr_is_refused(tiny_sdxl, start, prediction, fine):
+def test_an_eps_student_at_zero_terminal_snr_is_refused(tiny_sdxl, scheduler, start, prediction, fine):
     teacher = load_teacher(str(tiny_sdxl))
-    teacher.denoiser.schedule = VP.from_scheduler(DDPMScheduler(rescale_betas_zero_snr=True))
+    made = getattr(diffusers, scheduler)(rescale_betas_zero_snr=True)
+    teacher.denoiser.schedule = VP.from_scheduler(made)
     teacher.denoiser.prediction = prediction
     recipe = Recipe(
         output="",
