@@ -13,7 +13,8 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,41 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of something that will be written below ``path``; ``field`` decides where that is."""
+
+    what: str
+    field: str
+    path: Path
+    size: int
+
+
+def check_room(needs: Sequence[Need], remedy: str) -> None:
+    """Refuses what a disk has no room for; what goes to one disk is added up.
+
+    Raises:
+        FewstepError: with the disk, what is free, and what each part takes.
+    """
+    disks: dict[int, list[Need]] = {}
+    for need in needs:
+        if need.size:
+            disks.setdefault(existing(need.path).stat().st_dev, []).append(need)
+    for on_it in disks.values():
+        free, needed = shutil.disk_usage(existing(on_it[0].path)).free, sum(need.size for need in on_it)
+        if free < needed:
+            parts = ", ".join(f"{need.what} ({need.size / 1e9:.2f} GB)" for need in on_it)
+            raise FewstepError(
+                f"{on_it[0].field}: {on_it[0].path}: {free / 1e9:.2f} GB free, about {needed / 1e9:.2f} GB needed for "
+                f"{parts}; free some, {remedy}"
+            )
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(p for p in [path, *path.absolute().parents] if p.exists())
 
 
 def sweep(folder: Path) -> None:

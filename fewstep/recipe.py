@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import json
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -123,8 +123,9 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
         raise RecipeError(f"method: {options!r}; expected a mapping with a name, e.g. {{name: dmd2}}")
     method = get_method(str(options["name"]))
     method.Config.__pydantic_config__ = _FORBID  # type: ignore[attr-defined]
-    config = _validate(method.Config, _present(method, options), "method")
-    recipe = _validate(Recipe, {**data, "method": config}, "")
+    known = [*_paths(Recipe, ""), *_paths(method.Config, "method.")]
+    config = _validate(method.Config, _present(method, options), "method", known)
+    recipe = _validate(Recipe, {**data, "method": config}, "", known)
     networks = method.networks_for(config)
     families = (n.rstrip("0123456789").rstrip("_") for n in networks)
     known = list(dict.fromkeys([*networks, *families, *method.extras]))
@@ -158,28 +159,81 @@ def _present(method: type[Method], options: Mapping[str, Any]) -> dict[str, Any]
     return {name: value for name, value in options.items() if name not in ("name", *method.moved)}
 
 
-def _validate(cls: type, data: Any, prefix: str) -> Any:
+def _validate(cls: type, data: Any, prefix: str, known: Sequence[str]) -> Any:
     try:
         return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:
-        lines = [_fault(cls, fault, prefix) for fault in error.errors()]
+        faults: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+        for fault in error.errors():
+            faults.setdefault(_place(data, fault), []).append(fault)
+        lines = [_fault(cls, data, place, found, prefix, known) for place, found in faults.items()]
         raise RecipeError("\n".join(lines)) from None
 
 
-def _fault(cls: type, fault: Mapping[str, Any], prefix: str) -> str:
-    path = ".".join(str(p) for p in ([prefix] if prefix else []) + list(fault["loc"]))
+def _place(data: Any, fault: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The field that a fault is of; behind it a location names elements, and members of a union, each with a fault."""
+    place: tuple[Any, ...] = fault["loc"]
+    if fault["type"] in ("missing", "missing_argument", "unexpected_keyword_argument", "extra_forbidden"):
+        return place
+    for depth, part in enumerate(place):
+        if not isinstance(data, Mapping) or part not in data:
+            return place[:depth]
+        data = data[part]
+    return place
+
+
+def _fault(
+    cls: type,
+    data: Any,
+    place: tuple[Any, ...],
+    faults: Sequence[Mapping[str, Any]],
+    prefix: str,
+    known: Sequence[str],
+) -> str:
+    path, fault = ".".join(str(p) for p in ([prefix] if prefix else []) + list(place)), faults[0]
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        names = _fields_at(cls, fault["loc"][:-1])
-        close = difflib.get_close_matches(str(fault["loc"][-1]), names, 1)
-        hint = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(names)}"
-        return f"{path}: unknown field; {hint}"
+        return f"{path}: unknown field; {_nearest(str(place[-1]), _fields_at(cls, place[:-1]), known)}"
     if fault["type"] in ("missing", "missing_argument"):
         return f"{path}: missing; this field has no default"
     if fault["type"] == "value_error":
         text = str(fault["ctx"]["error"])
         return text if text.startswith(path.split(".")[0] + ".") else f"{path}.{text}" if path else text
-    expected = fault["msg"][0].lower() + fault["msg"][1:]
-    return f"{path}: {fault['input']!r}: {expected}"
+    for part in place:
+        data = data[part]
+    words = []
+    for one in faults:
+        inner = [str(part) for part in one["loc"][len(place) :] if isinstance(part, int)]
+        of = f"element {'.'.join(inner)}: " if inner else ""
+        words.append(of + one["msg"][0].lower() + one["msg"][1:])
+    return f"{path}: {data!r}: {'; '.join(dict.fromkeys(words))}"
+
+
+def _nearest(name: str, names: Sequence[str], known: Sequence[str]) -> str:
+    """The field that was meant: of this name elsewhere, or of nearly this name here or elsewhere."""
+    name = name.replace("-", "_")
+    here = difflib.get_close_matches(name, names, 1)
+    exact = [path for path in known if path.rpartition(".")[2] == name]
+    if here != [name] and exact:
+        return f"did you mean {' or '.join(exact)}?"
+    if here:
+        return f"did you mean {here[0]}?"
+    leaves = {path.rpartition(".")[2]: path for path in known}
+    close = difflib.get_close_matches(name, leaves, 1, cutoff=0.8)
+    return f"did you mean {leaves[close[0]]}?" if close else f"known fields: {', '.join(names)}"
+
+
+def _paths(cls: type, prefix: str) -> Iterator[str]:
+    """Dotted paths of every field; of the roles those of the student."""
+    hints = get_type_hints(cls)
+    for name in (f.name for f in dataclasses.fields(cls)):
+        inner = hints[name]
+        where = f"{prefix}{name}"
+        if get_origin(inner) is dict and dataclasses.is_dataclass(get_args(inner)[1]):
+            inner, where = get_args(inner)[1], f"{prefix}{name}.student"
+        if dataclasses.is_dataclass(inner):
+            yield from _paths(inner, f"{where}.")
+        else:
+            yield where
 
 
 def _fields_at(cls: type, location: Sequence[Any]) -> list[str]:

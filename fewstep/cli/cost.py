@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from ..errors import FewstepError
@@ -47,14 +48,19 @@ def bench(args: argparse.Namespace) -> int:
     overrides=True,
 )
 def plan(args: argparse.Namespace) -> int:
-    from .. import cost
-    from ..recipe import override
+    from ..cost.devices import GPUS
 
-    if args.gpu not in cost.GPUS:
-        raise FewstepError(f"--gpu {args.gpu}: expected one of {', '.join(cost.GPUS)}")
+    if args.gpu not in GPUS:
+        raise FewstepError(f"--gpu {args.gpu}: expected one of {', '.join(GPUS)}")
     if args.processes < 1:
         raise FewstepError(f"--processes {args.processes}: expected at least 1")
+    from .. import cost
+    from ..recipe import override
+    from ..runs.disk import doubt
+
     made = cost.plan(override(load_recipe(args.recipe), args.overrides), args.processes, quiet=False)
     print(json.dumps(made.to_dict(args.gpu), indent=1) if args.json else made.text(args.gpu))
-    cost.check_fits(made, args.gpu)
+    if note := doubt(made.cache):
+        print(f"fewstep: note: {note}", file=sys.stderr)
+    cost.check_fits(made, args.gpu, quiet=False)
     return 0

@@ -5,9 +5,20 @@ trainer's update. What is alive at each operation is added up, and so are the mu
 except what the device's libraries keep for themselves.
 """
 
-from .count import plan
-from .devices import GPUS
-from .fit import check_fits, remedy
-from .table import Plan
+from importlib import import_module
+from typing import TYPE_CHECKING
 
+_EXPORTS = {"GPUS": "devices", "Plan": "table", "check_fits": "fit", "plan": "count", "remedy": "fit"}
 __all__ = ["GPUS", "Plan", "check_fits", "plan", "remedy"]
+
+if TYPE_CHECKING:
+    from .count import plan
+    from .devices import GPUS
+    from .fit import check_fits, remedy
+    from .table import Plan
+
+
+def __getattr__(name: str):  # a card that nobody has is refused before torch is imported
+    if name in _EXPORTS:
+        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

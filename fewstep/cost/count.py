@@ -17,13 +17,13 @@ from ..methods.base import Method
 from ..process import Process
 from ..recipe import Recipe
 from ..runs.build import build, on_pixels
+from ..runs.disk import on_disk
 from ..teachers.base import Teacher
 from ..training.optimizers import bytes_8bit
 from ..training.trainer import Trainer
 from ..vision.perceptual import distance_of
 from .blank import Blank
 from .blocks import remember
-from .disk import on_disk
 from .meter import Meter, storage_bytes
 from .shapes import VGG, Shapeless, Shapes, group, norms_as_on_a_gpu, products, quietly
 from .skeleton import skeleton_teacher
@@ -60,13 +60,14 @@ def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
     ):
         turns: list[Turn] = []
         rehearsal = None
-        with tqdm(desc="plan", unit=" turns", disable=quiet) as bar:
+        with tqdm(desc="plan: building the networks", unit=" turns", disable=quiet) as bar:
             for batch_size, shapes in ((size, Shapes(last=True)), (size + 1, Shapes(last=False))):
                 # Weights that were gathered once would not be counted again.
                 if rehearsal is None or process.mesh is not None:
                     rehearsal = Rehearsal(recipe, process)
                 turns = turns or _turns(rehearsal.trainer)
                 bar.total = 2 * len(turns)
+                bar.set_description("plan: counting their arithmetic")
                 for turn in turns:
                     bar.update()
                     if not turn.told:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 from .. import recipe as recipes
@@ -27,8 +28,11 @@ def _full(recipe: Recipe, name: str) -> bool:
     )
 
 
-def remedy(made: Plan, gpu: str) -> str:
-    """What would make a recipe fit that does not, found by planning it.
+def remedy(made: Plan, gpu: str, quiet: bool = True) -> str:
+    """What would make a recipe fit that does not, found by planning it, which takes as long as the plan each time.
+
+    Args:
+        quiet: do not say what is tried.
 
     Returns:
         One sentence with the options to add.
@@ -44,7 +48,9 @@ def remedy(made: Plan, gpu: str) -> str:
         if applies(recipe):
             recipe = recipes.override(recipe, change)
             words += change
-            if plan(recipe, made.processes).total() <= memory:
+            if not quiet:
+                print(f"fewstep: plan: does not fit; trying {' '.join(words)}", file=sys.stderr)
+            if plan(recipe, made.processes, quiet).total() <= memory:
                 return f"{' '.join(words)} would fit"
     larger = [name for name, d in GPUS.items() if d.memory > memory]
     return (
@@ -53,11 +59,11 @@ def remedy(made: Plan, gpu: str) -> str:
     )
 
 
-def check_fits(made: Plan, gpu: str) -> None:
+def check_fits(made: Plan, gpu: str, quiet: bool = True) -> None:
     """Raises FewstepError, with what would make it fit, for a recipe that is too large for a card."""
     memory = GPUS[gpu].memory
     if made.total() > memory:
         raise FewstepError(
             f"plan: {made.recipe.output}: {made.total() / 1e9:.1f} GB do not fit {gpu} ({memory / 1e9:.1f} GB); "
-            + remedy(made, gpu)
+            + remedy(made, gpu, quiet)
         )

@@ -10,6 +10,9 @@ from typing import Any
 from ..recipe import Recipe
 from .devices import FRAGMENTS, GPUS, LIBRARIES, UTILISATION, Device
 
+# Left out where it takes nothing, as of tokens.
+GRID = "decoding a grid             {} GB, between iterations; samples.vae decodes with less"
+
 
 @dataclass
 class Part:
@@ -60,7 +63,7 @@ class Plan:
     turns: list[Turn]
     cache: dict[str, dict[str, int | None]] = field(
         default_factory=dict
-    )  # see :func:`~fewstep.cost.disk.on_disk`
+    )  # see :func:`~fewstep.runs.disk.on_disk`
 
     @property
     def held(self) -> int:
@@ -140,7 +143,7 @@ class Plan:
             f"held                        {gb(self.held)} GB",
             f"an iteration, at most       {gb(self.iteration(size))} GB, gradients included, at micro-batches of "
             f"{size}; {per_image:.2f} GB per sample",
-            f"decoding a grid             {gb(self.preview)} GB, between iterations; samples.vae decodes with less",
+            *([GRID.format(gb(self.preview))] if self.preview else []),
             f"libraries and fragments     {gb(self.total() - self.held - max(self.iteration(size), self.preview))} GB "
             "(assumed)",
             f"total                       {gb(self.total())} GB of {gb(device.memory)} on {gpu}"

@@ -20,18 +20,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..diffusion.cond import Cond
-from ..files import ReadError, sweep, write_tensors
+from ..files import Need, ReadError, sweep, write_tensors
 from ..teachers.base import Teacher
 from .images import CaptionedImages
 
 SHARD = 1024  # rows of one file
+PLACE = "FEWSTEP_CACHE"  # the variable that says where
 IN_MEMORY = 2 << 30  # stores up to this size are read once
 
 
 def cache_root() -> Path:
     """``$FEWSTEP_CACHE``, or ``fewstep`` in the user's cache folder."""
     base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("FEWSTEP_CACHE", base / "fewstep"))
+    return Path(os.environ.get(PLACE, base / "fewstep"))
 
 
 class Shard:
@@ -121,8 +122,12 @@ def encode_prompts(
         ]
         return dict(Cond.cat(*parts).tensors)
 
-    key = ["prompts", identity(teacher), teacher.resolution, list(prompts)]
-    return _store("prompts", key, len(prompts), encode, teacher.net.dtype, quiet)
+    return _store(prompts_folder(teacher, prompts), len(prompts), encode, teacher.net.dtype, quiet)
+
+
+def prompts_folder(teacher: Teacher, prompts: Sequence[str]) -> Path:
+    """Where the store of these prompts is, or will be."""
+    return _folder("prompts", ["prompts", identity(teacher), teacher.resolution, list(prompts)])
 
 
 def encode_images(
@@ -140,8 +145,43 @@ def encode_images(
             parts.append(teacher.latents(torch.stack(pixels), generator))
         return {"latents": torch.cat(parts)}
 
-    key = ["images", identity(teacher), teacher.resolution, _fingerprint(images), len(images)]
-    return _store("latents", key, len(images), encode, torch.float32, quiet)
+    return _store(images_folder(teacher, images), len(images), encode, torch.float32, quiet)
+
+
+def images_folder(teacher: Teacher, images: CaptionedImages) -> Path:
+    """Where the store of these images is, or will be."""
+    return _folder(
+        "latents", ["images", identity(teacher), teacher.resolution, _fingerprint(images), len(images)]
+    )
+
+
+def _folder(kind: str, key: list[Any]) -> Path:
+    return cache_root() / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}"
+
+
+def rows_to_make(folder: Path, length: int, shard: int = SHARD) -> int:
+    """Rows of a store whose files are not there yet."""
+    starts = range(0, length, shard)
+    return sum(min(shard, length - s) for s in starts if not shard_path(folder, s).is_file())
+
+
+def need_of_prompts(teacher: Teacher, prompts: Sequence[str], what: str) -> Need:
+    """Bytes that :func:`encode_prompts` will write for these."""
+    folder = prompts_folder(teacher, prompts)
+    rows = rows_to_make(folder, len(prompts))
+    return Need(what, PLACE, folder, rows * condition_bytes(teacher, prompts) if rows else 0)
+
+
+def condition_bytes(teacher: Teacher, prompts: Sequence[str]) -> int:
+    """What one encoded prompt takes on disk, floating-point parts in the dtype of the frozen network."""
+    row = teacher.encode(prompts[:1]).tensors.values()
+    kept = ((value, teacher.net.dtype if value.is_floating_point() else value.dtype) for value in row)
+    return sum(value.numel() * dtype.itemsize for value, dtype in kept)
+
+
+def latent_bytes(teacher: Teacher) -> int:
+    """What one encoded image takes on disk, in fp32."""
+    return 4 * torch.Size(teacher.latent_shape).numel()
 
 
 def identity(teacher: Teacher) -> list[str]:
@@ -167,15 +207,13 @@ def shard_path(folder: Path, start: int) -> Path:
 
 
 def _store(
-    kind: str,
-    key: list[Any],
+    folder: Path,
     length: int,
     encode: Callable[[int, int], dict[str, Tensor]],
     dtype: torch.dtype,
     quiet: bool,
 ) -> Store:
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
-    folder = cache_root() / f"{kind}-{name}"
+    kind = folder.name.partition("-")[0]
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, length, SHARD)
     sweep(folder)

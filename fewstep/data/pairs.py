@@ -21,10 +21,10 @@ from tqdm import tqdm
 from ..diffusion.cond import Cond
 from ..diffusion.rng import Rng
 from ..errors import FewstepError, RecipeError
-from ..files import sweep, write, write_json, write_tensors
+from ..files import Need, check_room, sweep, write, write_json, write_tensors
 from ..process import Process
 from ..teachers.base import Teacher
-from .cache import Store, encode_prompts, identity, is_whole, shard_path
+from .cache import PLACE, Store, encode_prompts, identity, is_whole, need_of_prompts, rows_to_make, shard_path
 
 SHARD = 256  # rows of one file
 
@@ -133,6 +133,7 @@ def make_pairs(
     }
     order = Rng(seed, "pairs").permutation(len(prompts)).tolist()
     chosen = [prompts[order[i % len(order)]].replace("\n", " ") for i in range(num)]
+    _check_room(folder, teacher, chosen)
     if process.main:
         sweep(folder)
         _claim(folder, about, chosen)
@@ -155,6 +156,13 @@ def make_pairs(
             write_tensors(shard_path(folder, start), {**kept, name: torch.cat(made)})
     process.barrier()
     return folder
+
+
+def _check_room(folder: Path, teacher: Teacher, prompts: list[str]) -> None:
+    size = rows_to_make(folder, len(prompts), SHARD) * teacher.pair_bytes
+    conditions = need_of_prompts(teacher, prompts, "their prompts")
+    remedy = f"lower --num, give another --out, or set {PLACE} to another disk"
+    check_room([Need("pairs", "--out", folder, size), conditions], remedy)
 
 
 def _claim(folder: Path, about: dict[str, Any], prompts: list[str]) -> None:

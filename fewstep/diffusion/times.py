@@ -117,10 +117,16 @@ def uniform_times(num_steps: int, start: float) -> list[int]:
     if num_steps < 1 or (start + 1) % num_steps or start < 0:
         raise RecipeError(
             f"student times: start {start:g} with {num_steps} steps: expected start + 1 to be a positive multiple "
-            f"of the number of steps, e.g. start {max(1, round((start + 1) / max(num_steps, 1))) * num_steps - 1}"
+            f"of the number of steps, e.g. start {start_below(start, num_steps)}"
         )
     stride = int(start + 1) // num_steps
     return [stride * k - 1 for k in range(num_steps, 0, -1)]
+
+
+def start_below(start: float, num_steps: int) -> int:
+    """The next start that :func:`uniform_times` takes; not a noisier one, which the table may not have."""
+    steps = max(num_steps, 1)
+    return max(1, int(start + 1) // steps) * steps - 1
 
 
 def times_at(schedule: Schedule, angles: Sequence[float]) -> list[float]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..diffusion import schedules
-from ..diffusion.times import uniform_times
+from ..diffusion.times import start_below, uniform_times
 from ..errors import RecipeError
 from ..teachers.schedulers import is_flow
 
@@ -59,7 +59,7 @@ def student_scheduler(
         if not even:
             raise RecipeError(
                 f"method.times: {list(times)}: stock schedulers take deterministic steps on an even grid only; use "
-                f"num_steps and start, e.g. {uniform_times(steps, steps * max(1, round(start / steps)) - 1)}"
+                f"num_steps and start, e.g. {uniform_times(steps, start_below(start, steps))}"
             )
         return DDIMScheduler(**table, timestep_spacing="trailing"), call
     table["original_inference_steps"] = steps if even else 50

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.images import CaptionedImages, load_images
+from ..data.cache import PLACE
+from ..data.images import CaptionedImages, load_images, tables
 from ..data.pairs import load_pairs
 from ..data.prompts import load_prompts
-from ..data.texts import column_for
-from ..errors import RecipeError
+from ..data.texts import column_for, is_table
+from ..errors import FewstepError, RecipeError
+from ..files import Need, check_room, existing
 from ..methods.base import Method, Progress
 from ..recipe import Recipe
 from ..teachers import adapters, pipeline_class_of, resolve
@@ -29,22 +31,31 @@ def check_output(folder: Path) -> None:
         raise RecipeError(
             f"output: {folder} {held}; continue it with `fewstep resume {folder}`, or give another --output"
         )
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    parent = existing(folder)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         reason = f"no permission to write in {parent}" if parent.is_dir() else f"{parent} is a file"
         raise RecipeError(f"output: {folder} cannot be created: {reason}")
 
 
-def check_space(folder: Path, roles: dict[str, Role], recipe: Recipe) -> None:
-    """Weights, two moments and an average per checkpoint, one more while it is written, and the export."""
+def check_space(folder: Path, roles: dict[str, Role], recipe: Recipe, stores: Sequence[Need] = ()) -> None:
+    """Weights, two moments and an average per checkpoint, one more while it is written, and the export.
+
+    Args:
+        stores: what will be encoded, see :func:`fewstep.runs.disk.to_encode`.
+    """
     trained = sum(w.numel() for role in roles.values() for w in role.weights.values())
-    needed = 4 * trained * 4 * (recipe.train.keep + 1) + (64 << 20)
-    free = shutil.disk_usage(next(p for p in [folder, *folder.absolute().parents] if p.exists())).free
-    if free < needed:
-        raise RecipeError(
-            f"output: {folder}: {free / 1e9:.2f} GB free, about {needed / 1e9:.2f} GB needed for {recipe.train.keep} "
-            "checkpoints and the export; free some, lower train.keep, or give another --output"
+    kept = Need(
+        f"{recipe.train.keep} checkpoints and the export",
+        "output",
+        folder,
+        4 * trained * 4 * (recipe.train.keep + 1) + (64 << 20),
+    )
+    try:
+        check_room(
+            [kept, *stores], f"lower train.keep, give another --output, or set {PLACE} to another disk"
         )
+    except FewstepError as error:
+        raise RecipeError(str(error)) from None
 
 
 def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
@@ -53,6 +64,7 @@ def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
     prompts = load_prompts(data.prompts, column=column_for(data.prompts, data.column))
     if measured:
         load_prompts(measured, "evaluation.prompts", column_for(measured, data.column))
+    _check_column(recipe)
     if recipe.samples.distance:
         _check_distance(recipe)
     needs = recipe.method_class.needs(recipe.method)
@@ -66,6 +78,18 @@ def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
             "images, or set method.gan_weight 0 to run data-free"
         )
     return prompts, load_images(recipe.data.images, recipe.data.column)
+
+
+def _check_column(recipe: Recipe) -> None:
+    """A column that nothing has would be an option without effect."""
+    data, images = recipe.data, recipe.data.images
+    files = [source for source in (data.prompts, recipe.evaluation.prompts) if source]
+    if data.column is None or any(map(is_table, files)):
+        return
+    if images is None or not Path(images).is_dir() or not tables(images):
+        raise RecipeError(
+            f"data.column: {data.column}: neither prompts nor captions are in a table; leave it out"
+        )
 
 
 def _check_distance(recipe: Recipe) -> None:

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from .. import export, extensions
 from .. import recipe as recipes
 from ..data.batches import Ahead, Batches
-from ..data.cache import Store
+from ..data.cache import PLACE, Store
 from ..data.images import CaptionedImages
 from ..device import choose, keep_freed
 from ..diffusion import kernels
 from ..errors import FewstepError, LostProcess, TrainingError, tell
-from ..files import WriteError, write, write_json
+from ..files import WriteError, check_room, write, write_json
 from ..process import Process, start
 from ..recipe import Recipe
 from ..report.report import write_report
@@ -34,6 +34,7 @@ from ..training.sharding import gathered
 from ..training.trainer import Trainer
 from .build import TOOLS, build, encode, on_pixels
 from .checks import check_class, check_data, check_length, check_output, check_space
+from .disk import to_encode
 from .preview import Preview
 from .starts import check_starts
 from .summary import hardware, versions
@@ -214,7 +215,7 @@ class Session:
         check_length(self.method, train.steps, train.batch_size * train.accumulate * process.world)
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
         export.check_exportable(self.method.student, [role.config for role in self.experts], self.teacher)
-        check_space(self.folder, self.roles, recipe)
+        check_space(self.folder, self.roles, recipe, to_encode(recipe, self.teacher, prompts, images))
         if not process.main:
             process.barrier()  # the first rank encodes, the others find the cache
         encoded = encode(recipe, self.teacher, prompts, images, quiet)
@@ -344,5 +345,6 @@ def cache(recipe: Recipe) -> dict[str, Store]:
     check_class(recipe)
     device = start(recipe.train.device).device
     teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=device)
+    check_room(to_encode(recipe, teacher, prompts, images), f"or set {PLACE} to another disk")
     stores = encode(recipe, teacher, prompts, images)
     return {name: store for name, store in stores.items() if isinstance(store, Store)}

@@ -17,7 +17,6 @@ from fewstep import recipe as recipes
 from fewstep.cli import main
 from fewstep.cost import GPUS, check_fits, plan, remedy
 from fewstep.cost.blank import Blank
-from fewstep.cost.disk import on_disk
 from fewstep.cost.meter import Meter
 from fewstep.cost.shapes import Shapeless, group, norms_as_on_a_gpu, products
 from fewstep.cost.skeleton import skeleton_teacher
@@ -25,6 +24,7 @@ from fewstep.diffusion.rng import Rng
 from fewstep.errors import FewstepError
 from fewstep.process import Process, start
 from fewstep.runs.build import build
+from fewstep.runs.disk import on_disk
 from fewstep.runs.library import load_recipe, recipe_files
 from fewstep.runs.session import cache
 from fewstep.teachers import load_teacher

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import namedtuple
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +15,18 @@ from safetensors.torch import load_file, save_file
 from fewstep import recipe as recipes
 from fewstep.cli import main
 from fewstep.data.images import load_images
+from fewstep.errors import FewstepError
+from fewstep.files import Need, check_room
 from fewstep.methods.disback import DisBack
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.phased_dmd import PhasedDMD
 from fewstep.methods.sid import SiD
 from fewstep.recipe import DataConfig, Recipe, RoleConfig, SampleConfig, TeacherConfig, TrainConfig
+from fewstep.runs import checks, session
+from fewstep.runs.checks import check_data
+from fewstep.runs.disk import doubt, to_encode
 from fewstep.runs.session import run
+from fewstep.teachers import load_teacher
 from fewstep.training.trainer import Trainer
 
 
@@ -239,9 +246,84 @@ def test_the_output_folder_of_another_run(refused, tmp_path, recipe):
 
 
 def test_no_disk_space(refused, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100 << 30, 100 << 30, 1 << 20))
+    small_disk(monkeypatch, 1 << 20)
     refused("0.00 GB free")
+
+
+def small_disk(monkeypatch, free):
+    """A disk with so many bytes free, on which everything is."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100 << 30, 0, free))
+
+
+@pytest.fixture
+def wanted(recipe, monkeypatch, tmp_path):
+    """What is to be encoded of a recipe in an empty cache."""
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+
+    def of(*words):
+        changed = recipes.override(recipe, words)
+        teacher = load_teacher(changed.teacher.path, **changed.teacher.options())
+        return to_encode(changed, teacher, *check_data(changed))
+
+    return of
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_will_be_encoded_is_known_to_the_byte(wanted, recipe, tmp_path, dtype):
+    words = [f"--teacher.dtype={dtype}"]
+    needs = wanted(*words)
+    assert [need.what for need in needs] == ["prompts", "captions", "images"] and all(n.size for n in needs)
+    stores = session.cache(recipes.override(recipe, words))
+    written = [
+        sum(t.nbytes for f in s.folder.iterdir() for t in load_file(f).values()) for s in stores.values()
+    ]
+    assert [need.size for need in needs] == written
+    assert {need.path for need in needs} == {store.folder for store in stores.values()}
+    assert not any(need.size for need in wanted(*words))  # what is there needs no room
+
+
+def test_caches_that_will_not_fit_are_refused_before_they_are_encoded(refused, wanted, monkeypatch, tmp_path):
+    needs, seen = wanted(), []
+    monkeypatch.setattr(checks, "check_room", lambda *args: seen.append(args) or check_room(*args))
+    small_disk(monkeypatch, 0)
+    refused("0.00 GB free")
+    assert seen[0][0][1:] == needs
+    whole = sum(need.size for need in seen[0][0])
+    small_disk(monkeypatch, whole - 1)
+    error = refused("GB needed for 2 checkpoints and the export (")
+    assert all(f"{need.what} (" in error for need in needs) and "FEWSTEP_CACHE" in error
+    assert not (tmp_path / "cache").exists()
+    small_disk(monkeypatch, whole)
+    check_room(*seen[0])
+
+
+def test_what_goes_to_another_disk_is_not_added(monkeypatch, tmp_path):
+    needs = [Need("a", "output", tmp_path / "a", 6), Need("b", "FEWSTEP_CACHE", Path("/proc/b"), 7)]
+    small_disk(monkeypatch, 7)
+    check_room(needs, "go")
+    small_disk(monkeypatch, 6)
+    with pytest.raises(FewstepError, match=r"^FEWSTEP_CACHE: /proc/b: .* needed for b "):
+        check_room(needs, "go")
+
+
+@pytest.mark.parametrize("command", [["cache"], ["pairs", "--num=3", "--out=pairs"]])
+def test_commands_that_encode_look_at_the_disk_first(recipe, wanted, monkeypatch, tmp_path, capsys, command):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.dump(recipe))
+    monkeypatch.chdir(tmp_path)
+    small_disk(monkeypatch, 100)
+    assert main([command[0], str(path), *command[1:]]) == 2
+    assert "0.00 GB free, about" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "pairs").exists()
+
+
+def test_a_plan_says_that_caches_will_not_fit(monkeypatch):
+    cache = {"prompts": {"bytes": 5 * 10**9}, "images": {"bytes": None}}
+    small_disk(monkeypatch, 5 * 10**9)
+    assert doubt(cache) is None
+    small_disk(monkeypatch, 5 * 10**9 - 1)
+    assert "5.00 GB on disk" in doubt(cache)
 
 
 def test_cuda_where_there_is_none(refused, monkeypatch):

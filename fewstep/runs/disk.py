@@ -1,0 +1,96 @@
+"""What a recipe's encoded prompts, images and pairs take on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..data.cache import (
+    PLACE,
+    cache_root,
+    condition_bytes,
+    images_folder,
+    latent_bytes,
+    need_of_prompts,
+    rows_to_make,
+)
+from ..data.images import EXTENSIONS, CaptionedImages, load_images
+from ..data.pairs import load_pairs
+from ..data.prompts import load_prompts
+from ..data.texts import column_for
+from ..errors import FewstepError
+from ..files import Need, existing
+from ..recipe import Recipe
+from ..teachers.base import Teacher
+
+
+def to_encode(
+    recipe: Recipe, teacher: Teacher, prompts: list[str], images: CaptionedImages | None
+) -> list[Need]:
+    """What :func:`fewstep.runs.build.encode` will write, without what is cached already."""
+    needs, found = recipe.method_class.needs(recipe.method), []
+    found.append(need_of_prompts(teacher, prompts, "prompts"))
+    if images is not None and "images" in needs:
+        if images.captions != prompts:
+            found.append(need_of_prompts(teacher, images.captions, "captions"))
+        folder = images_folder(teacher, images)
+        size = rows_to_make(folder, len(images)) * latent_bytes(teacher)
+        found.append(Need("images", PLACE, folder, size))
+    if "pairs" in needs:
+        found.append(need_of_prompts(teacher, load_pairs(recipe.data.pairs).prompts, "prompts of pairs"))
+    return found
+
+
+def on_disk(recipe: Recipe, teacher: Teacher) -> dict[str, dict[str, int | None]]:
+    """Stores of :mod:`fewstep.data.cache` and of pairs: ``bytes_each`` row, and ``rows`` and ``bytes`` where known.
+
+    A condition is stored in the dtype of the frozen network, a latent in fp32; an image and a pair bring the condition
+    of their caption.
+    """
+    needs, data = recipe.method_class.needs(recipe.method), recipe.data
+    prompt, column = condition_bytes(teacher, [""]), column_for(data.prompts, data.column)
+    rows = {"prompts": (prompt, _count(lambda: len(load_prompts(data.prompts, column=column))))}
+    if "images" in needs:
+        rows["images"] = (latent_bytes(teacher) + prompt, _count(lambda: _images(data.images)))
+    if "pairs" in needs:
+        rows["pairs"] = (teacher.pair_bytes + prompt, _count(lambda: _pairs(data.pairs)))
+    return {
+        name: {"bytes_each": each, "rows": number, "bytes": None if number is None else each * number}
+        for name, (each, number) in rows.items()
+    }
+
+
+def doubt(cache: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """What to say of stores, as :func:`on_disk` counts them, that the cache's disk has no room for."""
+    needed = sum(store["bytes"] or 0 for store in cache.values())
+    free = shutil.disk_usage(existing(cache_root())).free
+    if needed <= free:
+        return None
+    return (
+        f"{', '.join(cache)} take {needed / 1e9:.2f} GB on disk once they are encoded, and {cache_root()} has "
+        f"{free / 1e9:.2f} GB free; set {PLACE} to another disk"
+    )
+
+
+def _count(count: Callable[[], int]) -> int | None:
+    """None for data that are not there yet."""
+    try:
+        return count()
+    except (FewstepError, OSError, ValueError, TypeError):
+        return None
+
+
+def _images(source: str) -> int:
+    if source.startswith("builtin:"):
+        return len(load_images(source))
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise FewstepError(f"{folder} is no folder")
+    return sum(path.suffix.lower() in EXTENSIONS and path.name[0] != "." for path in folder.rglob("*"))
+
+
+def _pairs(source: str) -> int:
+    return json.loads((Path(source).expanduser() / "pairs.json").read_text())["num"]
