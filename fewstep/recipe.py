@@ -300,7 +300,21 @@ def override(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
     Raises:
         RecipeError: a word that is no option, an option without a value, an unknown field, a wrong value.
     """
-    plain, words = to_dict(recipe), list(arguments)
+    plain = to_dict(recipe)
+    for name, value in _options(arguments):
+        # A folder may be called 2026.
+        _set(plain, name.split("."), value if name == "output" else _parse(value), name)
+    return from_dict(plain)
+
+
+def named(arguments: Sequence[str]) -> set[str]:
+    """Dotted names of the fields that these words override."""
+    return {name for name, _ in _options(arguments)}
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(dotted name, text of the value)."""
+    words = list(arguments)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
@@ -315,9 +329,7 @@ def override(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
             name = SHORT.get(name, name)
         elif head in ("student", "critic", "discriminator", "weighting"):
             name = f"roles.{head}.{rest}"
-        # A folder may be called 2026.
-        _set(plain, name.split("."), value if name == "output" else _parse(value), name)
-    return from_dict(plain)
+        yield name, value
 
 
 def _parse(text: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .. import recipe as recipes
 from ..data.batches import Ahead, Batches
 from ..data.cache import PLACE, Store
 from ..data.images import CaptionedImages
+from ..data.pairs import Pairs
 from ..device import choose, keep_freed
 from ..diffusion import kernels
 from ..errors import FewstepError, LostProcess, TrainingError, tell
@@ -32,6 +33,7 @@ from ..training import checkpoint
 from ..training.roles import averaged
 from ..training.sharding import gathered
 from ..training.trainer import Trainer
+from . import inputs
 from .build import TOOLS, build, encode, on_pixels
 from .checks import check_class, check_data, check_length, check_output, check_space
 from .disk import to_encode
@@ -73,7 +75,7 @@ def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> Path:
 def resume(folder: str | Path, arguments: Sequence[str] = ()) -> Path:
     """Continues a run from its last whole checkpoint, exactly; or not quite, with options such as a lower rate."""
     recipe = _recipe_of(Path(folder))
-    return execute(recipes.override(recipe, arguments), resuming=True)
+    return execute(recipes.override(recipe, arguments), resuming=True, meant=recipes.named(arguments))
 
 
 def _recipe_of(folder: Path) -> Recipe:
@@ -93,7 +95,7 @@ def reexport(folder: str | Path, arguments: Sequence[str] = (), step: str = "new
     """
     folder = Path(folder)
     recipe = recipes.override(_recipe_of(folder), arguments)
-    session = Session(recipe, *check_data(recipe), start("cpu"), begun=True)
+    session = Session(recipe, *check_data(recipe), start("cpu"), begun=True, meant=recipes.named(arguments))
     if not session.trainer.restore():
         raise FewstepError(f"{folder}: no checkpoint to export; train it first")
     if step != "newest":
@@ -130,8 +132,12 @@ def replay(folder: str | Path) -> bool:
     return False
 
 
-def execute(recipe: Recipe, resuming: bool = False) -> Path:
-    """The whole run; cheap checks come before anything is loaded, and loading before anything is written."""
+def execute(recipe: Recipe, resuming: bool = False, meant: Collection[str] = ()) -> Path:
+    """The whole run; cheap checks come before anything is loaded, and loading before anything is written.
+
+    Args:
+        meant: options that a resumed run was given, see :func:`fewstep.runs.inputs.check_inputs`.
+    """
     recipe = recipes.from_dict(recipes.to_dict(recipe))
     folder = Path(recipe.output)
     if not resuming:
@@ -144,7 +150,7 @@ def execute(recipe: Recipe, resuming: bool = False) -> Path:
     if not begun:
         check_starts(recipe)
     process = start(recipe.train.device, recipe.train.shard)
-    session = Session(recipe, prompts, images, process, begun)
+    session = Session(recipe, prompts, images, process, begun, meant)
     recipe = session.recipe
     if process.main:
         if note := kernels.doubt(recipe.teacher.autocast, process.device):
@@ -177,6 +183,7 @@ def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
     used = [type(session.teacher), recipe.method_class]
     extensions.keep(folder / "code", used, [name.partition(":")[0] for name in named])
     write(folder / "recipe.yaml", recipes.dump(recipe))
+    inputs.keep(folder, session.inputs)
     session.write_summary(report=False)
 
 
@@ -193,7 +200,8 @@ class Session:
     """What a recipe becomes once loaded: teacher, roles, method, data, trainer.
 
     Args:
-        begun: a checkpoint will fill the weights, so what they started from is not read.
+        begun: a checkpoint will fill the weights, so what they started from is not read. meant: options whose inputs
+            may differ from those that the run began with.
     """
 
     def __init__(
@@ -203,10 +211,13 @@ class Session:
         images: CaptionedImages | None,
         process: Process,
         begun: bool = False,
+        meant: Collection[str] = (),
     ):
         self.process, self.folder = process, Path(recipe.output)
-        quiet = not process.main
         self.teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
+        self.inputs = inputs.inputs_of(recipe, self.teacher, prompts, images)
+        if begun:
+            inputs.check_inputs(self.folder, self.inputs, recipe, meant)
         self.recipe = recipe = settled(recipe, self.teacher, process)
         kernels.set_precision(process.device, recipe.train.tf32)
         keep_freed(process.device)
@@ -216,14 +227,7 @@ class Session:
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
         export.check_exportable(self.method.student, [role.config for role in self.experts], self.teacher)
         check_space(self.folder, self.roles, recipe, to_encode(recipe, self.teacher, prompts, images))
-        if not process.main:
-            process.barrier()  # the first rank encodes, the others find the cache
-        encoded = encode(recipe, self.teacher, prompts, images, quiet)
-        to_verify = self.method.prepare(encoded["conditions"])
-        for tool in self.method.wants(recipe.method):
-            setattr(self.method, tool, TOOLS[tool](recipe.method, self.teacher, prompts))
-        if process.main:
-            process.barrier()
+        encoded, to_verify = self._encode(prompts, images)
         self.preview = Preview(
             recipe,
             self.teacher,
@@ -253,6 +257,21 @@ class Session:
             on_sample=lambda step: self.preview.draw(step, process.main),
             on_save=self.preview.settle,
         )
+
+    def _encode(
+        self, prompts: list[str], images: CaptionedImages | None
+    ) -> tuple[dict[str, Store | Pairs], list[int]]:
+        """What the method trains on, and the prompts that its export is to be verified on beside the first."""
+        main = self.process.main
+        if not main:
+            self.process.barrier()  # the first rank encodes, the others find the cache
+        encoded = encode(self.recipe, self.teacher, prompts, images, quiet=not main)
+        to_verify = self.method.prepare(encoded["conditions"])
+        for tool in self.method.wants(self.recipe.method):
+            setattr(self.method, tool, TOOLS[tool](self.recipe.method, self.teacher, prompts))
+        if main:
+            self.process.barrier()
+        return encoded, to_verify
 
     def train(self, resuming: bool) -> None:
         if resuming:
