@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..diffusion.cond import Cond
 from ..files import Need, ReadError, sweep, write_tensors
 from ..teachers.base import Teacher
+from ..teachers.lengths import too_long, unsaid
 from .images import CaptionedImages
 
 SHARD = 1024  # rows of one file
@@ -117,12 +118,16 @@ def encode_prompts(
     """Conditions of all prompts, as a store with one row per prompt."""
 
     def encode(start: int, stop: int) -> dict[str, Tensor]:
-        parts = [
-            teacher.encode(prompts[i : min(i + batch_size, stop)]) for i in range(start, stop, batch_size)
-        ]
+        with unsaid():
+            parts = [
+                teacher.encode(prompts[i : min(i + batch_size, stop)]) for i in range(start, stop, batch_size)
+            ]
         return dict(Cond.cat(*parts).tensors)
 
-    return _store(prompts_folder(teacher, prompts), len(prompts), encode, teacher.net.dtype, quiet)
+    folder = prompts_folder(teacher, prompts)
+    if not quiet and rows_to_make(folder, len(prompts)) and (cut := too_long(teacher.pipe, prompts)):
+        print(f"fewstep: note: {cut}", file=sys.stderr)
+    return _store(folder, len(prompts), encode, teacher.net.dtype, quiet)
 
 
 def prompts_folder(teacher: Teacher, prompts: Sequence[str]) -> Path:
@@ -174,7 +179,8 @@ def need_of_prompts(teacher: Teacher, prompts: Sequence[str], what: str) -> Need
 
 def condition_bytes(teacher: Teacher, prompts: Sequence[str]) -> int:
     """What one encoded prompt takes on disk, floating-point parts in the dtype of the frozen network."""
-    row = teacher.encode(prompts[:1]).tensors.values()
+    with unsaid():
+        row = teacher.encode(prompts[:1]).tensors.values()
     kept = ((value, teacher.net.dtype if value.is_floating_point() else value.dtype) for value in row)
     return sum(value.numel() * dtype.itemsize for value, dtype in kept)
 

@@ -7,6 +7,7 @@ resumption. (Kernels may round differently for another batch size: then pixels d
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from fewstep.evaluation.speed import Stopwatch, measure_speed
 from fewstep.evaluation.statistics import table
 from fewstep.files import create, replacing, sweep, write, write_json
 from fewstep.teachers.generate import call_pipeline
+from fewstep.teachers.lengths import too_long
 from fewstep.teachers.pipelines import size_options
 
 MANIFEST = "manifest.json"
@@ -123,6 +125,8 @@ def sample_folder(
     manifest = _claim(folder, _describe(model, prompts, job, call), num, replace)
     mine = list(range(rank, num, world))
     sweep(folder)
+    if rank == 0 and (cut := too_long(model.pipe, prompts.texts)):
+        print(f"fewstep: note: {cut}", file=sys.stderr)
     if job.layout == "geneval":
         _write_metadata(folder, prompts, mine, job.per_prompt)
     # Whole batches are made again for one missing image, so that a resumed run repeats the arithmetic exactly.

@@ -20,6 +20,7 @@ from ..methods import Method
 from ..recipe import Recipe
 from ..report.grid import image_grid
 from ..teachers.base import Teacher, to_bytes
+from ..teachers.lengths import unsaid
 from ..teachers.pipelines import hushed
 from ..training.roles import Role, averaged
 
@@ -71,7 +72,8 @@ class Preview:
         self.teacher, self.method, self.roles, self.folder = teacher, method, roles, folder / "samples"
         order = Rng(self.config.seed, "preview").permutation(len(prompts))[: self.config.count]
         self.prompts = self.config.prompts or [prompts[int(i)] for i in order]
-        self.cond = teacher.encode(self.prompts).to(teacher.device)
+        with unsaid():
+            self.cond = teacher.encode(self.prompts).to(teacher.device)
         self.writer = ThreadPoolExecutor(1)
         self.writing: list[Future[None]] = []
         self.decode = tiny_decoder(self.config.vae, teacher) if self.config.vae else teacher.decode

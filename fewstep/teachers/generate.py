@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from ..errors import FewstepError
 from .classes import labels_of, num_classes
+from .lengths import unsaid
 from .transformers import text_length
 
 
+@unsaid()
 def call_pipeline(
     pipe, prompts: Sequence[str], generator: torch.Generator | Sequence[torch.Generator], **options: Any
 ):

@@ -1,0 +1,74 @@
+"""Prompts longer than a text encoder reads: said once, in one line, in place of the libraries' line for each."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from .pipelines import hushed
+
+PIECE = 1024  # prompts that are split into tokens at a time
+SAID = ("part of your input was truncated", "Token indices sequence length is longer")
+
+
+def limits(pipe: Any) -> dict[str, int]:
+    """Name of each tokenizer of a stock pipeline -> tokens that are read of a text, special ones included."""
+    found = {}
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        tokenizer = getattr(pipe, name, None)
+        if tokenizer is not None:
+            clip = "CLIP" in type(tokenizer).__name__  # whose length is its model's, whatever the call says
+            asked = parameter.default if parameter is not None and not clip else None
+            if hasattr(pipe, "backbone"):  # of tokens
+                asked = pipe.backbone.config.cls_token_num
+            found[name] = min(tokenizer.model_max_length, asked or tokenizer.model_max_length)
+    return found
+
+
+def too_long(pipe: Any, prompts: Sequence[str]) -> str | None:
+    """How many prompts lose their end, the longest and where it is; None where all are read whole."""
+    by_limit: dict[int, list[str]] = {}
+    for name, limit in limits(pipe).items():
+        by_limit.setdefault(limit, []).append(name)
+    parts = []
+    for limit, names in by_limit.items():
+        lengths = _lengths(getattr(pipe, names[0]), prompts)
+        if count := sum(length > limit for length in lengths):
+            longest = max(range(len(lengths)), key=lengths.__getitem__)
+            text = prompts[longest] if len(prompts[longest]) <= 60 else prompts[longest][:57] + "..."
+            parts.append(
+                f"{count} of {len(prompts)} prompts are longer than the {limit} tokens that {' and '.join(names)} "
+                f"take{'s' if len(names) == 1 else ''}, and lose their end there; the longest, number {longest + 1}, "
+                f"has {lengths[longest]}: {text!r}"
+            )
+    return "; ".join(parts) or None
+
+
+def _lengths(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    lengths: list[int] = []
+    with hushed(), unsaid():
+        for start in range(0, len(prompts), PIECE):
+            pieces = tokenizer(list(prompts[start : start + PIECE]), truncation=False)["input_ids"]
+            lengths += map(len, pieces)
+    return lengths
+
+
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Without the libraries' lines of what was cut from a prompt, each of which prints all of it."""
+    handlers = [h for name in ("diffusers", "transformers") for h in logging.getLogger(name).handlers]
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in SAID)
+
+    for handler in handlers:
+        handler.addFilter(keep)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(keep)
