@@ -124,9 +124,9 @@ def uniform_times(num_steps: int, start: float) -> list[int]:
 
 
 def start_below(start: float, num_steps: int) -> int:
-    """The next start that :func:`uniform_times` takes; not a noisier one, which the table may not have."""
+    """The next start whose even grid ends above time 0; not a noisier one, which the table may not have."""
     steps = max(num_steps, 1)
-    return max(1, int(start + 1) // steps) * steps - 1
+    return max(2, int(start + 1) // steps) * steps - 1
 
 
 def times_at(schedule: Schedule, angles: Sequence[float]) -> list[float]:
