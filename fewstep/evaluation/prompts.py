@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data import texts
+from fewstep.errors import FewstepError
 
 
 @dataclass(frozen=True)

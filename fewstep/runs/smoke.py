@@ -35,7 +35,7 @@ def smoke(recipe: Recipe, keep_teacher: bool = False, keep_output: bool = False)
             autocast=None,
             resolution=RESOLUTION.get(teacher.pipeline_class or ""),
         )
-    few = _few_emoji(folder)
+    few = _few_emoji(folder, data.column or "text")
     data = dataclasses.replace(
         data,
         prompts=data.prompts
@@ -57,9 +57,7 @@ def smoke(recipe: Recipe, keep_teacher: bool = False, keep_output: bool = False)
         checkpoint_every=2,
     )
     if "pairs" in recipe.method_class.needs(recipe.method):
-        data = dataclasses.replace(
-            data, pairs=str(_few_pairs(folder / "pairs", teacher, data.prompts, method))
-        )
+        data = dataclasses.replace(data, pairs=str(_few_pairs(folder / "pairs", teacher, data, method)))
     return dataclasses.replace(
         recipe,
         output=recipe.output if keep_output else str(folder / "run"),
@@ -82,16 +80,18 @@ def _small(name: str, config: RoleConfig) -> RoleConfig:
     return dataclasses.replace(config, rank=min(RANK, config.rank), start_from=None)
 
 
-def _few_pairs(folder: Path, teacher, prompts: str, method) -> Path:
+def _few_pairs(folder: Path, teacher, data, method) -> Path:
     from ..data.pairs import make_pairs
     from ..data.prompts import load_prompts
+    from ..data.texts import column_for
     from ..teachers import load_teacher
 
     options = {"num": 4, "steps": 2, "guidance": method.guidance_scale}
-    return make_pairs(folder, load_teacher(teacher.path), load_prompts(prompts), **options)
+    prompts = load_prompts(data.prompts, column=column_for(data.prompts, data.column))
+    return make_pairs(folder, load_teacher(teacher.path), prompts, **options)
 
 
-def _few_emoji(folder: Path, count: int = 8) -> Path:
+def _few_emoji(folder: Path, column: str = "text", count: int = 8) -> Path:
     """A folder of captioned images with its prompts, as a user would bring one."""
     from PIL import Image
 
@@ -99,11 +99,11 @@ def _few_emoji(folder: Path, count: int = 8) -> Path:
 
     images, captions = emoji.load()
     chosen = range(0, len(captions), len(captions) // count)[:count]
-    rows = [{"file_name": f"{i:04d}.png", "text": captions[i]} for i in chosen]
+    rows = [{"file_name": f"{i:04d}.png", column: captions[i]} for i in chosen]
     target = folder / "emoji"
     target.mkdir(parents=True)
     for i, row in zip(chosen, rows):
         Image.fromarray(images[i]).save(target / row["file_name"])
     (target / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (target / "prompts.txt").write_text("".join(row["text"] + "\n" for row in rows))
+    (target / "prompts.txt").write_text("".join(row[column] + "\n" for row in rows))
     return target
