@@ -222,7 +222,7 @@ def _nearest(name: str, names: Sequence[str], known: Sequence[str]) -> str:
     return f"did you mean {leaves[close[0]]}?" if close else f"known fields: {', '.join(names)}"
 
 
-def _paths(cls: type, prefix: str) -> Iterator[str]:
+def _paths(cls: Any, prefix: str) -> Iterator[str]:
     """Dotted paths of every field; of the roles those of the student."""
     hints = get_type_hints(cls)
     for name in (f.name for f in dataclasses.fields(cls)):

@@ -54,9 +54,9 @@ def on_disk(recipe: Recipe, teacher: Teacher) -> dict[str, dict[str, int | None]
     prompt, column = condition_bytes(teacher, [""]), column_for(data.prompts, data.column)
     rows = {"prompts": (prompt, _count(lambda: len(load_prompts(data.prompts, column=column))))}
     if "images" in needs:
-        rows["images"] = (latent_bytes(teacher) + prompt, _count(lambda: _images(data.images)))
+        rows["images"] = (latent_bytes(teacher) + prompt, _count(lambda: _images(data.images or "")))
     if "pairs" in needs:
-        rows["pairs"] = (teacher.pair_bytes + prompt, _count(lambda: _pairs(data.pairs)))
+        rows["pairs"] = (teacher.pair_bytes + prompt, _count(lambda: _pairs(data.pairs or "")))
     return {
         name: {"bytes_each": each, "rows": number, "bytes": None if number is None else each * number}
         for name, (each, number) in rows.items()
@@ -87,7 +87,7 @@ def _images(source: str) -> int:
     if source.startswith("builtin:"):
         return len(load_images(source))
     folder = Path(source).expanduser()
-    if not folder.is_dir():
+    if not source or not folder.is_dir():
         raise FewstepError(f"{folder} is no folder")
     return sum(path.suffix.lower() in EXTENSIONS and path.name[0] != "." for path in folder.rglob("*"))
 

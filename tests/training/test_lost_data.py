@@ -140,7 +140,9 @@ def test_an_image_that_is_gone_is_said_when_the_run_goes_on(command, tmp_path, c
         images.load(4, 8)
     assert tell(gone.value) == 4
     capsys.readouterr()
-    assert main(["resume", str(run)]) == 0
+    assert main(["resume", str(run)]) == 2
+    assert f"data.images: {tmp_path / 'run' / 'images'}: holds something else" in capsys.readouterr().err
+    assert main(["resume", str(run), "--images", str(tmp_path / "run" / "images")]) == 0
     said = capsys.readouterr().err
     assert "step_00000002 was trained on 5 prompts, 5 images, and there are 5 prompts, 4 images" in said
 
