@@ -4,7 +4,8 @@
     scheduler/scheduler_config.json    complete; its defaults already give the trained timesteps
     fewstep.json                       steps, timesteps, guidance, method, recipe hash, teacher
     README.md                          model card with a snippet that runs as it stands
-    kohya/fewstep.safetensors          on request: keys of ComfyUI and A1111
+    kohya/TITLE.safetensors            on request: keys of ComfyUI and A1111, named so that files of many students share a
+                                       folder; the first file keeps the name that diffusers looks for in a folder
 
 A fully trained student is a whole pipeline under ``pipeline/`` instead of the LoRA file. Several students, each for
 a part of the prompts, are a folder ``part_k/`` of this kind each, and a router beside them.

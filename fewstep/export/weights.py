@@ -72,10 +72,19 @@ def save_lora(
 
 
 def save_kohya(teacher: Teacher, state: dict[str, Tensor], dtype: torch.dtype, path: Path) -> None:
-    from diffusers.utils import convert_state_dict_to_kohya
+    """The LoRA under the names that ComfyUI and A1111 read, and for each layer alpha, which is the rank."""
+    named: dict[str, Tensor] = {}
+    for name, value in state.items():
+        layer, side, _ = name.rsplit(".", 2)
+        key = kohya_name(teacher, layer)
+        named[f"{key}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = value.to(dtype)
+        if side == "lora_A":
+            named[f"{key}.alpha"] = torch.tensor(len(value))
+    write_tensors(path, named)
 
-    prefixed = {f"{teacher.lora_prefix}.{name}": value.to(dtype) for name, value in state.items()}
-    write_tensors(path, convert_state_dict_to_kohya(prefixed))
+
+def kohya_name(teacher: Teacher, layer: str) -> str:
+    return f"{teacher.comfyui}{layer.replace('.', '_')}"
 
 
 def resized(teacher: Teacher, net: Any) -> bool:

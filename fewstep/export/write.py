@@ -29,13 +29,18 @@ def target_of(teacher: Teacher, student: Sampler, roles: Sequence[RoleConfig]) -
     return chosen(teacher, student, roles)
 
 
-def check_exportable(student: Sampler, roles: Sequence[RoleConfig], teacher: Teacher) -> None:
+def check_exportable(
+    student: Sampler, roles: Sequence[RoleConfig], teacher: Teacher, kohya: bool = False
+) -> None:
     """Refuses, before training, what no pipeline could sample.
 
     Args:
-        roles: how each of the student's networks is trained.
+        roles: how each of the student's networks is trained. kohya: whether a LoRA's keys for ComfyUI are asked for.
     """
-    target_of(teacher, student, roles).check()
+    target = target_of(teacher, student, roles)
+    target.check()
+    if kohya:
+        target.check_kohya()
 
 
 def export_student(

@@ -213,7 +213,8 @@ class Session:
         train = recipe.train
         check_length(self.method, train.steps, train.batch_size * train.accumulate * process.world)
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
-        export.check_exportable(self.method.student, [role.config for role in self.experts], self.teacher)
+        configs = [role.config for role in self.experts]
+        export.check_exportable(self.method.student, configs, self.teacher, recipe.export.kohya)
         check_space(self.folder, self.roles, recipe)
         if not process.main:
             process.barrier()  # the first rank encodes, the others find the cache
