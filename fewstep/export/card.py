@@ -37,13 +37,13 @@ EXPERTS = """
 experts = {experts}  # of each step
 def use(step):  # the expert of a step; other adapters stay as they are
     others = [name for name in pipe.get_active_adapters() if name not in experts]
-    pipe.{network}.set_adapter([experts[step % len(experts)], *others])
+    pipe.{network}.set_adapter([experts[step % len(experts)], *others])  # with the weights they have
 
 def switch(pipe, step, time, kwargs):
     use(step + 1)
     return kwargs
 
-use(0)
+use(0)  # once more after loading another adapter
 """
 CHOSEN = """
 others = [name for name in pipe.get_active_adapters() if name not in {parts}]  # stay as they are

@@ -147,7 +147,7 @@ def test_stock_diffusers_samples_the_student_without_fewstep(sdxl_run, tiny_sdxl
 @pytest.mark.parametrize(
     "name, words, parts",
     [
-        ("sdxl_phased_dmd_4step", (), ("DDIMScheduler", "student_2", "set_adapters")),
+        ("sdxl_phased_dmd_4step", (), ("DDIMScheduler", "student_2", "set_adapter(")),
         ("sdxl_sid_4step", ("--method.noise", "ddim", "--method.start", "999"), ("DDIMScheduler",)),
         ("sdxl_sid_4step", ("--method.noise", "fixed", "--method.start", "999"), ("manual_seed", "again")),
     ],
