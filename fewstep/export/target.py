@@ -143,7 +143,13 @@ class Target:
 
 
 class Stock(Target):
-    """A student that a stock pipeline of diffusers samples, with a stock scheduler."""
+    """A student that a stock pipeline of diffusers samples, with a stock scheduler.
+
+    Attributes:
+        keeps_class: whether pipeline and network stay of the teacher's class.
+    """
+
+    keeps_class: ClassVar[bool] = True
 
     @property
     def told(self) -> dict[str, Scalar]:

@@ -117,6 +117,11 @@ def save_network(
     teacher: Teacher, net: nn.Module, scheduler, folder: Path, pipeline: type | None = None
 ) -> None:
     """The stock pipeline, or one of another class, with another network and scheduler in place of the teacher's."""
+    pipeline_with(teacher, net, scheduler, pipeline).save_pretrained(folder)
+
+
+def pipeline_with(teacher: Teacher, net: nn.Module, scheduler, pipeline: type | None = None):
+    """The same in memory, with the teacher's other parts."""
     cls = pipeline or type(teacher.pipe)
     parts = {**teacher.pipe.components, teacher.network: net, "scheduler": scheduler}
     made = cls(**parts, **_options(teacher.pipe))
@@ -125,7 +130,7 @@ def save_network(
         for name, label in labels.items():
             names.setdefault(label, []).append(name)
         made.register_to_config(id2label={label: ", ".join(group) for label, group in names.items()})
-    made.save_pretrained(folder)
+    return made
 
 
 def _options(pipe) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..diffusion.student import Sampler
 from ..files import replacing
 from ..teachers.base import Teacher
 from .lora import Switched
+from .rehearsal import rehearse
 from .routed import ALONE, Routed
 from .sprint import Sprint
 from .target import Edition, Target, Weights
@@ -43,20 +44,33 @@ def check_exportable(
         target.check_kohya()
 
 
+def rehearse_export(
+    student: Sampler, roles: Sequence[RoleConfig], teacher: Teacher, prompt: str
+) -> float | None:
+    """As :func:`check_exportable`, by sampling: see :func:`fewstep.export.rehearsal.rehearse`."""
+    return rehearse(target_of(teacher, student, roles), prompt)
+
+
 def export_student(
     folder: Path,
     teacher: Teacher,
     student: Sampler,
     weights: Weights,
     roles: Sequence[RoleConfig],
+    check: Callable[[Path], None] | None = None,
     **edition: Any,
 ) -> Path:
     """Writes the export folder beside and renames it; replaces an older export.
 
+    Whatever is raised on the way, an older export is still there and no part of a new one.
+
     Args:
+        check: of what was written, before it takes its place.
         weights: trained tensors by the names of the role, for every role of the student. roles: how they were trained.
         edition: of :class:`Edition`.
     """
     with replacing(folder) as part:
         target_of(teacher, student, roles).write(part, weights, Edition(**edition))
+        if check is not None:
+            check(part)
     return folder

@@ -24,7 +24,7 @@ from ..diffusion import kernels
 from ..errors import FewstepError, LostProcess, TrainingError, tell
 from ..files import WriteError, write, write_json
 from ..process import Process, start
-from ..recipe import Recipe
+from ..recipe import Recipe, RoleConfig
 from ..report.report import write_report
 from ..teachers import load_teacher
 from ..teachers.base import Teacher
@@ -215,6 +215,8 @@ class Session:
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
         configs = [role.config for role in self.experts]
         export.check_exportable(self.method.student, configs, self.teacher, recipe.export.kohya)
+        if process.main and not begun:
+            self._rehearse(configs, prompts[0])
         check_space(self.folder, self.roles, recipe)
         if not process.main:
             process.barrier()  # the first rank encodes, the others find the cache
@@ -254,6 +256,15 @@ class Session:
             on_save=self.preview.settle,
         )
 
+    def _rehearse(self, configs: list[RoleConfig], prompt: str) -> None:
+        """What an export would fail at is found before training."""
+        difference = export.rehearse_export(self.method.student, configs, self.teacher, prompt)
+        if difference is not None:
+            print(
+                f"fewstep: stock {self.teacher.pipeline_class} samples the untrained student as it is trained, largest "
+                f"difference {difference:.1e}"
+            )
+
     def train(self, resuming: bool) -> None:
         if resuming:
             found, main = self.trainer.restore(), self.process.main
@@ -285,21 +296,26 @@ class Session:
         weights = {role.name: gathered(role.final_weights(), self.process) for role in experts}
         if not self.process.main:
             return
+        differences: list[float] = []
+
+        def verify(part: Path) -> None:
+            args = (recipe.export.tolerance, recipe.export.dtype, recipe.teacher.dtype)
+            for steps, sample in own.items():
+                found = export.verify(part, sample, self.teacher, self.export_prompts, *args, steps)
+                differences.append(found)
+
         folder = export.export_student(
             self.folder / "export",
             self.teacher,
             self.method.student,
             weights,
             [role.config for role in experts],
+            check=verify,
             about=self._about(),
             dtype=recipe.export.dtype,
             kohya=recipe.export.kohya,
         )
-        args = (recipe.export.tolerance, recipe.export.dtype, recipe.teacher.dtype)
-        difference = max(
-            export.verify(folder, sample, self.teacher, self.export_prompts, *args, steps)
-            for steps, sample in own.items()
-        )
+        difference = max(differences)
         reader = "stock diffusers" if self.teacher.kind == "diffusion" else self.teacher.pipeline_class
         print(f"fewstep: export {folder} verified in {reader}, largest difference {difference:.1e}")
 

@@ -17,7 +17,7 @@ from ..diffusion.cond import Cond
 from ..diffusion.denoiser import NetDenoiser
 from ..diffusion.solvers import ddim
 from ..errors import FewstepError
-from .pipelines import fix_shift, native_resolution, pixels_per_latent, size_options
+from .pipelines import fix_shift, native_resolution, pixels_per_latent, size_options, takes
 from .schedulers import FLOOR, PREDICTIONS, is_flow, schedule_of, scheduler_sample
 
 
@@ -217,6 +217,11 @@ class Teacher:
     def positions(self) -> int:
         """Places of a sample: the most tokens that a network's attention may see of it."""
         return math.prod(self.latent_shape[1:])
+
+    @property
+    def draws_latents(self) -> bool:
+        """Whether the stock pipeline takes noise, and gives latents; others draw it, and give images only."""
+        return takes(self.pipe, "latents")
 
     @property
     def stock_shape(self) -> tuple[int, ...]:

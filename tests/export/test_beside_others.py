@@ -43,7 +43,10 @@ def switched(sdxl, tmp_path_factory):
 @contextmanager
 def watched(pipe):
     """(adapters that act, weight of the style) at every call of the network; and its answers."""
-    seen, layer = [], next(m for m in pipe.unet.modules() if isinstance(m, BaseTunerLayer) and "style" in m.scaling)
+    seen, layer = (
+        [],
+        next(m for m in pipe.unet.modules() if isinstance(m, BaseTunerLayer) and "style" in m.scaling),
+    )
 
     def note(_net, _args, out):
         weight = layer.scaling["style"] / (layer.lora_alpha["style"] / layer.r["style"])

@@ -134,7 +134,9 @@ def test_names_for_a_network_that_it_does_not_know_are_refused_by_name(name, tea
     teacher = teachers(name)
     student = Student(teacher.denoiser, even_times(teacher.denoiser.schedule, 1))
     check_exportable(student, [RoleConfig(rank=2)], teacher)
-    with pytest.raises(RecipeError, match=r"export\.kohya: true: .*(SanaPipeline|whole pipeline).*set it false"):
+    with pytest.raises(
+        RecipeError, match=r"export\.kohya: true: .*(SanaPipeline|whole pipeline).*set it false"
+    ):
         check_exportable(student, [RoleConfig(rank=2)], teacher, kohya=True)
 
 
