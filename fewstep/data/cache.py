@@ -141,6 +141,8 @@ def encode_images(
         return {"latents": torch.cat(parts)}
 
     key = ["images", identity(teacher), teacher.resolution, _fingerprint(images), len(images)]
+    if teacher.autoencoder == "vae":  # what was kept under another rule of scaling is not taken for this one
+        key.append([torch.as_tensor(value).flatten().tolist() for value in teacher.latent_scale()])
     return _store("latents", key, len(images), encode, torch.float32, quiet)
 
 

@@ -47,8 +47,8 @@ def rehearse(target: Target, prompt: str) -> float | None:
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise RecipeError(
             f"teacher.path: {teacher.source}: a {teacher.pipeline_class} with a {type(target.scheduler).__name__}, "
-            f"which would sample the student, fails ({said}); give a teacher whose scheduler and network are of the "
-            "kind that this class was made for"
+            f"which would sample a student of a {type(teacher.pipe.scheduler).__name__}'s path, fails ({said}); give a "
+            "teacher whose scheduler and network are of the kind that this class was made for"
         ) from error
     if not difference <= 1e-3 * scale:
         raise RecipeError(
