@@ -41,14 +41,19 @@ def student_scheduler(
     Raises:
         RecipeError: deterministic steps on an uneven grid, which no stock scheduler takes.
     """
-    from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
-
     if is_flow(teacher_scheduler):
         if noise == "tcd":
             raise RecipeError(
                 "method.noise: tcd: no stock scheduler of a flow has such steps; use ddim or fresh"
             )
         return flow_scheduler(times, noise, teacher_scheduler.config, explicit, handed)
+    return _table_scheduler(teacher_scheduler, times, noise, explicit, eta)
+
+
+def _table_scheduler(teacher_scheduler: Any, times: list[float], noise: str, explicit: bool, eta: float):
+    """As :func:`student_scheduler`, on a table."""
+    from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
+
     steps, start = len(times), int(times[0])
     even = (
         (noise == "ddim" or not explicit)

@@ -188,14 +188,15 @@ class Stock(Target):
         """
         pipe, student, variants = self.teacher.pipe, self.student, self.student.variants()
         stock, handed = pipe.scheduler, hands_sigmas(pipe)
-        options = {"eta": student.eta, "handed": handed}
-        scheduler, call = student_scheduler(stock, student.times, student.noise, **options)
+        scheduler, call = student_scheduler(
+            stock, student.times, student.noise, eta=student.eta, handed=handed
+        )
         if "num_inference_steps" in call and all(meets(scheduler, one.times, handed) for one in variants):
             return {
                 one.num_steps: (scheduler, {**call, "num_inference_steps": one.num_steps}) for one in variants
             }
         return {
-            one.num_steps: student_scheduler(stock, one.times, one.noise, len(variants) > 1, **options)
+            one.num_steps: student_scheduler(stock, one.times, one.noise, len(variants) > 1, one.eta, handed)
             for one in variants
         }
 

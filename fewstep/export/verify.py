@@ -96,7 +96,7 @@ def compared_pixels(
     Raises:
         ExportError: it exceeds what rounding can do.
     """
-    vae = getattr(pipe, teacher.autoencoder or "", None)
+    vae: Any = getattr(pipe, teacher.autoencoder or "", None)
     sliced = getattr(vae, "use_slicing", None)
     if sliced is not None:  # one image at a time, as fewstep decodes large ones
         vae.use_slicing = True

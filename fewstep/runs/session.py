@@ -24,7 +24,7 @@ from ..diffusion import kernels
 from ..errors import FewstepError, LostProcess, TrainingError, tell
 from ..files import WriteError, write, write_json
 from ..process import Process, start
-from ..recipe import Recipe, RoleConfig
+from ..recipe import Recipe
 from ..report.report import write_report
 from ..teachers import load_teacher
 from ..teachers.base import Teacher
@@ -213,10 +213,7 @@ class Session:
         train = recipe.train
         check_length(self.method, train.steps, train.batch_size * train.accumulate * process.world)
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
-        configs = [role.config for role in self.experts]
-        export.check_exportable(self.method.student, configs, self.teacher, recipe.export.kohya)
-        if process.main and not begun:
-            self._rehearse(configs, prompts[0])
+        self._check_export(None if begun else prompts[0])
         check_space(self.folder, self.roles, recipe)
         if not process.main:
             process.barrier()  # the first rank encodes, the others find the cache
@@ -256,9 +253,13 @@ class Session:
             on_save=self.preview.settle,
         )
 
-    def _rehearse(self, configs: list[RoleConfig], prompt: str) -> None:
-        """What an export would fail at is found before training."""
-        difference = export.rehearse_export(self.method.student, configs, self.teacher, prompt)
+    def _check_export(self, prompt: str | None) -> None:
+        """What an export would fail at is found before training; a prompt is for the first process to sample."""
+        student, configs = self.method.student, [role.config for role in self.experts]
+        export.check_exportable(student, configs, self.teacher, self.recipe.export.kohya)
+        if prompt is None or not self.process.main:
+            return
+        difference = export.rehearse_export(student, configs, self.teacher, prompt)
         if difference is not None:
             print(
                 f"fewstep: stock {self.teacher.pipeline_class} samples the untrained student as it is trained, largest "

@@ -12,10 +12,22 @@ from peft.utils import get_peft_model_state_dict
 from fewstep.diffusion.student import Student
 from fewstep.export import export_student, load_exported, stock_call
 from fewstep.export.load import use_adapter
+from fewstep.methods.router import RoutedStudent, Router
 from fewstep.recipe import RoleConfig
 from fewstep.training.roles import build_role
 
 STEPS = ["a", "a", "b", "b"]
+
+
+class Encoded(list):
+    """Conditions as a router is fitted on them."""
+
+    def __init__(self, cond):
+        super().__init__(range(len(cond)))
+        self.cond = cond
+
+    def rows(self, index):
+        return {name: value[index] for name, value in self.cond.tensors.items()}
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +115,34 @@ def test_fewstep_itself_leaves_a_style_alone(switched):
     assert seen == [([name, "style"], 0.3) for name in STEPS]
     use_adapter(pipe, ["a", "b"], 1)
     assert sorted(pipe.get_active_adapters()) == ["b", "style"]
+
+
+def test_a_style_stays_beside_the_student_of_a_prompts_part(sdxl, switched, tmp_path, monkeypatch):
+    roles = [build_role(name, sdxl.net, RoleConfig(rank=2, alpha=4)) for name in "ab"]
+    parts = [Student(sdxl.denoiser.with_net(r.module), [999], roles=[r.name]) for r in roles]
+    cond = sdxl.encode(["a cat", "red apple", "blue square", "a dog"])
+    router = Router(2)
+    router.fit(Encoded(cond))
+    folder = tmp_path / "e"
+    weights = {role.name: role.final_weights() for role in roles}
+    configs = [role.config for role in roles]
+    about = {"method": "x", "prompt": "a cat"}
+    export_student(folder, sdxl, RoutedStudent(parts, router), weights, configs, about=about)
+    monkeypatch.chdir(folder)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    head, found, rest = code.partition("\nothers = ")
+    style = f"pipe.load_lora_weights({str(switched / 'style')!r}, adapter_name='style')"
+    names = {}
+    exec(f"{head}\n{style}\npipe.set_adapters(['part_1', 'style'], [1.0, 0.6]){found}{rest}", names)
+    pipe, part = names["pipe"], f"part_{router(sdxl.encode(['a cat'])).item() + 1}"
+    assert sorted(pipe.get_active_adapters()) == [part, "style"]
+    layer = next(m for m in pipe.unet.modules() if isinstance(m, BaseTunerLayer) and "style" in m.scaling)
+    assert layer.scaling["style"] == pytest.approx(0.6)
+    loaded, _ = load_exported(folder)
+    loaded.load_lora_weights(switched / "style", adapter_name="style")
+    loaded.set_adapters(["part_1", "part_2", "style"], [1.0, 1.0, 0.6])
+    loaded(["a cat"], num_inference_steps=1, height=32, width=32)
+    assert sorted(loaded.get_active_adapters()) == [part, "style"]
 
 
 def test_files_of_experts_have_names_of_their_own(switched):

@@ -2,7 +2,10 @@
 
 import inspect
 import math
+import re
+from itertools import pairwise
 
+import diffusers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -140,3 +143,51 @@ def test_every_even_grid_before_a_shift_is_a_schedulers_own(steps, shift, handed
     else:
         scheduler.set_timesteps(steps)
     assert scheduler.sigmas.tolist() == pytest.approx([*times, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("noise", ["fresh", "ddim"])
+@pytest.mark.parametrize("name", ["SDXL", "SD 3", "FLUX.1-dev"])
+def test_more_steps_than_were_trained_are_where_the_card_says(
+    name, noise, teachers, tmp_path, given, monkeypatch
+):
+    teacher, flow = teachers(name), name in FLOWS
+    times = even_times(teacher.denoiser.schedule, 4) if flow else TABLES[4]
+    exported(teacher, times, noise, tmp_path / "e")
+    card = (tmp_path / "e" / "README.md").read_text()
+    said = re.search(r"`num_inference_steps=8` calls it(?: then)? at \[(.*?)\]", card)[1]
+    said = [float(t) for t in said.split(", ")]
+    assert len(said) == 8 and said[0] == times[0] and all(a > b for a, b in pairwise(said))
+    pipe = run_card(tmp_path / "e", monkeypatch)["pipe"]
+    size = {"height": teacher.resolution, "width": teacher.resolution, "output_type": "latent"}
+    if refused := re.search(
+        r"refuses, unless it is loaded by `(\w+)\.from_pretrained\(\.\.\., (\w+)=(\d)\)`", card
+    ):
+        assert name == "SDXL" and noise == "fresh"
+        with pytest.raises(ValueError, match="original_steps"):
+            pipe("a cat", num_inference_steps=8, guidance_scale=1.0, **size)
+        cls, option, value = refused.groups()
+        options = {"subfolder": "scheduler", option: int(value)}
+        pipe.scheduler = getattr(diffusers, cls).from_pretrained(tmp_path / "e", **options)
+    seen = given(teacher.net)
+    pipe("a cat", num_inference_steps=8, guidance_scale=1.0, **size)
+    assert seen == pytest.approx([t * FLOWS.get(name, 1.0) for t in said], abs=1e-4 * FLOWS.get(name, 1.0))
+
+
+def test_a_student_of_several_numbers_of_steps_has_the_call_of_each(teachers, tmp_path, given, monkeypatch):
+    """One scheduler has them all where it can: a table's, and a flow's whose pipeline hands it an even grid."""
+    for name, alone in (("SDXL", True), ("FLUX.1-dev", True), ("SD 3", False)):
+        teacher, flow = teachers(name), name in FLOWS
+        grids = [even_times(teacher.denoiser.schedule, n) if flow else TABLES[n] for n in (4, 2, 1)]
+        role = build_role("student", teacher.net, RoleConfig(rank=2))
+        student = Student(teacher.denoiser.with_net(role.module), grids[0], "fresh", also=grids[1:])
+        weights = {"student": role.final_weights()}
+        export_student(tmp_path / name, teacher, student, weights, [role.config], about={"method": "x"})
+        card = (tmp_path / name / "README.md").read_text()
+        pipe = run_card(tmp_path / name, monkeypatch)["pipe"]
+        calls = re.findall(r"trained for too: `pipe\(\.\.\., (.*?)\)`\.", card)
+        assert len(calls) == 2 and all(("sigmas" not in call) == alone for call in calls)
+        seen = given(teacher.net)
+        for call, times in zip(calls, grids[1:]):
+            seen.clear()
+            eval(f"pipe('a cat', {call})", {"pipe": pipe})
+            assert seen == pytest.approx([t * FLOWS.get(name, 1.0) for t in times], rel=1e-5)
