@@ -28,7 +28,7 @@ class ExportError(TrainingError):
 def trainer_sample(student: Sampler, teacher: Teacher, prompts: list[str], seed: int = 0) -> Tensor:
     """Latents as the trainer samples them, in fp32; noise from one CPU generator, in the stock pipeline's layout.
 
-    Training is over by then: the frozen weights are cast up in place, so that nothing but the export is compared.
+    The frozen weights are cast up in place, for good, so that nothing but the export is compared: training is over.
     """
     with hushed():
         teacher.pipe.to(torch.float32)

@@ -33,7 +33,7 @@ from ..training.roles import averaged
 from ..training.sharding import gathered
 from ..training.trainer import Trainer
 from .build import TOOLS, build, encode, on_pixels
-from .checks import check_class, check_data, check_length, check_output, check_space
+from .checks import check_class, check_data, check_export, check_length, check_output, check_space
 from .preview import Preview
 from .starts import check_starts
 from .summary import hardware, versions
@@ -92,6 +92,7 @@ def reexport(folder: str | Path, arguments: Sequence[str] = (), step: str = "new
     """
     folder = Path(folder)
     recipe = recipes.override(_recipe_of(folder), arguments)
+    check_export(folder)
     session = Session(recipe, *check_data(recipe), start("cpu"), begun=True)
     if not session.trainer.restore():
         raise FewstepError(f"{folder}: no checkpoint to export; train it first")
@@ -133,8 +134,7 @@ def execute(recipe: Recipe, resuming: bool = False) -> Path:
     """The whole run; cheap checks come before anything is loaded, and loading before anything is written."""
     recipe = recipes.from_dict(recipes.to_dict(recipe))
     folder = Path(recipe.output)
-    if not resuming:
-        check_output(folder)
+    check_export(folder) if resuming else check_output(folder)
     device = choose(recipe.train.device)
     kernels.check_attention(recipe.teacher.attention, device, recipe.teacher.autocast)
     prompts, images = check_data(recipe)

@@ -25,7 +25,7 @@ from fewstep.export import (
 )
 from fewstep.export import lora as lora_export
 from fewstep.recipe import RoleConfig
-from fewstep.runs.session import execute, reexport
+from fewstep.runs.session import execute, reexport, resume
 from fewstep.teachers import load_teacher
 from fewstep.teachers.tiny import write_tiny_pipeline
 from fewstep.training.roles import build_role
@@ -205,6 +205,23 @@ def test_an_export_that_fails_anywhere_leaves_what_was_there(sdxl, tmp_path, mon
         else:
             export_student(tmp_path / "export", *arguments, **options)
             (tmp_path / "export" / "mark").touch()
+
+
+def test_a_place_that_the_export_could_not_take_is_found_before_anything_is_loaded(
+    tiny_sd15, tmp_path, monkeypatch
+):
+    run = execute(tiny("sd15_dmd2_1step", tiny_sd15, tmp_path, "--train.steps", "2", "--evaluation.num", "0"))
+    monkeypatch.setattr("fewstep.runs.session.Session", lambda *_args, **_options: pytest.fail("loaded"))
+    shutil.move(run / "export", tmp_path / "kept")
+    (run / "export").write_text("mine")
+    for again in (reexport, resume):
+        with pytest.raises(RecipeError, match=r"output: .*export is a file.*move it away"):
+            again(run)
+    assert (run / "export").read_text() == "mine"
+    (run / "export").unlink()
+    monkeypatch.setattr("os.access", lambda *_args: False)
+    with pytest.raises(RecipeError, match="no permission to write the export"):
+        reexport(run)
 
 
 def test_a_run_whose_export_is_not_what_was_trained_has_none(tiny_sd15, tmp_path, monkeypatch):
