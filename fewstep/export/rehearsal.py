@@ -37,7 +37,7 @@ def rehearse(target: Target, prompt: str) -> float | None:
         return None
     teacher = target.teacher
     try:
-        with torch.random.fork_rng(devices=[]), _as_it_was(teacher), hushed():
+        with _as_it_was(teacher), hushed():
             difference, scale = _differences(target, prompt)
     except torch.OutOfMemoryError:
         return None
