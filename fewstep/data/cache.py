@@ -155,9 +155,10 @@ def encode_images(
 
 def images_folder(teacher: Teacher, images: CaptionedImages) -> Path:
     """Where the store of these images is, or will be."""
-    return _folder(
-        "latents", ["images", identity(teacher), teacher.resolution, _fingerprint(images), len(images)]
-    )
+    key = ["images", identity(teacher), teacher.resolution, _fingerprint(images), len(images)]
+    if teacher.autoencoder == "vae":  # what was kept under another rule of scaling is not taken for this one
+        key.append([torch.as_tensor(value).flatten().tolist() for value in teacher.latent_scale()])
+    return _folder("latents", key)
 
 
 def _folder(kind: str, key: list[Any]) -> Path:

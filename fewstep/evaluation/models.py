@@ -12,7 +12,7 @@ import torch
 from fewstep.errors import FewstepError
 from fewstep.evaluation.floor import RECORD, floor_sampler
 from fewstep.teachers import load_pipeline
-from fewstep.teachers.pipelines import fix_shift, network_of, size_options, takes
+from fewstep.teachers.pipelines import fix_shift, hands_sigmas, network_of, size_options, takes
 from fewstep.teachers.schedulers import is_flow
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -131,14 +131,14 @@ class Model:
         from fewstep.diffusion.times import even_times
         from fewstep.teachers.schedulers import schedule_of
 
-        flow = is_flow(self.scheduler)  # whose shift is in its times, and not in its scheduler
+        flow = is_flow(self.scheduler)  # whose scheduler may have another shift than its times
         schedule = Flow(self.record.get("shift", 1.0)) if flow else schedule_of(self.scheduler)
         try:
             times = even_times(schedule, steps, self.record["timesteps"][0])
         except FewstepError as error:
             raise FewstepError(f"--steps {steps}: {error}") from None
         noise = self.record.get("noise") if self.record.get("noise") in ("ddim", "tcd") else "fresh"
-        scheduler, call = student_scheduler(self.scheduler, times, noise)
+        scheduler, call = student_scheduler(self.scheduler, times, noise, handed=hands_sigmas(self.pipe))
         kept = {k: v for k, v in own.items() if k not in STEPPING}
         return scheduler, {**call, **kept}
 

@@ -4,7 +4,8 @@
     scheduler/scheduler_config.json    complete; its defaults already give the trained timesteps
     fewstep.json                       steps, timesteps, guidance, method, recipe hash, teacher
     README.md                          model card with a snippet that runs as it stands
-    kohya/fewstep.safetensors          on request: keys of ComfyUI and A1111
+    kohya/TITLE.safetensors            on request: keys of ComfyUI and A1111, in a file that may lie beside those of
+                                       others; the first one keeps the name that diffusers looks for in a folder
 
 A fully trained student is a whole pipeline under ``pipeline/`` instead of the LoRA file. Several students, each for
 a part of the prompts, are a folder ``part_k/`` of this kind each, and a router beside them.
@@ -15,7 +16,7 @@ from .load import at_steps, load_exported, stock_call
 from .scheduler import student_scheduler
 from .verify import ExportError, stock_sample, trainer_sample, verify
 from .weights import LORA_FILE, lora_state_dict
-from .write import check_exportable, export_student
+from .write import check_exportable, export_student, rehearse_export
 
 __all__ = [
     "LORA_FILE",
@@ -26,6 +27,7 @@ __all__ = [
     "load_exported",
     "lora_state_dict",
     "model_card",
+    "rehearse_export",
     "snippet",
     "stock_call",
     "stock_sample",

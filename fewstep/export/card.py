@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from . import comfyui
 from .weights import LORA_FILE, adapters
 
 UNPROMPTED = "DDPMPipeline"  # hands on no labels
@@ -34,11 +35,19 @@ pipe = {pipeline_class}.from_pretrained({pipeline!r})
 """
 EXPERTS = """
 experts = {experts}  # of each step
+def use(step):  # the expert of a step; other adapters stay as they are
+    others = [name for name in pipe.get_active_adapters() if name not in experts]
+    pipe.{network}.set_adapter([experts[step % len(experts)], *others])  # with the weights they have
+
 def switch(pipe, step, time, kwargs):
-    pipe.set_adapters(experts[(step + 1) % len(experts)])
+    use(step + 1)
     return kwargs
 
-pipe.set_adapters(experts[0])
+use(0)  # once more after loading another adapter
+"""
+CHOSEN = """
+others = [name for name in pipe.get_active_adapters() if name not in {parts}]  # stay as they are
+pipe.{network}.set_adapter([route(prompt), *others])
 """
 NETWORKS = """\
 networks = {{part: type(pipe.{network}).from_pretrained(f'{folder}/{{part}}/pipeline', subfolder={network!r}) \
@@ -62,7 +71,7 @@ def route(prompt):
 
 prompt = {asked}
 """
-ROUTED_ADAPTED = "import json\n\n" + ADAPTED + ROUTE + "pipe.set_adapters(route(prompt))\n" + IMAGE
+ROUTED_ADAPTED = "import json\n\n" + ADAPTED + ROUTE + CHOSEN + IMAGE
 ROUTED_WHOLE = (
     "import json\n\n" + WHOLE + NETWORKS + ROUTE + "pipe.{network} = networks[route(prompt)]\n" + IMAGE
 )
@@ -169,19 +178,73 @@ def _task(record: Mapping[str, Any]) -> str:
     return "unconditional-image-generation" if unprompted else "text-to-image"
 
 
-def _about_scheduler(record: Mapping[str, Any]) -> str:
+def _about_sampling(record: Mapping[str, Any]) -> list[str]:
+    """Guidance, times, and what happens at other numbers of steps."""
+    taught, told = record.get("guidance_scale", 1.0), record["call"].get("guidance_scale", 0.0)
+    if told > 1:
+        about = [f"It is told its guidance scale, {told}; there is no further guidance at sampling."]
+    else:
+        about = [f"No guidance at sampling (the teacher's, {taught}, is distilled in)."]
     if "scheduler" not in record:
-        return ""
-    return (
-        f" Trained timesteps {record['timesteps']}. The scheduler's configuration is complete: load it with "
-        f"`{record['scheduler']}.from_pretrained`, not with `from_config` of another scheduler."
+        return about
+    about.append(
+        f"Trained timesteps {_short(record['timesteps'])}. {_where_times_are(record)} The scheduler's configuration is "
+        f"complete: load it with `{record['scheduler']}.from_pretrained`, not with `from_config` of another scheduler."
     )
+    for steps, one in record.get("steps", {}).items():
+        if one["call"] != record["call"]:
+            call = ", ".join(f"{name}={value!r}" for name, value in one["call"].items())
+            about.append(
+                f"With {steps} {_plural(int(steps))}, which it was trained for too: `pipe(..., {call})`."
+            )
+    return [*about, "", _about_more(record)]
+
+
+def _where_times_are(record: Mapping[str, Any]) -> str:
+    """Whether a call with the number of steps, and no more, has the trained times."""
+    odd = [
+        name
+        for name in ("timesteps", "sigmas", "intermediate_timesteps")
+        if record["call"].get(name) is not None
+    ]
+    if odd:
+        return (
+            f"The stock pipeline has no grid of them: its call has to be told them as `{odd[0]}=`, as above."
+        )
+    return f"`num_inference_steps={record['num_steps']}` alone gives them."
+
+
+def _about_more(record: Mapping[str, Any]) -> str:
+    """What happens with more steps than it was trained for, and how."""
+    steps, more = record["num_steps"], record.get("more_steps")
+    if "experts" in record or record.get("noise") == "fixed":
+        return f"It runs at its {steps} {_plural(steps)} only."
+    if not more:
+        return "Other numbers of steps are other times, at which it was not trained; look before you rely on them."
+    how = f"`num_inference_steps={more['steps']}` calls it"
+    if more["scheduler"]:
+        options = ", ".join(f"{name}={value!r}" for name, value in more["scheduler"].items())
+        how = (
+            f"More than {steps} {_plural(steps)} its scheduler refuses, unless it is loaded by "
+            f"`{record['scheduler']}.from_pretrained(..., {options})`; {how} then"
+        )
+    return (
+        f"{how} at {_short(more['timesteps'])}. It was not trained at the times between its own: 5 to 8 steps may look "
+        "smoother or worse, so look before you rely on them."
+    )
+
+
+def _short(times: list[float]) -> list[float]:
+    return [round(t, 4) for t in times]
+
+
+def _plural(steps: int) -> str:
+    return "step" if steps == 1 else "steps"
 
 
 def model_card(record: Mapping[str, Any]) -> str:
     """README.md with the front matter the hub reads."""
     steps = record["num_steps"]
-    plural = "step" if steps == 1 else "steps"
     several = (
         [
             f"It is {len(record['parts'])} students, each for a part of the prompts; the router, a tree of half-spaces "
@@ -210,7 +273,7 @@ def model_card(record: Mapping[str, Any]) -> str:
             *front,
             f"# {record.get('title', 'student')}",
             "",
-            f"A {steps}-{plural} student of `{teacher}`, distilled with {record['method']} by fewstep "
+            f"A {steps}-{_plural(steps)} student of `{teacher}`, distilled with {record['method']} by fewstep "
             f"{record['fewstep']} (recipe {record.get('recipe', 'unknown')}).",
             "",
             *several,
@@ -220,8 +283,8 @@ def model_card(record: Mapping[str, Any]) -> str:
             snippet(record),
             "```",
             "",
-            f"No guidance at sampling (the teacher's, {record.get('guidance_scale', 1.0)}, is distilled in)."
-            + _about_scheduler(record),
+            *_about_sampling(record),
             "",
+            *comfyui.lines(record),
         ]
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,14 @@ def _adapt(pipe: Any, folder: Path, record: Mapping[str, Any]) -> None:
 def _chooser(pipe: Any, record: Mapping[str, Any]) -> Callable[[int], None]:
     """Makes the student of part k the one that is sampled."""
     if record["kind"] == "lora":
-        return lambda k: pipe.set_adapters(record["parts"][k])
+        return lambda k: use_adapter(pipe, record["parts"], k)
     return lambda k: setattr(network_of(pipe), "active", k)
+
+
+def use_adapter(pipe: Any, own: Sequence[str], k: int) -> None:
+    """Makes one of the student's adapters the active one; others, a user's style, stay as they are, weights too."""
+    others = [name for name in pipe.get_active_adapters() if name not in own]
+    network_of(pipe).set_adapter([own[k], *others])
 
 
 def at_steps(record: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
@@ -156,13 +162,13 @@ def stock_call(pipe, record: Mapping[str, Any], generators: list[torch.Generator
 
     def after(pipe, step, _time, kwargs):
         if experts:
-            pipe.set_adapters(experts[(step + 1) % len(experts)])
+            use_adapter(pipe, experts, (step + 1) % len(experts))
         if again:
             rewind()
         return kwargs
 
     if experts:
-        pipe.set_adapters(experts[0])
+        use_adapter(pipe, experts, 0)
     if again:
         latents = [torch.randn(1, *record["latent_shape"], generator=g) for g in generators]
         call["latents"] = torch.cat(latents).to(pipe.device, network_of(pipe).dtype)

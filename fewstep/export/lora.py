@@ -15,9 +15,11 @@ from ..diffusion.student import Sampler
 from ..errors import RecipeError
 from ..teachers.base import Teacher
 from ..training.roles import lora_targets
+from .comfyui import file_name
 from .fold import folded_lora
 from .target import Edition, Stock, Weights
 from .weights import (
+    LORA_FILE,
     has_lora_files,
     lora_state_dict,
     merged,
@@ -73,16 +75,42 @@ class Lora(Adapted):
     def save(self, folder: Path, weights: Weights, edition: Edition) -> None:
         self.scheduler.save_pretrained(folder / "scheduler")
         for name, tensors in weights.items():
-            self._save(self._place(folder, name), tensors, self.roles[name], edition)
+            self._save(self._place(folder, name), tensors, name, edition)
 
     def _place(self, folder: Path, role: str) -> Path:
         return folder
 
-    def _save(self, folder: Path, tensors: Mapping[str, Tensor], role: RoleConfig, edition: Edition) -> None:
+    def _save(self, folder: Path, tensors: Mapping[str, Tensor], name: str, edition: Edition) -> None:
+        role = self.roles[name]
         state = self.alone(tensors, role)
         save_lora(self.teacher, state, role, edition.precision, folder)
         if edition.kohya:
-            save_kohya(self.teacher, state, edition.precision, folder / "kohya" / "fewstep.safetensors")
+            save_kohya(self.teacher, state, edition.precision, folder / self._kohya(edition, name))
+
+    def check_kohya(self) -> None:
+        if self.teacher.comfyui is None:
+            raise RecipeError(
+                f"export.kohya: true: ComfyUI and A1111 have no names for adapters of a {self.teacher.pipeline_class}; "
+                "set it false"
+            )
+
+    def files(self, edition: Edition) -> dict[str, str]:
+        place = Path()
+        # Of transformers ComfyUI reads diffusers' names too.
+        as_it_is = not edition.kohya and self.teacher.network == "transformer"
+        return {
+            (
+                self._place(place, name) / (LORA_FILE if as_it_is else self._kohya(edition, name))
+            ).as_posix(): file_name(edition.about, self._expert(name))
+            for name in self.roles
+        }
+
+    def _kohya(self, edition: Edition, name: str) -> Path:
+        return Path("kohya", file_name(edition.about, self._expert(name)))
+
+    def _expert(self, name: str) -> str:
+        """Of a file's name: which of several students it is."""
+        return name if len(self.roles) > 1 else ""
 
 
 class Switched(Lora):
@@ -105,7 +133,11 @@ class Switched(Lora):
         return folder / role
 
     def particulars(self) -> dict[str, Any]:
-        return {**super().particulars(), "experts": list(self.student.roles)}
+        return {
+            **super().particulars(),
+            "experts": list(self.student.roles),
+            "network": self.teacher.network,
+        }
 
 
 def check_shared(teacher: Teacher) -> None:

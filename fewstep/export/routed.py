@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,18 @@ class Routed(Target):
         for part in self.parts.values():
             part.check()
 
+    def check_kohya(self) -> None:
+        for part in self.parts.values():
+            part.check_kohya()
+
     def check_role(self, role: RoleConfig) -> None:
         check_shared(self.teacher)
 
     def write(self, folder: Path, weights: Weights, edition: Edition) -> None:
+        title = edition.about.get("title", "student")
         for name, part in self.parts.items():
-            part.write(folder / name, {role: weights[role] for role in part.roles}, edition)
+            own = replace(edition, about={**edition.about, "title": f"{title}_{name}"})
+            part.write(folder / name, {role: weights[role] for role in part.roles}, own)
         super().write(folder, weights, edition)
 
     def save(self, folder: Path, weights: Weights, edition: Edition) -> None:
@@ -62,7 +69,9 @@ class Routed(Target):
     def record(self, edition: Edition) -> dict[str, Any]:
         parts, router = self.parts, self.student.router
         routed = {"parts": list(parts), "routed_on": router.feature, "network": self.teacher.network}
-        return next(iter(parts.values())).record(edition) | routed
+        record = next(iter(parts.values())).record(edition) | routed
+        record.pop("comfyui", None)  # which has no router
+        return record
 
 
 class PartNetworks(nn.Module):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..diffusion import schedules
@@ -13,7 +16,12 @@ from ..teachers.schedulers import is_flow
 
 
 def student_scheduler(
-    teacher_scheduler, times: list[float], noise: str = "fresh", explicit: bool = False, eta: float = 0.0
+    teacher_scheduler,
+    times: list[float],
+    noise: str = "fresh",
+    explicit: bool = False,
+    eta: float = 0.0,
+    handed: bool = False,
 ):
     """A stock scheduler that samples as the student was trained, and the call it needs.
 
@@ -26,7 +34,7 @@ def student_scheduler(
     Args:
         explicit: the call names the times even where they are an even grid, for a student of several numbers of steps,
             whose scheduler's configuration can have the defaults of one only.
-        eta: of "tcd", goes into the call.
+        eta: of "tcd", goes into the call. handed: see :func:`fewstep.teachers.pipelines.hands_sigmas`.
 
     Returns:
         (scheduler, call): call holds the arguments of the pipeline's ``__call__`` beside the prompt.
@@ -34,14 +42,19 @@ def student_scheduler(
     Raises:
         RecipeError: deterministic steps on an uneven grid, which no stock scheduler takes.
     """
-    from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
-
     if is_flow(teacher_scheduler):
         if noise == "tcd":
             raise RecipeError(
                 "method.noise: tcd: no stock scheduler of a flow has such steps; use ddim or fresh"
             )
-        return flow_scheduler(times, noise, teacher_scheduler.config.num_train_timesteps, explicit)
+        return flow_scheduler(times, noise, teacher_scheduler.config, explicit, handed)
+    return _table_scheduler(teacher_scheduler, times, noise, explicit, eta)
+
+
+def _table_scheduler(teacher_scheduler: Any, times: list[float], noise: str, explicit: bool, eta: float):
+    """As :func:`student_scheduler`, on a table."""
+    from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
+
     steps, start = len(times), int(times[0])
     even = (
         (noise == "ddim" or not explicit)
@@ -89,27 +102,80 @@ def noise_table(scheduler, length: int, clean: bool) -> dict[str, Any]:
     return {"trained_betas": (1 - ratio).tolist(), "num_train_timesteps": length}
 
 
-def flow_scheduler(
-    times: list[float], noise: str = "fresh", num_train_timesteps: int = 1000, explicit: bool = False
-):
+def flow_scheduler(times: list[float], noise: str, config: Any, explicit: bool = False, handed: bool = False):
     """``FlowMatchLCMScheduler`` adds fresh (or fixed) noise, ``FlowMatchEulerDiscreteScheduler`` steps straight.
 
-    Both would spread K steps evenly from 1 to 0.001 and shift them twice, so the last one is wasted. Here the shift is
-    1, and ``shift_terminal``, the last time, stretches their grid: one step from 1, two, or any even grid from 1 come
-    with ``num_inference_steps=K`` alone. Other times go in as ``sigmas=`` at the call.
+    Where :func:`_flow_options` has the times, ``num_inference_steps=K`` alone gives them; others go in as ``sigmas=``.
 
     Args:
-        times: (K,) in (0, 1].
+        times: (K,) in (0, 1]. config: of the teacher's scheduler.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
     cls = FlowMatchEulerDiscreteScheduler if noise == "ddim" else FlowMatchLCMScheduler
+    length = config.num_train_timesteps
+    guided = {"guidance_scale": 0.0}
+    for options in [] if explicit else _flow_options(times, length, config.get("shift", 1.0), handed):
+        scheduler = cls(num_train_timesteps=length, **options)
+        if meets(scheduler, times, handed):
+            return scheduler, {"num_inference_steps": len(times), **guided}
+    plain = cls(num_train_timesteps=length, shift=1.0)
+    return plain, {"sigmas": [float(t) for t in times], **guided}
+
+
+def _flow_options(times: Sequence[float], length: int, shift: float, handed: bool) -> list[dict[str, float]]:
+    """Shift and end of a flow scheduler whose own grid of K steps may be these times; best first.
+
+    Its grid is even, from 1 to ``1 / K`` where the pipeline hands it one, else to its own smallest sigma, about
+    ``shift / length``, so that the last of K steps would be wasted. It is shifted by s, then stretched from 1 such that
+    ``shift_terminal`` is its end. With c the stride of the even grid and z = 1 - t that makes
+    ``1 / z_k = (s / c k - (s - 1)) / A`` for some A: a line in 1 / k, whose intercept over slope gives s. An even grid
+    from 1 has none; even steps before a shift have one, and so has the shift itself where the pipeline's grid ends at
+    1 / K.
+
+    Args:
+        times: (K,). length: of the table. shift: the teacher's.
+    """
     steps, last = len(times), float(times[-1])
-    even = [1 - (1 - last) * k / max(1, steps - 1) for k in range(steps)]
-    options: dict[str, Any] = {"num_train_timesteps": num_train_timesteps, "shift": 1.0}
-    call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 0.0}
-    if explicit or max(abs(a - b) for a, b in zip(times, even)) > 1e-6:
-        call = {"sigmas": [float(t) for t in times], "guidance_scale": 0.0}
-    elif steps > 1:
-        options["shift_terminal"] = last
-    return cls(**options), call
+    found = [{"shift": shift}] if handed else []  # nothing to stretch: any other number of steps has it too
+    if steps == 1:
+        return [*found, {"shift": 1.0}]
+    found.append({"shift": 1.0, "shift_terminal": last})
+    if steps == 2 or times[0] != 1:
+        return found
+    first, final = 1 / (1 - times[1]), 1 / (1 - last)
+    slope = (first - final) / (1 - 1 / (steps - 1))
+    bent = 1 - first / slope if slope else math.inf  # c (s - 1) / s
+    if handed:
+        shift = 1 / (1 - bent * steps) if bent * steps < 1 else 0.0
+    else:  # c = (1 - smallest) / (K - 1) depends on s itself, smallest = s / (length + s - 1)
+        room, total = 1 - bent * (steps - 1), length - 1
+        root = (room * total) ** 2 - 4 * (1 - room) * total
+        shift = 2 * total / (room * total + math.sqrt(root)) if room > 0 and root > 0 else 0.0
+    return [*found, {"shift": shift, "shift_terminal": last}] if shift > 0 else found
+
+
+def meets(scheduler: Any, times: Sequence[float], handed: bool = False) -> bool:
+    """Whether a stock pipeline that is told nothing but the number of steps calls its network at these times.
+
+    Args:
+        times: (K,), integers of a table or in (0, 1] of a flow. handed: as in :func:`student_scheduler`.
+    """
+    made = own_times(scheduler, len(times), handed)
+    return len(made) == len(times) and max(abs(a - b) for a, b in zip(made, times)) < 1e-6
+
+
+def own_times(scheduler: Any, steps: int, handed: bool = False) -> list[float]:
+    """Where a stock pipeline calls its network that is told nothing but the number of steps, as in :func:`meets`.
+
+    None where the configuration has not so many steps.
+    """
+    try:
+        if is_flow(scheduler) and handed:
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+        else:
+            scheduler.set_timesteps(steps)
+    except ValueError:
+        return []
+    scale = scheduler.config.num_train_timesteps if is_flow(scheduler) else 1
+    return [float(t) / scale for t in scheduler.timesteps]

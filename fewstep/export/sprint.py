@@ -20,6 +20,8 @@ from .weights import save_network
 class Sprint(Stock):
     """A pipeline of another class than the teacher's, with an embedding of the guidance and a scheduler of its own."""
 
+    keeps_class = False
+
     @classmethod
     def fits(cls, teacher: Teacher, student: Sampler, role: RoleConfig) -> bool:
         return teacher.pipeline_class == "SanaPipeline" and "guidance" in scalars_of(student)

@@ -19,11 +19,11 @@ from ..errors import RecipeError
 from ..files import write, write_json
 from ..teachers.base import Teacher
 from ..teachers.classes import num_classes
-from ..teachers.pipelines import size_options, takes
-from ..teachers.schedulers import is_flow
+from ..teachers.pipelines import hands_sigmas, size_options, takes
 from ..version import __version__
+from . import comfyui
 from .card import model_card
-from .scheduler import student_scheduler
+from .scheduler import meets, own_times, student_scheduler
 
 Weights = Mapping[
     str, Mapping[str, Tensor]
@@ -87,6 +87,13 @@ class Target:
     def check_role(self, role: RoleConfig) -> None:
         """As :meth:`check`, for one of the student's networks."""
 
+    def check_kohya(self) -> None:
+        """Refuses, before training, ``export.kohya`` where there are no such keys."""
+        raise RecipeError(
+            "export.kohya: true: this student leaves as a whole pipeline, which has none of an adapter's keys; set it "
+            "false"
+        )
+
     def write(self, folder: Path, weights: Weights, edition: Edition) -> None:
         """The export folder, ``fewstep.json`` and model card included."""
         self.save(folder, weights, edition)
@@ -111,7 +118,20 @@ class Target:
             "latent_shape": list(teacher.stock_shape),
             "dtype": edition.dtype,
             **self.particulars(),
+            **self.comfyui(edition),
         }
+
+    def comfyui(self, edition: Edition) -> dict[str, Any]:
+        """Of the record: what ComfyUI reads, and its settings."""
+        files = self.files(edition)
+        if self.teacher.comfyui is None or not files:
+            return {}
+        read = self.kind == "full" or edition.kohya or self.teacher.network == "transformer"
+        return {"comfyui": {"files": files, "read": read, **comfyui.settings(self.teacher, self.student)}}
+
+    def files(self, edition: Edition) -> dict[str, str]:
+        """Weights that ComfyUI reads, in the export -> their names among those of other students."""
+        return {}
 
     def sampling(self) -> dict[str, Any]:
         """Of the record: times, and the scheduler that has them."""
@@ -123,7 +143,13 @@ class Target:
 
 
 class Stock(Target):
-    """A student that a stock pipeline of diffusers samples, with a stock scheduler."""
+    """A student that a stock pipeline of diffusers samples, with a stock scheduler.
+
+    Attributes:
+        keeps_class: whether pipeline and network stay of the teacher's class.
+    """
+
+    keeps_class: ClassVar[bool] = True
 
     @property
     def told(self) -> dict[str, Scalar]:
@@ -160,14 +186,17 @@ class Stock(Target):
 
         Where one configuration of the scheduler does not fit all numbers of steps, calls name the times.
         """
-        stock, student, variants = self.teacher.pipe.scheduler, self.student, self.student.variants()
-        scheduler, call = student_scheduler(stock, student.times, student.noise, eta=student.eta)
-        if "timesteps" not in call and "sigmas" not in call and _nested(student) and not is_flow(scheduler):
+        pipe, student, variants = self.teacher.pipe, self.student, self.student.variants()
+        stock, handed = pipe.scheduler, hands_sigmas(pipe)
+        scheduler, call = student_scheduler(
+            stock, student.times, student.noise, eta=student.eta, handed=handed
+        )
+        if "num_inference_steps" in call and all(meets(scheduler, one.times, handed) for one in variants):
             return {
                 one.num_steps: (scheduler, {**call, "num_inference_steps": one.num_steps}) for one in variants
             }
         return {
-            one.num_steps: student_scheduler(stock, one.times, one.noise, len(variants) > 1, one.eta)
+            one.num_steps: student_scheduler(stock, one.times, one.noise, len(variants) > 1, one.eta, handed)
             for one in variants
         }
 
@@ -193,7 +222,7 @@ class Stock(Target):
             found["num_classes"] = classes
         if isinstance(
             self.student.schedule, Flow
-        ):  # the exported scheduler's is 1: its times are shifted already
+        ):  # the exported scheduler's may be another, which has its times
             found["shift"] = float(self.student.schedule.shift)
         if absent := [name for name, part in self.teacher.pipe.components.items() if part is None]:
             found["absent"] = absent
@@ -203,7 +232,22 @@ class Stock(Target):
                 str(steps): {"timesteps": _numbers(times[steps]), "call": call | self._size()}
                 for steps, (_, call) in self.samplers.items()
             }
+        if more := self._more():
+            found["more_steps"] = more
         return found
+
+    def _more(self, steps: int = 8) -> dict[str, Any]:
+        """Of the record: at which times the scheduler has more steps than were trained, and how it is loaded then."""
+        scheduler, call = self.samplers[self.student.num_steps]
+        alone = "num_inference_steps" in call and self.student.num_steps < steps
+        if not alone or len(set(self.student.roles)) > 1 or self.student.noise == "fixed":
+            return {}
+        options = {}
+        if "original_inference_steps" in scheduler.config:
+            options = {"original_inference_steps": steps}
+            scheduler = type(scheduler).from_config(scheduler.config, **options)
+        times = own_times(scheduler, steps, hands_sigmas(self.teacher.pipe))
+        return {"steps": steps, "timesteps": _numbers(times), "scheduler": options} if times else {}
 
     def _size(self) -> dict[str, int]:
         return size_options(self.teacher.pipe, self.teacher.resolution)
@@ -221,12 +265,3 @@ def describe(folder: Path, record: Mapping[str, Any]) -> None:
 def _numbers(times: Sequence[float]) -> list[float]:
     """Times of a table as integers, of a flow as they are."""
     return [int(t) if t == int(t) and t != 1 else t for t in times]
-
-
-def _nested(student: Sampler) -> bool:
-    """Whether every list of times is every n-th of the first, as stock schedulers thin theirs out."""
-    times = student.times
-    return all(
-        len(times) % one.num_steps == 0 and one.times == times[:: len(times) // one.num_steps]
-        for one in student.variants()
-    )

@@ -72,10 +72,19 @@ def save_lora(
 
 
 def save_kohya(teacher: Teacher, state: dict[str, Tensor], dtype: torch.dtype, path: Path) -> None:
-    from diffusers.utils import convert_state_dict_to_kohya
+    """The LoRA under the names that ComfyUI and A1111 read, and for each layer alpha, which is the rank."""
+    named: dict[str, Tensor] = {}
+    for name, value in state.items():
+        layer, side, _ = name.rsplit(".", 2)
+        key = kohya_name(teacher, layer)
+        named[f"{key}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = value.to(dtype)
+        if side == "lora_A":
+            named[f"{key}.alpha"] = torch.tensor(len(value))
+    write_tensors(path, named)
 
-    prefixed = {f"{teacher.lora_prefix}.{name}": value.to(dtype) for name, value in state.items()}
-    write_tensors(path, convert_state_dict_to_kohya(prefixed))
+
+def kohya_name(teacher: Teacher, layer: str) -> str:
+    return f"{teacher.comfyui}{layer.replace('.', '_')}"
 
 
 def resized(teacher: Teacher, net: Any) -> bool:
@@ -108,6 +117,11 @@ def save_network(
     teacher: Teacher, net: nn.Module, scheduler, folder: Path, pipeline: type | None = None
 ) -> None:
     """The stock pipeline, or one of another class, with another network and scheduler in place of the teacher's."""
+    pipeline_with(teacher, net, scheduler, pipeline).save_pretrained(folder)
+
+
+def pipeline_with(teacher: Teacher, net: nn.Module, scheduler, pipeline: type | None = None):
+    """The same in memory, with the teacher's other parts."""
     cls = pipeline or type(teacher.pipe)
     parts = {**teacher.pipe.components, teacher.network: net, "scheduler": scheduler}
     made = cls(**parts, **_options(teacher.pipe))
@@ -116,7 +130,7 @@ def save_network(
         for name, label in labels.items():
             names.setdefault(label, []).append(name)
         made.register_to_config(id2label={label: ", ".join(group) for label, group in names.items()})
-    made.save_pretrained(folder)
+    return made
 
 
 def _options(pipe) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from ..configs import RoleConfig
 from ..diffusion.student import Sampler
 from ..teachers.base import Teacher
+from .comfyui import file_name
 from .fold import folded
 from .target import Edition, Stock, Weights
 from .weights import save_pipeline
@@ -19,6 +20,11 @@ class Whole(Stock):
     @classmethod
     def fits(cls, teacher: Teacher, student: Sampler, role: RoleConfig) -> bool:
         return role.kind == "full"
+
+    def files(self, edition: Edition) -> dict[str, str]:
+        return {
+            f"pipeline/{self.teacher.network}/diffusion_pytorch_model.safetensors": file_name(edition.about)
+        }
 
     def save(self, folder: Path, weights: Weights, edition: Edition) -> None:
         self.scheduler.save_pretrained(folder / "scheduler")

@@ -37,6 +37,22 @@ def check_output(folder: Path) -> None:
         raise RecipeError(f"output: {folder} cannot be created: {reason}")
 
 
+def check_export(folder: Path) -> None:
+    """Refuses a run whose export could not take its place.
+
+    Raises:
+        RecipeError: a file in its place, or no permission.
+    """
+    if (folder / "export").is_file():
+        raise RecipeError(
+            f"output: {folder / 'export'} is a file; the export is a folder of this name: move it away"
+        )
+    if folder.is_dir() and not os.access(folder, os.W_OK):
+        raise RecipeError(
+            f"output: {folder}: no permission to write the export in it; change that, or copy the run"
+        )
+
+
 def check_space(folder: Path, roles: dict[str, Role], recipe: Recipe, stores: Sequence[Need] = ()) -> None:
     """Weights, two moments and an average per checkpoint, one more while it is written, and the export.
 

@@ -35,7 +35,7 @@ from ..training.sharding import gathered
 from ..training.trainer import Trainer
 from . import inputs
 from .build import TOOLS, build, encode, on_pixels
-from .checks import check_class, check_data, check_length, check_output, check_space
+from .checks import check_class, check_data, check_export, check_length, check_output, check_space
 from .disk import to_encode
 from .preview import Preview
 from .starts import check_starts
@@ -95,6 +95,7 @@ def reexport(folder: str | Path, arguments: Sequence[str] = (), step: str = "new
     """
     folder = Path(folder)
     recipe = recipes.override(_recipe_of(folder), arguments)
+    check_export(folder)
     session = Session(recipe, *check_data(recipe), start("cpu"), begun=True, meant=recipes.named(arguments))
     if not session.trainer.restore():
         raise FewstepError(f"{folder}: no checkpoint to export; train it first")
@@ -140,8 +141,7 @@ def execute(recipe: Recipe, resuming: bool = False, meant: Collection[str] = ())
     """
     recipe = recipes.from_dict(recipes.to_dict(recipe))
     folder = Path(recipe.output)
-    if not resuming:
-        check_output(folder)
+    check_export(folder) if resuming else check_output(folder)
     device = choose(recipe.train.device)
     kernels.check_attention(recipe.teacher.attention, device, recipe.teacher.autocast)
     prompts, images = check_data(recipe)
@@ -225,7 +225,7 @@ class Session:
         train = recipe.train
         check_length(self.method, train.steps, train.batch_size * train.accumulate * process.world)
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
-        export.check_exportable(self.method.student, [role.config for role in self.experts], self.teacher)
+        self._check_export(None if begun else prompts[0])
         check_space(self.folder, self.roles, recipe, to_encode(recipe, self.teacher, prompts, images))
         encoded, to_verify = self._encode(prompts, images)
         self.preview = Preview(
@@ -273,6 +273,19 @@ class Session:
             self.process.barrier()
         return encoded, to_verify
 
+    def _check_export(self, prompt: str | None) -> None:
+        """What an export would fail at is found before training; a prompt is for the first process to sample."""
+        student, configs = self.method.student, [role.config for role in self.experts]
+        export.check_exportable(student, configs, self.teacher, self.recipe.export.kohya)
+        if prompt is None or not self.process.main:
+            return
+        difference = export.rehearse_export(student, configs, self.teacher, prompt)
+        if difference is not None:
+            print(
+                f"fewstep: stock {self.teacher.pipeline_class} samples the untrained student as it is trained, largest "
+                f"difference {difference:.1e}"
+            )
+
     def train(self, resuming: bool) -> None:
         if resuming:
             found, main = self.trainer.restore(), self.process.main
@@ -304,21 +317,26 @@ class Session:
         weights = {role.name: gathered(role.final_weights(), self.process) for role in experts}
         if not self.process.main:
             return
+        differences: list[float] = []
+
+        def verify(part: Path) -> None:
+            args = (recipe.export.tolerance, recipe.export.dtype, recipe.teacher.dtype)
+            for steps, sample in own.items():
+                found = export.verify(part, sample, self.teacher, self.export_prompts, *args, steps)
+                differences.append(found)
+
         folder = export.export_student(
             self.folder / "export",
             self.teacher,
             self.method.student,
             weights,
             [role.config for role in experts],
+            check=verify,
             about=self._about(),
             dtype=recipe.export.dtype,
             kohya=recipe.export.kohya,
         )
-        args = (recipe.export.tolerance, recipe.export.dtype, recipe.teacher.dtype)
-        difference = max(
-            export.verify(folder, sample, self.teacher, self.export_prompts, *args, steps)
-            for steps, sample in own.items()
-        )
+        difference = max(differences)
         reader = "stock diffusers" if self.teacher.kind == "diffusion" else self.teacher.pipeline_class
         print(f"fewstep: export {folder} verified in {reader}, largest difference {difference:.1e}")
 

@@ -18,7 +18,7 @@ from ..diffusion.denoiser import NetDenoiser
 from ..diffusion.solvers import ddim
 from ..errors import FewstepError
 from ..files import at_home
-from .pipelines import fix_shift, native_resolution, pixels_per_latent, size_options
+from .pipelines import fix_shift, native_resolution, pixels_per_latent, size_options, takes
 from .schedulers import FLOOR, PREDICTIONS, is_flow, schedule_of, scheduler_sample
 
 
@@ -37,13 +37,17 @@ class Teacher:
             solvers that sample it in few steps without training.
         pipe: the stock pipeline, frozen. denoiser: its network as a :class:`~fewstep.diffusion.denoiser.NetDenoiser`.
         latent_shape: (C, H, W) of one sample. packing: latents along the side of what a network takes as one token
-            already packed (Flux).
+            already packed (Flux). shifts_latents: whether the stock pipeline reads the VAE's ``shift_factor``.
+            comfyui: what ComfyUI's names for this network's adapters begin with, the layer's path behind it; None where
+            it reads none.
     """
 
     pipeline_class: str
     network: ClassVar[str] = "unet"
     autoencoder: ClassVar[str | None] = "vae"
     packing: ClassVar[int] = 1
+    shifts_latents: ClassVar[bool] = False
+    comfyui: ClassVar[str | None] = None
     kind: ClassVar[str] = "diffusion"
     solver: ClassVar[tuple[str, int]] = ("ddim", 50)
     floor: ClassVar[bool] = True
@@ -153,8 +157,8 @@ class Teacher:
             e.latent_dist.sample(generator=generator) if hasattr(e, "latent_dist") else e.latent
             for e in encoded
         ]
-        sample = torch.cat(parts)
-        scaled: Tensor = (sample - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+        shift, factor = self.latent_scale()
+        scaled: Tensor = (torch.cat(parts) - shift) * factor
         return scaled
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -170,9 +174,17 @@ class Teacher:
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """The same where the VAE is, differentiable."""
         vae = self.pipe.vae
-        unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-        decoded: Tensor = vae.decode(unscaled, return_dict=False)[0]
+        shift, factor = self.latent_scale()
+        decoded: Tensor = vae.decode(latents.to(vae.dtype) / factor + shift, return_dict=False)[0]
         return decoded.float().clamp(-1, 1)
+
+    def latent_scale(self) -> tuple[Any, Any]:
+        """(shift, factor), numbers or (C, 1, 1): latents are ``(z - shift) * factor`` of the VAE's own z.
+
+        By the rule of the stock pipeline, which may read less than the VAE's configuration holds.
+        """
+        c = self.pipe.vae.config
+        return (c.get("shift_factor") or 0.0) if self.shifts_latents else 0.0, c.scaling_factor
 
     def _at_once(self) -> int:
         """Images that the VAE takes at a time: one of 1024 px needs some 4 GB in fp32."""
@@ -212,6 +224,11 @@ class Teacher:
     def positions(self) -> int:
         """Places of a sample: the most tokens that a network's attention may see of it."""
         return math.prod(self.latent_shape[1:])
+
+    @property
+    def draws_latents(self) -> bool:
+        """Whether the stock pipeline takes noise, and gives latents; others draw it, and give images only."""
+        return takes(self.pipe, "latents")
 
     @property
     def stock_shape(self) -> tuple[int, ...]:

@@ -23,6 +23,8 @@ class Flux(Teacher):
     network = "transformer"
     encoders = ("text_encoder", "text_encoder_2")
     packing = 2
+    shifts_latents = True
+    comfyui = "lora_transformer_"
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:

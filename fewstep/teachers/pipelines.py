@@ -63,6 +63,11 @@ def takes(pipe: Any, argument: str) -> bool:
     return argument in inspect.signature(routed.__call__).parameters
 
 
+def hands_sigmas(pipe: Any) -> bool:
+    """Whether the stock pipeline hands its scheduler an even grid from 1 to 1 / K for K steps, instead of K alone."""
+    return type(getattr(pipe, "pipe", pipe)).__name__ == "FluxPipeline"
+
+
 def size_options(pipe: Any, resolution: int | None = None) -> dict[str, Any]:
     """Arguments of the stock pipeline's call for square images of this many pixels, by default its own."""
     if not takes(pipe, "height"):

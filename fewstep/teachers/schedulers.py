@@ -29,10 +29,16 @@ def schedule_of(scheduler: Any) -> Schedule:
     """The noise path of a diffusers scheduler; a flow's shift is the scheduler's.
 
     Raises:
-        FewstepError: a shift that depends on the size of the image.
+        FewstepError: a shift that depends on the size of the image, or a path of another kind (EDM's, tokens').
     """
     config = scheduler.config
     if not is_flow(scheduler):
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise FewstepError(
+                f"scheduler: {type(scheduler).__name__}: has no noise table of alphas and is no flow; expected a "
+                "teacher on such a path, e.g. with a DDIMScheduler, EulerDiscreteScheduler or "
+                "FlowMatchEulerDiscreteScheduler"
+            )
         return VP.from_scheduler(scheduler)
     if config.get("use_dynamic_shifting"):
         raise FewstepError(

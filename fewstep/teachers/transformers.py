@@ -19,6 +19,8 @@ class StableDiffusion3(Teacher):
     pipeline_class = "StableDiffusion3Pipeline"
     network = "transformer"
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    shifts_latents = True
+    comfyui = "lora_transformer_"
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
