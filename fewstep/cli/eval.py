@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.commands import Commands, argument
+from fewstep.cli.commands import Commands, argument, output
 from fewstep.cli.eval_sampling import PROTOCOL, SAMPLING, process
 
 EMOJI = "builtin:emoji"
@@ -32,7 +32,7 @@ SKIP_BAD = argument("--skip-bad", type=int, default=0, metavar="N", help="leave 
 WORKERS = argument(
     "--workers", type=int, metavar="P", help="processes that decode image files (default: by cores)"
 )
-OUT = argument("--out", type=Path, metavar="FILE.json", help="also write the result as JSON")
+OUT = output("--out", suffixes=(".json",), metavar="FILE.json", help="also write the result as JSON")
 
 
 @EVAL.command(
@@ -89,7 +89,7 @@ def _fid(args: argparse.Namespace) -> int:
     "stats",
     "write the statistics of a set of images",
     argument("images", metavar="IMAGES", help=IMAGES),
-    argument("-o", "--out", type=Path, required=True, metavar="FILE", help="npz file to write"),
+    output("-o", "--out", suffixes=(".npz",), required=True, metavar="FILE.npz", help="file to write"),
     EXTRACTOR,
     WEIGHTS,
     PROTOCOL,

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.commands import Commands, argument, integers
+from fewstep.cli.commands import Commands, argument, integers, output
+from fewstep.files import SHARED
 
 SAMPLING = Commands()
 
@@ -74,14 +75,15 @@ def job_of(args: argparse.Namespace, steps: int, **others: Any) -> Any:
         help="times of the network's calls, for one number of steps",
     ),
     argument("--layout", default="flat", help="flat or geneval (00000/samples/0000.png)"),
-    argument("--out", type=Path, required=True, metavar="DIR", help="gets DIR/4-steps/000000.png"),
+    output("--out", record=SHARED, required=True, metavar="DIR", help="gets DIR/4-steps/000000.png"),
     *MODEL,
     *IMAGES,
 )
 def _generate(args: argparse.Namespace) -> int:
     from fewstep.evaluation.models import open_model
     from fewstep.evaluation.prompts import read_prompts
-    from fewstep.evaluation.sampling import check_num, sample_folder
+    from fewstep.evaluation.sampling import MANIFEST, check_num, read_manifest, sample_folder
+    from fewstep.files import check_place
 
     own = {"solver": args.solver, "guidance": args.guidance, "layout": args.layout}
     own["timesteps"] = tuple(args.timesteps) if args.timesteps else None
@@ -89,9 +91,12 @@ def _generate(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts)
     num = check_num(args.num, prompts, args.per_prompt)
     rank, world = process()
+    folders = [args.out / f"{job.steps}-{'step' if job.steps == 1 else 'steps'}" for job in jobs]
+    for folder in folders:
+        check_place(folder, True, MANIFEST, "--out")
+        read_manifest(folder)
     model = open_model(args.pipeline, args.lora, args.network, args.dtype, args.device, args.size)
-    for job in jobs:
-        folder = args.out / f"{job.steps}-{'step' if job.steps == 1 else 'steps'}"
+    for job, folder in zip(jobs, folders):
         manifest = sample_folder(
             model,
             prompts,
@@ -122,7 +127,7 @@ def _generate(args: argparse.Namespace) -> int:
     PROTOCOL,
     argument("--extractor", metavar="NAME", help="network for the features"),
     argument("--scorer", action="append", default=[], metavar="KIND:PATH", help="of images and captions"),
-    argument("--out", type=Path, required=True, metavar="DIR", help="gets index.html and table.md"),
+    output("--out", record=SHARED, required=True, metavar="DIR", help="gets index.html and table.md"),
     DEVICE,
 )
 def _run(args: argparse.Namespace) -> int:
@@ -131,10 +136,31 @@ def _run(args: argparse.Namespace) -> int:
 
     spec = load_spec(args.spec) if args.spec else _spec_of(args)
     rank, world = process()
+    _check_table(spec, args.out)
     whole = run_spec(spec, args.out, device=args.device, rank=rank, world=world)
     if whole:
         print(to_markdown(whole) + f"\n{args.out / 'index.html'}")
     return 0
+
+
+def _check_table(spec: Any, out: Path) -> None:
+    """Refuses a folder whose files have the names of a table's, and are none."""
+    from fewstep.errors import FewstepError
+    from fewstep.evaluation.compare import load_result
+    from fewstep.evaluation.of_spec import rows_of
+    from fewstep.evaluation.sampling import MANIFEST, read_manifest
+    from fewstep.files import check_place, read_text
+
+    there = [name for name in ("table.json", "table.md", "index.html") if (out / name).exists()]
+    if there and '"rows"' not in read_text(out / "table.json"):
+        raise FewstepError(
+            f"--out {out} holds {there[0]}, and no table of `fewstep eval run`; give another place"
+        )
+    for row in rows_of(spec):
+        check_place(out / "samples" / row.folder, True, MANIFEST, "--out")
+        read_manifest(out / "samples" / row.folder)
+        if (file := out / "results" / f"{row.folder}.json").exists():
+            load_result(file)
 
 
 def _spec_of(args: argparse.Namespace) -> Any:

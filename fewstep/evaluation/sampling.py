@@ -24,7 +24,7 @@ from fewstep.evaluation.models import Model
 from fewstep.evaluation.prompts import Prompts
 from fewstep.evaluation.speed import Stopwatch, measure_speed
 from fewstep.evaluation.statistics import table
-from fewstep.files import create, replacing, sweep, write, write_json
+from fewstep.files import check_place, create, replacing, sweep, write, write_json
 from fewstep.teachers.generate import call_pipeline
 from fewstep.teachers.pipelines import size_options
 
@@ -233,8 +233,7 @@ def _claim(folder: Path, wanted: dict[str, Any], num: int, replace: bool) -> dic
     wanted = {"schema": 1, "num": num, **wanted}
     found = read_manifest(folder)
     if found is None:
-        if any(path.suffix == ".png" for path in folder.iterdir()):
-            raise FewstepError(f"{folder} has images but no {MANIFEST}: use an empty folder")
+        check_place(folder, True, MANIFEST)  # what lies there would pass for samples of this run
         if create(folder / MANIFEST, json.dumps(wanted, indent=1) + "\n"):
             return wanted
         found = read_manifest(folder)  # another process was first

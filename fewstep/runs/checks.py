@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from ..data.images import CaptionedImages, load_images
 from ..data.pairs import load_pairs
 from ..data.prompts import load_prompts
 from ..errors import RecipeError
+from ..files import check_writable
 from ..methods.base import Method, Progress
 from ..recipe import Recipe
 from ..teachers import adapters, pipeline_class_of
@@ -20,17 +20,12 @@ from .trackers import check_trackers
 
 
 def check_output(folder: Path) -> None:
-    if folder.is_file():
-        raise RecipeError(f"output: {folder} is a file; expected a folder to create")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):
         held = "holds a run already" if (folder / "recipe.yaml").exists() else "is not empty"
         raise RecipeError(
             f"output: {folder} {held}; continue it with `fewstep resume {folder}`, or give another --output"
         )
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        reason = f"no permission to write in {parent}" if parent.is_dir() else f"{parent} is a file"
-        raise RecipeError(f"output: {folder} cannot be created: {reason}")
+    check_writable(folder, "output:")
 
 
 def check_space(folder: Path, roles: dict[str, Role], recipe: Recipe) -> None:

@@ -22,7 +22,7 @@ from ..data.images import CaptionedImages
 from ..device import choose, keep_freed
 from ..diffusion import kernels
 from ..errors import FewstepError, LostProcess, TrainingError, tell
-from ..files import WriteError, write, write_json
+from ..files import WriteError, check_place, write, write_json
 from ..process import Process, start
 from ..recipe import Recipe
 from ..report.report import write_report
@@ -92,6 +92,7 @@ def reexport(folder: str | Path, arguments: Sequence[str] = (), step: str = "new
     """
     folder = Path(folder)
     recipe = recipes.override(_recipe_of(folder), arguments)
+    check_place(folder / "export", True, export.RECORD)
     session = Session(recipe, *check_data(recipe), start("cpu"), begun=True)
     if not session.trainer.restore():
         raise FewstepError(f"{folder}: no checkpoint to export; train it first")
@@ -135,6 +136,7 @@ def execute(recipe: Recipe, resuming: bool = False) -> Path:
     folder = Path(recipe.output)
     if not resuming:
         check_output(folder)
+    check_place(folder / "export", True, export.RECORD, "output:")
     device = choose(recipe.train.device)
     kernels.check_attention(recipe.teacher.attention, device, recipe.teacher.autocast)
     prompts, images = check_data(recipe)

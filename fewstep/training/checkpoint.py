@@ -109,10 +109,10 @@ def _write(part: Path, tensors: dict[str, Tensor], process: Process) -> Path:
 def _replacing(folder: Path, process: Process) -> Iterator[Path]:
     """:func:`replacing` of the first rank, in whose folder all of them write."""
     if process.world == 1:
-        with replacing(folder) as part:
+        with replacing(folder, record=MANIFEST) as part:
             yield part
         return
-    with replacing(folder) if process.main else contextlib.nullcontext() as part:
+    with replacing(folder, record=MANIFEST) if process.main else contextlib.nullcontext() as part:
         part = process.collect(part)[0]
         yield part
         process.collect(None)
