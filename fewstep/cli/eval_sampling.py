@@ -39,6 +39,22 @@ IMAGES = (
 )
 
 
+# What a file says in place of these options of `run`.
+ROWS = (
+    "teacher",
+    "student",
+    "steps",
+    "solver",
+    "guidance",
+    "prompts",
+    "num",
+    "real",
+    "protocol",
+    "extractor",
+    "scorer",
+)
+
+
 def process() -> tuple[int, int]:
     """Rank and number of processes, as torchrun and `accelerate launch` set them.
 
@@ -82,7 +98,7 @@ def job_of(args: argparse.Namespace, steps: int, **others: Any) -> Any:
 def _generate(args: argparse.Namespace) -> int:
     from fewstep.evaluation.models import open_model
     from fewstep.evaluation.prompts import read_prompts
-    from fewstep.evaluation.sampling import MANIFEST, check_num, read_manifest, sample_folder
+    from fewstep.evaluation.sampling import MANIFEST, check_batches, check_num, read_manifest, sample_folder
     from fewstep.files import check_place
 
     own = {"solver": args.solver, "guidance": args.guidance, "layout": args.layout}
@@ -90,6 +106,7 @@ def _generate(args: argparse.Namespace) -> int:
     jobs = [job_of(args, steps, **own) for steps in args.steps]
     prompts = read_prompts(args.prompts)
     num = check_num(args.num, prompts, args.per_prompt)
+    check_batches(args.batch_size, args.speed_runs)
     rank, world = process()
     folders = [args.out / f"{job.steps}-{'step' if job.steps == 1 else 'steps'}" for job in jobs]
     for folder in folders:
@@ -118,7 +135,7 @@ def _generate(args: argparse.Namespace) -> int:
     argument("spec", metavar="SPEC.yaml", nargs="?", help="see eval/README.md; or else these options:"),
     argument("--teacher", metavar="PIPELINE", help="pipeline of the first rows, and under the students"),
     argument("--student", action="append", default=[], metavar="EXPORT", help="may be repeated"),
-    argument("--steps", type=integers, default=[1, 2, 4, 8], metavar="1,2,4", help="numbers of steps"),
+    argument("--steps", type=integers, metavar="1,2,4", help="numbers of steps (default: 1,2,4,8)"),
     argument("--solver", action="append", metavar="S", help="of the teacher; may be repeated"),
     argument("--guidance", action="append", type=float, metavar="G", help="of the teacher; may be repeated"),
     argument("--prompts", metavar="FILE", help="one a line, or .jsonl"),
@@ -134,6 +151,12 @@ def _run(args: argparse.Namespace) -> int:
     from fewstep.evaluation.of_spec import run_spec, to_markdown
     from fewstep.evaluation.spec import load_spec
 
+    if args.spec and (given := [name for name in ROWS if getattr(args, name) not in (None, [])]):
+        from fewstep.errors import FewstepError
+
+        raise FewstepError(
+            f"--{given[0]} beside {args.spec}, which says it itself: change the file, or leave it out"
+        )
     spec = load_spec(args.spec) if args.spec else _spec_of(args)
     rank, world = process()
     _check_table(spec, args.out)
@@ -171,12 +194,10 @@ def _spec_of(args: argparse.Namespace) -> Any:
     if not (args.teacher and args.prompts):
         raise FewstepError("eval run: give a SPEC.yaml, or --teacher and --prompts")
     solver, guidance = tuple(args.solver or ("own",)), tuple(args.guidance or (None,))
-    teacher = Entry(
-        "teacher", args.teacher, kind="teacher", steps=tuple(args.steps), solver=solver, guidance=guidance
-    )
+    steps = tuple(args.steps or (1, 2, 4, 8))
+    teacher = Entry("teacher", args.teacher, kind="teacher", steps=steps, solver=solver, guidance=guidance)
     students = [
-        Entry(f"student {path}", args.teacher, path, kind="student", steps=tuple(args.steps))
-        for path in args.student
+        Entry(f"student {path}", args.teacher, path, kind="student", steps=steps) for path in args.student
     ]
     return Spec(
         args.prompts,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..data.images import EXTENSIONS, load_images
+from ..data.image_sets import split, walk
+from ..data.images import load_images
 from ..data.prompts import load_prompts
 from ..errors import FewstepError
 from ..recipe import Recipe
@@ -50,8 +51,7 @@ def _count(count: Callable[[], int]) -> int | None:
 def _images(source: str) -> int:
     if source.startswith("builtin:"):
         return len(load_images(source))
-    files = [path for path in Path(source).expanduser().iterdir() if path.suffix.lower() in EXTENSIONS]
-    return len(files)
+    return len(split(walk(Path(source).expanduser())[0]).names)
 
 
 def _pairs(source: str) -> int:

@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 from ..errors import RecipeError, why
 from ..files import ReadError
 from . import emoji
+from .image_sets import EXTENSIONS, split, walk
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_PIXELS = 64_000_000  # a larger file is a mistake or a bomb
 
 
@@ -22,11 +22,13 @@ MAX_PIXELS = 64_000_000  # a larger file is a mistake or a bomb
 class CaptionedImages:
     """Captions and their images; ``load(i, size)`` is uint8 (size, size, 3).
 
-    With twice as many captions as files every file has two: i and ``i + len(files)``.
+    With twice as many captions as files every file has two: i and ``i + len(files)``. ``passed_over`` says what else
+    lay there.
     """
 
     captions: list[str]
     files: Sequence[Path] | np.ndarray
+    passed_over: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -59,9 +61,10 @@ def load_images(source: str) -> CaptionedImages:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise RecipeError(f"data.images: {source} is no folder; expected captioned images, or builtin:emoji")
+    found = split(walk(folder)[0])
     files = sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")
-    )
+        folder / name for name in found.names
+    )  # captions go by name, so runs keep the order they had
     if not files:
         raise RecipeError(f"data.images: {source} holds no image; looked for {', '.join(EXTENSIONS)}")
     captions = _captions(folder, files)
@@ -72,7 +75,7 @@ def load_images(source: str) -> CaptionedImages:
             f"data.images: {source}: {len(corrupt)} of {len(files)} files cannot be read: {', '.join(corrupt[:10])}"
             f"{more}; remove or replace them"
         )
-    return CaptionedImages(captions, files)
+    return CaptionedImages(captions, files, found.passed_over)
 
 
 def _captions(folder: Path, files: Sequence[Path]) -> list[str]:
@@ -107,6 +110,8 @@ def _fault(path: Path) -> str | None:
         with Image.open(path) as image:  # reads the header only
             if image.width * image.height > MAX_PIXELS:
                 return f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} in all"
+            if image.mode == "F":
+                return "pixels are floating-point numbers, not 8 or 16 bits"
         _open(path)
     except Exception as error:  # Pillow raises many kinds on hostile files
         return str(error).splitlines()[0][:80] or type(error).__name__

@@ -57,7 +57,11 @@ def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
             "data.images: missing; this configuration needs real images. Give a folder of captioned "
             "images, or set method.gan_weight 0 to run data-free"
         )
-    return prompts, load_images(recipe.data.images)
+    images = load_images(recipe.data.images)
+    if images.passed_over:
+        over = ", ".join(images.passed_over)
+        print(f"fewstep: note: data.images: {recipe.data.images}: passed over {over}", file=sys.stderr)
+    return prompts, images
 
 
 def _check_distance(recipe: Recipe) -> None:

@@ -37,6 +37,10 @@ def get_extractor(name: str = DEFAULT, device: str = "cpu", weights: str | None 
         FewstepError: unknown name, or weights that are absent or not what they should be.
     """
     kind, _, option = name.partition("@")
+    if weights is not None and kind != "inception-2015":
+        raise FewstepError(
+            f"--weights {weights}: {name} has its own: expected inception-2015, or no --weights"
+        )
     if kind == "effnet-lite0":
         if option and not (option.isdecimal() and 32 <= int(option) <= 1024):
             raise FewstepError(
