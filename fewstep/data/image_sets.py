@@ -79,7 +79,7 @@ def walk(folder: Path) -> tuple[list[str], list[str]]:
             with os.scandir(folder / name) as entries:
                 for entry in entries:
                     path = f"{name}/{entry.name}".lstrip("/")
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         waiting.append((path, entry.is_symlink()))
                     else:
                         files.append(path)
@@ -88,6 +88,13 @@ def walk(folder: Path) -> tuple[list[str], list[str]]:
                 f"{folder / name} cannot be read: {error.strerror}; mend or remove it"
             ) from None
     return files, again
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, which whoever opens it as an image will name
+        return False
 
 
 def split(names: Iterable[str]) -> ImageSet:

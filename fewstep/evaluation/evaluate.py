@@ -245,22 +245,25 @@ def left(side: ImageSource | Statistics) -> Iterator[str]:
 
 
 def _warnings(about: dict[str, Any], question: Question) -> Iterator[str]:
-    protocol, dim = question.protocol, question.extractor.dim
-    if any(MEASURES[name].compares for name in question.metrics):
-        if about["real"]["sha256"] and about["real"]["sha256"] == about["fake"]["sha256"]:
-            yield "real and fake are the same images"
+    protocol, hashes = question.protocol, [about[side]["sha256"] for side in ("real", "fake")]
+    compared = any(MEASURES[name].compares for name in question.metrics)
+    if compared and hashes[0] is not None and hashes[0] == hashes[1]:
+        yield "real and fake are the same images"
     if question.declared:
         yield "the origin of the foreign statistics is declared, not verified"
-    fewest = min(about["real"]["n"], about["fake"]["n"])
-    if not {"fd", "fd_inf", "patch-fd"} & set(question.metrics):
-        pass
-    elif fewest == 0:
-        yield "the number of images behind a statistics file is unknown: compare equal counts only"
-    elif fewest <= dim:
-        yield f"{fewest} images for {dim} features: the covariance is singular; compare FD at equal counts"
-    elif fewest < 10_000:
-        yield f"{fewest} images are few: FD is biased by about c/n; compare it at equal counts only"
+    if {"fd", "fd_inf", "patch-fd"} & {*question.metrics}:
+        yield from _few(min(about["real"]["n"], about["fake"]["n"]), question.extractor.dim)
     if protocol and protocol.samples and about["fake"]["n"] > protocol.samples:
         yield f"the protocol {protocol.name} wants {protocol.samples} images: use --num {protocol.samples}"
     if protocol and protocol.approximate:
         yield f"the protocol {protocol.name} is approximate: {' '.join(protocol.notes)}"
+
+
+def _few(images: int, dim: int) -> Iterator[str]:
+    """What the number of images, 0 where it is unknown, does to a Fréchet distance."""
+    if images == 0:
+        yield "the number of images behind a statistics file is unknown: compare equal counts only"
+    elif images <= dim:
+        yield f"{images} images for {dim} features: the covariance is singular; compare FD at equal counts"
+    elif images < 10_000:
+        yield f"{images} images are few: FD is biased by about c/n; compare it at equal counts only"
