@@ -120,6 +120,8 @@ def _stats(args: argparse.Namespace) -> int:
     source = _open(args.images, args)
     if not isinstance(source, ImageSource):
         raise FewstepError(f"{args.images} holds statistics already, expected images")
+    if len(source) < 2:
+        raise FewstepError(f"{args.images} has one image: statistics need at least 2")
     rank, world = process()
     if world > 1:
         import torch.distributed as dist

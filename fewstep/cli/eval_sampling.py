@@ -167,11 +167,13 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check_table(spec: Any, out: Path) -> None:
-    """Refuses a folder whose files have the names of a table's, and are none."""
+    """Refuses a folder whose files have the names of a table's and are none, and images that do not fit the prompts."""
     from fewstep.errors import FewstepError
     from fewstep.evaluation.compare import load_result
+    from fewstep.evaluation.images import FirstImages, open_images
     from fewstep.evaluation.of_spec import rows_of
-    from fewstep.evaluation.sampling import MANIFEST, read_manifest
+    from fewstep.evaluation.prompts import read_prompts
+    from fewstep.evaluation.sampling import MANIFEST, check_pairs, read_manifest
     from fewstep.files import check_place, read_text
 
     there = [name for name in ("table.json", "table.md", "index.html") if (out / name).exists()]
@@ -179,6 +181,11 @@ def _check_table(spec: Any, out: Path) -> None:
         raise FewstepError(
             f"--out {out} holds {there[0]}, and no table of `fewstep eval run`; give another place"
         )
+    for entry in spec.models:
+        if entry.images:
+            images = open_images(entry.images)
+            images = FirstImages(images, spec.num) if spec.num else images
+            check_pairs(images, len(read_prompts(spec.prompts).texts), spec.per_prompt)
     for row in rows_of(spec):
         check_place(out / "samples" / row.folder, True, MANIFEST, "--out")
         read_manifest(out / "samples" / row.folder)

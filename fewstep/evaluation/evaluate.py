@@ -162,7 +162,7 @@ def open_side(side: Any, skip_bad: int | None = None, workers: int | None = None
             has_moments = False
         if has_moments:
             return Statistics.load(side)
-    return open_images(side, at_least=2, skip_bad=skip_bad, workers=workers)
+    return open_images(side, skip_bad=skip_bad, workers=workers)
 
 
 def to_markdown(results: dict[str, Any]) -> str:

@@ -173,8 +173,6 @@ def kid(sides: Sides) -> Iterator[Number]:
 
 def retrieval(sides: Sides) -> Iterator[Number]:
     """Share of fake images that look most like the real image they were asked to be."""
-    if sides.prompted is None:
-        return
     same = M.duplicate_groups(torch.cat(list(images_of(sides.real).batches(1024))))
     share = M.retrieval_accuracy(sides.y, sides.prompted, sides.x, same)
     error = (share * (1 - share) / len(sides.y)) ** 0.5
@@ -196,8 +194,6 @@ def vendi(sides: Sides) -> Iterator[Number]:
 
 def diversity(sides: Sides) -> Iterator[Number]:
     """How different the images of one prompt are: by features, and by LPIPS where its weights are."""
-    if sides.groups is None:
-        return
     yield Number("diversity", *M.intra_group_diversity(sides.y, sides.groups), "over prompts")
     distance, fake = find_lpips(), images_of(sides.fake)
     if distance and len(fake.sizes) == 1:
@@ -231,7 +227,7 @@ def scores(sides: Sides) -> Iterator[Number]:
         if not values.isfinite().all():
             raise FewstepError(f"{scorer.label} of {fake.name} is not finite: look at {scorer.name}")
         extra = {"weights_sha256": scorer.weights_sha256}
-        error = float(values.std() / len(values) ** 0.5)
+        error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
         yield Number(scorer.label, float(values.mean()), error, "over images", extra, by=scorer.name)
 
 
@@ -239,7 +235,8 @@ def _count(least: int, *names: str) -> Callable[[Sides], str | None]:
     """Why there are too few images on these sides."""
 
     def lacks(sides: Sides) -> str | None:
-        few = {name: n for name in names if (n := len(sides.images[name] or ())) < least}
+        counts = {name: len(images) for name, images in sides.images.items() if images is not None}
+        few = {name: counts[name] for name in names if counts.get(name, least) < least}
         have = " and ".join(f"{name} has {n}" for name, n in few.items())
         return f"it needs at least {least} images, and {have}" if few else None
 
@@ -248,6 +245,8 @@ def _count(least: int, *names: str) -> Callable[[Sides], str | None]:
 
 def _small(sides: Sides) -> str | None:
     """Why there are no patches."""
+    if few := _count(2, "real", "fake")(sides):
+        return few
     size, both = sides.extractor.size, sides.images.values()
     small = [s.name for s in both if s is not None and max(map(max, s.sizes)) <= size]
     none = f"but no image of {' and '.join(small)} is larger"
@@ -268,8 +267,6 @@ def _unpaired(sides: Sides) -> str | None:
 
 
 def _ungrouped(sides: Sides) -> str | None:
-    if sides.groups is None:
-        return None
     several = (torch.unique(sides.groups, return_counts=True)[1] > 1).sum().item()
     return (
         None
@@ -286,12 +283,14 @@ class Measure:
         numbers: the function. images: sides that must be images rather than statistics.
         lacks: why it cannot be had of some sides, known before a network runs; None where it can.
         moments: it compares means and covariances.
+        asked: what of `Sides` is its question; without it the measure is not asked for.
     """
 
     numbers: Callable[[Sides], Iterator[Number]]
     images: tuple[str, ...] = ()
     lacks: Callable[[Sides], str | None] = lambda _sides: None
     moments: bool = False
+    asked: str | None = None
 
     @property
     def compares(self) -> bool:
@@ -300,14 +299,14 @@ class Measure:
 
 
 MEASURES: dict[str, Measure] = {
-    "fd": Measure(fd, moments=True),
+    "fd": Measure(fd, lacks=_count(2, "real", "fake"), moments=True),
     "fd_inf": Measure(fd_inf, ("fake",), _count(8, "fake"), moments=True),
     "patch-fd": Measure(patch_fd, ("real", "fake"), _small),
     "kid": Measure(kid, ("real", "fake"), _count(3, "real", "fake")),
-    "retrieval": Measure(retrieval, ("real", "fake")),
+    "retrieval": Measure(retrieval, ("real", "fake"), asked="prompted"),
     "prdc": Measure(prdc, ("real", "fake"), _count(6, "real", "fake")),
     "vendi": Measure(vendi, ("fake",)),
-    "diversity": Measure(diversity, ("fake",), _ungrouped),
+    "diversity": Measure(diversity, ("fake",), _ungrouped, asked="groups"),
     "diversity-difference": Measure(diversity_difference, ("real", "fake"), _unpaired),
     "is": Measure(inception_score, ("fake",), _unclassified),
     "scores": Measure(scores, ("fake",)),
@@ -321,6 +320,9 @@ def measure(names: tuple[str, ...], sides: Sides) -> tuple[list[Number], dict[st
         FewstepError: none can be had, or statistics that were made in another way.
     """
     left_out: dict[str, str] = {}
+    names = tuple(
+        n for n in names if (asked := MEASURES[n].asked) is None or getattr(sides, asked) is not None
+    )
     for name in names:
         if reason := _reason(name, sides):
             left_out[name] = reason
