@@ -154,7 +154,7 @@ def check_writable(
             if os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
                 raise FewstepError(f"{name} is what the command reads, {other}; give another place")
         check_place(path, not suffixes, record, option)
-        _try(path)
+        _try(path, name)
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
         if isinstance(error, FewstepError):
             raise
@@ -167,7 +167,7 @@ def check_own(path: Path, start: str, option: str) -> None:
         raise FewstepError(f"{option} {path} is not what this command writes there; give another place")
 
 
-def _try(path: Path) -> None:
+def _try(path: Path, name: str) -> None:
     """Writes a file where ``path`` will be, as near as there is a folder, and takes it away again."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.lstat(path)  # too long a name says so here
@@ -175,7 +175,7 @@ def _try(path: Path) -> None:
     if near == path and not path.is_dir():
         near = path.absolute().parent
     if not near.is_dir():
-        raise FewstepError(f"{path} cannot be created: {near} is a file; give another place")
+        raise FewstepError(f"{name} cannot be created: {near} is a file; give another place")
     part = near / _part(path.absolute()).name
     try:
         part.touch()

@@ -1,6 +1,5 @@
 """Input that nobody would write by hand: it is read, or refused by name, and never ends in a traceback."""
 
-import contextlib
 import io
 import json
 import shutil
@@ -13,10 +12,10 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tries import refused_or_good
 
 from fewstep import recipe as recipes
 from fewstep.data.images import load_images
-from fewstep.errors import FewstepError
 from fewstep.evaluation.images import open_images
 from fewstep.evaluation.models import _attach_lora
 from fewstep.evaluation.statistics import Statistics
@@ -35,21 +34,6 @@ JUNK = st.one_of(
     st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
     st.sampled_from([-1, 0, 10**30, "1e-4", "../../etc/passwd", "$(id)", "{{", "!!python/object:os.system", [[[]]]]),
 )  # fmt: skip
-
-
-@contextlib.contextmanager
-def refused_or_good(tally):
-    """Whatever happens inside is a clear refusal or nothing; yields a list that gets the message."""
-    tally("inputs tried", 1)
-    message = []
-    try:
-        yield message
-    except FewstepError as error:
-        message.append(str(error))
-        assert str(error).strip()
-        tally("refused with a clear error", 1)
-    else:
-        tally("accepted, being good", 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
