@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
@@ -38,15 +38,16 @@ class Member:
         return PurePosixPath(self.path).name
 
     def read_bytes(self) -> bytes:
-        return _opened(self.archive, os.getpid()).read(self.path)
+        about = self.archive.stat()
+        return _opened(self.archive, about.st_mtime_ns, about.st_size, os.getpid()).read(self.path)
 
 
 File = Path | Member
 
 
-@cache
-def _opened(archive: Path, _process: int) -> zipfile.ZipFile:
-    """One handle per process: a forked one shares its position in the file with its parent."""
+@lru_cache(8)
+def _opened(archive: Path, _changed: int, _bytes: int, _process: int) -> zipfile.ZipFile:
+    """One handle per process, which shares its position in the file with those that fork; none of an older file."""
     return zipfile.ZipFile(archive)
 
 

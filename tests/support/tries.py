@@ -29,11 +29,11 @@ def tried(tally, *words):
     """Runs ``fewstep`` with some words, in this process; anything but an answer or one clear message is a failure.
 
     Returns:
-        Exit code and what it said of an error.
+        Exit code and what it said, of an error first.
     """
     tally("inputs tried", 1)
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    said, shown = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
         try:
             code = cli.main([str(word) for word in words])
         except SystemExit as stop:  # argparse's own
@@ -43,7 +43,7 @@ def tried(tally, *words):
     if code:
         assert "Traceback" not in said.getvalue() and (lines or "usage:" in said.getvalue()), said.getvalue()
     tally("refused with a clear error" if code else "accepted, being good", 1)
-    return code, said.getvalue()
+    return code, said.getvalue() + shown.getvalue()
 
 
 def contents(folder: Path) -> dict[str, object]:
