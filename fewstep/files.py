@@ -22,6 +22,7 @@ from .errors import FewstepError, why
 
 HOST = re.sub(r"\W", "_", platform.node())
 SHARED = "*"  # record of a folder to which files are added beside those of others
+Record = str | tuple[str, ...] | None  # names of files, of which one says that fewstep made a folder
 
 
 class WriteError(FewstepError):
@@ -37,7 +38,7 @@ class ReadError(FewstepError):
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike, durable: bool = True, record: str | None = None) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, durable: bool = True, record: Record = None) -> Iterator[Path]:
     """``with replacing(path) as part:`` write the file or folder ``part``; it takes the place of ``path`` at the end.
 
     Args:
@@ -104,13 +105,13 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
         save_file({name: value.contiguous() for name, value in tensors.items()}, part)
 
 
-def check_place(path: Path, folder: bool, record: str | None = None, option: str = "") -> None:
+def check_place(path: Path, folder: bool, record: Record = None, option: str = "") -> None:
     """Refuses to let a file or folder take a place where something of somebody else's would be lost.
 
     Args:
         folder: it is a folder that wants the place.
-        record: file that every folder of its kind holds; one that lacks it is not replaced, unless it is empty.
-            ``SHARED`` where nothing is replaced.
+        record: file, or one of several, that every folder of its kind holds; one that lacks it is not replaced, unless
+            it is empty. ``SHARED`` where nothing is replaced.
         option: for errors.
     """
     name = f"{option} {path}".strip()
@@ -121,8 +122,9 @@ def check_place(path: Path, folder: bool, record: str | None = None, option: str
             raise FewstepError(f"{name} is a device or a pipe; give the name of a file")
     elif path.is_dir():
         held = [entry for entry in os.listdir(path) if not entry.startswith(".part-")]
-        if held and record != SHARED and not (record and (path / record).is_file()):
-            known = f", and no {record} says that fewstep made it" if record else ""
+        names = (record,) if isinstance(record, str) else record or ()
+        if held and record != SHARED and not any((path / one).is_file() for one in names):
+            known = f", and no {' or '.join(names)} says that fewstep made it" if names else ""
             raise FewstepError(f"{name} is not empty{known}; it is kept as it is: give another place")
     elif path.exists() or path.is_symlink():
         raise FewstepError(f"{name} is a file; give the name of a folder")
@@ -132,7 +134,7 @@ def check_writable(
     path: Path,
     option: str,
     suffixes: tuple[str, ...] = (),
-    record: str | None = None,
+    record: Record = None,
     inputs: Iterable[str | Path] = (),
 ) -> None:
     """Refuses an output while nothing has been spent on it: see :func:`check_place`, and it can be written.
