@@ -314,7 +314,13 @@ MEASURES: dict[str, Measure] = {
 
 
 def measure(names: tuple[str, ...], sides: Sides) -> tuple[list[Number], dict[str, str]]:
-    """All numbers, and why some measures cannot be had; that is known before the network sees an image.
+    """All numbers, and why some measures cannot be had; see :func:`possible`."""
+    wanted, left_out = possible(names, sides)
+    return [number for name in wanted for number in MEASURES[name].numbers(sides)], left_out
+
+
+def possible(names: tuple[str, ...], sides: Sides) -> tuple[list[str], dict[str, str]]:
+    """The measures that can be had, and why the others cannot, before the network sees an image.
 
     Raises:
         FewstepError: none can be had, or statistics that were made in another way.
@@ -333,7 +339,7 @@ def measure(names: tuple[str, ...], sides: Sides) -> tuple[list[Number], dict[st
         for side, statistics in (("real", sides.real), ("fake", sides.fake)):
             if isinstance(statistics, Statistics):
                 check_origin(statistics, identity(sides.extractor), side)
-    return [number for name in wanted for number in MEASURES[name].numbers(sides)], left_out
+    return wanted, left_out
 
 
 def _reason(name: str, sides: Sides) -> str | None:
