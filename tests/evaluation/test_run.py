@@ -369,3 +369,12 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_made(
     with pytest.raises(FewstepError, match=message):
         run_spec(load_spec(spec_file), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_images_made_elsewhere_are_as_many_as_the_prompts(spec_file, tmp_path, capsys, monkeypatch):
+    """A row of one too many would be shifted against the prompts of the others."""
+    monkeypatch.setattr("fewstep.evaluation.of_spec.open_model", lambda *_: pytest.fail("loaded"))
+    row = f"  - {{name: elsewhere, images: {tmp_path}/real}}\n"
+    spec_file.write_text(spec_file.read_text() + row)
+    assert main(["eval", "run", str(spec_file), "--out", str(tmp_path / "out")]) == 2
+    assert "12 images for 4 prompts with 2 images each, expected 8" in capsys.readouterr().err

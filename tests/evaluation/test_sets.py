@@ -187,8 +187,9 @@ def test_what_is_passed_over_is_counted_and_said(tmp_path, pictures, prompts):
     assert again == expected and all(word in others[0] for word in words[:5])
     real = fill(tmp_path / "real", pictures[12:40])
     extractor = ("--extractor", f"{__name__}:pool_function")
-    _, warnings = numbers(tmp_path, "fid", real, fake, *extractor)
-    assert sum("passed over" in warning for warning in warnings) == 1
+    for more in ([], ["--num", 6]):
+        _, warnings = numbers(tmp_path, "fid", real, fake, *extractor, *more)
+        assert sum("passed over" in warning for warning in warnings) == 1
     np.savez(tmp_path / "two.npz", images=pictures[:12], arr_0=pictures[12:24])
     _, warnings = numbers(tmp_path, "fid", real, tmp_path / "two.npz", *extractor)
     assert any("two.npz: passed over the array arr_0" in warning for warning in warnings)
@@ -245,7 +246,7 @@ def test_sets_that_could_be_several_are_refused_with_the_names(tmp_path, picture
     fill(runs / "mine", pictures[:1])
     with pytest.raises(FewstepError, match=r"4-steps holds the images of one run .* others lie in mine"):
         open_images(runs)
-    (runs / "4-steps" / "manifest.json").write_text("[1]")  # somebody else's
+    (runs / "4-steps" / "manifest.json").write_text('{"name": "of somebody else"}')
     assert len(open_images(runs)) == 7
 
 
