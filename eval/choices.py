@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import FewstepError, tell
+from fewstep.files import SHARED, check_writable, write, write_json
 from fewstep.runs.library import load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "choices"
@@ -98,6 +99,7 @@ def main() -> int:
         print(json.dumps(measured(args.recipe, words, args.cycles)))
         return 0
     load_recipe(args.recipe)  # before minutes are spent
+    check_writable(args.out, "--out", record=SHARED)
     units: dict[str, dict[str, list[dict[str, Any]]]] = {kind: {c: [] for c in CHOICES} for kind in UNITS}
     for _ in range(args.rounds):
         for kind, env in UNITS.items():
@@ -113,9 +115,8 @@ def main() -> int:
         "cpu": all_of_them()["cpu"],
         "units": units,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.recipe}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / f"{args.recipe}.md").write_text(table(result))
+    write_json(args.out / f"{args.recipe}.json", result)
+    write(args.out / f"{args.recipe}.md", table(result))
     return 0
 
 

@@ -27,10 +27,12 @@ import torch
 
 from fewstep import recipe as recipes
 from fewstep.errors import FewstepError, tell
+from fewstep.files import SHARED, check_own, check_writable, write, write_json
 from fewstep.recipe import Recipe
 from fewstep.runs.library import load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "full_size"
+TITLE = "# One iteration at the real size, on a CPU"
 
 
 def overridden(name: str, resolution: int, words: list[str]) -> Recipe:
@@ -148,7 +150,7 @@ def rounded(value: Any) -> Any:
 def table(folder: Path) -> str:
     """All files of a folder as Markdown."""
     lines = [
-        "# One iteration at the real size, on a CPU",
+        TITLE,
         "",
         "Random weights, fp32, one sample, `python eval/full_size.py RECIPE --resolution R` on two cores. Memory is",
         "resident, beyond what Python and its libraries hold before; plan is what `fewstep plan` counts for the same",
@@ -174,6 +176,8 @@ def main() -> int:
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args, words = parser.parse_known_args()
+    check_writable(args.out, "--out", record=SHARED)
+    check_own(args.out / "README.md", TITLE, "--out")
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # its memory goes with it
         counted = pool.apply(planned, (args.recipe, args.resolution, words))
     print(f"plan: {counted}", flush=True)
@@ -187,10 +191,9 @@ def main() -> int:
         "plan": counted,
         **seen,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.recipe}_{args.resolution}.json"
-    path.write_text(json.dumps(rounded(result), indent=1) + "\n")
-    (args.out / "README.md").write_text(table(args.out))
+    write_json(path, rounded(result))
+    write(args.out / "README.md", table(args.out))
     print(path)
     return 0
 

@@ -37,7 +37,7 @@ from fewstep.cost.bench import _random, bench
 from fewstep.device import choose, name_of, peak, reset_peak, wait
 from fewstep.diffusion import kernels
 from fewstep.errors import FewstepError, RecipeError, TrainingError, tell
-from fewstep.files import write, write_json
+from fewstep.files import check_writable, write, write_json
 from fewstep.process import Process
 from fewstep.recipe import Recipe
 from fewstep.runs.build import build
@@ -528,6 +528,8 @@ def main() -> int:
         if device.type == "cpu" and not args.tiny:
             raise RecipeError(f"--device: {args.device}: it needs an accelerator; --tiny runs on the CPU")
         slug = re.sub(r"[^a-z0-9]+", "-", name_of(device).lower()).strip("-")
+        for suffix in (".json", ".md"):
+            check_writable(Path(f"{args.out or RESULTS / slug}{suffix}"), "--out", (suffix,))
         return run_all(names, setting, args.minutes, args.out or RESULTS / slug)
     except FewstepError as error:
         return tell(error)

@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fewstep import recipe as recipes
+from fewstep.errors import FewstepError, tell
+from fewstep.files import SHARED, check_own, check_writable, write, write_json
 from fewstep.runs.library import load_recipe, recipe_files
 
 RESULTS = Path(__file__).parent / "results" / "plans"
+TITLE = "# What recipes take"
 GPU = "h100-80gb"
 NAMED = re.compile(r"Hardware: (?:(one|eight) H100, 80 GB|two CPU cores, (\d+) GB of memory)")
 
@@ -74,7 +77,7 @@ def planned(name: str) -> dict[str, Any]:
 def table(folder: Path) -> str:
     """All files of a folder as Markdown."""
     lines = [
-        "# What recipes take",
+        TITLE,
         "",
         "Counted by `fewstep plan RECIPE`, not measured; made by `python eval/plans.py`. GB are of one device: what it",
         "holds through the run, what an iteration takes beyond at the recipe's micro-batch, and all of it with what",
@@ -102,11 +105,12 @@ def main() -> int:
     parser.add_argument("recipes", nargs="*", metavar="RECIPE")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    check_writable(args.out, "--out", record=SHARED)
+    check_own(args.out / "README.md", TITLE, "--out")
     for name in args.recipes or recipe_files():
         result = planned(name)
-        (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (args.out / "README.md").write_text(table(args.out))
+        write_json(args.out / f"{name}.json", result)
+        write(args.out / "README.md", table(args.out))
         fits = "fits" if result["total_gb"] <= result["hardware_gb"] else "DOES NOT FIT"
         print(
             f"{name}: {result['total_gb']:.1f} GB, {fits} {result['hardware']}, {result['seconds']} s",
@@ -116,4 +120,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except FewstepError as error:
+        sys.exit(tell(error))

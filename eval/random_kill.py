@@ -22,8 +22,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from fewstep.errors import FewstepError
-from fewstep.files import write
+from fewstep.errors import FewstepError, tell
+from fewstep.files import check_writable, write
 from fewstep.runs.summary import versions
 
 
@@ -122,6 +122,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments; the machine adds its own chance")
     parser.add_argument("--out", type=Path, help="Markdown file for the result")
     args, rest = parser.parse_known_args()
+    if args.out:
+        check_writable(args.out, "--out", (".md",))
     # A checkpoint at every step, and every step in the log.
     rest = ["--train.checkpoint_every", "1", "--train.log_every", "1", "--train.keep", "2", *rest]
     words, rng = ["train", args.recipe, *rest], random.Random(args.seed)
@@ -154,4 +156,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except FewstepError as error:
+        sys.exit(tell(error))

@@ -1,7 +1,8 @@
 """Writing files: whatever happens, the old file or the new one is there, never a part of one.
 
 Everything fewstep writes goes through here: beside its place under a hidden name, flushed to the disk, renamed.
-A kill may leave the hidden file behind; :func:`sweep` removes it.
+A kill may leave the hidden file behind; :func:`sweep` removes it. What others have made is never lost: a file takes
+the place of a file only, and a folder that of an empty one or of one that fewstep wrote.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from typing import Any
 from .errors import FewstepError, why
 
 HOST = re.sub(r"\W", "_", platform.node())
+SHARED = "*"  # record of a folder to which files are added beside those of others
+Record = str | tuple[str, ...] | None  # names of files, of which one says that fewstep made a folder
 
 
 class WriteError(FewstepError):
@@ -42,22 +45,28 @@ def at_home(text: str) -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, durable: bool = True, record: Record = None) -> Iterator[Path]:
     """``with replacing(path) as part:`` write the file or folder ``part``; it takes the place of ``path`` at the end.
 
     Args:
         durable: wait until the disk has it; files that are checked when read, and are many, need not.
+        record: of a folder: the file in it by which an older one is known, which it may replace; see
+            :func:`check_place`.
 
     Raises:
         WriteError: no space, no permission and the like; ``path`` is what it was and nothing is left beside it.
+        FewstepError: ``path`` is somebody else's.
     """
     path = Path(path)
     part = _part(path)
     try:
+        if path.is_dir():
+            check_place(path, True, record)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         if durable:
             _flush(part)
+        check_place(path, part.is_dir(), record)
         _put(part, path)
         if durable:
             _sync(path.parent)
@@ -101,6 +110,86 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
 
     with replacing(path) as part:
         save_file({name: value.contiguous() for name, value in tensors.items()}, part)
+
+
+def check_place(path: Path, folder: bool, record: Record = None, option: str = "") -> None:
+    """Refuses to let a file or folder take a place where something of somebody else's would be lost.
+
+    Args:
+        folder: it is a folder that wants the place.
+        record: file, or one of several, that every folder of its kind holds; one that lacks it is not replaced, unless
+            it is empty. ``SHARED`` where nothing is replaced.
+        option: for errors.
+    """
+    name = f"{option} {path}".strip()
+    if not folder:
+        if path.is_dir():
+            raise FewstepError(f"{name} is a folder, which is kept as it is; give the name of a file")
+        if path.exists() and not path.is_file():
+            raise FewstepError(f"{name} is a device or a pipe; give the name of a file")
+    elif path.is_dir():
+        held = [entry for entry in os.listdir(path) if not entry.startswith(".part-")]
+        names = (record,) if isinstance(record, str) else record or ()
+        if held and record != SHARED and not any((path / one).is_file() for one in names):
+            known = f", and no {' or '.join(names)} says that fewstep made it" if names else ""
+            raise FewstepError(f"{name} is not empty{known}; it is kept as it is: give another place")
+    elif path.exists() or path.is_symlink():
+        raise FewstepError(f"{name} is a file; give the name of a folder")
+
+
+def check_writable(
+    path: Path,
+    option: str,
+    suffixes: tuple[str, ...] = (),
+    record: Record = None,
+    inputs: Iterable[str | Path] = (),
+) -> None:
+    """Refuses an output while nothing has been spent on it: see :func:`check_place`, and it can be written.
+
+    Args:
+        option: for errors.
+        suffixes: endings that a file may have, so that it replaces only files of its kind; none for a folder.
+        record: of a folder. inputs: of the same command, which it must not be.
+
+    Raises:
+        FewstepError: it would take the place of something else.
+        WriteError: the system refuses to have it there.
+    """
+    name = f"{option} {path}"
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise FewstepError(f"{name}: expected a name that ends in {' or '.join(suffixes)}")
+    try:
+        for other in inputs:
+            if os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
+                raise FewstepError(f"{name} is what the command reads, {other}; give another place")
+        check_place(path, not suffixes, record, option)
+        _try(path, name)
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        if isinstance(error, FewstepError):
+            raise
+        raise WriteError(f"{name} cannot be written: {why(error) or error}; give another place") from error
+
+
+def check_own(path: Path, start: str, option: str) -> None:
+    """Refuses to write a file anew that somebody else wrote: it does not begin as this one does."""
+    if path.exists() and not read_text(path).startswith(start):
+        raise FewstepError(f"{option} {path} is not what this command writes there; give another place")
+
+
+def _try(path: Path, name: str) -> None:
+    """Writes a file where ``path`` will be, as near as there is a folder, and takes it away again."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(path)  # too long a name says so here
+    near = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if near == path and not path.is_dir():
+        near = path.absolute().parent
+    if not near.is_dir():
+        raise FewstepError(f"{name} cannot be created: {near} is a file; give another place")
+    part = near / _part(path.absolute()).name
+    try:
+        part.touch()
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_text(path: Path) -> str:
@@ -215,5 +304,5 @@ def _sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with contextlib.suppress(OSError):  # of a link to a folder the link alone
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -106,7 +106,8 @@ def pytest_terminal_summary(terminalreporter):
         refused, good = numbers["refused with a clear error"], numbers["accepted, being good"]
         lost = tried - refused - good
         rows.append(
-            f"inputs tried {tried} | refused with a clear error {refused} | good {good} | tracebacks {lost}"
+            f"inputs tried {tried} | refused with a clear error {refused} | good {good} | tracebacks {lost} | "
+            f"originals lost {numbers['originals lost']} of {numbers['originals watched']}"
         )
     if methods := names["resume tried"]:
         inexact = {variant.split("/")[0] for variant in methods - names["resumed bit-exact"]}

@@ -17,10 +17,81 @@ def names(folder):
 def test_a_file_and_a_folder_take_the_place_of_the_old_ones(tmp_path):
     for text in ("old", "new"):
         files.write(tmp_path / "deep" / "a.txt", text)
-        with files.replacing(tmp_path / "folder") as part:
-            files.write_json(part / f"{text}.json", {"ü": text})
-    assert names(tmp_path) == ["deep", "deep/a.txt", "folder", "folder/new.json"]
+        with files.replacing(tmp_path / "folder", record="ours.json") as part:
+            files.write_json(part / f"{text}.txt", {"ü": text})
+            files.write_json(part / "ours.json", {})
+    assert names(tmp_path) == ["deep", "deep/a.txt", "folder", "folder/new.txt", "folder/ours.json"]
     assert (tmp_path / "deep" / "a.txt").read_text() == "new"
+
+
+def test_what_others_made_is_never_replaced(tmp_path):
+    """A folder by nothing but a folder of the same kind, a device and a file by no folder."""
+    files.write(tmp_path / "theirs" / "thesis.tex", "mine")
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    before = names(tmp_path)
+    for name in ("theirs", "empty", "pipe"):
+        with pytest.raises(FewstepError, match=rf"{name} is (a|not)"):
+            files.write(tmp_path / name, "text")
+    for name, record in (
+        ("theirs", None),
+        ("theirs", "ours.json"),
+        ("theirs/thesis.tex", None),
+        ("nowhere", None),
+    ):
+        with pytest.raises(FewstepError), files.replacing(tmp_path / name, record=record) as part:
+            files.write(part / "ours.json", "{}")
+    assert names(tmp_path) == before and (tmp_path / "theirs" / "thesis.tex").read_text() == "mine"
+    with files.replacing(tmp_path / "empty") as part:
+        files.write(part / "ours.json", "{}")
+    assert (tmp_path / "empty" / "ours.json").is_file()
+
+
+def test_a_folder_behind_a_link_is_kept_where_another_takes_its_name(tmp_path):
+    files.write(tmp_path / "disk" / "ours.json", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with files.replacing(tmp_path / "link", record="ours.json") as part:
+        files.write(part / "ours.json", "new")
+    assert names(tmp_path) == ["disk", "disk/ours.json", "link", "link/ours.json"]
+    assert [(tmp_path / name / "ours.json").read_text() for name in ("disk", "link")] == ["old", "new"]
+
+
+def test_an_output_is_refused_before_anything_is_spent_on_it(tmp_path):
+    files.write(tmp_path / "a.json", "mine")
+    files.write(tmp_path / "full" / "a.json", "mine")
+    (tmp_path / "to_full").symlink_to(tmp_path / "full")
+    (tmp_path / "same.json").symlink_to(tmp_path / "a.json")
+    before = names(tmp_path)
+    for path, options, words in [
+        ("full", {"suffixes": ("",)}, "--out .*full is a folder"),
+        ("to_full", {"suffixes": ("",)}, "to_full is a folder"),
+        ("full", {}, "full is not empty; it is kept"),
+        ("full", {"record": "ours.json"}, r"not empty, and no ours\.json says that fewstep made it"),
+        ("a.json", {}, r"a\.json is a file; give the name of a folder"),
+        ("a.json", {"suffixes": (".md", ".txt")}, r"ends in \.md or \.txt"),
+        ("a.json/b.json", {"suffixes": (".json",)}, r"cannot be created: .*a\.json is a file"),
+        ("same.json", {"suffixes": (".json",), "inputs": [tmp_path / "a.json"]}, "is what the command reads"),
+        (
+            "full",
+            {"record": files.SHARED, "inputs": ["x", tmp_path / "to_full"]},
+            "is what the command reads",
+        ),
+        ("x" * 300 + ".json", {"suffixes": (".json",)}, "cannot be written: File name too long"),
+        ("x" * 240 + ".json", {"suffixes": (".json",)}, "cannot be written: File name too long"),
+        ("a\0.json", {"suffixes": (".json",)}, "null byte"),
+    ]:
+        with pytest.raises(FewstepError, match=words):
+            files.check_writable(tmp_path / path, "--out", **options)
+    for path, options in [
+        ("a.json", {"suffixes": (".json",), "inputs": ["b.json", "full"]}),
+        ("new/deep/b.json", {"suffixes": (".json",)}),
+        ("full", {"record": "a.json"}),
+        ("full", {"record": files.SHARED}),
+        ("new/folder", {}),
+    ]:
+        files.check_writable(tmp_path / path, "--out", **options)
+    assert names(tmp_path) == before
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -61,9 +132,9 @@ def test_a_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, m
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(files.WriteError), files.replacing(tmp_path / "folder") as part:
-        files.write(part / "new", "new")
-    assert names(tmp_path) == ["folder", "folder/old"]
+    with pytest.raises(files.WriteError), files.replacing(tmp_path / "folder", record="old") as part:
+        files.write(part / "old", "new")
+    assert names(tmp_path) == ["folder", "folder/old"] and (tmp_path / "folder" / "old").read_text() == "old"
 
 
 def test_the_error_names_the_file_the_reason_and_the_remedy(tmp_path):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import check_writable
+
 Run = Callable[[argparse.Namespace], int]  # parsed arguments -> exit code
 
 
@@ -19,8 +21,26 @@ class Argument:
     options: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Output(Argument):
+    """An argument that names what is written; checked before the command runs, see :func:`check_outputs`.
+
+    Attributes:
+        suffixes, record: see :func:`~fewstep.files.check_writable`.
+    """
+
+    suffixes: tuple[str, ...] = ()
+    record: str | None = None
+
+
 def argument(*names: str, **options: Any) -> Argument:
     return Argument(names, options)
+
+
+def output(
+    *names: str, suffixes: tuple[str, ...] = (), record: str | None = None, **options: Any
+) -> Argument:
+    return Output(names, {"type": Path, **options}, suffixes, record)
 
 
 class Commands:
@@ -43,8 +63,12 @@ class Commands:
             def add(subparsers: Any) -> None:
                 parser = subparsers.add_parser(name, help=text, description=text)
                 parser.set_defaults(run=run, takes_overrides=overrides)
+                outputs = {}
                 for one in arguments:
-                    parser.add_argument(*one.names, **one.options)
+                    dest = parser.add_argument(*one.names, **one.options).dest
+                    if isinstance(one, Output):
+                        outputs[dest] = one
+                parser.set_defaults(outputs=outputs)
 
             self.declared.append(add)
             return run
@@ -58,6 +82,24 @@ class Commands:
             add_all(subparsers.add_parser(name, help=text), f"{name}_command", parts)
 
         self.declared.append(add)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuses outputs that would replace what is not theirs, an input above all, or that cannot be written."""
+    for dest, one in args.outputs.items():
+        if (path := getattr(args, dest)) is not None:
+            others = (value for name, value in vars(args).items() if name not in args.outputs)
+            inputs = [place for value in others for place in _places(value)]
+            check_writable(path, one.names[-1], one.suffixes, one.record, inputs)
+
+
+def _places(value: Any) -> list[str | Path]:
+    """Files that an argument may name: it, its items, and what follows a colon or = in it, as in ``clip:PATH``."""
+    if isinstance(value, list | tuple):
+        return [place for item in value for place in _places(item)]
+    if isinstance(value, str):
+        return [value, *(value[i + 1 :] for i, letter in enumerate(value) if letter in ":=")]
+    return [value] if isinstance(value, Path) else []
 
 
 def add_all(parser: argparse.ArgumentParser, dest: str, parts: Iterable[Commands]) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from ..errors import FewstepError
 from ..files import write_json
 from ..runs.library import load_recipe
-from .commands import RECIPE, Commands, argument
+from .commands import RECIPE, Commands, argument, output
 
 COMMANDS = Commands()
 
@@ -24,7 +23,7 @@ COMMANDS = Commands()
     argument(
         "--random-weights", action="store_true", help="random weights of the teacher's shape, noise for data"
     ),
-    argument("--out", type=Path, help="also write the result there, as JSON"),
+    output("--out", suffixes=(".json",), help="also write the result there, as JSON"),
     overrides=True,
 )
 def bench(args: argparse.Namespace) -> int:

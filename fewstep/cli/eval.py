@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.commands import COLUMN, Commands, argument
+from fewstep.cli.commands import COLUMN, Commands, argument, output
 from fewstep.cli.eval_sampling import PROTOCOL, SAMPLING, process
 
 EMOJI = "builtin:emoji"
@@ -32,7 +32,7 @@ SKIP_BAD = argument("--skip-bad", type=int, default=0, metavar="N", help="leave 
 WORKERS = argument(
     "--workers", type=int, metavar="P", help="processes that decode image files (default: by cores)"
 )
-OUT = argument("--out", type=Path, metavar="FILE.json", help="also write the result as JSON")
+OUT = output("--out", suffixes=(".json",), metavar="FILE.json", help="also write the result as JSON")
 
 
 @EVAL.command(
@@ -62,6 +62,8 @@ def _fid(args: argparse.Namespace) -> int:
     from fewstep.errors import FewstepError
     from fewstep.evaluation import protocols
     from fewstep.evaluation.evaluate import evaluate_images
+    from fewstep.evaluation.images import ImageSource
+    from fewstep.evaluation.sampling import check_whole, read_manifest
 
     if args.real != EMOJI and Path(args.real).resolve() == Path(args.fake).resolve():
         raise FewstepError(f"REAL and FAKE are both {args.real}: expected two different sets of images")
@@ -72,9 +74,12 @@ def _fid(args: argparse.Namespace) -> int:
         *(protocol.metrics if protocol else ()),
         *(name for name in FLAGS if getattr(args, name)),
     ]
+    sides = _open(args.real, args), _first(_open(args.fake, args), args.num)
+    for side in sides:
+        if isinstance(side, ImageSource):
+            check_whole(side, read_manifest(side.name))
     result = evaluate_images(
-        _open(args.real, args),
-        _first(_open(args.fake, args), args.num),
+        *sides,
         extractor=args.extractor,
         metrics=tuple(dict.fromkeys(metrics)),
         protocol=protocol,
@@ -89,7 +94,7 @@ def _fid(args: argparse.Namespace) -> int:
     "stats",
     "write the statistics of a set of images",
     argument("images", metavar="IMAGES", help=IMAGES),
-    argument("-o", "--out", type=Path, required=True, metavar="FILE", help="npz file to write"),
+    output("-o", "--out", suffixes=(".npz",), required=True, metavar="FILE.npz", help="file to write"),
     EXTRACTOR,
     WEIGHTS,
     PROTOCOL,
@@ -100,6 +105,7 @@ def _fid(args: argparse.Namespace) -> int:
 def _stats(args: argparse.Namespace) -> int:
     from fewstep.errors import FewstepError
     from fewstep.evaluation import protocols
+    from fewstep.evaluation.evaluate import left
     from fewstep.evaluation.features import shared_moments, stream_moments
     from fewstep.evaluation.images import ImageSource
     from fewstep.evaluation.statistics import Statistics
@@ -114,6 +120,8 @@ def _stats(args: argparse.Namespace) -> int:
     source = _open(args.images, args)
     if not isinstance(source, ImageSource):
         raise FewstepError(f"{args.images} holds statistics already, expected images")
+    if len(source) < 2:
+        raise FewstepError(f"{args.images} has one image: statistics need at least 2")
     rank, world = process()
     if world > 1:
         import torch.distributed as dist
@@ -125,12 +133,11 @@ def _stats(args: argparse.Namespace) -> int:
         moments = stream_moments(source, extractor)
     if rank:
         return 0
-    skipped = {"skipped": list(source.skipped)} if source.skipped else {}
+    skipped = {name: list(value) for name in ("skipped", "passed_over") if (value := getattr(source, name))}
     meta = {**identity(extractor), "source": source.name, "images_sha256": source.sha256, **skipped}
     Statistics.from_moments(moments, meta).save(args.out)
     note = f", by {world} processes" if world > 1 else ""
-    note += f", {len(source.skipped)} left out: {', '.join(source.skipped)}" if source.skipped else ""
-    print(f"{args.out}: {len(source)} images, {extractor.name}{note}")
+    print(f"{args.out}: {len(source)} images, {extractor.name}{note}", *left(source), sep="\n- ")
     return 0
 
 
@@ -148,6 +155,7 @@ def _stats(args: argparse.Namespace) -> int:
     COLUMN,
     EXTRACTOR,
     WEIGHTS,
+    DEVICE,
     WORKERS,
     OUT,
 )
@@ -155,14 +163,20 @@ def _retrieval(args: argparse.Namespace) -> int:
     from fewstep.data import emoji
     from fewstep.evaluation.evaluate import evaluate_images
     from fewstep.evaluation.images import open_images
+    from fewstep.evaluation.prompts import read_prompts
+    from fewstep.evaluation.sampling import check_made_from, check_pairs
 
     prompted = prompted_indices(args.prompts, emoji.load()[1], args.column)
+    fake = open_images(args.fake, workers=_workers(args))
+    check_pairs(fake, len(prompted), what="captions")
+    check_made_from(fake, 1, read_prompts(args.prompts, args.column).sha256)
     result = evaluate_images(
         _open(EMOJI, args),
-        open_images(args.fake, workers=_workers(args)),
+        fake,
         extractor=args.extractor,
         prompted=prompted,
         weights=args.weights,
+        device=args.device,
     )
     return _finish(result, args.out)
 
@@ -179,6 +193,7 @@ def _retrieval(args: argparse.Namespace) -> int:
     ),
     EXTRACTOR,
     WEIGHTS,
+    DEVICE,
     WORKERS,
     OUT,
 )
@@ -186,6 +201,7 @@ def _diversity(args: argparse.Namespace) -> int:
     from fewstep.errors import FewstepError
     from fewstep.evaluation.evaluate import evaluate_images
     from fewstep.evaluation.images import open_images
+    from fewstep.evaluation.sampling import check_made_from
 
     fake = open_images(args.fake, workers=_workers(args))
     if args.per_prompt < 2 or len(fake) % args.per_prompt or len(fake) < 2 * args.per_prompt:
@@ -198,6 +214,7 @@ def _diversity(args: argparse.Namespace) -> int:
         raise FewstepError(
             f"--against {args.against}: {len(other)} images for {len(fake)}: expected as many, of the same prompts"
         )
+    check_made_from(other, args.per_prompt, check_made_from(fake, args.per_prompt))
     groups = [i // args.per_prompt for i in range(len(fake))]
     result = evaluate_images(
         other,
@@ -206,8 +223,9 @@ def _diversity(args: argparse.Namespace) -> int:
         groups=groups,
         metrics=("diversity", "vendi", *["diversity-difference"] * bool(args.against)),
         weights=args.weights,
+        device=args.device,
     )
-    return _finish({**result, "warnings": []}, args.out)
+    return _finish(result, args.out)
 
 
 @EVAL.command(
@@ -228,12 +246,14 @@ def _scores(args: argparse.Namespace) -> int:
     from fewstep.evaluation.evaluate import evaluate_images
     from fewstep.evaluation.images import open_images
     from fewstep.evaluation.prompts import read_prompts
-    from fewstep.evaluation.sampling import check_made_from, check_num
+    from fewstep.evaluation.sampling import check_made_from, check_num, check_pairs
 
     prompts = read_prompts(args.prompts, args.column)
+    if args.num is not None or args.per_prompt < 1:
+        check_num(args.num, prompts, args.per_prompt)
     fake = _first(open_images(args.fake, workers=_workers(args)), args.num)
-    check_made_from(args.fake, prompts, args.per_prompt)
-    check_num(len(fake), prompts, args.per_prompt)
+    check_made_from(fake, args.per_prompt, prompts.sha256)
+    check_pairs(fake, len(prompts.texts), args.per_prompt)
     result = evaluate_images(
         fake,
         fake,
@@ -244,7 +264,7 @@ def _scores(args: argparse.Namespace) -> int:
         scorers=args.scorer,
         device=args.device,
     )
-    return _finish({**result, "warnings": []}, args.out)
+    return _finish(result, args.out)
 
 
 @EVAL.command(
@@ -300,6 +320,7 @@ def _workers(args: argparse.Namespace) -> int | None:
 
 
 def _open(side: str, args: argparse.Namespace) -> Any:
+    from fewstep.errors import FewstepError
     from fewstep.evaluation.evaluate import open_side
     from fewstep.evaluation.images import ArrayImages
 
@@ -307,7 +328,10 @@ def _open(side: str, args: argparse.Namespace) -> Any:
         from fewstep.data import emoji
 
         return ArrayImages(emoji.load()[0], EMOJI)
-    return open_side(side, getattr(args, "skip_bad", 0), _workers(args))
+    skip_bad = getattr(args, "skip_bad", None)
+    if skip_bad is not None and skip_bad < 0:
+        raise FewstepError(f"--skip-bad is {skip_bad}, expected 0 or more")
+    return open_side(side, skip_bad, _workers(args))
 
 
 def _first(source: Any, num: int | None) -> Any:
@@ -323,10 +347,14 @@ def _first(source: Any, num: int | None) -> Any:
 
 def _finish(result: dict[str, Any], out: Path | None) -> int:
     from fewstep.evaluation.evaluate import to_markdown
+    from fewstep.evaluation.features import FeatureError
     from fewstep.files import write
 
     print(to_markdown(result))
     if out:
-        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+        try:
+            text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+        except ValueError:
+            raise FeatureError(f"{out} is not written: a number is not finite; look at the images") from None
         write(out, text)
     return 0

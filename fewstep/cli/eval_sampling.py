@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.commands import COLUMN, Commands, argument, integers
+from fewstep.cli.commands import COLUMN, Commands, argument, integers, output
+from fewstep.files import SHARED
 
 SAMPLING = Commands()
 
@@ -36,6 +37,22 @@ IMAGES = (
         metavar="R",
         help="images timed at batch 1; 0 times them as they are made",
     ),
+)
+
+
+# What a file says in place of these options of `run`.
+ROWS = (
+    "teacher",
+    "student",
+    "steps",
+    "solver",
+    "guidance",
+    "prompts",
+    "num",
+    "real",
+    "protocol",
+    "extractor",
+    "scorer",
 )
 
 
@@ -75,24 +92,29 @@ def job_of(args: argparse.Namespace, steps: int, **others: Any) -> Any:
         help="times of the network's calls, for one number of steps",
     ),
     argument("--layout", default="flat", help="flat or geneval (00000/samples/0000.png)"),
-    argument("--out", type=Path, required=True, metavar="DIR", help="gets DIR/4-steps/000000.png"),
+    output("--out", record=SHARED, required=True, metavar="DIR", help="gets DIR/4-steps/000000.png"),
     *MODEL,
     *IMAGES,
 )
 def _generate(args: argparse.Namespace) -> int:
     from fewstep.evaluation.models import open_model
     from fewstep.evaluation.prompts import read_prompts
-    from fewstep.evaluation.sampling import check_num, sample_folder
+    from fewstep.evaluation.sampling import MANIFEST, check_batches, check_num, read_manifest, sample_folder
+    from fewstep.files import check_place
 
     own = {"solver": args.solver, "guidance": args.guidance, "layout": args.layout}
     own["timesteps"] = tuple(args.timesteps) if args.timesteps else None
     jobs = [job_of(args, steps, **own) for steps in args.steps]
     prompts = read_prompts(args.prompts, args.column)
     num = check_num(args.num, prompts, args.per_prompt)
+    check_batches(args.batch_size, args.speed_runs)
     rank, world = process()
+    folders = [args.out / f"{job.steps}-{'step' if job.steps == 1 else 'steps'}" for job in jobs]
+    for folder in folders:
+        check_place(folder, True, MANIFEST, "--out")
+        read_manifest(folder)
     model = open_model(args.pipeline, args.lora, args.network, args.dtype, args.device, args.size)
-    for job in jobs:
-        folder = args.out / f"{job.steps}-{'step' if job.steps == 1 else 'steps'}"
+    for job, folder in zip(jobs, folders):
         manifest = sample_folder(
             model,
             prompts,
@@ -114,7 +136,7 @@ def _generate(args: argparse.Namespace) -> int:
     argument("spec", metavar="SPEC.yaml", nargs="?", help="see eval/README.md; or else these options:"),
     argument("--teacher", metavar="PIPELINE", help="pipeline of the first rows, and under the students"),
     argument("--student", action="append", default=[], metavar="EXPORT", help="may be repeated"),
-    argument("--steps", type=integers, default=[1, 2, 4, 8], metavar="1,2,4", help="numbers of steps"),
+    argument("--steps", type=integers, metavar="1,2,4", help="numbers of steps (default: 1,2,4,8)"),
     argument("--solver", action="append", metavar="S", help="of the teacher; may be repeated"),
     argument("--guidance", action="append", type=float, metavar="G", help="of the teacher; may be repeated"),
     argument("--prompts", metavar="FILE", help="one a line, or a table"),
@@ -124,19 +146,53 @@ def _generate(args: argparse.Namespace) -> int:
     PROTOCOL,
     argument("--extractor", metavar="NAME", help="network for the features"),
     argument("--scorer", action="append", default=[], metavar="KIND:PATH", help="of images and captions"),
-    argument("--out", type=Path, required=True, metavar="DIR", help="gets index.html and table.md"),
+    output("--out", record=SHARED, required=True, metavar="DIR", help="gets index.html and table.md"),
     DEVICE,
 )
 def _run(args: argparse.Namespace) -> int:
     from fewstep.evaluation.of_spec import run_spec, to_markdown
     from fewstep.evaluation.spec import load_spec
 
+    if args.spec and (given := [name for name in ROWS if getattr(args, name) not in (None, [])]):
+        from fewstep.errors import FewstepError
+
+        raise FewstepError(
+            f"--{given[0]} beside {args.spec}, which says it itself: change the file, or leave it out"
+        )
     spec = load_spec(args.spec) if args.spec else _spec_of(args)
     rank, world = process()
+    _check_table(spec, args.out)
     whole = run_spec(spec, args.out, device=args.device, rank=rank, world=world)
     if whole:
         print(to_markdown(whole) + f"\n{args.out / 'index.html'}")
     return 0
+
+
+def _check_table(spec: Any, out: Path) -> None:
+    """Refuses a folder whose files have the names of a table's and are none, and images that do not fit the prompts."""
+    from fewstep.errors import FewstepError
+    from fewstep.evaluation.compare import load_result
+    from fewstep.evaluation.images import FirstImages, open_images
+    from fewstep.evaluation.of_spec import rows_of
+    from fewstep.evaluation.prompts import read_prompts
+    from fewstep.evaluation.sampling import MANIFEST, check_pairs, read_manifest
+    from fewstep.files import check_place, read_text
+
+    there = [name for name in ("table.json", "table.md", "index.html") if (out / name).exists()]
+    if there and '"rows"' not in read_text(out / "table.json"):
+        raise FewstepError(
+            f"--out {out} holds {there[0]}, and no table of `fewstep eval run`; give another place"
+        )
+    for entry in spec.models:
+        if entry.images:
+            images = open_images(entry.images)
+            images = FirstImages(images, spec.num) if spec.num else images
+            check_pairs(images, len(read_prompts(spec.prompts).texts), spec.per_prompt)
+    for row in rows_of(spec):
+        check_place(out / "samples" / row.folder, True, MANIFEST, "--out")
+        read_manifest(out / "samples" / row.folder)
+        if (file := out / "results" / f"{row.folder}.json").exists():
+            load_result(file)
 
 
 def _spec_of(args: argparse.Namespace) -> Any:
@@ -147,12 +203,10 @@ def _spec_of(args: argparse.Namespace) -> Any:
     if not (args.teacher and args.prompts):
         raise FewstepError("eval run: give a SPEC.yaml, or --teacher and --prompts")
     solver, guidance = tuple(args.solver or ("own",)), tuple(args.guidance or (None,))
-    teacher = Entry(
-        "teacher", args.teacher, kind="teacher", steps=tuple(args.steps), solver=solver, guidance=guidance
-    )
+    steps = tuple(args.steps or (1, 2, 4, 8))
+    teacher = Entry("teacher", args.teacher, kind="teacher", steps=steps, solver=solver, guidance=guidance)
     students = [
-        Entry(f"student {path}", args.teacher, path, kind="student", steps=tuple(args.steps))
-        for path in args.student
+        Entry(f"student {path}", args.teacher, path, kind="student", steps=steps) for path in args.student
     ]
     return Spec(
         args.prompts,

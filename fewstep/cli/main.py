@@ -11,7 +11,7 @@ from ..errors import tell
 from ..files import at_home
 from ..version import __version__
 from . import cost, doctor, eval, recipes, runs, teachers
-from .commands import add_all
+from .commands import add_all, check_outputs
 
 MODULES = (runs, teachers, eval, recipes, cost, doctor)  # each declares its commands beside what they do
 
@@ -54,6 +54,7 @@ def _run(words: Sequence[str]) -> int:
         from ..device import choose
 
         args.device = str(choose(args.device, "--device"))
+    check_outputs(args)
     return args.run(args)
 
 

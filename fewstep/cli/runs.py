@@ -9,9 +9,10 @@ from pathlib import Path
 from ..errors import FewstepError, TrainingError
 from ..files import replacing
 from ..runs.library import load_recipe
-from .commands import DEVICE, RECIPE, RUN, Commands, argument
+from .commands import DEVICE, RECIPE, RUN, Commands, argument, output
 
 COMMANDS = Commands()
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @COMMANDS.command(
@@ -55,7 +56,7 @@ def replay(args: argparse.Namespace) -> int:
     argument("--seed", type=int, default=0),
     argument("--scale", type=int, default=1, help="integer enlargement"),
     DEVICE,
-    argument("--out", type=Path, default=Path("sample.png")),
+    output("--out", suffixes=PICTURES, default=Path("sample.png")),
 )
 def sample(args: argparse.Namespace) -> int:
     from ..export import at_steps, load_exported, stock_call

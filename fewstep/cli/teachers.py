@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from ..errors import FewstepError
+from ..files import check_place, replacing
 from ..runs.library import load_recipe, recipe_files
-from .commands import COLUMN, DEVICE, RECIPE, Commands, argument, integers
+from .commands import COLUMN, DEVICE, RECIPE, Commands, argument, integers, output
 
 COMMANDS = Commands()
 
@@ -16,7 +17,7 @@ COMMANDS = Commands()
     "prepare",
     "a teacher with a smooth time embedding, which sCM needs",
     argument("teacher", metavar="TEACHER", help="pipeline folder, hub id or builtin: name"),
-    argument("--out", type=Path, required=True, help="folder of the prepared pipeline"),
+    output("--out", required=True, help="folder of the prepared pipeline"),
     argument("--images", required=True, help="folder of captioned images, or builtin:emoji"),
     argument("--error", type=float, default=0.05, help="stop at this relative error, and"),
     argument("--stiffness", type=float, default=3.0, help="this ratio of |dF/dt| to |J_x v|"),
@@ -59,7 +60,7 @@ def prepare(args: argparse.Namespace) -> int:
     "pairs",
     "noise and samples of a recipe's teacher, for methods that regress on them",
     RECIPE,
-    argument("--out", type=Path, help="folder; default the recipe's data.pairs"),
+    output("--out", record="pairs.json", help="folder; default the recipe's data.pairs"),
     argument("--num", type=int, default=10_000),
     argument("--solver", help="ddim, euler, dpm++ or unipc; midpoint, heun or euler for tokens"),
     argument("--steps", type=int, help="of the solver; default 50, or 10 for tokens"),
@@ -110,7 +111,7 @@ def pairs(args: argparse.Namespace) -> int:
     argument("--tokens", type=int, help="of an image of LlamaGen: 256 at 256 px, 576 at 384 px"),
     argument("--top-k", type=int),
     argument("--top-p", type=float),
-    argument("--to", type=Path, required=True, help="folder"),
+    output("--to", required=True, help="folder"),
 )
 def convert(args: argparse.Namespace) -> int:
     """Published checkpoints as a pipeline folder that recipes take as their teacher."""
@@ -121,8 +122,8 @@ def convert(args: argparse.Namespace) -> int:
     if args.tokens and args.family == "llamagen":
         options["tokens"] = args.tokens
     pipe = CHECKPOINTS[args.family](args.transformer, args.tokenizer, **options)
-    with hushed():
-        pipe.save_pretrained(args.to)
+    with hushed(), replacing(args.to) as part:
+        pipe.save_pretrained(part)
     print(args.to)
     return 0
 
@@ -135,7 +136,7 @@ def convert(args: argparse.Namespace) -> int:
         help="pipeline folder, hub id or builtin:...; or a recipe, to measure its floors as its evaluation does",
     ),
     argument("--steps", type=integers, required=True, metavar="4,8"),
-    argument("--out", type=Path, required=True, help="folder for floor.json and scheduler/"),
+    output("--out", record="floor.json", required=True, help="folder for floor.json and scheduler/"),
     argument(
         "--prompts",
         default="builtin:emoji",
@@ -211,8 +212,7 @@ def _measured_floor(args: argparse.Namespace) -> int:
     recipe = override(load_recipe(args.teacher), words)
     if not recipe.evaluation.num:
         raise FewstepError("floor: this recipe has evaluation.num 0: give --evaluation.num 500")
-    if args.out.exists() and any(args.out.iterdir()):
-        raise FewstepError(f"--out {args.out} is not empty: give another folder")
+    check_place(args.out, True, option="--out")
     prompts, images = check_data(recipe)
     teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=args.device)
     evaluate_run(recipe, args.out, teacher, prompts, images)

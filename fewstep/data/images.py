@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 from ..errors import FewstepError, RecipeError, why
 from ..files import ReadError
 from . import emoji, texts
+from .image_sets import EXTENSIONS, split, walk
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TABLES = (".jsonl", ".csv", ".parquet")  # with captions: metadata.jsonl and so on
 MAX_PIXELS = 64_000_000  # a larger file is a mistake or a bomb
 
@@ -25,11 +25,13 @@ MAX_PIXELS = 64_000_000  # a larger file is a mistake or a bomb
 class CaptionedImages:
     """Captions and their images; ``load(i, size)`` is uint8 (size, size, 3).
 
-    With twice as many captions as files every file has two: i and ``i + len(files)``.
+    With twice as many captions as files every file has two: i and ``i + len(files)``. ``passed_over`` says what else
+    lay there.
     """
 
     captions: list[str]
     files: Sequence[Path] | np.ndarray
+    passed_over: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -64,9 +66,10 @@ def load_images(source: str, column: str | None = None) -> CaptionedImages:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise RecipeError(f"data.images: {source} is no folder; expected captioned images, or builtin:emoji")
+    found = split(walk(folder)[0])
     files = sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")
-    )
+        folder / name for name in found.names
+    )  # captions go by name, so runs keep the order they had
     if not files:
         raise RecipeError(f"data.images: {source} holds no image; looked for {', '.join(EXTENSIONS)}")
     try:
@@ -82,7 +85,7 @@ def load_images(source: str, column: str | None = None) -> CaptionedImages:
             f"data.images: {source}: {len(corrupt)} of {len(files)} files cannot be read: {', '.join(corrupt[:10])}"
             f"{more}; remove or replace them"
         )
-    return CaptionedImages(captions, files)
+    return CaptionedImages(captions, files, found.passed_over)
 
 
 def tables(source: str | Path) -> list[Path]:
@@ -146,6 +149,8 @@ def _fault(path: Path) -> str | None:
         with Image.open(path) as image:  # reads the header only
             if image.width * image.height > MAX_PIXELS:
                 return f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} in all"
+            if image.mode == "F":
+                return "pixels are floating-point numbers, not 8 or 16 bits"
         _open(path)
     except Exception as error:  # Pillow raises many kinds on hostile files
         return str(error).splitlines()[0][:80] or type(error).__name__

@@ -12,12 +12,35 @@ def load_result(path: str | Path) -> dict[str, Any]:
     """Reads what `fewstep eval ... --out` wrote."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-        if result["schema"] == 1 and {"metrics", "extractor", "real", "fake"} <= set(result):
+        problem = _fault(result)
+        if problem is None:
             return result
-        problem = f"schema {result['schema']}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = str(error) or type(error).__name__
     raise FewstepError(f"{path} is no result of `fewstep eval` ({problem}): write one with --out FILE.json")
+
+
+def _fault(result: dict[str, Any]) -> str | None:
+    """What in it is not as `evaluate_images` writes it."""
+    if result["schema"] != 1:
+        return f"schema {result['schema']}"
+    sides = [result[side] for side in ("real", "fake")]
+    if not all(isinstance(x, dict) for x in (*sides, result["extractor"], result["metrics"])):
+        return "real, fake, extractor and metrics are not all mappings"
+    if odd := [side for side in sides if not {"name", "n", "sha256"} <= {*side}]:
+        return f"a side is {odd[0]}"
+    for label, entry in result["metrics"].items():
+        value, error = entry["value"], entry["error"]
+        if not _is_number(value) or not (error is None or _is_number(error)):
+            return f"{label} is {value!r} ± {error!r}"
+    warnings = result["warnings"]
+    if not (isinstance(warnings, list) and all(isinstance(warning, str) for warning in warnings)):
+        return f"warnings is {warnings!r}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def compare(results: dict[str, dict[str, Any]]) -> str:

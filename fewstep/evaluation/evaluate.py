@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.device import choose
 from fewstep.errors import FewstepError
 from fewstep.evaluation import protocols
 from fewstep.evaluation.images import ImageSource, open_images
 from fewstep.evaluation.measures import MEASURES, Number, Sides, describe, measure
 from fewstep.evaluation.protocols import Protocol
-from fewstep.evaluation.statistics import Statistics, table
+from fewstep.evaluation.statistics import IDENTITY, Statistics, table
 from fewstep.vision.extractor import Extractor, identity
 from fewstep.vision.extractors import DEFAULT, get_extractor
 from fewstep.vision.scores import Scorer, get_scorer
@@ -51,7 +52,7 @@ class Question:
     declared: bool = False
     captions: Sequence[str] | None = None
     scorers: Sequence[str | Scorer] = ()
-    device: str = "cpu"
+    device: str | None = "cpu"
 
     def __post_init__(self) -> None:
         if unknown := set(self.metrics) - set(MEASURES):
@@ -59,10 +60,13 @@ class Question:
         if isinstance(self.protocol, str):
             self.protocol = protocols.load(self.protocol)
         if self.extractor is None or isinstance(self.extractor, str):
+            self.device = str(choose(self.device, "device"))
             if self.protocol:
                 self.extractor = self.protocol.get_extractor(self.extractor, self.device, self.weights)
             else:
                 self.extractor = get_extractor(self.extractor or DEFAULT, self.device, self.weights)
+        elif self.weights is not None:
+            raise FewstepError(f"--weights {self.weights}: the extractor {self.extractor.name} has its own")
 
     def sides(
         self, real: ImageSource | Statistics, fake: ImageSource | Statistics, n_real: int, n_fake: int
@@ -104,10 +108,12 @@ def evaluate_images(real: Any, fake: Any, **asked: Any) -> dict[str, Any]:
     Raises:
         FewstepError: unreadable input, unlike statistics, features that are not finite.
     """
-    question = Question(**asked)
     real, fake = open_side(real), open_side(fake)  # both, before the network runs on either
+    if asked.get("extractor") is None and asked.get("protocol") is None:
+        asked["extractor"] = _recorded(real, fake)
+    question = Question(**asked)
     if question.declared:
-        real, fake = (_declare(side, question.extractor) for side in (real, fake))
+        real, fake = _declare((real, fake), question.extractor)
     about = {"real": describe(real), "fake": describe(fake)}
     counts = {"n_real": about["real"]["n"], "n_fake": about["fake"]["n"]}
     metrics = (*question.metrics, *["scores"] * bool(question.scorers))
@@ -127,7 +133,11 @@ def evaluate_images(real: Any, fake: Any, **asked: Any) -> dict[str, Any]:
             }
             for n in numbers
         },
-        "warnings": [*_skipped(real, fake), *_warnings(about, question, left_out)],
+        "warnings": [
+            *dict.fromkeys(line for side in (real, fake) for line in left(side)),
+            *(f"without {name}: {reason}" for name, reason in left_out.items()),
+            *_warnings(about, question),
+        ],
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -136,7 +146,7 @@ def evaluate_images(real: Any, fake: Any, **asked: Any) -> dict[str, Any]:
     }
 
 
-def open_side(side: Any, skip_bad: int = 0, workers: int | None = None) -> ImageSource | Statistics:
+def open_side(side: Any, skip_bad: int | None = None, workers: int | None = None) -> ImageSource | Statistics:
     """Images (see `open_images`), or statistics if it is a `Statistics` or an npz file that has `mu`."""
     if isinstance(side, Statistics):
         return side
@@ -152,7 +162,7 @@ def open_side(side: Any, skip_bad: int = 0, workers: int | None = None) -> Image
             has_moments = False
         if has_moments:
             return Statistics.load(side)
-    return open_images(side, at_least=2, skip_bad=skip_bad, workers=workers)
+    return open_images(side, skip_bad=skip_bad, workers=workers)
 
 
 def to_markdown(results: dict[str, Any]) -> str:
@@ -174,10 +184,30 @@ def check_captions(captions: Sequence[str] | None, images: int) -> None:
         )
 
 
-def _declare(side: ImageSource | Statistics, extractor: Extractor) -> ImageSource | Statistics:
-    if not isinstance(side, Statistics) or "extractor" in side.meta:
-        return side
-    return dataclasses.replace(side, meta={**identity(extractor), **side.meta, "declared": True})
+class Recorded(Extractor):
+    """The extractor that two statistics files name, where there are no images for it to see."""
+
+    def __init__(self, meta: dict[str, Any]):
+        self.name, self.dim, self.resize = meta["extractor"], meta["dim"], meta["resize"]
+        self.weights_sha256 = meta["weights_sha256"]
+
+
+def _recorded(real: Any, fake: Any) -> Extractor | None:
+    """None where the network has something to see, or nobody knows what has seen it."""
+    known = all(isinstance(s, Statistics) and not s.images and {*IDENTITY} <= {*s.meta} for s in (real, fake))
+    return Recorded(real.meta) if known else None
+
+
+def _declare(sides: tuple[Any, Any], extractor: Extractor) -> list[Any]:
+    """The sides, with statistics of unknown origin declared this extractor's; FewstepError if there are none."""
+    foreign = [isinstance(side, Statistics) and "extractor" not in side.meta for side in sides]
+    if not any(foreign):
+        raise FewstepError("--declared: no side is a statistics file that names no extractor; leave it out")
+    origin = identity(extractor)
+    return [
+        dataclasses.replace(side, meta={**origin, **side.meta, "declared": True}) if unknown else side
+        for side, unknown in zip(sides, foreign)
+    ]
 
 
 def _check_sizes(protocol: Protocol, real: Any, fake: Any) -> None:
@@ -205,28 +235,35 @@ def _check_indices(name: str, values: Any, length: int, below: int | None = None
     return values.long()
 
 
-def _skipped(*sides: ImageSource | Statistics) -> Iterator[str]:
-    for side in sides:
-        if isinstance(side, ImageSource) and (names := side.skipped):
+def left(side: ImageSource | Statistics) -> Iterator[str]:
+    """What lies with the images of a side and is no part of them."""
+    if isinstance(side, ImageSource):
+        if names := side.skipped:
             yield f"{len(names)} images of {side.name} cannot be read and were left out: {', '.join(names)}"
+        if side.passed_over:
+            yield f"{side.name}: passed over {', '.join(side.passed_over)}"
 
 
-def _warnings(about: dict[str, Any], question: Question, left_out: list[str]) -> Iterator[str]:
-    protocol, dim = question.protocol, question.extractor.dim
-    if about["real"]["sha256"] and about["real"]["sha256"] == about["fake"]["sha256"]:
+def _warnings(about: dict[str, Any], question: Question) -> Iterator[str]:
+    protocol, hashes = question.protocol, [about[side]["sha256"] for side in ("real", "fake")]
+    compared = any(MEASURES[name].compares for name in question.metrics)
+    if compared and hashes[0] is not None and hashes[0] == hashes[1]:
         yield "real and fake are the same images"
-    if left_out:
-        yield f"without {', '.join(left_out)}, which need images where statistics were given"
     if question.declared:
         yield "the origin of the foreign statistics is declared, not verified"
-    fewest = min(about["real"]["n"], about["fake"]["n"])
-    if fewest == 0:
-        yield "the number of images behind a statistics file is unknown: compare equal counts only"
-    elif fewest <= dim:
-        yield f"{fewest} images for {dim} features: the covariance is singular; compare FD at equal counts"
-    elif fewest < 10_000:
-        yield f"{fewest} images are few: FD is biased by about c/n; compare it at equal counts only"
+    if {"fd", "fd_inf", "patch-fd"} & {*question.metrics}:
+        yield from _few(min(about["real"]["n"], about["fake"]["n"]), question.extractor.dim)
     if protocol and protocol.samples and about["fake"]["n"] > protocol.samples:
         yield f"the protocol {protocol.name} wants {protocol.samples} images: use --num {protocol.samples}"
     if protocol and protocol.approximate:
         yield f"the protocol {protocol.name} is approximate: {' '.join(protocol.notes)}"
+
+
+def _few(images: int, dim: int) -> Iterator[str]:
+    """What the number of images, 0 where it is unknown, does to a Fréchet distance."""
+    if images == 0:
+        yield "the number of images behind a statistics file is unknown: compare equal counts only"
+    elif images <= dim:
+        yield f"{images} images for {dim} features: the covariance is singular; compare FD at equal counts"
+    elif images < 10_000:
+        yield f"{images} images are few: FD is biased by about c/n; compare it at equal counts only"

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
@@ -16,12 +16,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fewstep.errors import FewstepError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PIECE = 16  # files that a worker handles at a time: few, so that the network need not wait long for the first
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -39,15 +38,16 @@ class Member:
         return PurePosixPath(self.path).name
 
     def read_bytes(self) -> bytes:
-        return _opened(self.archive, os.getpid()).read(self.path)
+        about = self.archive.stat()
+        return _opened(self.archive, about.st_mtime_ns, about.st_size, os.getpid()).read(self.path)
 
 
 File = Path | Member
 
 
-@cache
-def _opened(archive: Path, _process: int) -> zipfile.ZipFile:
-    """One handle per process: a forked one shares its position in the file with its parent."""
+@lru_cache(8)
+def _opened(archive: Path, _changed: int, _bytes: int, _process: int) -> zipfile.ZipFile:
+    """One handle per process, which shares its position in the file with those that fork; none of an older file."""
     return zipfile.ZipFile(archive)
 
 
@@ -71,7 +71,7 @@ def read_files(files: Sequence[File], size: int) -> Iterator[Tensor]:
         try:
             image = read_image(file)
         except Exception as error:  # a file that passed the check: changed since, or damaged inside a chunk
-            raise FewstepError(f"{file} cannot be decoded: {error or type(error).__name__}") from None
+            raise FewstepError(f"{file} cannot be decoded: {_reason(error)}") from None
         if batch and (len(batch) == size or image.shape != batch[0].shape):
             yield torch.from_numpy(np.stack(batch))
             batch = []
@@ -80,10 +80,19 @@ def read_files(files: Sequence[File], size: int) -> Iterator[Tensor]:
         yield torch.from_numpy(np.stack(batch))
 
 
+def _reason(error: Exception) -> str:
+    """What is wrong with a file in its own words, without those of the buffer that Pillow saw."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image of a known format"
+    return f"{error or type(error).__name__}"
+
+
 def check_file(file: File) -> tuple[int, int]:
     """Height and width as stored; raises what Pillow raises on a file that cannot be decoded."""
     with Image.open(io.BytesIO(file.read_bytes())) as image:
         width, height = image.size
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of unknown range; expected 8 or 16 bits")
         if image.format == "PNG":
             image.verify()  # checksums of every chunk, without decoding
         else:
@@ -99,7 +108,7 @@ def check_files(files: Sequence[File]) -> list[tuple[int, int] | str]:
         try:
             return check_file(file)
         except Exception as error:  # Pillow's decoders raise many kinds, SyntaxError among them
-            return f"{error or type(error).__name__}"
+            return _reason(error)
 
     # One handle of a zip archive must not be shared by threads.
     threads = 1 if files and isinstance(files[0], Member) else min(8, os.cpu_count() or 1)

@@ -23,7 +23,7 @@ from ..diffusion.few_steps import Paths, best_nodes, node_weights, reference_tim
 from ..diffusion.rng import Rng
 from ..diffusion.schedules import Flow, Schedule
 from ..errors import FewstepError
-from ..files import write_json
+from ..files import replacing, write_json
 from ..teachers.base import Teacher
 from ..teachers.schedulers import FLOOR
 
@@ -239,8 +239,9 @@ def stock_scheduler(scheduler: Any, solver: str) -> Any:
 
 def write_floor(folder: Path, scheduler: Any, record: dict[str, Any]) -> None:
     """Writes ``floor.json`` and ``scheduler/scheduler_config.json``, which stock diffusers loads."""
-    stock_scheduler(scheduler, record["solver"]).save_pretrained(folder / "scheduler")
-    write_json(folder / RECORD, record)
+    with replacing(folder, record=RECORD) as part:
+        stock_scheduler(scheduler, record["solver"]).save_pretrained(part / "scheduler")
+        write_json(part / RECORD, record)
 
 
 def floor_sampler(solver: str, pipe: Any, scheduler: Any, num_steps: int) -> tuple[Any, dict[str, Any]]:

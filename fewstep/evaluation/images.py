@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.data.image_sets import EXTENSIONS, ImageSet, check_one_set, folder_set, split
 from fewstep.errors import FewstepError
 from fewstep.evaluation.files import (
-    EXTENSIONS,
     File,
     Member,
     check_files,
@@ -32,12 +32,14 @@ class ImageSource:
         name: path, or "array".
         sizes: the (height, width) that occur, before any rotation that EXIF asks for.
         skipped: names of files that could not be read and were left out, as the caller allowed.
+        passed_over: what lies there and is no part of the set, in words.
         files: one per image, if there are files. workers: how many processes decode them.
     """
 
     name: str
     sizes: set[tuple[int, int]]
     skipped: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
     files: list[File] | None = None
     workers: int = 0
 
@@ -72,17 +74,17 @@ class ImageSource:
 def open_images(
     images: "str | Path | np.ndarray | Tensor | ImageSource",
     at_least: int = 1,
-    skip_bad: int = 0,
+    skip_bad: int | None = None,
     workers: int | None = None,
 ) -> ImageSource:
     """Opens images and checks them all, so that errors come before expensive work.
 
     Args:
-        images: folder or zip file with png, jpg, jpeg, webp or bmp files (sorted by name; a folder's subfolders
-            are entered if it has no image itself), npz file with a uint8 array `images` or `arr_0`
-            (N, H, W, 3), or such an array or tensor.
+        images: folder or zip file of image files (see `fewstep.data.image_sets`), npz file with a uint8 array
+            `images` or `arr_0` (N, H, W, 3), or such an array or tensor.
         at_least: smallest number of images that is useful to the caller.
-        skip_bad: how many unreadable files may be left out; more are an error.
+        skip_bad: how many unreadable files may be left out; more are an error. None where none may, because images
+            belong to prompts by their order.
         workers: processes that decode files, by default `default_workers()`.
 
     Raises:
@@ -136,6 +138,7 @@ class NpzImages(ImageSource):
                         f"{path} has the arrays {sorted(names)}, expected one called images or arr_0"
                     )
                 self.member = keys[0] + ".npy"
+                self.passed_over = tuple(f"the array {key}" for key in keys[1:])
                 with archive.open(self.member) as file:
                     self.shape, fortran, dtype = _read_header(file)
                     stored = archive.getinfo(self.member).file_size - file.tell()
@@ -172,26 +175,36 @@ class NpzImages(ImageSource):
 
 
 class FileImages(ImageSource):
-    """Image files of a folder or of a zip archive, sorted by name."""
+    """Image files of a folder or of a zip archive, in natural order.
+
+    Attributes:
+        names: of the files, relative.
+    """
 
     files: list[File]
 
-    def __init__(self, path: Path, skip_bad: int = 0, workers: int = 0):
+    def __init__(self, path: Path, skip_bad: int | None = None, workers: int = 0):
         self.name, self.workers = str(path), workers
-        names, files = _files_of(path)
-        if not files:
-            raise FewstepError(f"{path} has no images: looked for {', '.join(EXTENSIONS)}")
+        found_set = _set_of(path)
+        names, self.passed_over = found_set.names, found_set.passed_over
+        if not names:
+            beside = f"; passed over {', '.join(self.passed_over)}" if self.passed_over else ""
+            raise FewstepError(f"{path} has no images: looked for {', '.join(EXTENSIONS)}{beside}")
+        files = [path / name if path.is_dir() else Member(path, name) for name in names]
         _check_names(path, names)
         found = check_files(files)
         broken = [f"{name}: {size}" for name, size in zip(names, found) if isinstance(size, str)]
         self.files = [file for file, size in zip(files, found) if not isinstance(size, str)]
+        self.names = [name for name, size in zip(names, found) if not isinstance(size, str)]
         self.sizes = {size for size in found if not isinstance(size, str)}
         self.skipped = tuple(name for name, size in zip(names, found) if isinstance(size, str))
-        if len(broken) > skip_bad or not self.files:
+        if len(broken) > (skip_bad or 0) or not self.files:
             more = f"\n  and {len(broken) - 10} more" if len(broken) > 10 else ""
+            allow = "" if skip_bad is None else ", or allow some with --skip-bad"
             raise FewstepError(
-                f"{path}: {len(broken)} of {len(files)} images cannot be read: remove or replace "
-                f"them, or allow some with --skip-bad\n  " + "\n  ".join(broken[:10]) + more
+                f"{path}: {len(broken)} of {len(files)} images cannot be read: remove or replace them{allow}\n  "
+                + "\n  ".join(broken[:10])
+                + more
             )
 
     def __len__(self) -> int:
@@ -214,6 +227,7 @@ class ShardImages(ImageSource):
     def __init__(self, source: ImageSource, rank: int, world: int):
         self.name, self.source = source.name, source
         self.sizes, self.skipped, self.workers = source.sizes, source.skipped, source.workers
+        self.passed_over = source.passed_over
         self.mine = torch.arange(len(source)) // BLOCK % world == rank  # (N,)
         if source.files is not None:
             self.files = [file for file, mine in zip(source.files, self.mine) if mine]
@@ -241,6 +255,7 @@ class FirstImages(ImageSource):
             raise FewstepError(f"{source.name} has {len(source)} images, but {after + n} are asked for")
         self.name, self.source, self.n, self.after = source.name, source, n, after
         self.sizes, self.skipped, self.workers = source.sizes, source.skipped, source.workers
+        self.passed_over = source.passed_over
         self.files = None if source.files is None else source.files[after : after + n]
 
     def __len__(self) -> int:
@@ -265,26 +280,19 @@ class FirstImages(ImageSource):
         return hashlib.sha256(f"first {self.n}{after} of {self.source.sha256}".encode()).hexdigest()
 
 
-def _files_of(path: Path) -> tuple[list[str], list[File]]:
-    """Names and image files of a folder or zip archive, sorted by name."""
-    # Hidden files are leftovers of interrupted writers, or of file browsers.
+def _set_of(path: Path) -> ImageSet:
+    """The images of a folder or zip archive."""
     if path.is_dir():
-        found: dict[str, File] = {p.name: p for p in path.iterdir() if _is_image(p.name) and p.is_file()}
-        if not found:
-            found = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if _is_image(p.name)}
-    else:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                members = archive.namelist()
-        except (OSError, zipfile.BadZipFile) as error:
-            raise FewstepError(f"{path} is no readable zip archive: {error}") from None
-        _check_members(path, members)
-        found = {m: Member(path, m) for m in members if _is_image(PurePath(m).name)}
-    return sorted(found), [found[name] for name in sorted(found)]
-
-
-def _is_image(name: str) -> bool:
-    return PurePath(name).suffix.lower() in EXTENSIONS and name[0] != "."
+        return folder_set(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [name for name in archive.namelist() if not name.endswith("/")]
+            _check_members(path, members)
+            found = split(members)
+            check_one_set(str(path), found.names, members, archive.read)
+    except (OSError, zipfile.BadZipFile, RuntimeError) as error:  # the last of an encrypted manifest
+        raise FewstepError(f"{path} is no readable zip archive: {error}") from None
+    return found
 
 
 def _check_names(folder: Path, names: list[str]) -> None:

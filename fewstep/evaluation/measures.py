@@ -14,7 +14,7 @@ from fewstep.errors import FewstepError
 from fewstep.evaluation import metrics as M
 from fewstep.evaluation.features import BATCH, extract
 from fewstep.evaluation.images import ImageSource, open_images
-from fewstep.evaluation.statistics import Moments, Statistics, check_comparable
+from fewstep.evaluation.statistics import Moments, Statistics, check_comparable, check_origin
 from fewstep.vision.extractor import Extractor, Prepared, identity
 from fewstep.vision.lpips import find_lpips, lpips_diversity
 from fewstep.vision.preprocess import crop_and_resize
@@ -53,6 +53,11 @@ class Sides:
     groups: Tensor | None = None
     captions: Sequence[str] | None = None
     scorers: Sequence[Scorer] = ()
+
+    @cached_property
+    def images(self) -> dict[str, ImageSource | None]:
+        """Of "real" and "fake"; None where there are only statistics."""
+        return {"real": images_of(self.real), "fake": images_of(self.fake)}
 
     @cached_property
     def x(self) -> Tensor:
@@ -152,13 +157,7 @@ def fd_inf(sides: Sides) -> Iterator[Number]:
 
 def patch_fd(sides: Sides) -> Iterator[Number]:
     """Fréchet distance of middle patches at full resolution, which sees detail that resizing hides."""
-    size, both = sides.extractor.size, (images_of(sides.real), images_of(sides.fake))
-    small = [s.name for s in both if max(max(shape) for shape in s.sizes) <= size]
-    if small:
-        raise FewstepError(
-            f"patch-fd takes the middle {size} x {size} pixels, "
-            f"but no image of {' and '.join(small)} is larger"
-        )
+    size, both = sides.extractor.size, (sides.images["real"], sides.images["fake"])
     # Without the crop and resize of a protocol, which would take the detail away.
     base = sides.extractor.extractor if isinstance(sides.extractor, Prepared) else sides.extractor
     patch = Prepared(base, crop_and_resize("patch", None, size))
@@ -174,8 +173,6 @@ def kid(sides: Sides) -> Iterator[Number]:
 
 def retrieval(sides: Sides) -> Iterator[Number]:
     """Share of fake images that look most like the real image they were asked to be."""
-    if sides.prompted is None:
-        return
     same = M.duplicate_groups(torch.cat(list(images_of(sides.real).batches(1024))))
     share = M.retrieval_accuracy(sides.y, sides.prompted, sides.x, same)
     error = (share * (1 - share) / len(sides.y)) ** 0.5
@@ -197,8 +194,6 @@ def vendi(sides: Sides) -> Iterator[Number]:
 
 def diversity(sides: Sides) -> Iterator[Number]:
     """How different the images of one prompt are: by features, and by LPIPS where its weights are."""
-    if sides.groups is None:
-        return
     yield Number("diversity", *M.intra_group_diversity(sides.y, sides.groups), "over prompts")
     distance, fake = find_lpips(), images_of(sides.fake)
     if distance and len(fake.sizes) == 1:
@@ -216,10 +211,6 @@ def diversity_difference(sides: Sides) -> Iterator[Number]:
 
 def inception_score(sides: Sides) -> Iterator[Number]:
     """How sure and how varied the extractor's classifier is."""
-    if not hasattr(sides.extractor, "classify"):
-        raise FewstepError(
-            f"the Inception score needs a classifier, which {sides.extractor.name} has not: use inception-2015"
-        )
     value, error = M.inception_score(sides.extractor.classify(sides.y))
     yield Number("IS", value, error, "over 10 parts of the images")
 
@@ -236,37 +227,127 @@ def scores(sides: Sides) -> Iterator[Number]:
         if not values.isfinite().all():
             raise FewstepError(f"{scorer.label} of {fake.name} is not finite: look at {scorer.name}")
         extra = {"weights_sha256": scorer.weights_sha256}
-        error = float(values.std() / len(values) ** 0.5)
+        error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
         yield Number(scorer.label, float(values.mean()), error, "over images", extra, by=scorer.name)
 
 
-# name: function, and which sides must be images rather than statistics
-MEASURES: dict[str, tuple[Callable[[Sides], Iterator[Number]], tuple[str, ...]]] = {
-    "fd": (fd, ()),
-    "fd_inf": (fd_inf, ("fake",)),
-    "patch-fd": (patch_fd, ("real", "fake")),
-    "kid": (kid, ("real", "fake")),
-    "retrieval": (retrieval, ("real", "fake")),
-    "prdc": (prdc, ("real", "fake")),
-    "vendi": (vendi, ("fake",)),
-    "diversity": (diversity, ("fake",)),
-    "diversity-difference": (diversity_difference, ("real", "fake")),
-    "is": (inception_score, ("fake",)),
-    "scores": (scores, ("fake",)),
+def _count(least: int, *names: str) -> Callable[[Sides], str | None]:
+    """Why there are too few images on these sides."""
+
+    def lacks(sides: Sides) -> str | None:
+        counts = {name: len(images) for name, images in sides.images.items() if images is not None}
+        few = {name: counts[name] for name in names if counts.get(name, least) < least}
+        have = " and ".join(f"{name} has {n}" for name, n in few.items())
+        return f"it needs at least {least} images, and {have}" if few else None
+
+    return lacks
+
+
+def _small(sides: Sides) -> str | None:
+    """Why there are no patches."""
+    if few := _count(2, "real", "fake")(sides):
+        return few
+    size, both = sides.extractor.size, sides.images.values()
+    small = [s.name for s in both if s is not None and max(map(max, s.sizes)) <= size]
+    none = f"but no image of {' and '.join(small)} is larger"
+    return f"it takes the middle {size} x {size} pixels, {none}" if small else None
+
+
+def _unclassified(sides: Sides) -> str | None:
+    if hasattr(sides.extractor, "classify"):
+        return _count(20, "fake")(sides)
+    return f"it needs a classifier, which {sides.extractor.name} has not: use inception-2015"
+
+
+def _unpaired(sides: Sides) -> str | None:
+    counts = [len(images or ()) for images in sides.images.values()]
+    if sides.groups is None or counts[0] != counts[1]:
+        return f"it needs images of the same prompts on both sides, and these are {counts[0]} and {counts[1]}"
+    return _ungrouped(sides)
+
+
+def _ungrouped(sides: Sides) -> str | None:
+    several = (torch.unique(sides.groups, return_counts=True)[1] > 1).sum().item()
+    return (
+        None
+        if several > 1
+        else f"it needs at least 2 prompts with several images each, and there are {several}"
+    )
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric and what it takes.
+
+    Attributes:
+        numbers: the function. images: sides that must be images rather than statistics.
+        lacks: why it cannot be had of some sides, known before a network runs; None where it can.
+        moments: it compares means and covariances.
+        asked: what of `Sides` is its question; without it the measure is not asked for.
+    """
+
+    numbers: Callable[[Sides], Iterator[Number]]
+    images: tuple[str, ...] = ()
+    lacks: Callable[[Sides], str | None] = lambda _sides: None
+    moments: bool = False
+    asked: str | None = None
+
+    @property
+    def compares(self) -> bool:
+        """It is about both sides."""
+        return self.moments or "real" in self.images
+
+
+MEASURES: dict[str, Measure] = {
+    "fd": Measure(fd, lacks=_count(2, "real", "fake"), moments=True),
+    "fd_inf": Measure(fd_inf, ("fake",), _count(8, "fake"), moments=True),
+    "patch-fd": Measure(patch_fd, ("real", "fake"), _small),
+    "kid": Measure(kid, ("real", "fake"), _count(3, "real", "fake")),
+    "retrieval": Measure(retrieval, ("real", "fake"), asked="prompted"),
+    "prdc": Measure(prdc, ("real", "fake"), _count(6, "real", "fake")),
+    "vendi": Measure(vendi, ("fake",)),
+    "diversity": Measure(diversity, ("fake",), _ungrouped, asked="groups"),
+    "diversity-difference": Measure(diversity_difference, ("real", "fake"), _unpaired),
+    "is": Measure(inception_score, ("fake",), _unclassified),
+    "scores": Measure(scores, ("fake",)),
 }
 
 
-def measure(names: tuple[str, ...], sides: Sides) -> tuple[list[Number], list[str]]:
-    """All numbers, and the names of the measures that need images where there are statistics."""
-    numbers: list[Number] = []
-    left_out: list[str] = []
+def measure(names: tuple[str, ...], sides: Sides) -> tuple[list[Number], dict[str, str]]:
+    """All numbers, and why some measures cannot be had; see :func:`possible`."""
+    wanted, left_out = possible(names, sides)
+    return [number for name in wanted for number in MEASURES[name].numbers(sides)], left_out
+
+
+def possible(names: tuple[str, ...], sides: Sides) -> tuple[list[str], dict[str, str]]:
+    """The measures that can be had, and why the others cannot, before the network sees an image.
+
+    Raises:
+        FewstepError: none can be had, or statistics that were made in another way.
+    """
+    left_out: dict[str, str] = {}
+    names = tuple(
+        n for n in names if (asked := MEASURES[n].asked) is None or getattr(sides, asked) is not None
+    )
     for name in names:
-        function, needed = MEASURES[name]
-        if any(images_of(getattr(sides, side)) is None for side in needed):
-            left_out.append(name)
-        else:
-            numbers += function(sides)
-    return numbers, left_out
+        if reason := _reason(name, sides):
+            left_out[name] = reason
+    wanted = [name for name in names if name not in left_out]
+    if left_out and not wanted:
+        raise FewstepError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()))
+    if any(MEASURES[name].moments for name in wanted):
+        for side, statistics in (("real", sides.real), ("fake", sides.fake)):
+            if isinstance(statistics, Statistics):
+                check_origin(statistics, identity(sides.extractor), side)
+    return wanted, left_out
+
+
+def _reason(name: str, sides: Sides) -> str | None:
+    """Why a measure cannot be had."""
+    one = MEASURES[name]
+    if any(sides.images[side] is None for side in one.images):
+        return "it needs images where statistics were given"
+    return one.lacks(sides)
 
 
 def images_of(side: ImageSource | Statistics) -> ImageSource | None:

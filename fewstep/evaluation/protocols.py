@@ -88,7 +88,7 @@ class Protocol:
         if name == "inception-2015":
             base: Extractor = Inception2015(self.extractor_resize, self.scaling, device, weights)
         else:
-            base = get_extractor(name, device)
+            base = get_extractor(name, device, weights)
         steps = preprocess.crop_and_resize(self.crop, self.resize, base.size)
         return Prepared(base, steps) if steps else base
 

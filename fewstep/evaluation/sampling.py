@@ -19,18 +19,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from fewstep.data.image_sets import MANIFEST
 from fewstep.errors import FewstepError
 from fewstep.evaluation.files import check_file
+from fewstep.evaluation.images import FirstImages, ImageSource
 from fewstep.evaluation.models import Model
 from fewstep.evaluation.prompts import Prompts
 from fewstep.evaluation.speed import Stopwatch, measure_speed
 from fewstep.evaluation.statistics import table
-from fewstep.files import create, replacing, sweep, write, write_json
+from fewstep.files import check_place, create, replacing, sweep, write, write_json
 from fewstep.teachers.generate import call_pipeline
 from fewstep.teachers.lengths import too_long
 from fewstep.teachers.pipelines import size_options
 
-MANIFEST = "manifest.json"
 ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"nearest": np.round, "truncate": np.floor}
 LAYOUTS: dict[str, Callable[[int, int], str]] = {
     "flat": lambda i, per_prompt: f"{i:06d}.png",
@@ -70,12 +71,23 @@ class Job:
             if getattr(self, name) < 1:
                 raise FewstepError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more")
 
+        if not 0 <= self.seed < 2**62:
+            raise FewstepError(f"--seed is {self.seed}, expected 0 or more, below 2^62")
+        if self.size is not None and self.size < 1:
+            raise FewstepError(f"--size is {self.size}, expected a number of pixels from 1 on")
         if self.timesteps and len(self.timesteps) != self.steps:
             raise FewstepError(f"--timesteps has {len(self.timesteps)} times for --steps {self.steps}")
 
     def path(self, i: int) -> str:
         """File of sample i inside the folder."""
         return LAYOUTS[self.layout](i, self.per_prompt)
+
+
+def check_batches(batch_size: int, speed_runs: int) -> None:
+    if batch_size < 1:
+        raise FewstepError(f"--batch-size is {batch_size}, expected 1 or more")
+    if speed_runs < 0:
+        raise FewstepError(f"--speed-runs is {speed_runs}, expected 0 (none) or more")
 
 
 def check_num(num: int | None, prompts: Prompts, per_prompt: int) -> int:
@@ -119,6 +131,7 @@ def sample_folder(
         FewstepError: the folder holds another run (with a table of what differs), or images are not finite.
     """
     num = check_num(num, prompts, job.per_prompt)
+    check_batches(batch_size, speed_runs)
     call = model.prepare(job.steps, job.solver, job.guidance, job.timesteps)
     if job.size:
         call |= size_options(model.pipe, job.size)
@@ -194,17 +207,69 @@ def is_complete(folder: Path, job: Job, num: int) -> bool:
     return all((folder / job.path(i)).is_file() for i in range(num))
 
 
-def check_made_from(folder: str | Path, prompts: Prompts, per_prompt: int) -> None:
-    """Refuses prompts that are not those of a folder of generated images; other images cannot be checked."""
-    manifest = read_manifest(folder)
-    wanted = {"prompts_sha256": prompts.sha256, "per_prompt": per_prompt}
+def check_pairs(images: ImageSource, lines: int, per_prompt: int = 1, what: str = "prompts") -> None:
+    """Refuses images that are more or fewer than those of some prompts: all behind the first gap would be shifted.
+
+    Args:
+        images: all of a set, or as many as were asked for by a number. lines: how many prompts there are.
+        what: they are, for errors.
+    """
+    wanted = lines * per_prompt
+    first = isinstance(images, FirstImages)
+    if len(images) == wanted or (first and len(images) < wanted):
+        return
+    of = f"{lines} {what}" + (f" with {per_prompt} images each" if per_prompt > 1 else "")
+    raise FewstepError(
+        f"{images.name}: {len(images)} images for {of}, expected {wanted}: one too few or too many shifts all behind "
+        "it. Put back what is missing, or remove what is too much; --per-prompt K is for K images of each in a row"
+        + (
+            ""
+            if first or what != "prompts"
+            else f", --num {min(len(images), wanted)} takes the first of both"
+        )
+    )
+
+
+def check_made_from(images: ImageSource, per_prompt: int, prompts_sha256: str | None = None) -> str | None:
+    """Refuses generated images that are of other prompts, or not all there; other images cannot be checked.
+
+    Args:
+        images: those of a folder of `sample_folder`, or the first of them. prompts_sha256: None where any will do.
+
+    Returns:
+        The hash of the prompts that they were made from, if that is known.
+    """
+    manifest = read_manifest(images.name)
+    if manifest is None:
+        return None
+    wanted = {"prompts_sha256": prompts_sha256, "per_prompt": per_prompt}
     rows = [
         (key, str(manifest["run"][key]), str(value))
         for key, value in wanted.items()
-        if manifest and manifest["run"][key] != value
+        if value is not None and manifest["run"][key] != value
     ]
     if rows:
-        raise FewstepError(f"{folder} was made from other prompts:\n" + table(("", "there", "given"), rows))
+        raise FewstepError(
+            f"{images.name} was made from other prompts:\n" + table(("", "there", "given"), rows)
+        )
+    check_whole(images, manifest)
+    return manifest["run"]["prompts_sha256"]
+
+
+def check_whole(images: ImageSource, manifest: dict[str, Any] | None) -> None:
+    """Refuses generated images of which some are not there yet, or not any more."""
+    if manifest is None:
+        return
+    num = len(images) if isinstance(images, FirstImages) else max(manifest["num"], len(images))
+    path, per_prompt = LAYOUTS[manifest["run"]["layout"]], manifest["run"]["per_prompt"]
+    there = {
+        file.relative_to(images.name).as_posix() for file in images.files or () if isinstance(file, Path)
+    }
+    if missing := [name for name in (path(i, per_prompt) for i in range(num)) if name not in there]:
+        raise FewstepError(
+            f"{images.name}: {len(missing)} of {num} images are missing or unreadable, such as {missing[0]}: run the "
+            "`fewstep eval generate` that began it again, which makes these alone, or give --num"
+        )
 
 
 def _describe(model: Model, prompts: Prompts, job: Job, call: dict[str, Any]) -> dict[str, Any]:
@@ -237,8 +302,7 @@ def _claim(folder: Path, wanted: dict[str, Any], num: int, replace: bool) -> dic
     wanted = {"schema": 1, "num": num, **wanted}
     found = read_manifest(folder)
     if found is None:
-        if any(path.suffix == ".png" for path in folder.iterdir()):
-            raise FewstepError(f"{folder} has images but no {MANIFEST}: use an empty folder")
+        check_place(folder, True, MANIFEST)  # what lies there would pass for samples of this run
         if create(folder / MANIFEST, json.dumps(wanted, indent=1) + "\n"):
             return wanted
         found = read_manifest(folder)  # another process was first

@@ -3,7 +3,8 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from fewstep.errors import FewstepError
 from fewstep.evaluation.images import ImageSource
@@ -11,6 +12,7 @@ from fewstep.evaluation.models import check_solver
 from fewstep.files import at_home
 
 WITHOUT_REAL = ("vendi", "diversity", "is")  # measures that need no real images
+DTYPES = ("float32", "float16", "bfloat16")
 KINDS = ("model", "reference", "teacher", "student", "floor")
 
 
@@ -102,6 +104,9 @@ class Spec:
         _check(
             len(set(slugs)) == len(slugs), f"models have the folders {slugs}", "names with different letters"
         )
+        for name, least in (("batch_size", 1), ("per_prompt", 1), ("speed_runs", 0)):
+            _check(getattr(self, name) >= least, f"{name} is {getattr(self, name)}", f"{least} or more")
+        _check(self.dtype in DTYPES, f"dtype is {self.dtype!r}", f"one of {', '.join(DTYPES)}")
         for metric in self.metrics:
             _check(metric in MEASURES, f"metrics has {metric!r}", f"of {', '.join(MEASURES)}")
 
@@ -114,6 +119,15 @@ class Spec:
         """The measures that this run can have; prompts with several images add the diversity of these."""
         names = dict.fromkeys((*self.metrics, *["diversity"] * repeated))
         return tuple(n for n in names if self.real is not None or n in WITHOUT_REAL)
+
+
+# Kind of a field that is a list: what its items are.
+ITEMS = {
+    str: ("texts", (str,)),
+    int: ("whole numbers", (int,)),
+    float | None: ("numbers, or null for the model's own", (int, float, NoneType)),
+    Entry: ("mappings of fields", (dict,)),
+}
 
 
 def load_spec(path: str | Path) -> Spec:
@@ -156,8 +170,12 @@ def _fields(cls: type, data: Any, where: str) -> dict[str, Any]:
         kind = str(known[name].type)
         if "tuple" in kind:
             value = tuple(value) if isinstance(value, list) else (value,)
+            what, types = ITEMS[get_args(known[name].type)[0]]
+            ok = all(type(item) in types for item in value)
+            _check(ok, f"{where}{name} is {list(value)!r}", what)
         elif "dict" in kind:
-            _check(isinstance(value, dict), f"{where}{name} is {value!r}", "a mapping")
+            texts = isinstance(value, dict) and all(type(x) is str for pair in value.items() for x in pair)
+            _check(texts, f"{where}{name} is {value!r}", "a mapping of texts to texts")
         elif value is None:
             _check("None" in kind, f"{where}{name} is null", "a value")
         else:

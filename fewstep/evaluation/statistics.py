@@ -128,6 +128,10 @@ class Statistics:
                 f"{path}: mu has shape {tuple(mu.shape)} and sigma {tuple(sigma.shape)}, "
                 "expected (D,) and (D, D)"
             )
+        if (dim := meta.get("dim", len(mu))) != len(mu):
+            raise FewstepError(
+                f"{path}: it says that dim is {dim}, but mu has {len(mu)} entries: write it again"
+            )
         if not (mu.isfinite().all() and sigma.isfinite().all()):
             raise FewstepError(f"{path}: mu or sigma has entries that are not finite: write the file again")
         return cls(mu, sigma, number, {"dim": len(mu), **meta}, images)
@@ -140,13 +144,26 @@ def check_comparable(a: Statistics, b: Statistics, names: tuple[str, str] = ("fi
         FewstepError: another extractor, other weights, another resize, another dimension, or an origin that
             is not known; the message is a table of what differs.
     """
-    rows = [(key, str(a.meta.get(key, "unknown")), str(b.meta.get(key, "unknown"))) for key in IDENTITY]
+    _check_alike(a.meta, b.meta, names)
+
+
+def check_origin(statistics: Statistics, origin: dict[str, Any], name: str) -> None:
+    """Refuses statistics that were not made as an extractor of this origin makes them.
+
+    Raises:
+        FewstepError: as :func:`check_comparable`.
+    """
+    _check_alike(statistics.meta, origin, (name, "this extractor"))
+
+
+def _check_alike(a: dict[str, Any], b: dict[str, Any], names: tuple[str, str]) -> None:
+    rows = [(key, str(a.get(key, "unknown")), str(b.get(key, "unknown"))) for key in IDENTITY]
     unlike = [row for row in rows if row[1] != row[2] or "unknown" in row]
     if unlike:
         raise FewstepError(
             "these statistics cannot be compared, because the features were not made in the same way:\n"
             + table(("", *names), unlike)
-            + "\nMake both with the same extractor."
+            + "\nMake both with the same extractor, or give --extractor, --protocol or --declared as they were made."
         )
 
 

@@ -14,7 +14,7 @@ from fewstep.evaluation.compare import load_result
 from fewstep.evaluation.evaluate import check_captions, evaluate_images, open_side
 from fewstep.evaluation.features import extract
 from fewstep.evaluation.images import ArrayImages, FirstImages, ImageSource
-from fewstep.evaluation.measures import describe
+from fewstep.evaluation.measures import Sides, describe, possible
 from fewstep.evaluation.metrics import paired_distance
 from fewstep.evaluation.prompts import Prompts
 from fewstep.evaluation.sampling import check_num
@@ -25,6 +25,7 @@ from fewstep.vision.extractor import Extractor
 from fewstep.vision.extractors import DEFAULT, get_extractor
 from fewstep.vision.scores import get_scorer
 
+LARGE = 1 << 20  # pixels of a side, where nobody has said how many
 PAIRED = "over pairs of the same prompt and noise"
 
 
@@ -64,6 +65,12 @@ class Yardstick:
         if self.scorers:
             check_captions(self.captions, len(self.captions))
         self.others = {name: load_result(path) for name, path in spec.results.items()}
+        coming = Coming(self.cut, spec.size or LARGE)
+        groups = torch.tensor(self.groups) if "diversity" in self.measured else None
+        real = coming if self.real is None else self.real
+        possible(
+            self.measured, Sides(real, coming, self.extractor, groups=groups)
+        )  # refuses before any are made
         # Of the row that others are compared with: how it was made, its features, and its tokens if it has any.
         self.reference: tuple[dict[str, Any], torch.Tensor] | None = None
         self.tokens: Tokens | None = None
@@ -135,6 +142,16 @@ class Yardstick:
             "protocol": dataclasses.asdict(self.protocol) if self.protocol else None,
             "reference": self.reference and self.reference[0],
         }
+
+
+class Coming(ImageSource):
+    """Images that are still to be made: how many, and of which size."""
+
+    def __init__(self, count: int, size: int):
+        self.name, self.count, self.sizes = "the samples", count, {(size, size)}
+
+    def __len__(self) -> int:
+        return self.count
 
 
 def open_real(real: Any) -> Any:

@@ -16,10 +16,11 @@ from .load import at_steps, load_exported, stock_call
 from .scheduler import student_scheduler
 from .verify import ExportError, stock_sample, trainer_sample, verify
 from .weights import LORA_FILE, lora_state_dict
-from .write import check_exportable, export_student, rehearse_export
+from .write import RECORD, check_exportable, export_student, rehearse_export
 
 __all__ = [
     "LORA_FILE",
+    "RECORD",
     "ExportError",
     "at_steps",
     "check_exportable",

@@ -17,6 +17,7 @@ from .sprint import Sprint
 from .target import Edition, Target, Weights
 from .tokens import Tokens
 
+RECORD = "fewstep.json"  # which every target writes
 TARGETS: tuple[type[Target], ...] = (Tokens, Routed, Sprint, Switched, *ALONE)
 
 
@@ -69,7 +70,7 @@ def export_student(
         weights: trained tensors by the names of the role, for every role of the student. roles: how they were trained.
         edition: of :class:`Edition`.
     """
-    with replacing(folder) as part:
+    with replacing(folder, record=RECORD) as part:
         target_of(teacher, student, roles).write(part, weights, Edition(**edition))
         if check is not None:
             check(part)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..data.pairs import load_pairs
 from ..data.prompts import load_prompts
 from ..data.texts import column_for, is_table
 from ..errors import FewstepError, RecipeError
-from ..files import Need, check_room, existing
+from ..files import Need, check_room, check_writable
 from ..methods.base import Method, Progress
 from ..recipe import Recipe
 from ..teachers import adapters, pipeline_class_of, resolve
@@ -24,33 +23,12 @@ from .trackers import check_trackers
 
 
 def check_output(folder: Path) -> None:
-    if folder.is_file():
-        raise RecipeError(f"output: {folder} is a file; expected a folder to create")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):
         held = "holds a run already" if (folder / "recipe.yaml").exists() else "is not empty"
         raise RecipeError(
             f"output: {folder} {held}; continue it with `fewstep resume {folder}`, or give another --output"
         )
-    parent = existing(folder)
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        reason = f"no permission to write in {parent}" if parent.is_dir() else f"{parent} is a file"
-        raise RecipeError(f"output: {folder} cannot be created: {reason}")
-
-
-def check_export(folder: Path) -> None:
-    """Refuses a run whose export could not take its place.
-
-    Raises:
-        RecipeError: a file in its place, or no permission.
-    """
-    if (folder / "export").is_file():
-        raise RecipeError(
-            f"output: {folder / 'export'} is a file; the export is a folder of this name: move it away"
-        )
-    if folder.is_dir() and not os.access(folder, os.W_OK):
-        raise RecipeError(
-            f"output: {folder}: no permission to write the export in it; change that, or copy the run"
-        )
+    check_writable(folder, "output:")
 
 
 def check_space(folder: Path, roles: dict[str, Role], recipe: Recipe, stores: Sequence[Need] = ()) -> None:
@@ -93,7 +71,11 @@ def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
             "data.images: missing; this configuration needs real images. Give a folder of captioned "
             "images, or set method.gan_weight 0 to run data-free"
         )
-    return prompts, load_images(recipe.data.images, recipe.data.column)
+    images = load_images(recipe.data.images, recipe.data.column)
+    if images.passed_over:
+        over = ", ".join(images.passed_over)
+        print(f"fewstep: note: data.images: {recipe.data.images}: passed over {over}", file=sys.stderr)
+    return prompts, images
 
 
 def _check_column(recipe: Recipe) -> None:

@@ -17,7 +17,8 @@ from ..data.cache import (
     need_of_prompts,
     rows_to_make,
 )
-from ..data.images import EXTENSIONS, CaptionedImages, load_images
+from ..data.image_sets import split, walk
+from ..data.images import CaptionedImages, load_images
 from ..data.pairs import load_pairs
 from ..data.prompts import load_prompts
 from ..data.texts import column_for
@@ -89,7 +90,7 @@ def _images(source: str) -> int:
     folder = Path(source).expanduser()
     if not source or not folder.is_dir():
         raise FewstepError(f"{folder} is no folder")
-    return sum(path.suffix.lower() in EXTENSIONS and path.name[0] != "." for path in folder.rglob("*"))
+    return len(split(walk(folder)[0]).names)
 
 
 def _pairs(source: str) -> int:

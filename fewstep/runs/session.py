@@ -23,7 +23,7 @@ from ..data.pairs import Pairs
 from ..device import choose, keep_freed
 from ..diffusion import kernels
 from ..errors import FewstepError, LostProcess, TrainingError, tell
-from ..files import WriteError, check_room, write, write_json
+from ..files import WriteError, check_room, check_writable, write, write_json
 from ..process import Process, start
 from ..recipe import Recipe
 from ..report.report import write_report
@@ -35,7 +35,7 @@ from ..training.sharding import gathered
 from ..training.trainer import Trainer
 from . import inputs
 from .build import TOOLS, build, encode, on_pixels
-from .checks import check_class, check_data, check_export, check_length, check_output, check_space
+from .checks import check_class, check_data, check_length, check_output, check_space
 from .disk import to_encode
 from .preview import Preview
 from .starts import check_starts
@@ -95,7 +95,7 @@ def reexport(folder: str | Path, arguments: Sequence[str] = (), step: str = "new
     """
     folder = Path(folder)
     recipe = recipes.override(_recipe_of(folder), arguments)
-    check_export(folder)
+    check_writable(folder / "export", "output:", record=export.RECORD)
     session = Session(recipe, *check_data(recipe), start("cpu"), begun=True, meant=recipes.named(arguments))
     if not session.trainer.restore():
         raise FewstepError(f"{folder}: no checkpoint to export; train it first")
@@ -141,7 +141,9 @@ def execute(recipe: Recipe, resuming: bool = False, meant: Collection[str] = ())
     """
     recipe = recipes.from_dict(recipes.to_dict(recipe))
     folder = Path(recipe.output)
-    check_export(folder) if resuming else check_output(folder)
+    if not resuming:
+        check_output(folder)
+    check_writable(folder / "export", "output:", record=export.RECORD)
     device = choose(recipe.train.device)
     kernels.check_attention(recipe.teacher.attention, device, recipe.teacher.autocast)
     prompts, images = check_data(recipe)

@@ -32,6 +32,7 @@ from .roles import Role
 from .sharding import settle
 
 MANIFEST = "SHA256SUMS"  # as ``sha256sum -c`` reads it
+FILES = (MANIFEST, "state.json", "state.safetensors")  # of a damaged one some may be gone
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
 Optimizers = Mapping[str, torch.optim.Optimizer]
@@ -109,10 +110,10 @@ def _write(part: Path, tensors: dict[str, Tensor], process: Process) -> Path:
 def _replacing(folder: Path, process: Process) -> Iterator[Path]:
     """:func:`replacing` of the first rank, in whose folder all of them write."""
     if process.world == 1:
-        with replacing(folder) as part:
+        with replacing(folder, record=FILES) as part:
             yield part
         return
-    with replacing(folder) if process.main else contextlib.nullcontext() as part:
+    with replacing(folder, record=FILES) if process.main else contextlib.nullcontext() as part:
         part = process.collect(part)[0]
         yield part
         process.collect(None)

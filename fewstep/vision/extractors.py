@@ -37,6 +37,10 @@ def get_extractor(name: str = DEFAULT, device: str = "cpu", weights: str | None 
         FewstepError: unknown name, or weights that are absent or not what they should be.
     """
     kind, _, option = name.partition("@")
+    if weights is not None and kind != "inception-2015":
+        raise FewstepError(
+            f"--weights {weights}: {name} has its own: expected inception-2015, or no --weights"
+        )
     if kind == "effnet-lite0":
         if option and not (option.isdecimal() and 32 <= int(option) <= 1024):
             raise FewstepError(
@@ -153,14 +157,22 @@ class FunctionExtractor(Extractor):
         module, _, attribute = name.partition(":")
         try:
             self.function: Callable[[Tensor], Tensor] = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # of whatever a module does while it is imported
             raise FewstepError(
                 f"extractor {name!r} cannot be imported: {error}; expected module:function"
-            ) from None
+            ) from error
         self.name = name
         self.weights_sha256 = getattr(self.function, "weights_sha256", "undeclared")
         self.resize = getattr(self.function, "resize", "undeclared")
-        self.dim = self(torch.zeros(2, 64, 64, 3, dtype=torch.uint8)).shape[1]
+        try:
+            self.dim = self(torch.zeros(2, 64, 64, 3, dtype=torch.uint8)).shape[1]
+        except FewstepError:
+            raise
+        except Exception as error:  # a fault of the function, or something that is none
+            raise FewstepError(
+                f"extractor {name!r} cannot see two black images of 64 x 64: {type(error).__name__}: {error}; "
+                "expected a function of uint8 (B, H, W, 3) to (B, D)"
+            ) from error
 
     @torch.no_grad()
     def features(self, prepared: Tensor) -> Tensor:

@@ -352,7 +352,7 @@ def test_cli_retrieval_names_the_prompted_emoji(tmp_path, capsys, monkeypatch, p
     with pytest.raises(FewstepError, match=r"line 2: 'thinng 3' .* nearest is 'thing 3'"):
         run("retrieval", tmp_path / "fake.npz", "--prompts", prompts)
     prompts.write_text("thing 5\n")
-    with pytest.raises(FewstepError, match="4"):
+    with pytest.raises(FewstepError, match="4 images for 1 captions, expected 1"):
         run("retrieval", tmp_path / "fake.npz", "--prompts", prompts, *extractor)
 
 

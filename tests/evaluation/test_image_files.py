@@ -141,7 +141,7 @@ def test_bad_archives(folder, tmp_path):
         open_images(tmp_path / "a.zip")
 
 
-def test_subfolders_are_entered_if_the_folder_has_no_image_itself(folder, tmp_path, pictures):
+def test_subfolders_are_entered_and_images_beside_them_refused(folder, tmp_path, pictures):
     (tmp_path / "classes" / "b").mkdir(parents=True)
     folder.rename(tmp_path / "classes" / "a")
     Image.fromarray(pictures[0]).save(
@@ -150,7 +150,10 @@ def test_subfolders_are_entered_if_the_folder_has_no_image_itself(folder, tmp_pa
     source = open_images(tmp_path / "classes")
     assert len(source) == 151 and [f.parent.name for f in source.files] == ["a"] * 150 + ["b"]
     Image.fromarray(pictures[0]).save(tmp_path / "classes" / "top.png")
-    assert len(open_images(tmp_path / "classes")) == 1
+    with pytest.raises(
+        FewstepError, match=r"1 images, such as top\.png, lie beside folders of images, such as a"
+    ):
+        open_images(tmp_path / "classes")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

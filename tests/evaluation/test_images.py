@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation import files as F
 from fewstep.evaluation.files import read_image
 from fewstep.evaluation.images import FirstImages, open_images
 
@@ -218,7 +217,3 @@ def test_a_damaged_header_reads_as_one_error(tmp_path, pictures):
         archive.writestr("images.npy", buffer.getvalue()[:-100])
     with pytest.raises(FewstepError, match="bytes are stored"):
         open_images(tmp_path / "short.npz")
-
-
-def test_extensions_are_what_the_message_says():
-    assert F.EXTENSIONS == (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -3,12 +3,15 @@
 import json
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from fewstep import cli
+from fewstep.errors import FewstepError
 from fewstep.evaluation import images
+from fewstep.evaluation.evaluate import evaluate_images
 from fewstep.evaluation.features import stream_moments
 from fewstep.evaluation.images import open_images
 from fewstep.evaluation.statistics import Statistics
@@ -104,7 +107,7 @@ def test_bad_sets_end_with_two_before_the_network_runs(sets, capsys, spoil, word
     assert fid(sets, *words, **options) == 2
     error = capsys.readouterr().err
     assert error.startswith("fewstep: ") and all(message in error for message in messages), error
-    assert not probes() or spoil is other_statistics
+    assert not probes()
 
 
 def test_features_that_are_not_finite_end_with_three(sets, capsys):
@@ -122,11 +125,128 @@ def test_some_corrupt_files_may_be_skipped_and_are_listed(sets, capsys):
     words = ["eval", "stats", sets / "fake", "-o", sets / "s.npz", "--skip-bad", 2]
     words += ["--extractor", f"{__name__}:pool_function"]
     assert cli.main([str(word) for word in words]) == 0
-    assert "2 left out: 003.png, 007.png" in capsys.readouterr().out
+    assert "cannot be read and were left out: 003.png, 007.png" in capsys.readouterr().out
     assert Statistics.load(sets / "s.npz").meta["skipped"] == ["003.png", "007.png"]
     for file in (sets / "fake").iterdir():
         file.write_bytes(b"")
     assert fid(sets, "--skip-bad", 100) == 2  # nothing would be left
+
+
+def undeclared(sets):
+    np.savez(sets / "fake.npz", mu=np.zeros(12), sigma=np.eye(12))
+
+
+def lying(sets):
+    origin = {
+        "extractor": f"{__name__}:pool_function",
+        "weights_sha256": "undeclared",
+        "resize": "undeclared",
+    }
+    np.savez(
+        sets / "fake.npz", mu=np.zeros(11), sigma=np.eye(11), meta=np.array(json.dumps({**origin, "dim": 12}))
+    )
+
+
+@pytest.mark.parametrize(
+    "spoil, words, messages",
+    [
+        (None, ("--weights", "w.pth"), ["--weights w.pth: ", "pool_function has its own"]),
+        (None, ("--declared",), ["--declared: no side is a statistics file that names no extractor"]),
+        (None, ("--skip-bad", "-1"), ["--skip-bad is -1"]),
+        (None, ("--out", "{folder}/real"), ["--out", "ends in .json"]),
+        (None, ("--out", "/proc/x.json"), ["--out /proc/x.json cannot be written"]),
+        (undeclared, (), ["cannot be compared", "unknown", "--declared"]),
+        (lying, (), ["it says that dim is 12, but mu has 11 entries"]),
+    ],
+)
+def test_what_can_be_known_before_the_first_image_is(sets, capsys, spoil, words, messages):
+    if spoil:
+        spoil(sets)
+    fake = "fake.npz" if spoil else "fake"
+    assert fid(sets, *(word.format(folder=sets) for word in words), fake=fake) in (2, 4)
+    error = capsys.readouterr().err
+    assert all(message in error for message in messages), error
+    assert not probes()
+
+
+def test_weights_beside_any_network_of_another_kind_are_refused(sets, capsys, pool):
+    words = ["eval", "fid", str(sets / "real"), str(sets / "fake"), "--weights", "w.pth"]
+    (sets / "p.yaml").write_text("{about: a, samples: null, reference: r, extractor: effnet-lite0}")
+    for more in ([], ["--extractor", "effnet-lite0@64"], ["--protocol", f"{sets}/p.yaml"],
+                 ["--protocol", "folder-clean", "--extractor", "effnet-lite0"]):  # fmt: skip
+        assert cli.main([*words, *more]) == 2 and "has its own" in capsys.readouterr().err
+    # Under a protocol too, Inception with a resize of its own reads the file that it is given.
+    assert cli.main([*words, "--protocol", "folder-clean", "--extractor", "inception-2015@tf1-bilinear"]) == 2
+    assert "w.pth" in (error := capsys.readouterr().err) and "has its own" not in error
+    with pytest.raises(FewstepError, match="has its own"):
+        evaluate_images(np.zeros((4, 8, 8, 3), np.uint8), sets / "real", extractor=pool, weights="w.pth")
+
+
+def test_no_distance_is_lost_for_what_cannot_be_had_beside_it(sets, capsys):
+    """Named as a warning; alone it is an error, and the network has seen nothing."""
+    for i in range(5, 20):
+        (sets / "fake" / f"{i:03d}.png").unlink()
+    words = ("--kid", "--prdc", "--is", "--fd-inf", "--patch-fd", "--vendi", "--out", sets / "r.json")
+    assert fid(sets, *words) == 0
+    result = json.loads((sets / "r.json").read_text())
+    assert {label.partition("(")[0] for label in result["metrics"]} == {"FD", "KID", "Vendi"}
+    said = {w.partition(":")[0]: w for w in result["warnings"] if w.startswith("without ")}
+    assert set(said) == {f"without {name}" for name in ("prdc", "is", "fd_inf", "patch-fd")}
+    assert "at least 6 images, and fake has 5" in said["without prdc"]
+    assert "classifier" in said["without is"] and "224 x 224" in said["without patch-fd"]
+    CALLS.clear()
+    for name, reason in (
+        ("prdc", "at least 6"),
+        ("is", "classifier"),
+        ("fd_inf", "at least 8"),
+        ("patch-fd", "224"),
+    ):
+        with pytest.raises(FewstepError, match=f"{name}: it .*{reason}"):
+            evaluate_images(
+                sets / "real", sets / "fake", extractor=f"{__name__}:pool_function", metrics=(name,)
+            )
+    assert not probes()
+
+
+def test_a_device_that_is_not_here_is_one_line_in_a_script_too(sets, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    for name in ("cuda", "gpu"):
+        with pytest.raises(FewstepError, match=f"device: .*{name}"):
+            evaluate_images(sets / "real", sets / "fake", device=name)
+
+
+def test_messages_advise_only_what_there_is(sets, capsys):
+    """Of images that belong to prompts by their order none may be left out; buffers are no names."""
+    corrupt(sets)
+    (sets / "p.txt").write_text("\n".join("abcdefghijklmnopqrst"))
+    for words in (
+        ["scores", "--prompts", sets / "p.txt", "--scorer", "clip:x"],
+        ["diversity", "--per-prompt", 2],
+    ):
+        assert cli.main(["eval", *map(str, [words[0], sets / "fake", *words[1:]])]) == 2
+        error = capsys.readouterr().err
+        assert (
+            "003.png: no image of a known format" in error
+            and "--skip-bad" not in error
+            and "BytesIO" not in error
+        )
+    with zipfile.ZipFile(sets / "a.zip", "w") as archive:
+        archive.writestr("a.png", b"x")
+    assert fid(sets, fake="a.zip") == 2 and "BytesIO" not in (error := capsys.readouterr().err)
+    assert "--skip-bad" in error
+
+
+def test_a_specification_and_options_that_it_holds_too_are_refused(sets, capsys):
+    (sets / "spec.yaml").write_text("{prompts: p.txt, models: {name: a, pipeline: builtin:nothing}}")
+    for words in (
+        ["--num", "4"],
+        ["--steps", "1,2,4,8"],
+        ["--real", "x"],
+        ["--scorer", "clip:x"],
+        ["--teacher", "x"],
+    ):
+        assert cli.main(["eval", "run", str(sets / "spec.yaml"), "--out", str(sets / "out"), *words]) == 2
+        assert f"{words[0]} beside {sets}/spec.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("world", [2, 3])

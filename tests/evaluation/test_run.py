@@ -343,3 +343,38 @@ def test_prompts_without_an_image_do_not_follow_those_with_one(tmp_path):
     assert read_prompts(tmp_path / "p.jsonl").named(1) == [1]
     with pytest.raises(FewstepError, match="prompt 2"):
         read_prompts(tmp_path / "p.jsonl").named(2)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("{real}", "{stats}"), "cannot be compared"),
+        (
+            ("[fd, kid, vendi, prdc]", "[patch-fd, fd_inf]\nnum: 4\nsize: 64"),
+            "patch-fd: it takes the middle 224 x 224",
+        ),
+        (("[fd, kid, vendi, prdc]", "[is]"), "is: it needs a classifier"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_made(
+    spec_file, tmp_path, change, message, monkeypatch
+):
+    monkeypatch.setattr("fewstep.evaluation.of_spec.open_model", lambda *_: pytest.fail("loaded"))
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(12), sigma=np.eye(12))
+    places = {"real": f"real: {tmp_path}/real", "stats": f"real: {tmp_path}/stats.npz"}
+    old, new = (part.format(**places) if "{" in part else part for part in change)
+    text = spec_file.read_text().replace("per_prompt: 2", "per_prompt: 1")  # which would add their diversity
+    assert old in text
+    spec_file.write_text(text.replace(old, new, 1))
+    with pytest.raises(FewstepError, match=message):
+        run_spec(load_spec(spec_file), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_made_elsewhere_are_as_many_as_the_prompts(spec_file, tmp_path, capsys, monkeypatch):
+    """A row of one too many would be shifted against the prompts of the others."""
+    monkeypatch.setattr("fewstep.evaluation.of_spec.open_model", lambda *_: pytest.fail("loaded"))
+    row = f"  - {{name: elsewhere, images: {tmp_path}/real}}\n"
+    spec_file.write_text(spec_file.read_text() + row)
+    assert main(["eval", "run", str(spec_file), "--out", str(tmp_path / "out")]) == 2
+    assert "12 images for 4 prompts with 2 images each, expected 8" in capsys.readouterr().err

@@ -281,4 +281,5 @@ def test_cli_scores(clip_folder, images, tmp_path, capsys):
     )
     assert main([*words, "--num", "2", "--protocol", "coco2014-30k"]) == 0
     assert "CLIP score-2(tiny-clip, coco2014-30k, which wants 30k)" in capsys.readouterr().out
-    assert main(words) == 2 and "expected 1 to 2" in capsys.readouterr().err
+    assert main(words) == 2
+    assert "4 images for 2 prompts, expected 2" in (error := capsys.readouterr().err) and "--num 2" in error
