@@ -6,6 +6,7 @@ pip install clean-fid torch-fidelity torchmetrics pytorch-fid scipy (with a torc
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import statistics
@@ -23,6 +24,7 @@ import torch
 from PIL import Image
 
 from fewstep.evaluation import metrics as M
+from fewstep.evaluation import protocols
 from fewstep.evaluation.evaluate import evaluate_images
 from fewstep.evaluation.statistics import table
 from fewstep.vision import inception
@@ -66,6 +68,59 @@ def drawings(folder: Path, count: int, height: int, width: int, seed: int) -> Pa
     return folder
 
 
+def files_of(kind: str, folder: Path, count: int, seed: int) -> Path:
+    """Image files that evaluators read unlike each other, of one kind; names of `KINDS`."""
+    rng = np.random.default_rng(seed)
+    plain = drawings(folder.with_name(f"{folder.name}-{kind}-plain"), count, 60, 76, seed)
+    folder = folder.with_name(f"{folder.name}-{kind}")
+    folder.mkdir()
+    for i, file in enumerate(sorted(plain.iterdir())):
+        image = Image.open(file)
+        mask = Image.fromarray(rng.integers(0, 256, (4, 4), dtype=np.uint8)).resize(image.size)
+        png, jpg = folder / f"{i:04d}.png", folder / f"{i:04d}.jpg"
+        if kind == "alpha":
+            image.putalpha(mask)
+            image.save(png)
+        elif kind == "grey with alpha":
+            image = image.convert("L")
+            image.putalpha(mask)
+            image.save(png)
+        elif kind == "palette":
+            image.quantize(16).save(png)
+        elif kind == "palette with transparency":
+            image.quantize(16).save(png, transparency=bytes(rng.integers(0, 256, 16, dtype=np.uint8)))
+        elif kind == "16-bit grey":
+            bright = np.asarray(image.convert("L")).astype(np.uint16)
+            Image.fromarray(bright * 3 + (bright > 128) * np.uint16(60000)).save(png)
+        elif kind == "EXIF orientation":
+            exif = Image.Exif()
+            exif[0x0112] = 2 + i % 7
+            image.save(jpg if i % 2 else png, exif=exif, **({"quality": 90} if i % 2 else {}))
+        elif kind == "JPEG":
+            image.save(jpg, quality=75)
+        elif kind == "mixed sizes":
+            image.resize((40 + 9 * i, 70 - 3 * i)).save(png)
+        else:
+            mode = {"CMYK": "CMYK", "grey": "L", "1-bit": "1"}[kind]
+            image.convert(mode).save(jpg if mode == "CMYK" else png)
+    return folder
+
+
+KINDS = (
+    "alpha",
+    "grey with alpha",
+    "palette",
+    "palette with transparency",
+    "16-bit grey",
+    "EXIF orientation",
+    "CMYK",
+    "JPEG",
+    "grey",
+    "1-bit",
+    "mixed sizes",
+)
+
+
 # name: (protocol-like resize and scaling of ours, function of two folders and a weights file)
 def _clean_fid(a: Path, b: Path, weights: Path) -> float:
     from cleanfid import fid
@@ -94,6 +149,8 @@ def _torch_fidelity(a: Path, b: Path, weights: Path) -> float:
         cache=False,
         verbose=False,
         feature_extractor_weights_path=str(weights),
+        batch_size=1,  # the one that takes images of unlike sizes
+        save_cpu_ram=True,
     )
     return found["frechet_inception_distance"]
 
@@ -113,7 +170,7 @@ def _pytorch_fid(a: Path, b: Path, weights: Path) -> float:
 
     state = torch.load(weights, weights_only=True)
     with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
-        return float(fid_score.calculate_fid_given_paths([str(a), str(b)], 16, "cpu", 2048, 0))
+        return float(fid_score.calculate_fid_given_paths([str(a), str(b)], 1, "cpu", 2048, 0))
 
 
 ORACLES: dict[str, tuple[str, str, Callable[[Path, Path, Path], float]]] = {
@@ -143,6 +200,34 @@ def agreement(count: int, height: int, width: int) -> Iterator[tuple[str, float,
                     found = evaluate_images(a, b, extractor=extractor, metrics=("fd",))["metrics"]
                     (ours[resize],) = (metric["value"] for metric in found.values())
                 yield library, theirs, ours[resize]
+
+
+TOOLS = {  # protocol: library
+    "folder-clean": ("clean-fid, mode clean", "cleanfid"),
+    "folder-legacy": ("pytorch-fid", "pytorch_fid"),
+    "folder-tf1": ("torch-fidelity", "torch_fidelity"),
+}
+
+
+def reading(kind: str, count: int = 6) -> Iterator[tuple[str, float, float, float, list[str]]]:
+    """(library, its distance, ours by the protocol named after it, ours by no protocol, what was warned of)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        weights = random_weights(folder / inception.FILES[1])
+        a, b = (files_of(kind, folder / name, count, i) for i, name in enumerate("ab"))
+        with mock.patch.object(inception, "SHA256_PREFIX", file_sha256(weights)[:8]):
+            for protocol, (library, module) in TOOLS.items():
+                if importlib.util.find_spec(module) is None:
+                    continue
+                with redirect_stdout(sys.stderr):
+                    theirs = ORACLES[library][2](a, b, weights)
+                asked = {"metrics": ("fd",), "weights": str(weights)}
+                result = evaluate_images(a, b, protocol=protocol, **asked)
+                extractor = protocols.load(protocol).get_extractor(weights=str(weights))
+                shown = evaluate_images(a, b, extractor=extractor, metrics=("fd",))
+                ours, ignored = (next(iter(r["metrics"].values()))["value"] for r in (result, shown))
+                told = [w for w in result["warnings"] if "read here" in w or "batch size" in w]
+                yield library, theirs, ours, ignored, told
 
 
 def frechet_speed(dim: int = 2048, counts: tuple[int, ...] = (2000, 10_000)) -> Iterator[tuple]:
@@ -184,7 +269,6 @@ def memory(counts: tuple[int, ...] = (300, 3000)) -> Iterator[tuple[int, float]]
 
 def decoding(count: int = 128, repeats: int = 3) -> Iterator[tuple[int, float]]:
     """(worker processes, seconds) of the features of images 480 x 640, crop and resize of coco2014-30k."""
-    from fewstep.evaluation import protocols
     from fewstep.evaluation.features import stream_moments
     from fewstep.evaluation.images import open_images
 
@@ -213,6 +297,17 @@ def report_agreement() -> None:
     print(table(("images", "library", "theirs", "ours, same resize", "relative difference"), rows))
 
 
+def report_reading() -> None:
+    print("## Reading of files\n\nThe same, of files that evaluators read unlike each other.\n")
+    rows = []
+    for kind in KINDS:
+        for library, theirs, ours, shown, told in reading(kind):
+            numbers = (f"{theirs:.7g}", f"{ours:.7g}", f"{ours / theirs - 1:.1e}", f"{shown:.7g}")
+            rows.append((kind, library, *numbers, len(told)))
+    header = ("files", "library", "theirs", "ours", "relative difference", "as shown", "warnings")
+    print(table(header, rows))
+
+
 def report_speed() -> None:
     print("## The Fréchet step at 2,048 features\n")
     rows = [
@@ -237,6 +332,7 @@ def report_decoding() -> None:
 
 PARTS = {
     "agreement": report_agreement,
+    "reading": report_reading,
     "speed": report_speed,
     "memory": report_memory,
     "decoding": report_decoding,

@@ -1,7 +1,10 @@
 """The command `fewstep eval`. Heavy imports wait until a subcommand runs."""
 
 import argparse
+import contextlib
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ FLAGS = {
     "is": "Inception score",
     "fd_inf": "Fréchet distance extrapolated to infinitely many images",
     "patch-fd": "Fréchet distance of full-resolution patches",
+    "sfd": "sFID, of spatial features of Inception",
+    "cmmd": "CMMD, with --extractor clip:PATH",
 }
 
 
@@ -61,7 +66,7 @@ OUT = output("--out", suffixes=(".json",), metavar="FILE.json", help="also write
 def _fid(args: argparse.Namespace) -> int:
     from fewstep.errors import FewstepError
     from fewstep.evaluation import protocols
-    from fewstep.evaluation.evaluate import evaluate_images
+    from fewstep.evaluation.evaluate import evaluate_images, how_to_get_fid
     from fewstep.evaluation.images import ImageSource
     from fewstep.evaluation.sampling import check_whole, read_manifest
 
@@ -71,23 +76,30 @@ def _fid(args: argparse.Namespace) -> int:
     protocol = protocols.load(args.protocol) if args.protocol else None
     metrics = [
         "fd",
-        *(protocol.metrics if protocol else ()),
+        *(protocol.metrics_of(args.extractor) if protocol else ()),
         *(name for name in FLAGS if getattr(args, name)),
     ]
     sides = _open(args.real, args), _first(_open(args.fake, args), args.num)
     for side in sides:
         if isinstance(side, ImageSource):
             check_whole(side, read_manifest(side.name))
-    result = evaluate_images(
-        *sides,
-        extractor=args.extractor,
-        metrics=tuple(dict.fromkeys(metrics)),
-        protocol=protocol,
-        weights=args.weights,
-        declared=args.declared,
-        device=args.device,
-    )
-    return _finish(result, args.out)
+    with _together() as share:
+        result = evaluate_images(
+            *sides,
+            extractor=args.extractor,
+            metrics=tuple(dict.fromkeys(metrics)),
+            protocol=protocol,
+            weights=args.weights,
+            declared=args.declared,
+            device=args.device,
+            share=share,
+        )
+    if share[0]:
+        return 0
+    _finish(result, args)
+    if advice := how_to_get_fid(result):
+        print(f"\n{advice}")
+    return 0
 
 
 @EVAL.command(
@@ -106,15 +118,16 @@ def _stats(args: argparse.Namespace) -> int:
     from fewstep.errors import FewstepError
     from fewstep.evaluation import protocols
     from fewstep.evaluation.evaluate import left
-    from fewstep.evaluation.features import shared_moments, stream_moments
+    from fewstep.evaluation.features import shared_moments
     from fewstep.evaluation.images import ImageSource
     from fewstep.evaluation.statistics import Statistics
     from fewstep.vision.extractor import identity
     from fewstep.vision.extractors import DEFAULT, get_extractor
 
     on = args.device
-    if args.protocol:
-        extractor = protocols.load(args.protocol).get_extractor(args.extractor, on, args.weights)
+    protocol = protocols.load(args.protocol) if args.protocol else None
+    if protocol:
+        extractor = protocol.get_extractor(args.extractor, on, args.weights)
     else:
         extractor = get_extractor(args.extractor or DEFAULT, on, args.weights)
     source = _open(args.images, args)
@@ -122,20 +135,20 @@ def _stats(args: argparse.Namespace) -> int:
         raise FewstepError(f"{args.images} holds statistics already, expected images")
     if len(source) < 2:
         raise FewstepError(f"{args.images} has one image: statistics need at least 2")
-    rank, world = process()
-    if world > 1:
-        import torch.distributed as dist
-
-        dist.init_process_group("gloo")
+    if protocol:
+        source = source.read_as(protocol.reads_as)
+    also = getattr(extractor, "spatial", None) if protocol and "sfd" in protocol.metrics else None
+    with _together() as (rank, world):
         moments = shared_moments(source, extractor, rank, world)
-        dist.destroy_process_group()
-    else:
-        moments = stream_moments(source, extractor)
+        spatial = shared_moments(source, also, rank, world) if also else None
     if rank:
         return 0
     skipped = {name: list(value) for name in ("skipped", "passed_over") if (value := getattr(source, name))}
-    meta = {**identity(extractor), "source": source.name, "images_sha256": source.sha256, **skipped}
-    Statistics.from_moments(moments, meta).save(args.out)
+    meta = {**identity(extractor), **source.origin, **skipped}
+    statistics = Statistics.from_moments(moments, meta)
+    if spatial:
+        statistics = dataclasses.replace(statistics, spatial=(spatial.mean, spatial.covariance()))
+    statistics.save(args.out)
     note = f", by {world} processes" if world > 1 else ""
     print(f"{args.out}: {len(source)} images, {extractor.name}{note}", *left(source), sep="\n- ")
     return 0
@@ -178,7 +191,7 @@ def _retrieval(args: argparse.Namespace) -> int:
         weights=args.weights,
         device=args.device,
     )
-    return _finish(result, args.out)
+    return _finish(result, args)
 
 
 @EVAL.command(
@@ -225,7 +238,7 @@ def _diversity(args: argparse.Namespace) -> int:
         weights=args.weights,
         device=args.device,
     )
-    return _finish(result, args.out)
+    return _finish(result, args)
 
 
 @EVAL.command(
@@ -264,7 +277,7 @@ def _scores(args: argparse.Namespace) -> int:
         scorers=args.scorer,
         device=args.device,
     )
-    return _finish(result, args.out)
+    return _finish(result, args)
 
 
 @EVAL.command(
@@ -311,6 +324,20 @@ def prompted_indices(path: Path, captions: list[str], column: str | None = None)
     return [index[text.strip()] for text in found.texts]
 
 
+@contextlib.contextmanager
+def _together() -> Iterator[tuple[int, int]]:
+    """Rank and number of the processes that a launcher started, joined in a group."""
+    rank, world = process()
+    if world == 1:
+        yield rank, world
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    yield rank, world
+    dist.destroy_process_group()
+
+
 def _workers(args: argparse.Namespace) -> int | None:
     from fewstep.errors import FewstepError
 
@@ -345,16 +372,18 @@ def _first(source: Any, num: int | None) -> Any:
     return FirstImages(source, num)
 
 
-def _finish(result: dict[str, Any], out: Path | None) -> int:
+def _finish(result: dict[str, Any], args: argparse.Namespace) -> int:
     from fewstep.evaluation.evaluate import to_markdown
     from fewstep.evaluation.features import FeatureError
     from fewstep.files import write
 
     print(to_markdown(result))
-    if out:
+    if args.out:
         try:
-            text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+            text = json.dumps({**result, "command": args.typed}, indent=2, allow_nan=False) + "\n"
         except ValueError:
-            raise FeatureError(f"{out} is not written: a number is not finite; look at the images") from None
-        write(out, text)
+            raise FeatureError(
+                f"{args.out} is not written: a number is not finite; look at the images"
+            ) from None
+        write(args.out, text)
     return 0

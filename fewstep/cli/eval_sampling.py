@@ -97,9 +97,10 @@ def job_of(args: argparse.Namespace, steps: int, **others: Any) -> Any:
     *IMAGES,
 )
 def _generate(args: argparse.Namespace) -> int:
+    from fewstep.data.image_sets import MANIFEST
     from fewstep.evaluation.models import open_model
     from fewstep.evaluation.prompts import read_prompts
-    from fewstep.evaluation.sampling import MANIFEST, check_batches, check_num, read_manifest, sample_folder
+    from fewstep.evaluation.sampling import check_batches, check_num, read_manifest, sample_folder
     from fewstep.files import check_place
 
     own = {"solver": args.solver, "guidance": args.guidance, "layout": args.layout}
@@ -170,12 +171,13 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check_table(spec: Any, out: Path) -> None:
     """Refuses a folder whose files have the names of a table's and are none, and images that do not fit the prompts."""
+    from fewstep.data.image_sets import MANIFEST
     from fewstep.errors import FewstepError
     from fewstep.evaluation.compare import load_result
     from fewstep.evaluation.images import FirstImages, open_images
     from fewstep.evaluation.of_spec import rows_of
     from fewstep.evaluation.prompts import read_prompts
-    from fewstep.evaluation.sampling import MANIFEST, check_pairs, read_manifest
+    from fewstep.evaluation.sampling import check_pairs, read_manifest
     from fewstep.files import check_place, read_text
 
     there = [name for name in ("table.json", "table.md", "index.html") if (out / name).exists()]

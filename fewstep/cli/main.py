@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,12 +51,23 @@ def _run(words: Sequence[str]) -> int:
     for name, value in vars(args).items():  # a shell leaves the ~ of --out=~/x to us
         if isinstance(value, (str, Path)):
             setattr(args, name, type(value)(at_home(str(value))))
+    args.typed = _typed(words)
     if "device" in args:
         from ..device import choose
 
         args.device = str(choose(args.device, "--device"))
     check_outputs(args)
     return args.run(args)
+
+
+def _typed(words: Sequence[str]) -> str:
+    """The command as a shell takes it again, without the name of anyone's home folder."""
+    home = f"{Path.home()}/"
+    quoted = (
+        f"~/{shlex.quote(word.removeprefix(home))}" if word.startswith(home) else shlex.quote(word)
+        for word in words
+    )
+    return " ".join(["fewstep", *quoted])
 
 
 if __name__ == "__main__":

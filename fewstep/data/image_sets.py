@@ -19,7 +19,18 @@ from PIL import features
 
 from ..errors import FewstepError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS: tuple[str, ...] = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+)
 EXTENSIONS += (".avif",) if features.check("avif") else ()
 # Images that others read.
 UNREAD = {".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".exr", ".hdr", ".svg"} - {*EXTENSIONS}

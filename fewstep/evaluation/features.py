@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation.images import BLOCK, ImageSource
+from fewstep.evaluation.images import BLOCK, ImageSource, part_of
 from fewstep.evaluation.statistics import Moments
 from fewstep.files import WriteError, replacing
 from fewstep.vision.extractor import Extractor, identity
@@ -27,7 +28,9 @@ class FeatureError(FewstepError):
     code = 3
 
 
-def extract(source: ImageSource, extractor: Extractor, cached: bool = False) -> Tensor:
+def extract(
+    source: ImageSource, extractor: Extractor, cached: bool = False, share: tuple[int, int] = (0, 1)
+) -> Tensor:
     """Features (N, D), float32, in the order of the images.
 
     Args:
@@ -35,24 +38,55 @@ def extract(source: ImageSource, extractor: Extractor, cached: bool = False) -> 
         extractor: the network.
         cached: keep the features in the user's cache, by the hash of the images and the identity of the
             extractor.
+        share: rank and number of the processes that each extract a part and get all, having joined a group of
+            torch.distributed before.
 
     Raises:
-        FeatureError: features that are not finite.
+        FeatureError: features that are not finite, in any process.
     """
-    file = None
+    rank, world = share
+    file = kept = None
     if cached and extractor.weights_sha256 != "undeclared":  # a function of the user's may change
         key = json.dumps([source.sha256, identity(extractor)], sort_keys=True)
         file = cache_dir() / "features" / f"{hashlib.sha256(key.encode()).hexdigest()}.npy"
         with suppress(OSError, ValueError, EOFError):  # absent or damaged: extract again
             features = np.load(file, allow_pickle=False)
             if features.shape == (len(source), extractor.dim):
-                return torch.from_numpy(features)
-    features = torch.cat(list(_feature_batches(source, extractor)))
-    if file:
+                kept = torch.from_numpy(features)
+    if all(_all_of(kept is not None, world)) and kept is not None:
+        return kept
+    features = _shared(source, extractor, rank, world)
+    if file and rank == 0:
         # A full or read-only disk costs time later, not the result now.
         with suppress(WriteError), replacing(file) as part, part.open("wb") as handle:
             np.save(handle, features.numpy())
     return features
+
+
+def _shared(source: ImageSource, extractor: Extractor, rank: int, world: int) -> Tensor:
+    """The same of all parts, put together in the order of the images; one process's error is everyone's."""
+    try:
+        batches = _feature_batches(source.shard(rank, world), extractor)
+        own: Tensor | FewstepError = torch.cat([torch.empty(0, extractor.dim), *batches])
+    except FewstepError as error:
+        own = error
+    features = torch.empty(len(source), extractor.dim)
+    for other, part in enumerate(_all_of(own, world)):
+        if isinstance(part, FewstepError):
+            raise part
+        features[part_of(len(source), other, world)] = part
+    return features
+
+
+def _all_of(own: Any, world: int) -> list[Any]:
+    """Every process's object, in the order of their ranks."""
+    if world == 1:
+        return [own]
+    import torch.distributed as dist
+
+    everyones: list[Any] = [own] * world
+    dist.all_gather_object(everyones, own)
+    return everyones
 
 
 def stream_moments(source: ImageSource, extractor: Extractor) -> Moments:
@@ -68,12 +102,8 @@ def shared_moments(source: ImageSource, extractor: Extractor, rank: int, world: 
 
     The processes must have joined a group of torch.distributed before.
     """
-    import torch.distributed as dist
-
     own = stream_moments(source.shard(rank, world), extractor)
-    parts: list[Moments] = [own] * world
-    dist.all_gather_object(parts, own)
-    return sum(parts, Moments.none(extractor.dim))
+    return sum(_all_of(own, world), Moments.none(extractor.dim))
 
 
 def _feature_batches(source: ImageSource, extractor: Extractor) -> Iterator[Tensor]:

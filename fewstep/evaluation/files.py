@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fewstep.errors import FewstepError
+from fewstep.evaluation.reading import READINGS, SHOWN, kinds_of
 
 PIECE = 16  # files that a worker handles at a time: few, so that the network need not wait long for the first
 In = TypeVar("In")
@@ -43,6 +44,7 @@ class Member:
 
 
 File = Path | Member
+Checked = tuple[tuple[int, int], frozenset[str]]  # height and width, and which of `reading.KINDS`
 
 
 @lru_cache(8)
@@ -51,25 +53,18 @@ def _opened(archive: Path, _changed: int, _bytes: int, _process: int) -> zipfile
     return zipfile.ZipFile(archive)
 
 
-def read_image(file: File) -> np.ndarray:
-    """Decodes to uint8 RGB (H, W, 3): upright as EXIF says, transparency over white, 16 bits scaled."""
-    with Image.open(io.BytesIO(file.read_bytes())) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16-bit grayscale; Pillow's own conversion would clip it at 255
-            grey = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
+def read_image(file: File, reading: str = SHOWN) -> np.ndarray:
+    """Decodes to uint8 RGB (H, W, 3), in the way that `reading` names."""
+    with Image.open(io.BytesIO(file.read_bytes())) as image:
+        return READINGS[reading].pixels(image)
 
 
-def read_files(files: Sequence[File], size: int) -> Iterator[Tensor]:
+def read_files(files: Sequence[File], size: int, reading: str) -> Iterator[Tensor]:
     """uint8 batches (B, H, W, 3), B <= size. A change of image size starts a new batch."""
     batch: list[np.ndarray] = []
     for file in files:
         try:
-            image = read_image(file)
+            image = read_image(file, reading)
         except Exception as error:  # a file that passed the check: changed since, or damaged inside a chunk
             raise FewstepError(f"{file} cannot be decoded: {_reason(error)}") from None
         if batch and (len(batch) == size or image.shape != batch[0].shape):
@@ -87,24 +82,26 @@ def _reason(error: Exception) -> str:
     return f"{error or type(error).__name__}"
 
 
-def check_file(file: File) -> tuple[int, int]:
-    """Height and width as stored; raises what Pillow raises on a file that cannot be decoded."""
-    with Image.open(io.BytesIO(file.read_bytes())) as image:
+def check_file(file: File) -> Checked:
+    """Height and width as stored, and kinds; raises what Pillow raises on a file that cannot be decoded."""
+    data = file.read_bytes()
+    with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
         if image.mode == "F":
             raise ValueError("its pixels are floating-point numbers of unknown range; expected 8 or 16 bits")
+        kinds = kinds_of(image, data)
         if image.format == "PNG":
             image.verify()  # checksums of every chunk, without decoding
         else:
             image.draft("RGB", (1, 1))  # lets JPEG decode at an eighth of the size
             image.load()
-    return height, width
+    return (height, width), kinds
 
 
-def check_files(files: Sequence[File]) -> list[tuple[int, int] | str]:
-    """For each file its height and width, or what is wrong with it."""
+def check_files(files: Sequence[File]) -> list[Checked | str]:
+    """For each file its height and width and its kinds, or what is wrong with it."""
 
-    def check(file: File) -> tuple[int, int] | str:
+    def check(file: File) -> Checked | str:
         try:
             return check_file(file)
         except Exception as error:  # Pillow's decoders raise many kinds, SyntaxError among them
@@ -123,7 +120,11 @@ def default_workers() -> int:
 
 
 def prepared_files(
-    files: Sequence[File], size: int, prepare: Callable[[Tensor], Tensor], workers: int
+    files: Sequence[File],
+    size: int,
+    prepare: Callable[[Tensor], Tensor],
+    workers: int,
+    reading: str,
 ) -> Iterator[Tensor]:
     """Decodes and prepares files in their order, ahead of the caller and in other processes.
 
@@ -132,13 +133,16 @@ def prepared_files(
         size: how many are handled at once.
         prepare: from uint8 (B, H, W, 3) to a tensor (B, ...) on the CPU; picklable where processes do not fork.
         workers: processes; with 0 everything happens here.
+        reading: name of the way in which files become pixels.
 
     Yields:
         Prepared batches of `size` files each; fewer where the prepared shapes differ.
     """
     pieces = [files[start : start + PIECE] for start in range(0, len(files), PIECE)]
     waiting: list[Tensor] = []
-    for arrays in ahead(partial(_prepared, prepare=prepare), pieces, min(workers, len(pieces) - 1)):
+    for arrays in ahead(
+        partial(_prepared, prepare=prepare, reading=reading), pieces, min(workers, len(pieces) - 1)
+    ):
         for part in map(torch.from_numpy, arrays):
             if waiting and waiting[0].shape[1:] != part.shape[1:]:
                 yield torch.cat(waiting)
@@ -176,7 +180,7 @@ def ahead(function: Callable[[In], Out], items: Sequence[In], workers: int) -> I
                 future.cancel()
 
 
-def _prepared(files: Sequence[File], prepare: Callable[[Tensor], Tensor]) -> list[np.ndarray]:
+def _prepared(files: Sequence[File], prepare: Callable[[Tensor], Tensor], reading: str) -> list[np.ndarray]:
     """One piece: images of equal prepared shape together, whatever their own sizes."""
-    parts = [prepare(batch) for batch in read_files(files, len(files))]
+    parts = [prepare(batch) for batch in read_files(files, len(files), reading)]
     return [torch.cat(list(group)).numpy() for _, group in groupby(parts, lambda part: part.shape[1:])]

@@ -1,8 +1,9 @@
 """Images for evaluation: a folder, a zip or npz file or an array, all checked before the expensive part."""
 
+import copy
 import hashlib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePath
 
@@ -20,6 +21,7 @@ from fewstep.evaluation.files import (
     prepared_files,
     read_files,
 )
+from fewstep.evaluation.reading import READINGS, SHOWN, matters
 
 BLOCK = 64  # images in a row that go to one process
 KEYS = ("images", "arr_0")  # names of the image array in an npz file; ADM's sample files use the second
@@ -34,6 +36,7 @@ class ImageSource:
         skipped: names of files that could not be read and were left out, as the caller allowed.
         passed_over: what lies there and is no part of the set, in words.
         files: one per image, if there are files. workers: how many processes decode them.
+        kinds: of each file, see `reading.KINDS`. reading: how files become pixels, a name of `READINGS`.
     """
 
     name: str
@@ -42,6 +45,8 @@ class ImageSource:
     passed_over: tuple[str, ...] = ()
     files: list[File] | None = None
     workers: int = 0
+    kinds: Sequence[frozenset[str]] = ()
+    reading: str = SHOWN
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -55,7 +60,28 @@ class ImageSource:
         if self.files is None:
             yield from map(prepare, self.batches(size))
         else:
-            yield from prepared_files(self.files, size, prepare, self.workers)
+            yield from prepared_files(self.files, size, prepare, self.workers, self.reading)
+
+    def read_as(self, reading: str) -> "ImageSource":
+        """The same images, with files read in another way; arrays are pixels already."""
+        other = copy.copy(self)
+        other.reading = reading
+        vars(other).pop("sha256", None)
+        if isinstance(source := vars(self).get("source"), ImageSource):
+            vars(other)["source"] = source.read_as(reading)
+        return other
+
+    @property
+    def remarks(self) -> list[str]:
+        """What one should know about how these files were read."""
+        sizes = self.sizes if self.files is not None else set()
+        return list(READINGS[self.reading].remarks(self.name, self.kinds, sizes))
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What statistics say of the images they were made of."""
+        how = {"reads_as": self.reading} if matters(self.kinds) else {}
+        return {"source": self.name, "images_sha256": self.sha256, **how}
 
     def shard(self, rank: int, world: int) -> "ImageSource":
         """The images that process `rank` of `world` looks after."""
@@ -193,11 +219,12 @@ class FileImages(ImageSource):
         files = [path / name if path.is_dir() else Member(path, name) for name in names]
         _check_names(path, names)
         found = check_files(files)
-        broken = [f"{name}: {size}" for name, size in zip(names, found) if isinstance(size, str)]
-        self.files = [file for file, size in zip(files, found) if not isinstance(size, str)]
-        self.names = [name for name, size in zip(names, found) if not isinstance(size, str)]
-        self.sizes = {size for size in found if not isinstance(size, str)}
-        self.skipped = tuple(name for name, size in zip(names, found) if isinstance(size, str))
+        broken = [f"{name}: {one}" for name, one in zip(names, found) if isinstance(one, str)]
+        self.files = [file for file, one in zip(files, found) if not isinstance(one, str)]
+        self.names = [name for name, one in zip(names, found) if not isinstance(one, str)]
+        self.sizes = {one[0] for one in found if not isinstance(one, str)}
+        self.kinds = [one[1] for one in found if not isinstance(one, str)]
+        self.skipped = tuple(name for name, one in zip(names, found) if isinstance(one, str))
         if len(broken) > (skip_bad or 0) or not self.files:
             more = f"\n  and {len(broken) - 10} more" if len(broken) > 10 else ""
             allow = "" if skip_bad is None else ", or allow some with --skip-bad"
@@ -211,14 +238,21 @@ class FileImages(ImageSource):
         return len(self.files)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        yield from read_files(self.files, size)
+        yield from read_files(self.files, size, self.reading)
 
     @cached_property
     def sha256(self) -> str:
         digest = hashlib.sha256()
+        if self.reading != SHOWN and matters(self.kinds):  # other pixels than those that the files show
+            digest.update(READINGS[self.reading].pixels.__name__.encode())
         for file in self.files:
             digest.update(hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()
+
+
+def part_of(count: int, rank: int, world: int) -> Tensor:
+    """Which of so many images process `rank` of `world` looks after (N,)."""
+    return torch.arange(count) // BLOCK % world == rank
 
 
 class ShardImages(ImageSource):
@@ -227,8 +261,8 @@ class ShardImages(ImageSource):
     def __init__(self, source: ImageSource, rank: int, world: int):
         self.name, self.source = source.name, source
         self.sizes, self.skipped, self.workers = source.sizes, source.skipped, source.workers
-        self.passed_over = source.passed_over
-        self.mine = torch.arange(len(source)) // BLOCK % world == rank  # (N,)
+        self.passed_over, self.reading = source.passed_over, source.reading
+        self.mine = part_of(len(source), rank, world)  # (N,)
         if source.files is not None:
             self.files = [file for file, mine in zip(source.files, self.mine) if mine]
 
@@ -237,7 +271,7 @@ class ShardImages(ImageSource):
 
     def batches(self, size: int) -> Iterator[Tensor]:
         if self.files is not None:  # files of others are not opened
-            yield from read_files(self.files, size)
+            yield from read_files(self.files, size, self.reading)
             return
         done = 0
         for batch in self.source.batches(size):
@@ -257,13 +291,14 @@ class FirstImages(ImageSource):
         self.sizes, self.skipped, self.workers = source.sizes, source.skipped, source.workers
         self.passed_over = source.passed_over
         self.files = None if source.files is None else source.files[after : after + n]
+        self.kinds, self.reading = source.kinds[after : after + n], source.reading
 
     def __len__(self) -> int:
         return self.n
 
     def batches(self, size: int) -> Iterator[Tensor]:
         if self.files is not None:  # others are not opened
-            yield from read_files(self.files, size)
+            yield from read_files(self.files, size, self.reading)
             return
         done = 0
         for batch in self.source.batches(size):

@@ -1,7 +1,7 @@
 """Metrics of two sets of images by name: which inputs each takes, its labels and its uncertainty."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from fewstep.evaluation import metrics as M
 from fewstep.evaluation.features import BATCH, extract
 from fewstep.evaluation.images import ImageSource, open_images
 from fewstep.evaluation.statistics import Moments, Statistics, check_comparable, check_origin
-from fewstep.vision.extractor import Extractor, Prepared, identity
+from fewstep.vision.extractor import SPATIAL, Extractor, Prepared, identity
 from fewstep.vision.lpips import find_lpips, lpips_diversity
 from fewstep.vision.preprocess import crop_and_resize
 from fewstep.vision.scores import Scorer
@@ -53,6 +53,7 @@ class Sides:
     groups: Tensor | None = None
     captions: Sequence[str] | None = None
     scorers: Sequence[Scorer] = ()
+    share: tuple[int, int] = (0, 1)
 
     @cached_property
     def images(self) -> dict[str, ImageSource | None]:
@@ -62,12 +63,12 @@ class Sides:
     @cached_property
     def x(self) -> Tensor:
         """Features of the real images (M, D), cached on disk."""
-        return extract(images_of(self.real), self.extractor, cached=True)
+        return extract(images_of(self.real), self.extractor, cached=True, share=self.share)
 
     @cached_property
     def y(self) -> Tensor:
         """Features of the fake images (N, D)."""
-        return extract(images_of(self.fake), self.extractor)
+        return extract(images_of(self.fake), self.extractor, share=self.share)
 
     @cached_property
     def moments(self) -> Moments:
@@ -161,8 +162,34 @@ def patch_fd(sides: Sides) -> Iterator[Number]:
     # Without the crop and resize of a protocol, which would take the detail away.
     base = sides.extractor.extractor if isinstance(sides.extractor, Prepared) else sides.extractor
     patch = Prepared(base, crop_and_resize("patch", None, size))
-    for number in fd(Sides(*both, patch)):
-        yield Number("patch-FD", number.value, number.error, number.error_kind)
+    for number in fd(replace(sides, real=both[0], fake=both[1], extractor=patch)):
+        yield replace(number, name="patch-FD")
+
+
+def sfd(sides: Sides) -> Iterator[Number]:
+    """Fréchet distance of an early layer's activations as they lie in the image: sFID, as ADM's evaluator has it."""
+    extractor: Any = sides.extractor
+    spatial = extractor.spatial
+    real, fake = (_spatial_side(side, spatial) for side in (sides.real, sides.fake))
+    for number in fd(replace(sides, real=real, fake=fake, extractor=spatial)):
+        yield replace(number, name="sFD")
+
+
+def _spatial_side(side: ImageSource | Statistics, spatial: Extractor) -> ImageSource | Statistics:
+    """Images as they are; of statistics their second part, whose origin is that of the first."""
+    if not isinstance(side, Statistics):
+        return side
+    origin = {**side.meta, "dim": len(side.spatial[0])}
+    if "extractor" in origin:
+        origin["extractor"] += SPATIAL
+    return Statistics(*side.spatial, side.n, origin)
+
+
+def cmmd(sides: Sides) -> Iterator[Number]:
+    """Kernel distance of CLIP's features of the middle square."""
+    squares = replace(sides, extractor=_bare(sides.extractor).square)
+    kind = "delete-one jackknife over both sets"
+    yield Number("CMMD", *M.cmmd(squares.x, squares.y), kind, {"n_real": len(squares.x)})
 
 
 def kid(sides: Sides) -> Iterator[Number]:
@@ -211,7 +238,7 @@ def diversity_difference(sides: Sides) -> Iterator[Number]:
 
 def inception_score(sides: Sides) -> Iterator[Number]:
     """How sure and how varied the extractor's classifier is."""
-    value, error = M.inception_score(sides.extractor.classify(sides.y))
+    value, error = M.inception_score(_bare(sides.extractor).classify(sides.y))
     yield Number("IS", value, error, "over 10 parts of the images")
 
 
@@ -253,10 +280,31 @@ def _small(sides: Sides) -> str | None:
     return f"it takes the middle {size} x {size} pixels, {none}" if small else None
 
 
-def _unclassified(sides: Sides) -> str | None:
-    if hasattr(sides.extractor, "classify"):
-        return _count(20, "fake")(sides)
-    return f"it needs a classifier, which {sides.extractor.name} has not: use inception-2015"
+def _flat(sides: Sides) -> str | None:
+    """Why there are no spatial features."""
+    both = {"real": sides.real, "fake": sides.fake}
+    without = [name for name, side in both.items() if isinstance(side, Statistics) and side.spatial is None]
+    if without:
+        return f"it needs images, or statistics with mu_s and sigma_s, and those of {' and '.join(without)} lack them"
+    return _count(2, *(name for name, side in both.items() if isinstance(side, ImageSource)))(sides)
+
+
+def _has(
+    attribute: str, what: str, owner: str, lacks: Callable[[Sides], str | None]
+) -> Callable[[Sides], str | None]:
+    """Why the extractor cannot give what is asked of it beside features, or what else is lacking."""
+
+    def lacks_it(sides: Sides) -> str | None:
+        if hasattr(_bare(sides.extractor), attribute):
+            return lacks(sides)
+        return f"it needs {what}, which {sides.extractor.name} has not: use {owner}"
+
+    return lacks_it
+
+
+def _bare(extractor: Extractor) -> Any:
+    """Without a protocol's crops."""
+    return extractor.extractor if isinstance(extractor, Prepared) else extractor
 
 
 def _unpaired(sides: Sides) -> str | None:
@@ -308,7 +356,15 @@ MEASURES: dict[str, Measure] = {
     "vendi": Measure(vendi, ("fake",)),
     "diversity": Measure(diversity, ("fake",), _ungrouped, asked="groups"),
     "diversity-difference": Measure(diversity_difference, ("real", "fake"), _unpaired),
-    "is": Measure(inception_score, ("fake",), _unclassified),
+    "is": Measure(
+        inception_score, ("fake",), _has("classify", "a classifier", "inception-2015", _count(20, "fake"))
+    ),
+    "sfd": Measure(sfd, lacks=_has("spatial", "spatial features", "inception-2015", _flat), moments=True),
+    "cmmd": Measure(
+        cmmd,
+        ("real", "fake"),
+        _has("square", "the features of a CLIP", "clip:PATH", _count(2, "real", "fake")),
+    ),
     "scores": Measure(scores, ("fake",)),
 }
 

@@ -4,12 +4,13 @@ Features are float tensors (N, D). Moments are float64, because the small eigenv
 the Fréchet distance and do not survive float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+CMMD_SIGMA, CMMD_SCALE = 10, 1000
 BLOCK = 2048  # rows of a kernel or distance matrix that are in memory at once
 
 
@@ -122,8 +123,11 @@ def kid(x: Tensor, y: Tensor) -> tuple[float, float]:
     m, n = len(x), len(y)
     if min(m, n) < 3:
         raise ValueError(f"KID needs at least 3 images on each side, got {m} and {n}")
-    xx, yy = _kernel_rows(x, x, skip_self=True), _kernel_rows(y, y, skip_self=True)
-    xy, yx = _kernel_rows(x, y), _kernel_rows(y, x)
+
+    def rows(a: Tensor, b: Tensor, skip_self: bool = False) -> Tensor:
+        return _kernel_rows(a.float(), b.float(), lambda dots: (dots / x.shape[1] + 1) ** 3, skip_self)
+
+    xx, yy, xy, yx = rows(x, x, True), rows(y, y, True), rows(x, y), rows(y, x)
     within_x, within_y, between = xx.sum() / (m * (m - 1)), yy.sum() / (n * (n - 1)), xy.sum() / (m * n)
     # The same statistic without x_i (or y_j) follows from the sums of one row of each kernel matrix.
     without_x = (xx.sum() - 2 * xx) / ((m - 1) * (m - 2)) + within_y - 2 * (xy.sum() - xy) / ((m - 1) * n)
@@ -132,11 +136,42 @@ def kid(x: Tensor, y: Tensor) -> tuple[float, float]:
     return float(within_x + within_y - 2 * between), float(variance.sqrt())
 
 
-def _kernel_rows(x: Tensor, y: Tensor, skip_self: bool = False) -> Tensor:
-    """Row sums (M,) in float64 of the cubic kernel of x (M, D) and y (N, D)."""
+def cmmd(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """CMMD: 1000 times the squared MMD of unit vectors with the kernel `exp(-|x-y|^2 / (2 10^2))`.
+
+    Jayasumana et al., arXiv 2401.09603, section 4, with the estimator of its authors' code: every pair counts, that
+    of a point with itself too, so that the value is never negative and has a bias of about 10 (1/M + 1/N).
+
+    Args:
+        x: CLIP features (M, D), M >= 2, which are normalised here. y: the same (N, D), N >= 2.
+
+    Returns:
+        The value and its standard error, by the delete-one jackknife over both sets.
+    """
+    m, n = len(x), len(y)
+    if min(m, n) < 2:
+        raise ValueError(f"CMMD needs at least 2 images on each side, got {m} and {n}")
+    x, y = (torch.nn.functional.normalize(z.double(), dim=1) for z in (x, y))
+
+    def rows(a: Tensor, b: Tensor) -> Tensor:
+        return _kernel_rows(a, b, lambda dots: ((dots - 1) / CMMD_SIGMA**2).exp())  # |a-b|^2 = 2 - 2 a.b
+
+    xx, yy, xy, yx = rows(x, x), rows(y, y), rows(x, y), rows(y, x)
+    within_x, within_y, between = xx.sum() / m**2, yy.sum() / n**2, xy.sum() / (m * n)
+    without_x = (xx.sum() - 2 * xx + 1) / (m - 1) ** 2 - 2 * (xy.sum() - xy) / ((m - 1) * n)
+    without_y = (yy.sum() - 2 * yy + 1) / (n - 1) ** 2 - 2 * (yx.sum() - yx) / (m * (n - 1))
+    variance = (m - 1) * without_x.var(correction=0) + (n - 1) * without_y.var(correction=0)
+    value = (within_x + within_y - 2 * between).clamp(min=0)
+    return CMMD_SCALE * float(value), CMMD_SCALE * float(variance.sqrt())
+
+
+def _kernel_rows(
+    x: Tensor, y: Tensor, kernel_of: Callable[[Tensor], Tensor], skip_self: bool = False
+) -> Tensor:
+    """Row sums (M,) in float64 of a kernel, a function of dot products, of x (M, D) and y (N, D)."""
     sums = []
     for start in range(0, len(x), BLOCK):
-        kernel = (x[start : start + BLOCK].float() @ y.float().T / x.shape[1] + 1) ** 3
+        kernel = kernel_of(x[start : start + BLOCK] @ y.T)
         if skip_self:
             kernel.diagonal(start).zero_()
         sums.append(kernel.sum(1, dtype=torch.float64))

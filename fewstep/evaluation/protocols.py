@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import FewstepError
+from fewstep.evaluation.reading import READINGS, SHOWN
 from fewstep.vision import preprocess
 from fewstep.vision.extractor import Extractor, Prepared
 from fewstep.vision.extractors import SCALINGS, Inception2015, get_extractor
 
 PACKAGE = Path(__file__).parent.parent
 FOLDERS = (PACKAGE / "protocols", PACKAGE.parent / "eval" / "protocols")  # in a wheel, in a checkout
+
+OF_INCEPTION = ("sfd", "is")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Protocol:
         resize: Pillow filter and side of the uint8 resize after the crop, such as ["lanczos", 256], or None.
         extractor_resize: id in `preprocess.RESIZES`, for Inception.
         scaling: "128" or "127.5", for Inception.
+        reads_as: whose reading of files it takes, a name of `reading.READINGS`.
         image_size: side of the images as they come, where others are refused.
         metrics: what belongs to it.
         prompts: which captions, in which order, how many images each.
@@ -53,6 +57,7 @@ class Protocol:
     resize: tuple[str, int] | None = None
     extractor_resize: str = "pil-bicubic-float"
     scaling: str = "128"
+    reads_as: str = SHOWN
     image_size: int | None = None
     metrics: tuple[str, ...] = ("fd",)
     prompts: str | None = None
@@ -78,6 +83,7 @@ class Protocol:
             self.extractor_resize in preprocess.RESIZES,
             f"one of {', '.join(preprocess.RESIZES)}",
         )
+        check("reads_as", self.reads_as in READINGS, f"one of {', '.join(READINGS)}")
         check("scaling", self.scaling in SCALINGS, f"one of {', '.join(SCALINGS)}")
 
     def get_extractor(
@@ -91,6 +97,11 @@ class Protocol:
             base = get_extractor(name, device, weights)
         steps = preprocess.crop_and_resize(self.crop, self.resize, base.size)
         return Prepared(base, steps) if steps else base
+
+    def metrics_of(self, extractor: str | None) -> tuple[str, ...]:
+        """Its metrics; by another network than its own without those that only its own has."""
+        own = extractor in (None, self.extractor)
+        return self.metrics if own else tuple(m for m in self.metrics if m not in OF_INCEPTION)
 
     def label(self, metric: str, by: str, n_fake: int, whole: bool = False) -> str:
         """Name of a number made by a network. "FID" only by this protocol's own; a smaller sample says so.

@@ -80,6 +80,7 @@ class Statistics:
         n: number of images, or 0 if a foreign file does not tell.
         meta: JSON-ready origin: `extractor`, `weights_sha256`, `resize`, `dim`, and whatever else is worth
             keeping.
+        spatial: mean and covariance of the extractor's second kind of features, for sFID, where there are any.
         images: file that holds images beside the moments, as ADM's references do, for what needs images.
     """
 
@@ -88,6 +89,7 @@ class Statistics:
     n: int
     meta: dict[str, Any] = field(default_factory=dict)
     images: Path | None = None
+    spatial: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def from_moments(cls, moments: Moments, meta: dict[str, Any]) -> "Statistics":
@@ -106,6 +108,8 @@ class Statistics:
         meta = json.dumps({**self.meta, "n": self.n}, sort_keys=True)
         arrays: dict[str, Any] = {"mu": self.mu.cpu().numpy(), "sigma": self.sigma.cpu().numpy()}
         arrays["meta"] = np.array(meta)
+        if self.spatial:  # by the names that ADM gave them
+            arrays["mu_s"], arrays["sigma_s"] = (part.cpu().numpy() for part in self.spatial)
         with replacing(path) as part, part.open("wb") as file:
             np.savez(file, **arrays)
 
@@ -114,7 +118,8 @@ class Statistics:
         """Reads what `save` wrote, or any npz with `mu` and `sigma` (without meta). Nothing is unpickled."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                mu, sigma = (torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma"))
+                mu, sigma = _gaussian(file, "mu", "sigma")
+                spatial = _gaussian(file, "mu_s", "sigma_s") if "mu_s" in file else None
                 meta = json.loads(str(file["meta"])) if "meta" in file else {}
                 images = Path(path) if set(KEYS) & set(file) else None
             number = int(meta.pop("n", 0))
@@ -134,7 +139,12 @@ class Statistics:
             )
         if not (mu.isfinite().all() and sigma.isfinite().all()):
             raise FewstepError(f"{path}: mu or sigma has entries that are not finite: write the file again")
-        return cls(mu, sigma, number, {"dim": len(mu), **meta}, images)
+        return cls(mu, sigma, number, {"dim": len(mu), **meta}, images, spatial)
+
+
+def _gaussian(file: Any, *keys: str) -> tuple[Tensor, Tensor]:
+    mu, sigma = (torch.from_numpy(file[key].astype(np.float64)) for key in keys)
+    return mu, sigma
 
 
 def check_comparable(a: Statistics, b: Statistics, names: tuple[str, str] = ("first", "second")) -> None:

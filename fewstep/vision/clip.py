@@ -1,5 +1,6 @@
 """CLIP models on disk: images and captions into one space. Nothing is downloaded and nothing is unpickled."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch.nn.functional import normalize
 
 from fewstep.errors import FewstepError
 from fewstep.vision.extractor import Extractor, file_sha256, full_precision
-from fewstep.vision.preprocess import normalised, shortest_side_crop
+from fewstep.vision.preprocess import Chain, center_square, normalised, pil_resize, shortest_side_crop
 
 # Radford et al., arXiv 2103.00020: the normalisation of the published models, where a folder has none of its own.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -48,6 +49,15 @@ class Clip(Extractor):
         self.mean, self.std = mean, std
         self.size, self.resize = size, f"pil-bicubic-shortest-{size}, center-crop"
         self.prepare = partial(normalised, crop=partial(shortest_side_crop, size=size), mean=mean, std=std)
+
+    @property
+    def square(self) -> Extractor:
+        """The same network as CMMD uses it (arXiv 2401.09603): the middle square first, then Pillow's resize."""
+        other, size = copy.copy(self), self.size
+        other.resize = f"center-square, pil-bicubic-{size}"
+        crop = Chain((center_square, partial(pil_resize, size=size, method="bicubic")))
+        other.prepare = partial(normalised, crop=crop, mean=self.mean, std=self.std)
+        return other
 
     @property
     def scale(self) -> float:

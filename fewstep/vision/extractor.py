@@ -11,12 +11,14 @@ from torch import Tensor
 
 from .preprocess import Chain
 
+SPATIAL = ":mixed_6"  # what the name of an extractor of spatial features ends in
+
 
 class Extractor:
     """Called with uint8 images (B, H, W, 3) it gives float32 features (B, dim), on the CPU.
 
     Subclasses define `features`. One with a classifier also has `classify`, from features to logits, for the
-    Inception score.
+    Inception score; one that has `spatial` gives its extractor of spatial features there, for sFID.
 
     Attributes:
         name: short and complete, such as "effnet-lite0@96".
@@ -69,6 +71,8 @@ class Prepared(Extractor):
         self.prepare = Chain((*(step for _, step in steps), extractor.prepare))
         if hasattr(extractor, "classify"):
             self.classify = extractor.classify
+        if hasattr(extractor, "spatial"):
+            self.spatial = Prepared(extractor.spatial, steps)
 
 
 def placed(prepared: Tensor, device: str) -> Tensor:

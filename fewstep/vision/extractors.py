@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import FewstepError
-from fewstep.vision.extractor import Extractor, file_sha256, full_precision, placed
+from fewstep.vision.extractor import SPATIAL, Extractor, file_sha256, full_precision, placed
 from fewstep.vision.preprocess import RESIZES, network_input
 
 DEFAULT = "effnet-lite0"
@@ -127,6 +127,11 @@ class Inception2015(Extractor):
 
         path = inception.find_weights(weights)
         self.weights_sha256 = file_sha256(path)
+        if inception.is_torchscript(path):
+            raise FewstepError(
+                f"{path} is a TorchScript archive, whose code is not run: expected the same weights as a state "
+                f"dict; download {inception.URL} (95.6 MB) and name it with --weights or ${inception.VARIABLE}"
+            )
         if not self.weights_sha256.startswith(inception.SHA256_PREFIX):
             raise FewstepError(
                 f"{path} has SHA-256 {self.weights_sha256}, expected {inception.SHA256_PREFIX}...: these "
@@ -138,6 +143,7 @@ class Inception2015(Extractor):
         self.network = inception.Inception()
         self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.network.eval().requires_grad_(False).to(device)
+        self.spatial = Spatial(self)
 
     @torch.no_grad()
     def classify(self, features: Tensor) -> Tensor:
@@ -148,6 +154,27 @@ class Inception2015(Extractor):
     def features(self, prepared: Tensor) -> Tensor:
         with full_precision():
             return self.network(placed(prepared, self.device)).float().cpu()
+
+
+class Spatial(Extractor):
+    """2023 activations of Inception that know where in the image they are: the features of sFID.
+
+    Nash et al., arXiv 2103.03841; as ADM's evaluator has them, the first seven channels of `mixed_6/conv`, in the order
+    of its references: rows, columns, channels.
+    """
+
+    dim = 17 * 17 * 7
+
+    def __init__(self, inception: Inception2015):
+        self.inception, self.name = inception, inception.name + SPATIAL
+        self.weights_sha256, self.resize = inception.weights_sha256, inception.resize
+        self.size, self.prepare = inception.size, inception.prepare
+
+    @torch.no_grad()
+    def features(self, prepared: Tensor) -> Tensor:
+        with full_precision():
+            maps = self.inception.network.spatial(placed(prepared, self.inception.device))
+        return maps[:, :7].permute(0, 2, 3, 1).flatten(1).float().cpu()
 
 
 class FunctionExtractor(Extractor):

@@ -6,6 +6,7 @@ are 1008 classes. Modules are named as in torchvision, so that the published sta
 """
 
 import os
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fewstep.errors import FewstepError
 FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 SHA256_PREFIX = "6726825d"  # also the ending of the published names, by the convention of torch.hub
 VARIABLE = "FEWSTEP_INCEPTION"
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILES[0]}"  # 95.6 MB
 
 
 def find_weights(path: str | Path | None = None) -> Path:
@@ -33,10 +35,18 @@ def find_weights(path: str | Path | None = None) -> Path:
         if candidate.is_file():
             return candidate
     raise FewstepError(
-        f"the Inception weights are not at {' nor '.join(map(str, candidates))}: download {FILES[0]} "
-        "(95.6 MB, release fid_weights of mseitzer/pytorch-fid on GitHub) and name it with --weights or "
-        f"${VARIABLE}, or use --extractor effnet-lite0"
+        f"the Inception weights are not at {' nor '.join(map(str, candidates))}: download {URL} "
+        f"(95.6 MB) and name it with --weights or ${VARIABLE}, or use --extractor effnet-lite0"
     )
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is an archive of TorchScript, such as the inception-2015-12-05.pt of StyleGAN and clean-fid."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.partition("/")[2].startswith("code/") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 class ConvBlock(nn.Module):
@@ -196,9 +206,17 @@ class Inception(nn.Module):
         self.Mixed_7c = BlockE(2048, pool_by_maximum=True)
         self.fc = nn.Linear(2048, 1008)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def first_part(self, x: Tensor) -> Tensor:
+        """To (B, 768, 17, 17), before what TensorFlow's graph calls mixed_6."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(max_pool2d(x, 3, 2)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(max_pool2d(x, 3, 2))))
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
+        return self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
+
+    def spatial(self, x: Tensor) -> Tensor:
+        """To (B, 192, 17, 17), what that graph calls mixed_6/conv."""
+        return self.Mixed_6d.branch1x1(self.first_part(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.Mixed_6e(self.Mixed_6d(self.first_part(x)))
         return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean((2, 3))

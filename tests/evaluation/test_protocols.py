@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fewstep.cli import main
 from fewstep.errors import FewstepError
 from fewstep.evaluation import protocols
 from fewstep.evaluation.evaluate import evaluate_images, to_markdown
@@ -20,6 +21,7 @@ ISSUED = {
     "emoji",
     "folder-clean",
     "folder-legacy",
+    "folder-tf1",
     "imagenet256-adm",
     "imagenet64-edm",
     "mjhq30k",
@@ -213,6 +215,44 @@ def test_inception_without_weights_says_where_it_looked(monkeypatch, tmp_path):
 def test_other_weights_are_refused(random_weights):
     with pytest.raises(FewstepError, match="no number made with them is a FID"):
         Inception2015(weights=random_weights)
+
+
+def test_torchscript_is_recognised_and_not_run(random_weights, tmp_path):
+    """StyleGAN and clean-fid publish the network as an archive with code: the message names the file to get."""
+    network = inception.Inception()
+    network.load_state_dict(torch.load(random_weights, weights_only=True))
+    archive = tmp_path / "inception-2015-12-05.pt"
+    torch.jit.save(torch.jit.trace(network.Mixed_7c.branch_pool, torch.zeros(1, 2048, 8, 8)), archive)
+    assert inception.is_torchscript(archive) and not inception.is_torchscript(random_weights)
+    (tmp_path / "empty.pt").write_bytes(b"")
+    assert not inception.is_torchscript(tmp_path / "empty.pt")
+    with pytest.raises(FewstepError) as error:
+        evaluate_images(pictures_of(16), pictures_of(16), protocol="folder-clean", weights=str(archive))
+    text = str(error.value)
+    assert "TorchScript archive, whose code is not run" in text and inception.URL in text
+    assert text.count("\n") == 0 and inception.URL.endswith(inception.FILES[0])
+
+
+def test_a_distance_that_is_no_fid_says_how_to_get_one(monkeypatch, tmp_path, capsys, random_weights):
+    monkeypatch.delenv(inception.VARIABLE, raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    for name in "ab":
+        np.savez(tmp_path / f"{name}.npz", images=pictures_of(32, 8, ord(name)))
+    words = ["eval", "fid", *(str(tmp_path / f"{name}.npz") for name in "ab"), "--device", "cpu"]
+    assert main([*words, "--extractor", "effnet-lite0@32"]) == 0
+    advice = capsys.readouterr().out.strip().splitlines()[-1]
+    assert advice.startswith("FD(effnet-lite0@32) is not FID") and inception.URL in advice
+    for part in ("95.6 MB", str(tmp_path / "checkpoints"), "--weights", "--protocol folder-clean"):
+        assert part in advice
+    # Following it gives one, and then nothing is said.
+    monkeypatch.setattr(inception, "SHA256_PREFIX", file_sha256(random_weights)[:8])
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / inception.FILES[0]).symlink_to(random_weights)
+    assert main([*words, "--extractor", "effnet-lite0@32"]) == 0
+    assert f"you have its weights, {tmp_path}" in capsys.readouterr().out.strip().splitlines()[-1]
+    assert main([*words, "--protocol", "folder-clean"]) == 0
+    out = capsys.readouterr().out
+    assert "FID(folder-clean)" in out and "is not FID" not in out
 
 
 def test_inception_under_a_protocol_prints_fid(trusted):

@@ -278,3 +278,47 @@ def test_two_processes_write_the_statistics_of_one(sets, pictures, launch_two, l
     one, two = (Statistics.load(sets / f"{name}.npz") for name in ("one", "two"))
     assert one.n == two.n == 150 and one.meta == two.meta
     assert (one.mu - two.mu).abs().max() < 1e-9 and (one.sigma - two.sigma).abs().max() < 1e-9
+
+
+def test_features_of_parts_are_those_of_one_process(pictures, pool, monkeypatch):
+    """Three processes, of which the last has no image; their parts come together in the order of the images."""
+    from fewstep.evaluation import features as F
+
+    many = open_images(pictures.repeat(2, 0)[:100])
+    whole = F.extract(many, pool)
+    parts = [F.extract(many.shard(rank, 3), pool) if rank < 2 else whole[:0] for rank in range(3)]
+    assert [len(part) for part in parts] == [64, 36, 0]
+    for rank in range(3):
+
+        def everyones(own, world, rank=rank):
+            if isinstance(own, bool):
+                return [own] * world
+            assert torch.equal(own, parts[rank])
+            return parts
+
+        monkeypatch.setattr(F, "_all_of", everyones)
+        assert torch.equal(F.extract(many, pool, share=(rank, 3)), whole)
+    monkeypatch.setattr(F, "_all_of", lambda own, world: [own, F.FeatureError("images 64 to 99")])
+    with pytest.raises(F.FeatureError, match="images 64 to 99"):  # another process's error is this one's
+        F.extract(many, pool, share=(0, 2))
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(sets, pictures, launch_two, monkeypatch):
+    """`eval fid` under a real launcher with gloo: the same numbers, one table, features kept once."""
+    for name, step in (("real", 1), ("fake", 2)):
+        for i in range(20, 150):
+            Image.fromarray(pictures[i * step % 120] // (1 + i // 120)).save(sets / name / f"{i:03d}.png")
+    words = ["eval", "fid", str(sets / "real"), str(sets / "fake"), "--extractor", "effnet-lite0@64"]
+    words += ["--device", "cpu", "--kid", "--prdc", "--vendi", "--out"]
+    assert cli.main([*words, str(sets / "one.json")]) == 0
+    results = [json.loads((sets / "one.json").read_text())]
+    for name in ("fresh", "kept"):  # without the cache of the first run, then with that of the second
+        if name == "fresh":
+            monkeypatch.setenv("FEWSTEP_CACHE", str(sets / "cache"))
+        done = launch_two("torchrun", [*words, str(sets / f"{name}.json")])
+        assert done.stdout.count("| FD(effnet-lite0@64)") == 1
+        results.append(json.loads((sets / f"{name}.json").read_text()))
+    assert len(list((sets / "cache" / "features").iterdir())) == 1
+    assert len(results[0]["metrics"]) == 7
+    assert results[0]["metrics"] == results[1]["metrics"] == results[2]["metrics"]
