@@ -68,9 +68,7 @@ class Yardstick:
         coming = Coming(self.cut, spec.size or LARGE)
         groups = torch.tensor(self.groups) if "diversity" in self.measured else None
         real = coming if self.real is None else self.real
-        possible(
-            self.measured, Sides(real, coming, self.extractor, groups=groups)
-        )  # refuses before any are made
+        possible(self.measured, Sides(real, coming, self.extractor, groups=groups))  # before any are made
         # Of the row that others are compared with: how it was made, its features, and its tokens if it has any.
         self.reference: tuple[dict[str, Any], torch.Tensor] | None = None
         self.tokens: Tokens | None = None
