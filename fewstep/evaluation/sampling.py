@@ -142,8 +142,23 @@ def sample_folder(
         print(f"fewstep: note: {cut}", file=sys.stderr)
     if job.layout == "geneval":
         _write_metadata(folder, prompts, mine, job.per_prompt)
-    # Whole batches are made again for one missing image, so that a resumed run repeats the arithmetic exactly.
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    watch = _fill(model, prompts, job, call, folder, batches)
+    if rank == 0 and "speed" not in manifest and (speed_runs or watch.images):
+        one = ([prompts.texts[0]], [0], job, call)
+        alone = partial(measure_speed, lambda: draw(model, *one), model.network)
+        manifest["speed"] = alone(speed_runs) if speed_runs else watch.read()
+        write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _fill(
+    model: Model, prompts: Prompts, job: Job, call: dict[str, Any], folder: Path, batches: list[list[int]]
+) -> Stopwatch:
+    """Draws what is missing and times it.
+
+    Whole batches are made again for one missing image, so that a resumed run repeats the arithmetic exactly.
+    """
     missing = [[i for i in batch if not _is_image(folder / job.path(i))] for batch in batches]
     watch = Stopwatch(model.network)
     with tqdm(total=sum(map(len, missing)), desc=folder.name, unit="image", disable=None) as bar:
@@ -155,12 +170,7 @@ def sample_folder(
                 for i in wanted:
                     save_png(images[batch.index(i)], folder / job.path(i))
                 bar.update(len(wanted))
-    if rank == 0 and "speed" not in manifest and (speed_runs or watch.images):
-        one = ([prompts.texts[0]], [0], job, call)
-        alone = partial(measure_speed, lambda: draw(model, *one), model.network)
-        manifest["speed"] = alone(speed_runs) if speed_runs else watch.read()
-        write_json(folder / MANIFEST, manifest)
-    return manifest
+    return watch
 
 
 @torch.no_grad()

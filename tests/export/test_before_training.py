@@ -24,6 +24,7 @@ from fewstep.export import (
     verify,
 )
 from fewstep.export import lora as lora_export
+from fewstep.files import WriteError
 from fewstep.recipe import RoleConfig
 from fewstep.runs.session import execute, reexport, resume
 from fewstep.teachers import load_teacher
@@ -215,12 +216,18 @@ def test_a_place_that_the_export_could_not_take_is_found_before_anything_is_load
     shutil.move(run / "export", tmp_path / "kept")
     (run / "export").write_text("mine")
     for again in (reexport, resume):
-        with pytest.raises(RecipeError, match=r"output: .*export is a file.*move it away"):
+        with pytest.raises(FewstepError, match=r"output: .*export is a file; give the name of a folder"):
             again(run)
     assert (run / "export").read_text() == "mine"
     (run / "export").unlink()
-    monkeypatch.setattr("os.access", lambda *_args: False)
-    with pytest.raises(RecipeError, match="no permission to write the export"):
+
+    def refused(*_args, **_options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.touch", refused)
+    with pytest.raises(
+        WriteError, match=r"output: .*export cannot be written: .*Permission denied|no permission"
+    ):
         reexport(run)
 
 
