@@ -35,7 +35,7 @@ recipe = Recipe(
     data=DataConfig(prompts="prompts.txt", images="images"),
     roles={
         "student": RoleConfig(kind="full", lr=2e-6, weight_decay=0.0, warmup=2500, ema=0.9999),
-        "weighting": RoleConfig(kind="full", lr=2e-6, weight_decay=0.0),
+        "weighting": RoleConfig(kind="full", lr=1e-3, weight_decay=0.0),
         "discriminator": RoleConfig(kind="full", lr=2e-6, weight_decay=0.0, warmup=2500),
     },
     train=TrainConfig(

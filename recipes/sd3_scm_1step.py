@@ -26,7 +26,7 @@ recipe = Recipe(
         "student": RoleConfig(
             kind="lora", rank=128, alpha=128, lr=1e-5, betas=(0.9, 0.99), eps=1e-11, warmup=500, ema=0.9999
         ),
-        "weighting": RoleConfig(kind="full", lr=1e-4, weight_decay=0.0),
+        "weighting": RoleConfig(kind="full", lr=1e-3, weight_decay=0.0),
     },
     train=TrainConfig(steps=20_000, batch_size=4, accumulate=16, sample_every=500, checkpoint_every=500),
     samples=SampleConfig(count=8, teacher_steps=28, columns=4),

@@ -94,15 +94,16 @@ def central_difference(
     return (ahead + behind) / 2, factor * (ahead - behind)
 
 
-def normalized(g: Tensor, constant: float = 0.1) -> Tensor:
-    """``g / (|g| + c)`` with the root mean square of each sample as its norm (sCM, section 4.2).
+def normalized(g: Tensor, constant: float = 0.1, norm: str = "mean") -> Tensor:
+    """``g / (|g| + c)``, of each sample (sCM, section 4.2), whose own norm is below 1.
 
-    The paper's norm is the root of the sum; the root of the mean, as in the published code of SANA-Sprint, gives c one
-    meaning at every resolution. The result's norm is below 1.
+    Args:
+        norm: "sum", the root of the sum of squares, as in the paper and in the published code of SANA-Sprint; or
+            "mean", the root of their mean, which gives c one meaning at every resolution.
     """
     flat = g.flatten(1)
-    size = flat.norm(dim=1, dtype=real(g.device)) / math.sqrt(flat.shape[1])
-    return g / expand(size + constant, g)
+    size = flat.norm(dim=1, dtype=real(g.device))
+    return g / expand((size if norm == "sum" else size / math.sqrt(flat.shape[1])) + constant, g)
 
 
 class LogWeight(nn.Module):
@@ -126,9 +127,9 @@ class LogWeight(nn.Module):
 
 
 def consistency(
-    velocity: Tensor, g: Tensor, log_weight: Tensor, prior: Tensor | float = 1.0
+    velocity: Tensor, g: Tensor, log_weight: Tensor, prior: Tensor | float = 1.0, norm: str = "mean"
 ) -> dict[str, Tensor]:
-    """``mean prior exp(w) |F - stopgrad(F + g)|^2`` and ``-mean w`` (sCM, eq. 8), mean over entries and samples.
+    """``mean prior exp(w) |F - stopgrad(F + g)|^2`` and ``-mean w`` (sCM, eq. 8), mean over samples.
 
     The gradient is that of ``-2 prior exp(w) <F, g>``, i.e. with g = cos(t) df/dt the continuous-time objective
     ``<f, df/dt>`` with the weight ``1 / tan(t)``: the paper's prior weight is in this form already, and the ``prior``
@@ -137,11 +138,16 @@ def consistency(
     Args:
         velocity: student's F (B, ...) with gradient. g: normalised tangent, any gradient ignored. log_weight: w (B,)
             with gradient. prior: (B,) or a number.
+        norm: that of ``g``: the square is a mean over entries, or their sum. Where w is what it learns to be, the
+            gradient of a sample at F is ``2 g / |g|^2`` either way, i.e. of length 2 with "sum" and of 2 / sqrt(D) with
+            "mean" for D entries: against another term, such as SANA-Sprint's adversarial one, these are not the same.
+            (Published code takes the mean with either, and its w climbs by log D first.)
     """
     g = g.detach()
     keep = g.flatten(1).isfinite().all(1)
     target = velocity.detach() + torch.where(expand(keep, g).bool(), g, 0.0)
-    error = (velocity - target).square().flatten(1).mean(1)
+    error = (velocity - target).square().flatten(1)
+    error = error.sum(1) if norm == "sum" else error.mean(1)
     count = keep.sum().clamp(min=1)
     terms = {"consistency": prior * log_weight.exp() * error, "weight": -log_weight}
     return {name: torch.where(keep, term, 0.0).sum() / count for name, term in terms.items()}

@@ -45,6 +45,7 @@ class SanaSprint(Method):
             adversarial_weight: lambda.
             max_time: how often the adversarial terms see the student at the noisiest level, where one step starts.
             time_mean: 0.0 in the paper, 0.2 in its code. prior: "1/tan" in its code, nothing in its formula.
+            tangent_norm: the plain norm, as in its code, against which adversarial_weight is meant.
             warmup: student updates. The published counter runs over both phases, so its 4,000 are 2,000 of ours.
         """
 
@@ -60,6 +61,7 @@ class SanaSprint(Method):
         time_std: float = 1.6
         warmup: int = 2000
         prior: Literal["one", "1/tan"] = "1/tan"
+        tangent_norm: Literal["mean", "sum"] = "sum"
         taps: list[str] = field(default_factory=lambda: [f"transformer_blocks.{i}" for i in (2, 8, 14, 19)])
         noise_mean: float = -0.6 + math.log(2)
         conditional_heads: bool = False

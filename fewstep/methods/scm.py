@@ -33,7 +33,9 @@ class ConsistencyOptions(Options):
         sigma_data: scale that papers give the data; latents here are of unit scale, so it enters the law of the noise
             level and the tangent's size beside ``tangent_constant`` only.
         warmup: student updates over which the tangent's unstable half fades in (10,000; SANA-Sprint 4,000).
-        tangent_constant: c of the normalisation ``g / (|g| + c)``.
+        tangent_constant: c of the normalisation ``g / (|g| + c)``. tangent_norm: whether the norm is the root of the
+            "sum" of squares or of their "mean", see :func:`fewstep.diffusion.consistency.consistency`. Without another
+            term beside the loss they differ in c's meaning only.
         prior: a further weight of the squared error, "1/tan" as in SANA-Sprint's published code; see
             :func:`fewstep.diffusion.consistency.consistency`.
         tangent: "forward" is forward-mode differentiation; "difference" needs two plain forwards instead.
@@ -49,6 +51,7 @@ class ConsistencyOptions(Options):
     sigma_data: float = 0.5
     warmup: int = 10_000
     tangent_constant: float = 0.1
+    tangent_norm: Literal["mean", "sum"] = "mean"
     prior: Literal["one", "1/tan"] = "one"
     tangent: Literal["forward", "difference"] = "forward"
     difference: float = 1e-3
@@ -133,9 +136,10 @@ class Consistency:
             velocity, derivative = self.derivative(x_t, t, ode, told)
             g = scm.tangent(x_t, t, ode, velocity, derivative, min(1.0, updates / max(1, c.warmup)))
             batch.log |= {"tangent": g.square().mean().sqrt(), "latent_std": x0.std()}
-            g = scm.normalized(g, c.tangent_constant / c.sigma_data)
+            g = scm.normalized(g, c.tangent_constant / c.sigma_data, c.tangent_norm)
         prior = 1.0 if c.prior == "one" else (1 / (c.sigma_data * torch.tan(t))).to(x0)
-        return scm.consistency(self.student.predict("v", x_t, t, told), g, self.weighting(t), prior)
+        velocity = self.student.predict("v", x_t, t, told)
+        return scm.consistency(velocity, g, self.weighting(t), prior, c.tangent_norm)
 
 
 def angle_range(schedule: Schedule) -> tuple[float, float]:

@@ -177,11 +177,11 @@ class SiD(Method):
             # The same noise and time on both sides, each with its own captions, in one forward.
             both = torch.cat([schedule.add_noise(batch.real, eps, t), x_t])
             logits = self.logits(both, torch.cat([t, t]), Cond.cat(batch.real_cond, batch.cond))
-            # SiDA weighs it as it does the critic's error on EDM.
-            weight = objectives.denoising_weight(kind if kind == "edm" else "x0", schedule, t)
             real, fake = logits.chunk(2)
-            told = objectives.discrimination(real, fake, weight, objectives.finite_rows(x0))
-            losses["discriminator"] = self.config.discriminator_weight / self.pixels * told
+            told = objectives.discrimination(real, fake, torch.ones_like(t), objectives.finite_rows(x0))
+            # On EDM SiDA weighs it as the critic's error, but all levels of a batch by the mean of their weights.
+            size = objectives.denoising_weight("edm", schedule, t).mean().to(told) if kind == "edm" else 1.0
+            losses["discriminator"] = self.config.discriminator_weight / self.pixels * size * told
         return losses
 
     def generator_loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:

@@ -825,6 +825,21 @@ def test_real_and_fake_share_noise_and_time_and_keep_their_captions(sdxl):
     assert losses["discriminator"].item() == pytest.approx(3 * entropy / pixels, rel=1e-5)
 
 
+def test_every_noise_level_teaches_the_discriminator_alike_also_with_the_weight_of_edm(sdxl):
+    """The mean of lambda times the mean of all cross-entropies, as published: a clean sample counts no more."""
+    trainer, seen = adversarial(sdxl, critic_loss="edm"), []
+    method, batch = trainer.method, trainer.data.batch(0, 0)
+    answer = torch.zeros(4, 4, requires_grad=True)
+    method.logits = lambda x_t, t, c: seen.append(t[:2]) or answer
+    (slope,) = torch.autograd.grad(method.critic_loss(batch, Progress())["discriminator"], answer)
+    (t,) = seen
+    weights = SD.log_snr(t).exp() + 4
+    assert weights.max() > 1.05 * weights.min()  # these levels would be told apart
+    size = weights.mean().item() / math.prod(batch.shape[1:])
+    expected = torch.tensor([-1.0, -1.0, 1.0, 1.0])[:, None].expand(4, 4) * size / 2 / 2 / 2 / 4
+    torch.testing.assert_close(slope, expected, rtol=1e-5, atol=0)
+
+
 # ------------------------------------------------------------------------------------------------------ distributions
 @pytest.fixture(scope="module")
 def distilled(ring, fitted):
