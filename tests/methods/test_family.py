@@ -8,6 +8,7 @@ import pytest
 import torch
 from toys import SD, Mlp, Rows, energy_distance, fit, labelled_mixture, labels_of, toy, view
 
+from fewstep.diffusion import objectives
 from fewstep.diffusion.cond import Cond
 from fewstep.diffusion.rng import Rng
 from fewstep.diffusion.schedules import EDM, Flow, Schedule, change_schedule
@@ -151,6 +152,60 @@ def gradients(name, mixture, fitted, pairs, schedule):
         grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         found |= {f"{phase.name}/{k}": g for k, g in zip(trained, grads) if g is not None}
     return found
+
+
+class Marked(On):
+    """Predicts one number everywhere, and keeps what it was asked."""
+
+    def __init__(self, denoiser, mark):
+        super().__init__(denoiser, denoiser.schedule)
+        self.mark, self.prediction, self.asked = mark, "x0", []
+
+    def x0(self, x_t, t, cond, *, guidance=1.0):
+        self.asked.append((guidance, t))
+        return 0 * super().x0(x_t, t, cond, guidance=guidance) + self.mark
+
+
+# SiD guides both, SwiftBrush's published code too.
+GUIDED_CRITICS = {"sid", "swiftbrush"}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_teacher_is_guided_and_the_student_is_led_from_the_critic_to_it(
+    name, mixture, fitted, pairs, monkeypatch
+):
+    """What the student's turn asks of both networks, at which times, and in which place either answer stands."""
+    kind = name.split(",")[0]
+    method, options = METHODS[kind], {**PLAIN[name], "guidance_scale": 2.0}
+    trainer = trainer_of(kind, mixture, fitted, pairs, options, batch_size=16)
+    config, teacher = trainer.method.config, Marked(mixture, 7.0)
+    views = {n: view(trainer.roles[n].module) for n in method.networks_for(config)}
+    critics = {n: Marked(v, -7.0) for n, v in views.items() if n.startswith("critic")}
+    built = method(config, teacher, (16,), **{**views, **critics})
+    built.prepare(Rows(1000, label=LABELS))
+    stood = []
+
+    def standing(inner):
+        def spy(x0, real, fake, *rest, **more):
+            stood.append((real.detach().unique().tolist(), fake.detach().unique().tolist()))
+            return inner(x0, real, fake, *rest, **more)
+
+        return spy
+
+    for term in ("distribution_matching", "score_identity", "implicit_matching"):
+        monkeypatch.setattr(objectives, term, standing(getattr(objectives, term)))
+    for phase in built.phases():
+        if phase.loss is None or not any(role.startswith("student") for role in phase.train):
+            continue
+        phase.loss(trainer.data.batch(0, 0), Progress(1000, 2000, 16))
+    assert stood and all(pair == ([7.0], [-7.0]) for pair in stood)
+    assert {float(g) for g, _ in teacher.asked} == {2.0}
+    scale = 2.0 if kind in GUIDED_CRITICS else 1.0
+    for critic in critics.values():
+        assert critic.asked and {float(g) for g, _ in critic.asked} == {scale}
+    low, high = getattr(config, "time_range", (0.0, 1.0))
+    for _, t in teacher.asked:
+        assert (t >= low * SD.t_max - 1).all() and (t <= high * SD.t_max + 1).all()
 
 
 @pytest.mark.parametrize("name", PLAIN)
