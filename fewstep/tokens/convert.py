@@ -75,6 +75,14 @@ def _count(state: dict[str, Tensor], prefix: str) -> int:
     return 1 + max((int(k[len(prefix) :].split(".")[0]) for k in state if k.startswith(prefix)), default=-1)
 
 
+def _multiples(state: dict[str, Tensor], name: str, ch: int) -> tuple[int, ...]:
+    """Channels of each level, as multiples of the first convolution's."""
+    found = []
+    while (weight := state.get(name.format(len(found)))) is not None:
+        found.append(weight.shape[0] // ch)
+    return tuple(found)
+
+
 def _shape(state: dict[str, Tensor], name: str, source: str) -> tuple[int, ...]:
     if name not in state:
         raise FewstepError(f"{source}: missing {name}; these are the weights of another model")
@@ -117,12 +125,11 @@ def llamagen(
     codes, code_dim = _shape(vq, "quantize.embedding.weight", str(tokenizer))
     _same_codes(codes, size, tokenizer, transformer)
     ch = vq["encoder.conv_in.weight"].shape[0]
-    levels = _count(vq, "decoder.conv_blocks.")
     vqvae = LlamaGenVQ(
         codes,
         code_dim,
         ch=ch,
-        ch_mult={5: (1, 1, 2, 2, 4), 4: (1, 2, 2, 4)}.get(levels, (1,) * levels),
+        ch_mult=_multiples(vq, "encoder.conv_blocks.{}.res.0.conv1.weight", ch),
         blocks=_count(vq, "encoder.conv_blocks.0.res."),
         z_channels=vq["encoder.conv_out.weight"].shape[0],
     )
@@ -168,11 +175,11 @@ def var(
         mlp_ratio=net_state["blocks.0.ffn.fc1.weight"].shape[0] / width,
         num_codes=codes[0],
     )
-    levels = _count(vq, "decoder.up.")
+    ch = vq["encoder.conv_in.weight"].shape[0]
     vqvae = MultiScaleVQ(
         *codes,
-        ch=vq["encoder.conv_in.weight"].shape[0],
-        ch_mult=(1, 1, 2, 2, 4) if levels == 5 else (1,) * levels,
+        ch=ch,
+        ch_mult=_multiples(vq, "encoder.down.{}.block.0.conv1.weight", ch),
         blocks=_count(vq, "encoder.down.0.block."),
         patch_nums=patches,
     )
