@@ -263,8 +263,11 @@ class Spy:
 
 def test_the_losses_of_dd1_are_means_over_the_unknown_tokens(teacher):
     trainer = student_of(teacher, split=2, entries=[0, 3], ce_weight=2.0, embedding_weight=0.5)
-    batch = trainer.data.batch(0, 0)
+    batch, told = trainer.data.batch(0, 0), []
+    keep = trainer.method.net.register_forward_hook(lambda _m, given, _out: told.append(given[2]))
     losses = trainer.method.loss(batch, Progress())
+    keep.remove()
+    assert told[0] is batch.pair_cond  # each pair's own
     noise, tokens = batch.pairs
     again = trainer.data.batch(0, 0)
     begin = torch.tensor([0, 3])[(again.rng.uniform(16) * 2).long()]

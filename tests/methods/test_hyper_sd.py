@@ -444,3 +444,29 @@ def test_one_step_reaches_the_ring_and_the_same_student_takes_more(path, predict
     assert all(energy_distance(made(n), data) < 0.03 for n in (1, 2, 4, 8))
     one, solved = made(1), ddim(ring, noise, NONE, 250)
     assert per_noise(one, solved, f"hyper_sd, {path}", energy_distance(one, data)) < 0.15
+
+
+def test_the_goal_is_the_targets_landing_and_not_the_live_students():
+    teacher = mixture(SD)
+    live, average = Known(lambda x, t: torch.full_like(x, 5.0)), Known(lambda x, t: torch.full_like(x, -3.0))
+    method = method_of(teacher, live, average, segments=[1], end="segment")
+    batch = batch_of()
+    _, made, goal, _ = method.term.inconsistency(0, batch)
+    # From the lowest node the teacher's own step lands there already.
+    assert (made == 5).all() and ((goal + 3).abs() < 1e-5).float().mean() > 0.7
+
+
+def test_what_is_judged_is_diffused_from_where_it_landed():
+    """From level r to t the signal shrinks by alpha_t / alpha_r, not by alpha_t."""
+    torch.manual_seed(0)
+    teacher = view(Mlp(32).requires_grad_(False))
+    options = {"segments": [4], "solver_steps": 8, "gan_weight": 0.5, "taps": ["layers.0"], "target": "live"}
+    method = HyperSD(HyperSD.Config(**options), teacher, (2,), student=view(Mlp(32)))
+    seen = []
+    method.term.discriminator.logits = lambda judge, x, t, cond: seen.append((x, t)) or x
+    end = torch.full((64,), 0.5)
+    method.term.judge(0, torch.full((64, 2), 1e4), end, NONE, batch_of())
+    x_t, t = seen[0]
+    wanted = (SD.alpha(t) / SD.alpha(SD.at(end))).float()
+    torch.testing.assert_close(x_t[:, 0] / 1e4, wanted, rtol=0, atol=1e-3)
+    assert (wanted - SD.alpha(t).float()).abs().max() > 0.01

@@ -364,3 +364,11 @@ def test_scm_with_ladd_reaches_the_ring_in_one_step(ring, fitted):
 def test_ladd_alone_reaches_the_ring(ring, fitted):
     config = LADD.Config(taps=["layers.0", "layers.2", "layers.4"], num_steps=[1], early=0, noise_mean=-1.0)
     assert converge(LADD, config, ring, fitted, 500, flow_view(fitted))[0] < 0.02
+
+
+def test_misaligned_images_are_fakes(ring, fitted):
+    """Known logits: the real ones are far above their bound, and whatever else is judged is far above its own."""
+    adversary = Adversary(LADD.Config(taps=["layers.0"], misaligned=True), flow_view(fitted), (2,))
+    adversary.judge = lambda x0, *_: torch.cat([torch.full((4, 1), v) for v in (5.0, -5.0, 3.0)])
+    real, fake = ring.sample(4, Rng(1)), ring.sample(4, Rng(2))
+    assert adversary.discriminator_loss(real, fake, NONE, Rng(3)).item() == (0 + (0 + 4) / 2)

@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from toys import NONE, SD, Mlp
+from toys import NONE, SD, Mlp, view
 
 from fewstep.diffusion import consistency as scm
 from fewstep.diffusion.denoiser import ScheduleView
 from fewstep.diffusion.rng import Rng
 from fewstep.diffusion.schedules import EDM, Flow, TrigFlow, change_schedule, expand
+from fewstep.methods import Batch
 from fewstep.methods.scm import SCM, Consistency, angle_range
 from fewstep.runs.library import load_recipe, recipe_files
 from fewstep.teachers.analytic import GaussianMixture
@@ -378,3 +379,29 @@ def test_drawn_times_stay_within_what_the_teacher_covers(path):
     assert (t > low).all() and (t < high).all() and (1 / t.tan()).isfinite().all()
     s = schedule.time_at(t.cos(), t.sin())
     assert (s > schedule.t_min).all() and (s < schedule.t_max).all()
+
+
+def test_the_scale_of_data_and_the_prior_stand_where_the_papers_have_them(monkeypatch):
+    """At sigma_d 0.25: the law of the noise level, the constant beside the tangent, and 1 / (sigma_d tan t)."""
+    config = SCM.Config(sigma_data=0.25, time_mean=0.4, time_std=0.8, tangent_constant=0.3, prior="1/tan")
+    torch.manual_seed(0)
+    term = Consistency(config, gaussian(Flow()), view(Mlp(smooth=8), Flow(), "flow"))
+    normal = torch.linspace(-1, 1, 7)
+    torch.testing.assert_close(
+        term.draw(normal), torch.atan(torch.exp(0.4 + 0.8 * normal.double()) / 0.25), check_dtype=False
+    )
+    asked = {}
+    shorten, lose = scm.normalized, scm.consistency
+    monkeypatch.setattr(scm, "normalized", lambda g, c, *rest: asked.update(c=c) or shorten(g, c, *rest))
+    monkeypatch.setattr(
+        scm,
+        "consistency",
+        lambda v, g, w, prior, *rest: asked.update(prior=prior) or lose(v, g, w, prior, *rest),
+    )
+    times = []
+    monkeypatch.setattr(term, "draw", lambda n: times.append(Consistency.draw(term, n)) or times[-1])
+    rng = Rng("batch")
+    batch = Batch(cond=NONE, shape=(5, 2), rng=rng, shared=Rng(0))
+    term.losses(Rng(1).normal(5, 2), NONE, NONE, 1.0, 10, batch)
+    assert asked["c"] == pytest.approx(0.3 / 0.25)
+    torch.testing.assert_close(asked["prior"].double(), 1 / (0.25 * torch.tan(times[0].double())))

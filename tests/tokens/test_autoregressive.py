@@ -262,6 +262,21 @@ def test_pipelines_and_students_survive_saving(pipe, tmp_path):
     assert not loaded([0, 1], latents=noise, num_inference_steps=1, output_type="latent").images.equal(made)
 
 
+def test_steps_of_the_teacher_are_guided_as_the_call_says(pipe, monkeypatch):
+    n = pipe.num_tokens
+    student = type(pipe)(ParallelStudent.of(pipe.transformer, pipe.codes, split=n), pipe.vqvae)
+    told, sample = [], CodebookDenoiser.sample
+
+    def spy(self, *given, guidance, **more):
+        told.append(guidance)
+        return sample(self, *given, guidance=guidance, **more)
+
+    monkeypatch.setattr(CodebookDenoiser, "sample", spy)
+    call = {"latents": Rng("z").normal(2, n, 8), "output_type": "latent", "guidance_scale": 3.0}
+    student([0, 1], teacher=pipe, resample=(0, n), generator=torch.Generator().manual_seed(3), **call)
+    assert told == [3.0]
+
+
 def test_a_student_may_spend_steps_of_the_teacher(pipe):
     n, begin = pipe.num_tokens, sum(pipe.transformer.groups[:2])
     student = type(pipe)(ParallelStudent.of(pipe.transformer, pipe.codes, split=n), pipe.vqvae)

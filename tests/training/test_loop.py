@@ -117,3 +117,27 @@ def test_weights_are_copied_before_the_first_turn_and_not_again(ring):
         trainer.iterate()
     assert [(i, same) for i, name, same in seen if name == "copy"] == [(2, True)]
     assert not any(same for i, name, same in seen if i > 2 or name == "critic")
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_gradient_is_the_mean_of_micro_batches_and_no_longer_than_it_may_be(accumulate, ring, monkeypatch):
+    trainer = trainer_of("dmd2", ring, {**GAN, "gan_weight": 0.0}, steps=8, accumulate=accumulate)
+    phase = next(phase for phase in trainer.phases if phase.name == "critic")
+    weights = list(trainer.roles["critic"].weights.values())
+    taken = []
+    monkeypatch.setattr(
+        "fewstep.training.trainer.take_step", lambda *_: taken.append([w.grad.clone() for w in weights])
+    )
+    for clip in (1e9, 1e-3):
+        trainer.config.clip_norm = clip
+        trainer.turn(phase, trainer.batches(0))
+    parts = [
+        torch.autograd.grad(sum(phase.loss(batch, trainer.progress).values()), weights)
+        for batch in trainer.batches(0)
+    ]
+    mean = [torch.stack(gradients).mean(0) for gradients in zip(*parts)]
+    whole, clipped = taken
+    for gradient, wanted in zip(whole, mean):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-8)
+    length = torch.cat([g.flatten() for g in clipped]).norm().item()
+    assert length == pytest.approx(1e-3, rel=1e-3) and torch.cat([g.flatten() for g in whole]).norm() > 1e-2
