@@ -62,11 +62,11 @@ def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> Path:
         if smoke:
             from .smoke import smoke as shrink
 
-            recipe = shrink(
-                recipe,
-                keep_teacher=any(w.split("=")[0] in ("--teacher", "--teacher.path") for w in words),
-                keep_output=any(w.split("=")[0] == "--output" for w in words),
-            )
+            given = {w.split("=")[0] for w in words}
+            if "--output" in given:
+                check_output(Path(recipe.output))
+            teacher = bool(given & {"--teacher", "--teacher.path"})
+            recipe = shrink(recipe, keep_teacher=teacher, keep_output="--output" in given)
         return execute(recipe)
     except BaseException as error:
         raise SystemExit(tell(error)) from None

@@ -16,13 +16,17 @@ RANK = 4
 
 
 def smoke(recipe: Recipe, keep_teacher: bool = False, keep_output: bool = False) -> Recipe:
-    """Four steps of two samples, a small rank, two images evaluated, output in a temporary folder unless one is given.
+    """Four steps of two samples and a small rank, in a temporary folder, or where the output is to be and beside it.
 
     Unless the teacher is given or built in, a tiny random pipeline of the recipe's class stands in; where prompts and
     images are no files here, a few emoji do. What roles start from is left out: weights of another run would be of
     other sizes than these, and may not be there yet.
     """
-    folder = Path(tempfile.mkdtemp(prefix="fewstep-smoke-"))
+    near = Path(recipe.output).absolute() if keep_output else None
+    if near is not None:
+        near.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f"{near.name}-smoke-" if near else "fewstep-smoke-"
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=near.parent if near else None))
     teacher, data = recipe.teacher, recipe.data
     if not keep_teacher and not teacher.path.startswith("builtin:"):
         from ..teachers.tiny import RESOLUTION, write_tiny_pipeline

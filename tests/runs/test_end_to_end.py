@@ -313,6 +313,17 @@ def test_a_recipe_smokes(name, capsys, monkeypatch, tmp_path):
     assert any(f"verified in {reader}" in printed for reader in READERS) and "report.html" in printed
 
 
+def test_what_stands_in_lies_beside_the_output_that_is_given(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "system"))
+    (tmp_path / "system").mkdir()
+    word = f"--output={tmp_path / 'here' / 'run'}"
+    for expected in (0, 2):  # a second time nothing is made for what is refused
+        assert main(["train", "sd15_dmd2_1step", "--smoke", word]) == expected
+        found = sorted(path.name.rpartition("-")[0] or path.name for path in (tmp_path / "here").iterdir())
+        assert found == ["run", "run-smoke"] and not list((tmp_path / "system").glob("fewstep*"))
+    assert "give another --output" in capsys.readouterr().err
+
+
 def test_the_model_card_runs_as_it_stands(sdxl_run, tmp_path):
     folder, _ = sdxl_run
     card = (folder / "export" / "README.md").read_text()
