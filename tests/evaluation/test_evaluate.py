@@ -368,8 +368,9 @@ def test_patch_fd_sees_the_middle_at_full_resolution(pictures):
         for name, fake in {"clean": large, "damaged": damaged.clip(0, 255).astype(np.uint8)}.items()
     }
     assert value["damaged"] > 5 * value["clean"]
-    with pytest.raises(FewstepError, match="no image of array and array is larger"):
-        evaluate_images(pictures, pictures, **options)
+    for small in (pictures, large[:40, 16:240, 16:240]):  # of which there is no middle
+        with pytest.raises(FewstepError, match="no image of array and array is larger"):
+            evaluate_images(small, small, **options)
 
 
 def test_cli_retrieval_names_the_prompted_emoji(tmp_path, capsys, monkeypatch, pictures):
