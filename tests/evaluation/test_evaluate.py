@@ -134,6 +134,9 @@ def test_real_features_are_cached_by_content_and_extractor(pictures, pool, tmp_p
     pool.calls = 0
     result = evaluate_images(pictures, pictures[:50], extractor=pool, metrics=["fd"])
     assert pool.calls == 3 and result["metrics"]["FD(pool)"]["value"] > 0
+    for file in (tmp_path / "cache").rglob("*.npy"):
+        np.save(file, np.zeros((60, 48), np.float32))  # and so are those of other images
+    assert evaluate_images(pictures, pictures[:50], extractor=pool, metrics=["fd"]) == result
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing(pictures, pool, tmp_path, monkeypatch):
