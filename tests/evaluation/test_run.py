@@ -184,6 +184,22 @@ def test_rows_have_different_folders(spec_file):
     assert all("/" not in part and ".." not in part for row in rows for part in row.folder.split("/"))
 
 
+def test_names_that_would_share_a_folder_are_refused():
+    entries = (Entry("a b", "x", steps=(1,)), Entry("a/b", "x", steps=(2,)))
+    with pytest.raises(FewstepError, match=r"models have the folders \['a_b', 'a_b'\], expected names with"):
+        Spec("p.txt", entries)
+
+
+def test_rows_of_two_searched_schedules_have_their_names(tmp_path):
+    places = [tmp_path / name for name in ("coarse", "fine")]
+    for place in places:
+        place.mkdir()
+        (place / "floor.json").write_text("{}")
+    entry = Entry("floor", "x", steps=(2,), solver=tuple(map(str, places)), guidance=(1.5,))
+    folders = [row.folder for row in rows_of(Spec("p.txt", (entry,)))]
+    assert folders == ["floor/coarse-g1.5/002-steps", "floor/fine-g1.5/002-steps"]
+
+
 def test_plot_places_points_and_escapes():
     svg = plot(EVIL, [Series(EVIL, [(1, 2.0, 0.5), (8, 1.0, 0.0)])], [EVIL], logarithmic=True)
     assert EVIL not in svg and svg.count("<circle") == 2 and "nan" not in svg
