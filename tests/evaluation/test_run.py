@@ -157,6 +157,15 @@ def test_without_real_images_and_from_flags(tiny_sd15, tmp_path, capsys):
         (("title:", "titel:"), "unknown fields titel"),
         (("per_prompt: 2", "per_prompt: two"), "per_prompt is 'two', expected a number"),
         (("metrics: [fd", "metrics: [fid"), "metrics has 'fid'"),
+        (("per_prompt: 2", "per_prompt: true"), "per_prompt is True, expected a number"),
+        (("per_prompt: 2", "per_prompt: 0"), "per_prompt is 0, expected 1 or more"),
+        (("per_prompt: 2", "per_prompt: null"), "per_prompt is null, expected a value"),
+        (("speed_runs: 2", "speed_runs: -1"), "speed_runs is -1, expected 0 or more"),
+        (("speed_runs: 2", "dtype: float64"), "dtype is 'float64', expected one of float32"),
+        (
+            ("    steps: [1, 2]", "    steps: [true, 2]"),
+            r"models\.steps is \[True, 2\], expected whole numbers",
+        ),
         (("solver: lcm", "solver: midpoint"), "solver midpoint: expected one of own"),
         (("steps: 1\n", "steps: 0\n"), r"steps is \[0\]"),
         (("    steps: [1, 2]", "    step: [1, 2]"), r"unknown fields models\.step"),
@@ -182,6 +191,12 @@ def test_rows_have_different_folders(spec_file):
     rows = rows_of(load_spec(spec_file))
     assert len({row.folder for row in rows}) == len(rows) == 5
     assert all("/" not in part and ".." not in part for row in rows for part in row.folder.split("/"))
+
+
+def test_what_needs_nothing_real_is_measured_without_it():
+    asked = Spec("p.txt", (Entry("a", "x"),), metrics=("fd", "kid", "is", "vendi", "prdc"))
+    assert asked.measured(False) == ("is", "vendi") and asked.measured(True) == ("is", "vendi", "diversity")
+    assert dataclasses.replace(asked, real="y").measured(False) == asked.metrics
 
 
 def test_names_that_would_share_a_folder_are_refused():
