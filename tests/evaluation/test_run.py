@@ -362,7 +362,7 @@ def test_a_grid_shows_one_image_of_a_prompt_and_those_that_name_a_real_one():
     assert indices(20, 1, 40) == [*range(8), *range(20, 28)]
 
 
-def test_another_student_takes_the_place_of_the_old_one_only_where_asked(tiny_sd15, tmp_path):
+def test_another_student_takes_the_place_of_the_old_one_only_where_asked(tiny_sd15, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("a\nb\n")
     spec = Spec(
         str(tmp_path / "p.txt"), (Entry("m", str(tiny_sd15), steps=(1,)),), speed_runs=0, metrics=("vendi",)
@@ -376,6 +376,8 @@ def test_another_student_takes_the_place_of_the_old_one_only_where_asked(tiny_sd
     assert {p: p.read_bytes() for p in kept} == kept
     run_spec(other, tmp_path / "out", replace=True)
     assert all(p.read_bytes() != old for p, old in kept.items())
+    monkeypatch.setattr("fewstep.evaluation.sampling.draw", lambda *_: pytest.fail("generated again"))
+    run_spec(other, tmp_path / "out", replace=True)  # whose own images stay
 
 
 @pytest.mark.parametrize(
