@@ -244,6 +244,15 @@ def test_the_papers_norm_is_the_root_of_the_sum():
     torch.testing.assert_close(found, length / (length + 0.1))
 
 
+@pytest.mark.parametrize("norm, entries", [("sum", 1), ("mean", 48)])
+def test_the_square_is_a_sum_or_a_mean_as_the_norm_is(norm, entries):
+    """So that the weight has nowhere to climb to: zero is what it begins with."""
+    g = scm.normalized(1e3 * Rng(20).normal(3, 3, 4, 4).double(), 0.1, norm)
+    found = scm.consistency(torch.zeros_like(g), g, torch.zeros(3).double(), norm=norm)["consistency"]
+    assert found.item() == pytest.approx(g.square().sum().item() / 3 / entries)
+    assert found.item() == pytest.approx(1, rel=1e-2)
+
+
 @pytest.mark.parametrize("norm, length", [("sum", 2.0), ("mean", 2 / math.sqrt(48))])
 def test_at_the_fixed_point_of_the_weight_the_gradient_of_a_sample_has_this_length(norm, length):
     """What another term's gradient stands beside: 2, or 2 / sqrt(D); 1/tan, as in SANA-Sprint, cancels."""
