@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -387,3 +388,30 @@ def test_drawn_times_stay_within_what_the_teacher_covers(path):
     assert (t > low).all() and (t < high).all() and (1 / t.tan()).isfinite().all()
     s = schedule.time_at(t.cos(), t.sin())
     assert (s > schedule.t_min).all() and (s < schedule.t_max).all()
+
+
+def test_options_of_the_loss_go_where_they_belong(monkeypatch):
+    """The tangent's constant in units of our data, its norm in both places, and the prior of SANA-Sprint's code."""
+    config = SCM.Config(
+        tangent="difference", tangent_norm="sum", tangent_constant=0.2, sigma_data=0.25, prior="1/tan"
+    )
+    term, seen = Consistency(config, gaussian(), gaussian(variance=0.3)), {}
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+
+        def watched(*args):
+            seen[name] = (args, real(*args))
+            return seen[name][1]
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(term, "draw"), watch(scm, "normalized"), watch(scm, "consistency")
+    x0, batch = Rng(5).normal(6, 2).double(), SimpleNamespace(rng=Rng(6), log={})
+    term.losses(x0, NONE, NONE, 1.0, 3, batch)
+    t = seen["draw"][1]
+    assert seen["normalized"][0][1:] == (pytest.approx(0.8), "sum")
+    velocity, g, weight, prior, norm = seen["consistency"][0]
+    assert norm == "sum" and g is seen["normalized"][1] and torch.equal(weight, term.weighting(t))
+    torch.testing.assert_close(prior, 4 / t.tan())
+    assert batch.log["tangent"] > 0 and velocity.shape == x0.shape
