@@ -44,6 +44,15 @@ def at_home(text: str) -> str:
     return re.sub(r"(^|:)~(?=/|$)", lambda found: found[1] + str(Path.home()), text)
 
 
+def all_at_home(value: Any) -> Any:
+    """A value of options with every text in it, and in its lists and mappings, by :func:`at_home`."""
+    if isinstance(value, Mapping):
+        return {name: all_at_home(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(all_at_home, value))
+    return type(value)(at_home(str(value))) if isinstance(value, (str, Path)) else value
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, durable: bool = True, record: Record = None) -> Iterator[Path]:
     """``with replacing(path) as part:`` write the file or folder ``part``; it takes the place of ``path`` at the end.

@@ -48,6 +48,26 @@ def test_what_others_made_is_never_replaced(tmp_path):
     assert (tmp_path / "empty" / "ours.json").is_file()
 
 
+def test_somebody_elses_folder_is_refused_before_its_place_is_written_for(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "a").write_text("x")
+    with pytest.raises(FewstepError, match="is not empty"), files.replacing(tmp_path / "theirs"):
+        pytest.fail("written")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FewstepError, match="link is a file; give the name of a folder"):
+        files.check_place(tmp_path / "link", True)
+    files.check_writable(tmp_path / "A.JSON", "--out", (".json",))
+
+
+def test_what_a_killed_writer_left_makes_a_folder_nobodys(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".part-elsewhere-1-x.json").write_text("half")
+    files.check_place(tmp_path / "a", True, "ours.json")
+    (tmp_path / "a" / ".mine").write_text("x")
+    with pytest.raises(FewstepError, match="is not empty"):
+        files.check_place(tmp_path / "a", True, "ours.json")
+
+
 def test_a_folder_behind_a_link_is_kept_where_another_takes_its_name(tmp_path):
     files.write(tmp_path / "disk" / "ours.json", "old")
     (tmp_path / "link").symlink_to(tmp_path / "disk")

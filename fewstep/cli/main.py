@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import tell
-from ..files import at_home
+from ..files import all_at_home
 from ..version import __version__
 from . import cost, doctor, eval, recipes, runs, teachers
 from .commands import add_all, check_outputs
@@ -49,8 +50,7 @@ def _run(words: Sequence[str]) -> int:
         whole.error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = rest
     for name, value in vars(args).items():  # a shell leaves the ~ of --out=~/x to us
-        if isinstance(value, (str, Path)):
-            setattr(args, name, type(value)(at_home(str(value))))
+        setattr(args, name, all_at_home(value))
     args.typed = _typed(words)
     if "device" in args:
         from ..device import choose
@@ -61,12 +61,13 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _typed(words: Sequence[str]) -> str:
-    """The command as a shell takes it again, without the name of anyone's home folder."""
-    home = f"{Path.home()}/"
-    quoted = (
-        f"~/{shlex.quote(word.removeprefix(home))}" if word.startswith(home) else shlex.quote(word)
-        for word in words
-    )
+    """The command as it can be given again, without the name of anyone's home folder.
+
+    A shell takes ``~/x``, and leaves the ~ of ``--out=~/x`` and ``clip:~/x`` to :func:`at_home`.
+    """
+    home = re.compile(rf"(^|[=:]){re.escape(str(Path.home()))}(?=/|$)")
+    short = (home.sub(r"\1~", word) for word in words)
+    quoted = (f"~/{shlex.quote(word[2:])}" if word.startswith("~/") else shlex.quote(word) for word in short)
     return " ".join(["fewstep", *quoted])
 
 

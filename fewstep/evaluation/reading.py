@@ -4,6 +4,7 @@ On files with transparency, 16 bits or an EXIF orientation this decides a distan
 protocol names its reading, so that a number called after a tool is that tool's.
 """
 
+import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -116,18 +117,27 @@ def kinds_of(image: Image.Image, data: bytes) -> frozenset[str]:
         image: not decoded yet. data: the file.
     """
     mode = image.mode
-    # Pillow would decode a whole PNG to look for EXIF behind its pixels.
-    marked = image.format != "PNG" or any(tag in data for tag in (b"eXIf", b"Raw profile type", b"adobe.xmp"))
     found = {
         "alpha": image.has_transparency_data,
         "16-bit": mode.startswith("I"),
-        "turned": marked and image.getexif().get(ORIENTATION, 1) in range(2, 9),
+        "turned": _orientation(image, data) in range(2, 9),
         "palette": mode in ("P", "PA"),
         "cmyk": mode == "CMYK",
         "1-bit": mode == "1",
         "grey": mode in ("L", "LA", "La"),
     }
     return frozenset(kind for kind, is_so in found.items() if is_so)
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """What EXIF says, or XMP in its place."""
+    if image.format != "PNG":
+        return image.getexif().get(ORIENTATION, 1)
+    # Pillow decodes a whole PNG to look for EXIF behind its pixels, and then cannot verify it any more.
+    if not any(tag in data for tag in (b"eXIf", b"Raw profile type", b"adobe.xmp")):
+        return 1
+    with Image.open(io.BytesIO(data)) as another:
+        return another.getexif().get(ORIENTATION, 1)
 
 
 def matters(kinds: Iterable[frozenset[str]]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from fewstep.errors import FewstepError
 from fewstep.evaluation.images import ImageSource
 from fewstep.evaluation.models import check_solver
-from fewstep.files import at_home
+from fewstep.files import all_at_home
 
 WITHOUT_REAL = ("vendi", "diversity", "is")  # measures that need no real images
 DTYPES = ("float32", "float16", "bfloat16")
@@ -185,7 +185,7 @@ def _fields(cls: type, data: Any, where: str) -> dict[str, Any]:
                 f"{where}{name} is {value!r}",
                 "a number" if wanted is int else "a text",
             )
-        values[name] = at_home(value) if isinstance(value, str) else value
+        values[name] = all_at_home(value)
     return values
 
 

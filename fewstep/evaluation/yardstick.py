@@ -1,6 +1,7 @@
 """How every row of a table is measured: one extractor, one reference, one set of prompts."""
 
 import dataclasses
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -100,8 +101,6 @@ class Yardstick:
         if self.tokens is not None:
             numbers = self.tokens.statistics(images)
             result["metrics"] |= {name: self._entry(value) for name, value in numbers.items()}
-        if self.real is None:
-            result["warnings"] = []
         result["made_of"] = made_of
         write_json(file, result)
         return result
@@ -132,6 +131,7 @@ class Yardstick:
         return {
             "run": run,
             "num": num,
+            "captions": hashlib.sha256(json.dumps(self.captions).encode()).hexdigest(),
             "named": self.named,
             "metrics": list(self.measured),
             "scorers": [[s.label, s.name, s.weights_sha256] for s in self.scorers],

@@ -253,6 +253,24 @@ def test_every_argument_that_names_an_output_is_checked():
     assert found == tables
 
 
+def test_a_measured_floor_is_written_beside_nothing(tally, place):
+    """A searched one may be replaced by another such, and is no folder of measurements."""
+    (place / "theirs" / "floor.json").write_text("{}")
+    words = (
+        "floor",
+        "emoji_dmd2_1step",
+        "--steps",
+        "2",
+        "--evaluation.num",
+        "4",
+        "--data.prompts",
+        "nowhere.txt",
+    )
+    with nothing_lost(tally, place):
+        code, said = tried(tally, *words, "--out", place / "theirs")
+    assert code == 2 and f"--out {place / 'theirs'} is not empty; it is kept as it is" in said
+
+
 def test_copying_a_recipe_replaces_nothing(tally, place):
     (place / "empty" / "emoji_dmd2_1step.py").write_text("mine")
     for to in ("empty", "empty/emoji_dmd2_1step.py", "theirs/thesis.tex"):

@@ -177,6 +177,15 @@ def test_a_column_by_name(file, read, refused, suffix):
     refused(read, path, "expected one of text, caption, prompt")
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
+def test_only_a_line_feed_ends_a_row(tmp_path, name):
+    rows = [{"text": "a\u2028b\x85c"}, {"text": "d"}]
+    (tmp_path / name).write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
+    assert texts.read(tmp_path / name).texts == ("a\u2028b\x85c", "d")
+
+
 def test_a_list_of_texts_and_lines_under_the_name_of_json(file):
     for content in (json.dumps(TWO), "".join(json.dumps({"text": text}) + "\n" for text in TWO)):
         path = file("p.json", content)

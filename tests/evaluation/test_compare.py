@@ -31,6 +31,7 @@ def test_columns_and_missing_numbers(results):
     "path, value",
     [
         (("extractor", "resize"), "area-8"),
+        (("extractor", "weights_sha256"), "y"),
         (("real", "sha256"), "x"),
         (("fake", "n"), 7),
         (("protocol",), {"name": "p"}),
@@ -45,6 +46,15 @@ def test_unlike_results_are_refused(results, path, value):
     with pytest.raises(FewstepError, match="cannot be compared") as error:
         compare({"teacher": results["teacher"], "student": changed})
     assert str(value["name"] if isinstance(value, dict) else value) in str(error.value)
+
+
+def test_statistics_that_name_no_images_are_told_by_their_own_name(results):
+    for result in results.values():
+        result["real"]["sha256"] = None
+    compare(results)
+    results["student"]["real"] = {**results["student"]["real"], "name": "other.npz"}
+    with pytest.raises(FewstepError, match=r"other\.npz"):
+        compare(results)
 
 
 def test_files(results, tmp_path):

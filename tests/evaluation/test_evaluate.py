@@ -12,7 +12,7 @@ import torch
 
 from fewstep.cli import main
 from fewstep.errors import FewstepError
-from fewstep.evaluation.evaluate import evaluate_images, to_markdown
+from fewstep.evaluation.evaluate import _few, evaluate_images, to_markdown
 from fewstep.evaluation.features import cache_dir, extract, stream_moments
 from fewstep.evaluation.images import open_images
 from fewstep.evaluation.measures import fd_error
@@ -134,6 +134,9 @@ def test_real_features_are_cached_by_content_and_extractor(pictures, pool, tmp_p
     pool.calls = 0
     result = evaluate_images(pictures, pictures[:50], extractor=pool, metrics=["fd"])
     assert pool.calls == 3 and result["metrics"]["FD(pool)"]["value"] > 0
+    for file in (tmp_path / "cache").rglob("*.npy"):
+        np.save(file, np.zeros((60, 48), np.float32))  # and so are those of other images
+    assert evaluate_images(pictures, pictures[:50], extractor=pool, metrics=["fd"]) == result
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing(pictures, pool, tmp_path, monkeypatch):
@@ -153,12 +156,18 @@ def test_statistics_stand_for_images(pictures, pool, tmp_path):
     assert set(from_file["metrics"]) == {fd} and any("without kid" in w for w in from_file["warnings"])
     with pytest.raises(FewstepError, match="extractor"):
         evaluate_images(tmp_path / "real.npz", fake, extractor=f"{__name__}:pool_function")
+    with pytest.raises(
+        FewstepError, match="extractor"
+    ):  # whose name is no network that images could be shown
+        evaluate_images(tmp_path / "real.npz", fake)
 
 
 def test_same_images_are_noticed(pictures, pool):
     result = evaluate_images(pictures, pictures, extractor=pool, metrics=["fd"])
     assert "real and fake are the same images" in result["warnings"]
     assert result["metrics"]["FD(pool)"]["value"] == pytest.approx(0, abs=1e-9)
+    alone = evaluate_images(pictures, pictures, extractor=pool, metrics=["vendi"])  # which compares nothing
+    assert alone["warnings"] == []
 
 
 def test_bad_arguments_come_before_the_network(pictures, pool):
@@ -174,6 +183,15 @@ def test_bad_arguments_come_before_the_network(pictures, pool):
     with pytest.raises(FewstepError, match="at least 2"):
         evaluate_images(pictures, pictures[:1], extractor=pool)
     assert pool.calls == 0
+
+
+@pytest.mark.parametrize(
+    "images, words",
+    [(0, "is unknown"), (48, "is singular"), (49, "are few"), (9_999, "are few"), (10_000, None)],
+)
+def test_what_the_number_of_images_does_is_said(images, words):
+    said = list(_few(images, 48))
+    assert (len(said) == 1 and words in said[0]) if words else not said
 
 
 # Extractors
@@ -289,13 +307,13 @@ def test_result_files_hold_the_command_and_all_versions_that_decide(pictures, tm
     home = tmp_path / "some one"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-    np.savez(home / "real.npz", images=pictures)
+    np.savez(home / "the real.npz", images=pictures)
     np.savez(tmp_path / "fake.npz", images=noisy(pictures, 5))
-    words = ["fid", str(home / "real.npz"), str(tmp_path / "fake.npz"), "--extractor", "effnet-lite0@32"]
+    words = ["fid", str(home / "the real.npz"), str(tmp_path / "fake.npz"), "--extractor", "effnet-lite0@32"]
     out = tmp_path / "out.json"
     assert run(*words, "--out", out) == 0
     result = json.loads(out.read_text())
-    assert "~/real.npz" in result["command"].split()  # not quoted, or no shell would expand it
+    assert " ~/'the real.npz' " in result["command"]  # its ~ not quoted, or no shell would expand it
     again = [word.replace("~", str(home)) for word in shlex.split(result["command"])]
     assert again == ["fewstep", "eval", *words, "--out", str(out)]
     assert str(home) not in result["command"]
@@ -353,8 +371,9 @@ def test_patch_fd_sees_the_middle_at_full_resolution(pictures):
         for name, fake in {"clean": large, "damaged": damaged.clip(0, 255).astype(np.uint8)}.items()
     }
     assert value["damaged"] > 5 * value["clean"]
-    with pytest.raises(FewstepError, match="no image of array and array is larger"):
-        evaluate_images(pictures, pictures, **options)
+    for small in (pictures, large[:40, 16:240, 16:240]):  # of which there is no middle
+        with pytest.raises(FewstepError, match="no image of array and array is larger"):
+            evaluate_images(small, small, **options)
 
 
 def test_cli_retrieval_names_the_prompted_emoji(tmp_path, capsys, monkeypatch, pictures):

@@ -267,6 +267,16 @@ def test_bad_folders(sdxl, found, tmp_path, capsys):
     assert "builtin:emoji-xl" in capsys.readouterr().err
 
 
+def test_a_floor_takes_the_place_of_an_older_one_and_of_nothing_else(sdxl, found, tmp_path):
+    for seed in (1, 2):
+        write_floor(tmp_path / "f", sdxl.pipe.scheduler, {**found, "seed": seed})
+    assert read_floor(tmp_path / "f")["seed"] == 2
+    (tmp_path / "f" / "floor.json").rename(tmp_path / "f" / "thesis.json")
+    with pytest.raises(FewstepError, match=r"f is not empty, and no floor\.json says that fewstep made it"):
+        write_floor(tmp_path / "f", sdxl.pipe.scheduler, found)
+    assert sorted(p.name for p in (tmp_path / "f").iterdir()) == ["scheduler", "thesis.json"]
+
+
 def test_a_condition_with_guidance_is_used(sdxl):
     noise, cond = Rng(5).normal(1, *sdxl.latent_shape), sdxl.encode(["a cat"])
     assert isinstance(cond, Cond)

@@ -119,6 +119,34 @@ def test_a_zip_archive_is_read_like_the_folder(folder, tmp_path, pool):
         assert torch.equal(extract(zipped, pool), extract(plain, pool))
 
 
+def test_an_archive_that_was_written_again_is_read_anew(folder, tmp_path):
+    def write(first):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            for i, file in enumerate(sorted(folder.iterdir())[first : first + 20]):
+                archive.write(file, f"{i}.png")
+
+    for first in (0, 30):
+        write(first)
+        read = [F.read_image(file) for file in open_images(tmp_path / "a.zip", workers=0).files]
+        assert all(
+            np.array_equal(image, F.read_image(folder / f"{first + i:03d}.png"))
+            for i, image in enumerate(read)
+        )
+
+
+def test_no_process_moves_in_the_archive_of_another(folder, tmp_path, monkeypatch):
+    """A handle that was opened before a fork has one position in the file for both."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(folder / "000.png", "0.png")
+    member = open_images(tmp_path / "a.zip", workers=0).files[0]
+    opened = F._opened.cache_info().misses
+    member.read_bytes()
+    assert F._opened.cache_info().misses == opened
+    monkeypatch.setattr(F.os, "getpid", lambda: -1)  # as in a process that was forked
+    member.read_bytes()
+    assert F._opened.cache_info().misses == opened + 1
+
+
 def test_bad_archives(folder, tmp_path):
     def write(**members):
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -133,9 +161,10 @@ def test_bad_archives(folder, tmp_path):
     with pytest.raises(FewstepError, match=r"1 of 2 images cannot be read.*\n  b\.png"):
         open_images(tmp_path / "a.zip")
     assert open_images(tmp_path / "a.zip", skip_bad=1).skipped == ("b.png",)
-    write(**{"../evil__png": good})
-    with pytest.raises(FewstepError, match="leaves the archive"):
-        open_images(tmp_path / "a.zip")
+    for name in ("../evil__png", "a\\..\\..\\evil__png", "\\evil__png", "C:evil__png"):
+        write(**{name: good})
+        with pytest.raises(FewstepError, match="leaves the archive"):
+            open_images(tmp_path / "a.zip")
     (tmp_path / "a.zip").write_bytes(b"no archive")
     with pytest.raises(FewstepError, match="no readable zip"):
         open_images(tmp_path / "a.zip")

@@ -69,6 +69,9 @@ def test_first_images(folder, pictures):
     source = FirstImages(open_images(folder), 7)
     assert len(source) == 7 and torch.equal(everything(source, 3), torch.from_numpy(pictures[:7]))
     assert source.sha256 != source.source.sha256
+    rest = FirstImages(open_images(folder), 3, after=7)
+    assert torch.equal(everything(rest, 2), torch.from_numpy(pictures[7:10]))
+    assert rest.sha256 != FirstImages(open_images(folder), 3).sha256
     with pytest.raises(FewstepError, match="10 images, but 11"):
         FirstImages(open_images(folder), 11)
 

@@ -7,7 +7,7 @@ import torch
 from fewstep.cli import main
 from fewstep.errors import FewstepError
 from fewstep.evaluation import protocols
-from fewstep.evaluation.evaluate import evaluate_images, to_markdown
+from fewstep.evaluation.evaluate import evaluate_images, how_to_get_fid, to_markdown
 from fewstep.evaluation.protocols import Protocol
 from fewstep.evaluation.statistics import Statistics
 from fewstep.vision import inception
@@ -136,6 +136,15 @@ def test_other_image_sizes_are_refused_before_the_network():
         evaluate_images(pictures_of(64), pictures_of(16), protocol="imagenet64-edm", extractor=STAND_IN)
 
 
+@pytest.mark.parametrize("images, told", [(6, False), (7, True)])
+def test_more_images_than_a_protocol_wants_are_told(images, told):
+    protocol = protocols.Protocol("mine", "x", 6, "y", crop="center")
+    sides = pictures_of(16), pictures_of(16, seed=1)
+    fake = np.concatenate(sides)[:images]
+    result = evaluate_images(sides[0], fake, protocol=protocol, extractor=STAND_IN, metrics=["fd"])
+    assert ("the protocol mine wants 6 images: use --num 6" in result["warnings"]) == told
+
+
 def test_another_network_under_a_protocol_prints_no_fid():
     result = evaluate_images(
         pictures_of(64),
@@ -253,6 +262,8 @@ def test_a_distance_that_is_no_fid_says_how_to_get_one(monkeypatch, tmp_path, ca
     assert main([*words, "--protocol", "folder-clean"]) == 0
     out = capsys.readouterr().out
     assert "FID(folder-clean)" in out and "is not FID" not in out
+    assert how_to_get_fid({"metrics": {"patch-FD(x)": {}}}).startswith("patch-FD(x) is not FID")
+    assert how_to_get_fid({"metrics": {"KID(x)": {}, "Vendi(x)": {}}}) is None
 
 
 def test_inception_under_a_protocol_prints_fid(trusted):

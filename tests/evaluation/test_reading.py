@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fewstep.cli import main
 from fewstep.errors import FewstepError
 from fewstep.evaluation import protocols
 from fewstep.evaluation.evaluate import evaluate_images
 from fewstep.evaluation.features import extract
+from fewstep.evaluation.files import check_file, read_image
 from fewstep.evaluation.images import FirstImages, open_images
-from fewstep.evaluation.reading import KINDS, READINGS
+from fewstep.evaluation.reading import BY_ONE, KINDS, ORIENTATION, READINGS
 from fewstep.evaluation.statistics import Statistics
 from fewstep.vision.extractor import identity
 
@@ -84,6 +86,44 @@ def test_parts_and_archives_are_read_in_the_same_way(make, tmp_path):
         assert not same(pixels_of(source), expected)  # which is as it was
 
 
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{}"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_orientation_is_seen_wherever_a_file_says_it(tmp_path, orientation):
+    exif, xmp, raw = Image.Exif(), PngInfo(), PngInfo()
+    exif[ORIENTATION] = orientation
+    xmp.add_itxt("XML:com.adobe.xmp", XMP.format(orientation))
+    raw.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}")
+    for name, options in {
+        "a.png": {"exif": exif},
+        "a.jpg": {"exif": exif},
+        "xmp.png": {"pnginfo": xmp},
+        "raw.png": {"pnginfo": raw},
+    }.items():
+        Image.new("RGB", (6, 4)).save(tmp_path / name, **options)
+        assert ("turned" in check_file(tmp_path / name)[1]) == (orientation > 1), name
+        assert read_image(tmp_path / name).shape == ((6, 4, 3) if orientation > 4 else (4, 6, 3)), name
+
+
+def test_a_part_of_a_set_is_told_of_and_known_by_its_own_files(make, tmp_path):
+    folder = make("alpha")
+    for i in range(2):
+        Image.new("RGB", (9, 9)).save(folder / f"z{i}.png")
+    source = open_images(folder, workers=0)
+    plain, first = FirstImages(source, 2, after=4).read_as("clean-fid"), FirstImages(source, 3)
+    assert plain.remarks == []
+    assert first.read_as("clean-fid").remarks[0].startswith("3 images of ")
+    assert first.sha256 != first.read_as("clean-fid").sha256
+
+
+def test_two_sizes_are_several(make):
+    folder = make("JPEG")
+    Image.new("RGB", (9, 9)).save(folder / "z.png")
+    (said,) = open_images(folder, workers=0).read_as("torch-fidelity").remarks
+    assert said == f"{folder} has images of 2 sizes: torch-fidelity {BY_ONE}"
+
+
 def test_what_is_read_otherwise_than_shown_is_said_by_the_name_of_the_tool(script, make, pool):
     def told(kind, protocol):
         sets = make(kind, protocol), make(kind, f"{protocol}-b", 1)
@@ -113,6 +153,8 @@ def test_what_a_tool_refuses_is_said(make):
     assert "EDM's fid.py takes its indices for grey, which was not done here" in edm
     (adm,) = open_images(make("grey"), workers=0).read_as("adm").remarks
     assert "4 images" in adm and "refuses it, which was not done here; save 8-bit RGB" in adm
+    both = open_images(make("grey with alpha"), workers=0).read_as("adm").remarks
+    assert [line.split(" have ")[1].partition(":")[0] for line in both] == [KINDS["alpha"], KINDS["grey"]]
     for kind in ("alpha", "16-bit grey", "CMYK", "1-bit"):
         for tool in ("edm", "adm"):
             assert "refuses" in open_images(make(kind, tool), workers=0).read_as(tool).remarks[-1]

@@ -303,6 +303,28 @@ def test_features_of_parts_are_those_of_one_process(pictures, pool, monkeypatch)
         F.extract(many, pool, share=(0, 2))
 
 
+def test_processes_wait_for_one_another_whatever_each_has_or_meets(pictures, pool, monkeypatch):
+    """Whoever has features in its cache makes its part all the same where another has none; errors go to all."""
+    from fewstep.evaluation import features as F
+
+    many, told = open_images(pictures[:100]), []
+
+    def everyones(own, world):
+        told.append(own)
+        if isinstance(own, bool):
+            return [own, False]  # the other has no cache
+        return [own, whole[64:]] if isinstance(own, torch.Tensor) else [own, own]
+
+    whole = F.extract(many, pool, cached=True)
+    monkeypatch.setattr(F, "_all_of", everyones)
+    assert torch.equal(F.extract(many, pool, cached=True, share=(0, 2)), whole)
+    assert told[0] is True and torch.equal(told[1], whole[:64])
+    monkeypatch.setattr(pool, "features", lambda prepared: torch.full((len(prepared), pool.dim), torch.nan))
+    with pytest.raises(F.FeatureError, match="images 0 to 63"):
+        F.extract(many, pool, share=(0, 2))
+    assert isinstance(told[-1], F.FeatureError)
+
+
 @pytest.mark.slow
 def test_two_processes_measure_what_one_measures(sets, pictures, launch_two, monkeypatch):
     """`eval fid` under a real launcher with gloo: the same numbers, one table, features kept once."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from fewstep.errors import FewstepError
 from fewstep.evaluation import yardstick
 from fewstep.evaluation.evaluate import evaluate_images
 from fewstep.evaluation.images import FirstImages, open_images
-from fewstep.evaluation.of_spec import rows_of, run_spec
+from fewstep.evaluation.of_spec import _row, rows_of, run_spec, shown
 from fewstep.evaluation.plot import Series, legend, plot, style_of
 from fewstep.evaluation.prompts import read_prompts
 from fewstep.evaluation.spec import Entry, Spec, load_spec
@@ -156,6 +157,15 @@ def test_without_real_images_and_from_flags(tiny_sd15, tmp_path, capsys):
         (("title:", "titel:"), "unknown fields titel"),
         (("per_prompt: 2", "per_prompt: two"), "per_prompt is 'two', expected a number"),
         (("metrics: [fd", "metrics: [fid"), "metrics has 'fid'"),
+        (("per_prompt: 2", "per_prompt: true"), "per_prompt is True, expected a number"),
+        (("per_prompt: 2", "per_prompt: 0"), "per_prompt is 0, expected 1 or more"),
+        (("per_prompt: 2", "per_prompt: null"), "per_prompt is null, expected a value"),
+        (("speed_runs: 2", "speed_runs: -1"), "speed_runs is -1, expected 0 or more"),
+        (("speed_runs: 2", "dtype: float64"), "dtype is 'float64', expected one of float32"),
+        (
+            ("    steps: [1, 2]", "    steps: [true, 2]"),
+            r"models\.steps is \[True, 2\], expected whole numbers",
+        ),
         (("solver: lcm", "solver: midpoint"), "solver midpoint: expected one of own"),
         (("steps: 1\n", "steps: 0\n"), r"steps is \[0\]"),
         (("    steps: [1, 2]", "    step: [1, 2]"), r"unknown fields models\.step"),
@@ -181,6 +191,28 @@ def test_rows_have_different_folders(spec_file):
     rows = rows_of(load_spec(spec_file))
     assert len({row.folder for row in rows}) == len(rows) == 5
     assert all("/" not in part and ".." not in part for row in rows for part in row.folder.split("/"))
+
+
+def test_what_needs_nothing_real_is_measured_without_it():
+    asked = Spec("p.txt", (Entry("a", "x"),), metrics=("fd", "kid", "is", "vendi", "prdc"))
+    assert asked.measured(False) == ("is", "vendi") and asked.measured(True) == ("is", "vendi", "diversity")
+    assert dataclasses.replace(asked, real="y").measured(False) == asked.metrics
+
+
+def test_names_that_would_share_a_folder_are_refused():
+    entries = (Entry("a b", "x", steps=(1,)), Entry("a/b", "x", steps=(2,)))
+    with pytest.raises(FewstepError, match=r"models have the folders \['a_b', 'a_b'\], expected names with"):
+        Spec("p.txt", entries)
+
+
+def test_rows_of_two_searched_schedules_have_their_names(tmp_path):
+    places = [tmp_path / name for name in ("coarse", "fine")]
+    for place in places:
+        place.mkdir()
+        (place / "floor.json").write_text("{}")
+    entry = Entry("floor", "x", steps=(2,), solver=tuple(map(str, places)), guidance=(1.5,))
+    folders = [row.folder for row in rows_of(Spec("p.txt", (entry,)))]
+    assert folders == ["floor/coarse-g1.5/002-steps", "floor/fine-g1.5/002-steps"]
 
 
 def test_plot_places_points_and_escapes():
@@ -210,6 +242,7 @@ def test_prompts_that_name_real_images_are_for_retrieval_alone(spec_file, tiny_s
     spec = Spec(
         str(tmp_path / "p.jsonl"), (model,), real=real, extractor=own, metrics=("fd", "kid"), speed_runs=0
     )
+    spec = dataclasses.replace(spec, batch_size=3)
     (row,) = run_spec(spec, tmp_path / "out")["rows"]
     drawn = open_images(tmp_path / "out" / row["samples"])
     images = torch.cat(list(drawn.batches(8))).numpy()
@@ -220,7 +253,7 @@ def test_prompts_that_name_real_images_are_for_retrieval_alone(spec_file, tiny_s
         "metrics"
     ]
     assert row["metrics"] == wanted
-    assert row["speed"]["batch"] == 8 and row["speed"]["nfe"] == 1 and row["speed"]["runs"] == 1
+    assert row["speed"]["batch"] == 3 and row["speed"]["nfe"] == 1 and row["speed"]["runs"] == 3
     whole = json.loads((tmp_path / "out" / "table.json").read_text())
     assert whole["named"] == 2 and whole["prompts"][-2:] == ["n 7", "n 2"]
 
@@ -284,7 +317,8 @@ def test_images_made_elsewhere_are_a_row(spec_file, tiny_sd15, tmp_path):
     assert rows[0]["metrics"] == wanted["metrics"]
     distance = [any(m.startswith("same-noise") for m in r["metrics"]) for r in rows]
     assert distance == [False, True, False]  # the reference is the pipeline's last
-    assert rows[1]["speed-up"] > 0 and "speed-up" not in rows[2]
+    assert rows[1]["speed-up"] == round(rows[2]["speed"]["seconds"] / rows[1]["speed"]["seconds"], 3)
+    assert "speed-up" not in rows[2]
     with pytest.raises(FewstepError, match="real has 12 images, but 13 are asked for"):
         (tmp_path / "many.txt").write_text("\n".join(map(str, range(13))))
         run_spec(
@@ -292,7 +326,43 @@ def test_images_made_elsewhere_are_a_row(spec_file, tiny_sd15, tmp_path):
         )
 
 
-def test_another_student_takes_the_place_of_the_old_one_only_where_asked(tiny_sd15, tmp_path):
+def test_rows_without_anything_real_stand_beside_one_another(tmp_path):
+    """Each is measured against nothing; images that are others by now are measured anew."""
+    (tmp_path / "p.txt").write_text("a\nb\nc\n")
+
+    def vendi(*seeds):
+        for name, seed in zip("xy", seeds):
+            made = np.random.default_rng(seed).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+            np.savez(tmp_path / f"{name}.npz", images=made)
+        entries = tuple(Entry(name, images=str(tmp_path / f"{name}.npz")) for name in "xy")
+        spec = Spec(
+            str(tmp_path / "p.txt"), entries, extractor=f"{__name__}:pool_function", metrics=("fd", "vendi")
+        )
+        return [next(iter(r["metrics"].values()))["value"] for r in run_spec(spec, tmp_path / "out")["rows"]]
+
+    first, again = vendi(0, 1), vendi(0, 2)
+    assert len(first) == 2 and first[0] == again[0] and first[1] != again[1]
+
+
+def test_only_speeds_that_were_measured_alike_are_compared():
+    speed = {"seconds": 2.0, "batch": 1, "device": "cpu", "threads": 1}
+    reference, record = {"speed": speed}, {"speed": {**speed, "seconds": 0.5}}
+    assert _row(record, reference)["speed-up"] == 4
+    for key in ("batch", "device", "threads"):
+        assert "speed-up" not in _row({"speed": {**record["speed"], key: "other"}}, reference)
+    assert "speed-up" not in _row({"speed": None}, reference) and "speed-up" not in _row(record, None)
+
+
+def test_a_grid_shows_one_image_of_a_prompt_and_those_that_name_a_real_one():
+    def indices(cut, per_prompt, images):
+        spec = SimpleNamespace(per_prompt=per_prompt)
+        return shown(SimpleNamespace(cut=cut, spec=spec, captions=[""] * images))
+
+    assert indices(6, 2, 6) == [0, 2, 4]
+    assert indices(20, 1, 40) == [*range(8), *range(20, 28)]
+
+
+def test_another_student_takes_the_place_of_the_old_one_only_where_asked(tiny_sd15, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("a\nb\n")
     spec = Spec(
         str(tmp_path / "p.txt"), (Entry("m", str(tiny_sd15), steps=(1,)),), speed_runs=0, metrics=("vendi",)
@@ -306,6 +376,8 @@ def test_another_student_takes_the_place_of_the_old_one_only_where_asked(tiny_sd
     assert {p: p.read_bytes() for p in kept} == kept
     run_spec(other, tmp_path / "out", replace=True)
     assert all(p.read_bytes() != old for p, old in kept.items())
+    monkeypatch.setattr("fewstep.evaluation.sampling.draw", lambda *_: pytest.fail("generated again"))
+    run_spec(other, tmp_path / "out", replace=True)  # whose own images stay
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from fewstep.diffusion.student import Student
 from fewstep.diffusion.times import even_times
 from fewstep.errors import FewstepError
 from fewstep.evaluation import sampling
-from fewstep.evaluation.images import open_images
+from fewstep.evaluation.images import ArrayImages, FirstImages, open_images
 from fewstep.evaluation.models import open_model
 from fewstep.evaluation.prompts import read_prompts
-from fewstep.evaluation.sampling import Job, read_manifest, sample_folder
+from fewstep.evaluation.sampling import Job, check_pairs, read_manifest, sample_folder
 from fewstep.export import export_student
 from fewstep.methods.scm import student_of
 from fewstep.recipe import RoleConfig
@@ -155,6 +155,18 @@ def test_other_weights_are_another_run(model, prompts, tmp_path):
             make(model, prompts, tmp_path / "a", num=1)
     finally:
         weight.data[0] -= 1e-3
+
+
+@pytest.mark.parametrize(
+    "name, one, other", [("sigmas", [1.0, 0.5], [1.0, 0.4]), ("timesteps", [9, 4], [9, 3])]
+)
+def test_other_times_of_the_calls_are_another_run(model, prompts, name, one, other):
+    """As those of a searched schedule, of a flow or of a table, which no option of the job holds."""
+    first, again, changed = (
+        sampling._describe(model, prompts, JOB, {"guidance_scale": 1.0, name: times})["run"]
+        for times in (one, one, other)
+    )
+    assert first == again != changed
 
 
 def test_network_evaluations_are_counted(model, prompts, tmp_path):
@@ -420,18 +432,43 @@ def test_accelerate_launch_makes_the_files_of_one_process(tiny_sd15, tmp_path, l
     assert one == two and len(one) == len(TEXTS)
 
 
+def test_the_first_of_some_images_may_be_fewer_than_prompts_and_not_more():
+    many = ArrayImages(np.zeros((13, 4, 4, 3), np.uint8))
+    check_pairs(FirstImages(many, 5), 12)
+    check_pairs(FirstImages(many, 12), 6, per_prompt=2)
+    with pytest.raises(FewstepError, match="13 images for 12 prompts, expected 12"):
+        check_pairs(FirstImages(many, 13), 12)
+
+
 def test_seconds_and_evaluations_are_of_one_image(monkeypatch):
-    """Batches of 4 and of 2, a second each: 0.25 and 0.5 s an image, 3 evaluations of each sample."""
+    """Batches of 4, 2 and 1, a second each: 0.25, 0.5 and 1 s an image, 3 evaluations of each sample."""
     from fewstep.evaluation import speed
 
     clock = iter(range(100))
     monkeypatch.setattr(speed.time, "perf_counter", lambda: float(next(clock)))
     net = torch.nn.Linear(3, 3)
     watch = speed.Stopwatch(net)
-    for rows in (4, 2):
+    for rows in (4, 2, 1):
         with watch.drawing(rows):
             for _ in range(3):
                 net(torch.zeros(rows, 3))
     found = watch.read()
-    assert found["seconds"] == pytest.approx((0.25 + 0.5) / 2) and found["nfe"] == 3 and found["batch"] == 4
-    assert found["seconds_error"] == pytest.approx(1.2533 * 0.25 / 2**0.5 / 2**0.5, rel=1e-3)
+    assert found["seconds"] == 0.5 and found["nfe"] == 3 and found["batch"] == 4
+    assert found["seconds_error"] == pytest.approx(1.2533 * np.std([0.25, 0.5, 1], ddof=1) / 3**0.5)
+    calls = []
+    assert speed.measure_speed(lambda: calls.append(net(torch.zeros(1, 3))), net, 2)["runs"] == 2
+    assert len(calls) == 3  # the first of them warms up
+
+
+def test_times_of_a_network_are_no_rows():
+    from fewstep.evaluation.speed import counted
+
+    class Network(torch.nn.Module):
+        def forward(self, time, x):
+            return x
+
+    net = Network()
+    with counted(net) as rows:
+        net(torch.zeros(1), torch.zeros(3, 2))
+        net(time=torch.zeros(()), x=torch.zeros(2, 2))
+    assert rows.count == 5

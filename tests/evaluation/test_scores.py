@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation import protocols
+from fewstep.evaluation import measures, protocols
 from fewstep.evaluation.evaluate import evaluate_images
 from fewstep.evaluation.metrics import inception_score
 from fewstep.vision import clip as clip_module
@@ -97,6 +97,18 @@ def test_preference_models_use_their_own_scale(clip_folder, images):
         assert scorer.label == label and scorer.name == "tiny-clip"
         expected = [np.exp(2.0) * c for c in cosines]
         assert scorer(images, CAPTIONS).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_every_batch_has_captions_of_its_own(clip_folder, images, pool, monkeypatch):
+    asked = {
+        "extractor": pool,
+        "metrics": ("vendi",),
+        "captions": CAPTIONS,
+        "scorers": [f"clip:{clip_folder}"],
+    }
+    monkeypatch.setattr(measures, "BATCH", 3)
+    entry = evaluate_images(images, images, **asked)["metrics"]["CLIP score(tiny-clip)"]
+    assert entry["value"] == pytest.approx(np.mean(by_hand(clip_folder, images, CAPTIONS)), abs=1e-5)
 
 
 def test_scores_have_errors_labels_and_hashes(clip_folder, images, pool):
@@ -186,7 +198,7 @@ def test_inception_score_needs_a_classifier(pictures, pool):
     assert effnet.classify(features).shape == (2, 1000)
 
 
-def test_lpips_diversity_is_over_pairs_of_a_prompt(monkeypatch, tmp_path):
+def test_lpips_diversity_is_over_pairs_of_a_prompt(monkeypatch, tmp_path, pool):
     images = torch.tensor([0, 0, 0, 0, 255, 255]).to(torch.uint8)[:, None, None, None].expand(6, 4, 4, 3)
     groups = torch.tensor([0, 0, 0, 1, 1, 1])
 
@@ -196,6 +208,15 @@ def test_lpips_diversity_is_over_pairs_of_a_prompt(monkeypatch, tmp_path):
 
     value, error = lpips_diversity(images, groups, distance)
     assert value == pytest.approx((0 + 2 * 2 / 3) / 2) and error == pytest.approx(2 / 3)
+    with monkeypatch.context() as patch:  # images of unlike sizes have features, and no distance between them
+        patch.setattr(measures, "find_lpips", lambda: distance)
+        for name, sizes in (("one", [8] * 6), ("two", [8] * 5 + [9])):
+            (tmp_path / name).mkdir()
+            for i, size in enumerate(sizes):
+                Image.new("RGB", (size, size), (40 * i, 0, 0)).save(tmp_path / name / f"{i}.png")
+            asked = {"extractor": pool, "metrics": ("diversity",), "groups": groups}
+            found = evaluate_images(tmp_path / name, tmp_path / name, **asked)["metrics"]
+            assert list(found) == ["diversity(pool)", "LPIPS diversity(alex)"][: 2 if name == "one" else 1]
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert find_lpips() is None  # no backbone here, and none is downloaded
     (tmp_path / "checkpoints").mkdir()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fewstep import cli
-from fewstep.data.image_sets import natural
+from fewstep.data.image_sets import folder_set, natural
 from fewstep.data.images import load_images
 from fewstep.errors import FewstepError
 from fewstep.evaluation.images import open_images
@@ -291,6 +291,34 @@ def test_training_images_are_found_by_the_same_rule(tmp_path, pictures):
     found = load_images(str(tmp_path / "images"))
     assert found.captions == ["thing 0", "thing 1", "thing 2"]
     assert found.passed_over == ("2 in linked/.ipynb_checkpoints/",)
+
+
+def test_training_images_are_upright_and_over_white(tmp_path):
+    image, exif = Image.new("RGB", (8, 8), "black"), Image.Exif()
+    image.paste("white", (0, 0, 8, 4))
+    exif[0x0112] = 3  # upside down
+    image.save(tmp_path / "0.png", exif=exif)
+    palette = Image.fromarray(np.eye(8, dtype=np.uint8), "P")
+    palette.putpalette([0, 0, 0, 40, 50, 60])
+    palette.save(tmp_path / "1.png", transparency=0)
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text("x")
+    turned, clear = (load_images(str(tmp_path)).load(i, 8) for i in range(2))
+    assert turned[:4].max() == 0 and turned[4:].min() == 255 and clear[0, 1].min() == 255
+
+
+def test_a_folder_has_its_own_name_and_not_that_of_a_link_before_it(tmp_path, pictures):
+    fill(tmp_path / "b", pictures[:1])
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    found = folder_set(tmp_path)
+    assert found.names == ["b/0.png"] and found.passed_over == ("a/, entered already",)
+
+
+def test_images_beside_folders_of_images_are_found_in_any_folder(tmp_path, pictures):
+    for name in ("a/{}.png", "b/{}.png", "b/c/{}.png"):
+        fill(tmp_path, pictures[:1], name)
+    with pytest.raises(FewstepError, match=r"such as b/0\.png, lie beside folders of images, such as b/c"):
+        folder_set(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------- folders that were generated

@@ -18,8 +18,8 @@ from fewstep.evaluation.statistics import Statistics
 from fewstep.vision import clip as clip_module
 from fewstep.vision import inception
 from fewstep.vision.clip import Clip
-from fewstep.vision.extractor import file_sha256
-from fewstep.vision.extractors import Inception2015
+from fewstep.vision.extractor import file_sha256, identity
+from fewstep.vision.extractors import Inception2015, get_extractor
 
 
 @pytest.fixture
@@ -194,3 +194,12 @@ def test_cmmd_sees_images_as_its_authors_do(clip_folder):
         assert label.startswith("CMMD(clip:tiny-clip")
         assert entry["value"] == pytest.approx(cmmd_by_hand(features(real), features(fake)), rel=1e-4)
         assert entry["error"] > 0 and entry["n_real"] == 5
+
+
+def test_cmmd_is_of_images_and_of_no_statistics(clip_folder):
+    images = pictures_of(32, 5)
+    clip = get_extractor(f"clip:{clip_folder}")
+    stats = Statistics.from_features(clip(torch.from_numpy(images)), identity(clip))
+    found = evaluate_images(stats, pictures_of(32, 5, 1), extractor=clip, metrics=("fd", "cmmd"))
+    assert list(found["metrics"]) == ["FD(clip:tiny-clip)"]
+    assert "without cmmd: it needs images where statistics were given" in found["warnings"]

@@ -2,16 +2,16 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from toys import NONE, SD, Mlp, view
+from toys import NONE, SD, Mlp
 
 from fewstep.diffusion import consistency as scm
 from fewstep.diffusion.denoiser import ScheduleView
 from fewstep.diffusion.rng import Rng
 from fewstep.diffusion.schedules import EDM, Flow, TrigFlow, change_schedule, expand
-from fewstep.methods import Batch
 from fewstep.methods.scm import SCM, Consistency, angle_range
 from fewstep.runs.library import load_recipe, recipe_files
 from fewstep.teachers.analytic import GaussianMixture
@@ -245,6 +245,15 @@ def test_the_papers_norm_is_the_root_of_the_sum():
     torch.testing.assert_close(found, length / (length + 0.1))
 
 
+@pytest.mark.parametrize("norm, entries", [("sum", 1), ("mean", 48)])
+def test_the_square_is_a_sum_or_a_mean_as_the_norm_is(norm, entries):
+    """So that the weight has nowhere to climb to: zero is what it begins with."""
+    g = scm.normalized(1e3 * Rng(20).normal(3, 3, 4, 4).double(), 0.1, norm)
+    found = scm.consistency(torch.zeros_like(g), g, torch.zeros(3).double(), norm=norm)["consistency"]
+    assert found.item() == pytest.approx(g.square().sum().item() / 3 / entries)
+    assert found.item() == pytest.approx(1, rel=1e-2)
+
+
 @pytest.mark.parametrize("norm, length", [("sum", 2.0), ("mean", 2 / math.sqrt(48))])
 def test_at_the_fixed_point_of_the_weight_the_gradient_of_a_sample_has_this_length(norm, length):
     """What another term's gradient stands beside: 2, or 2 / sqrt(D); 1/tan, as in SANA-Sprint, cancels."""
@@ -381,27 +390,35 @@ def test_drawn_times_stay_within_what_the_teacher_covers(path):
     assert (s > schedule.t_min).all() and (s < schedule.t_max).all()
 
 
-def test_the_scale_of_data_and_the_prior_stand_where_the_papers_have_them(monkeypatch):
-    """At sigma_d 0.25: the law of the noise level, the constant beside the tangent, and 1 / (sigma_d tan t)."""
-    config = SCM.Config(sigma_data=0.25, time_mean=0.4, time_std=0.8, tangent_constant=0.3, prior="1/tan")
-    torch.manual_seed(0)
-    term = Consistency(config, gaussian(Flow()), view(Mlp(smooth=8), Flow(), "flow"))
-    normal = torch.linspace(-1, 1, 7)
-    torch.testing.assert_close(
-        term.draw(normal), torch.atan(torch.exp(0.4 + 0.8 * normal.double()) / 0.25), check_dtype=False
+def test_the_law_of_the_noise_level_knows_the_scale_of_data():
+    config = SCM.Config(sigma_data=0.25, time_mean=0.4, time_std=0.8)
+    term, normal = Consistency(config, gaussian(Flow()), gaussian(Flow())), torch.linspace(-1, 1, 7)
+    wanted = torch.atan(torch.exp(0.4 + 0.8 * normal.double()) / 0.25)
+    torch.testing.assert_close(term.draw(normal), wanted, check_dtype=False)
+
+
+def test_options_of_the_loss_go_where_they_belong(monkeypatch):
+    """The tangent's constant in units of our data, its norm in both places, and the prior of SANA-Sprint's code."""
+    config = SCM.Config(
+        tangent="difference", tangent_norm="sum", tangent_constant=0.2, sigma_data=0.25, prior="1/tan"
     )
-    asked = {}
-    shorten, lose = scm.normalized, scm.consistency
-    monkeypatch.setattr(scm, "normalized", lambda g, c, *rest: asked.update(c=c) or shorten(g, c, *rest))
-    monkeypatch.setattr(
-        scm,
-        "consistency",
-        lambda v, g, w, prior, *rest: asked.update(prior=prior) or lose(v, g, w, prior, *rest),
-    )
-    times = []
-    monkeypatch.setattr(term, "draw", lambda n: times.append(Consistency.draw(term, n)) or times[-1])
-    rng = Rng("batch")
-    batch = Batch(cond=NONE, shape=(5, 2), rng=rng, shared=Rng(0))
-    term.losses(Rng(1).normal(5, 2), NONE, NONE, 1.0, 10, batch)
-    assert asked["c"] == pytest.approx(0.3 / 0.25)
-    torch.testing.assert_close(asked["prior"].double(), 1 / (0.25 * torch.tan(times[0].double())))
+    term, seen = Consistency(config, gaussian(), gaussian(variance=0.3)), {}
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+
+        def watched(*args):
+            seen[name] = (args, real(*args))
+            return seen[name][1]
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(term, "draw"), watch(scm, "normalized"), watch(scm, "consistency")
+    x0, batch = Rng(5).normal(6, 2).double(), SimpleNamespace(rng=Rng(6), log={})
+    term.losses(x0, NONE, NONE, 1.0, 3, batch)
+    t = seen["draw"][1]
+    assert seen["normalized"][0][1:] == (pytest.approx(0.8), "sum")
+    velocity, g, weight, prior, norm = seen["consistency"][0]
+    assert norm == "sum" and g is seen["normalized"][1] and torch.equal(weight, term.weighting(t))
+    torch.testing.assert_close(prior, 4 / t.tan())
+    assert batch.log["tangent"] > 0 and velocity.shape == x0.shape

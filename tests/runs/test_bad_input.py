@@ -179,6 +179,17 @@ def test_unusual_images_are_read(images):
 
 
 # --------------------------------------------------------------------------------------------------------- teacher
+def test_images_that_are_passed_over_are_told(recipe, images, capsys):
+    check_data(recipe)
+    assert "passed over" not in capsys.readouterr().err
+    (images / ".ipynb_checkpoints").mkdir()
+    some = next(images.glob("*.png"))
+    shutil.copy(some, images / ".ipynb_checkpoints" / some.name)
+    check_data(recipe)
+    told = f"fewstep: note: data.images: {images}: passed over 1 in .ipynb_checkpoints/\n"
+    assert told in capsys.readouterr().err
+
+
 def test_a_teacher_that_is_no_pipeline(refused, tmp_path):
     refused("model_index.json", "--teacher", str(tmp_path))
     refused("does not exist", "--teacher", str(tmp_path / "nowhere"))

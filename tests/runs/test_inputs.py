@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,12 +12,21 @@ from safetensors.torch import load_file, save_file
 
 from fewstep import recipe as recipes
 from fewstep.cli import main
+from fewstep.data.images import CaptionedImages
 from fewstep.errors import RecipeError
 from fewstep.files import sketch
 from fewstep.methods.dmd import DMD
 from fewstep.methods.dmd2 import DMD2
 from fewstep.process import Process
-from fewstep.recipe import DataConfig, Recipe, RoleConfig, SampleConfig, TeacherConfig, TrainConfig
+from fewstep.recipe import (
+    DataConfig,
+    EvalConfig,
+    Recipe,
+    RoleConfig,
+    SampleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from fewstep.runs import inputs
 from fewstep.runs.checks import check_data
 from fewstep.runs.session import Session, execute, resume
@@ -217,3 +227,50 @@ def test_a_tensor_is_told_by_its_numbers_and_shape():
     hashes = [inputs._of_tensor(t) for t in (tensor, other, tensor.reshape(10, 100), tensor.bfloat16())]
     assert len(set(hashes)) == 4
     assert inputs._of_tensor(tensor.clone()) == hashes[0]
+
+
+def test_texts_are_told_apart_where_one_ends_and_the_next_begins():
+    assert inputs._hash(["ab", "c"]) != inputs._hash(["a", "bc"]) != inputs._hash(["abc"])
+
+
+def test_images_in_memory_are_told_by_their_pixels_and_captions():
+    pixels = np.zeros((2, 4, 4, 3), np.uint8)
+    other = pixels.copy()
+    other[1, 2, 2, 0] = 1
+    sets = [(["a", "b"], pixels), (["a", "b"], other), (["a", "c"], pixels)]
+    assert len({inputs._of_images(CaptionedImages(captions, files)) for captions, files in sets}) == 3
+
+
+def test_prompts_of_the_evaluation_are_an_input_where_it_is_made(place):
+    recipe = recipes.load(place / "run" / "recipe.yaml")
+    teacher = load_teacher(recipe.teacher.path)
+
+    def hashed(text, num):
+        (place / "measured.txt").write_text(text)
+        recipe.evaluation = EvalConfig(num=num, prompts=str(place / "measured.txt"))
+        return inputs.inputs_of(recipe, teacher, ["a"], None).get("evaluation.prompts")
+
+    assert hashed("a\nb\n", 2) == hashed("a\nb", 4) != hashed("a\nc\n", 2)
+    assert hashed("a\nb\n", 0) is None
+
+
+def test_an_input_that_an_older_release_did_not_keep_is_taken_as_it_is(place):
+    kept = json.loads((place / "run" / inputs.FILE).read_text())
+    (place / "run" / inputs.FILE).write_text(json.dumps({"teacher.path": kept["teacher.path"]}))
+    other_prompts(place)
+    session(place)
+
+
+@pytest.mark.parametrize(
+    "option, fields",
+    [
+        ("data.column", ["data.prompts", "data.images", "evaluation.prompts"]),
+        ("data.images", ["data.images"]),
+        ("teacher.dtype", ["teacher.path"]),
+        ("evaluation.prompts", ["evaluation.prompts"]),
+        ("train.steps", []),
+    ],
+)
+def test_who_names_an_option_means_what_it_decides(option, fields):
+    known = ("teacher.path", "data.prompts", "data.images", "evaluation.prompts", "method.reward")
+    assert [field for field in known if inputs._touches(option, field)] == [f for f in known if f in fields]

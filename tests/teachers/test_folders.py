@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 
 from fewstep import recipe as recipes
 from fewstep.cli import main
+from fewstep.cli.main import _typed
 from fewstep.errors import FewstepError
 from fewstep.evaluation.spec import load_spec
+from fewstep.files import all_at_home
 from fewstep.runs.checks import check_class
 from fewstep.runs.library import load_recipe
 from fewstep.teachers import load_teacher
@@ -209,9 +211,33 @@ def test_a_teacher_and_options_of_commands_at_home(monkeypatch, tmp_path, folder
     assert main(["eval", "generate", "~/teacher", *words]) == 0
     assert (tmp_path / "made" / "1-step" / "000000.png").is_file() and not Path("~").exists()
     spec = tmp_path / "spec.yaml"
-    spec.write_text("prompts: ~/p.txt\nmodels: [{name: a, pipeline: ~/teacher}]\n")
+    (tmp_path / "floor").mkdir()
+    (tmp_path / "floor" / "floor.json").write_text("{}")
+    spec.write_text(
+        "prompts: ~/p.txt\nscorers: clip:~/c\nresults: {old: ~/r.json}\n"
+        "models: [{name: a, pipeline: ~/teacher, solver: [own, ~/floor]}]\n"
+    )
     loaded = load_spec(spec)
     assert loaded.prompts == str(tmp_path / "p.txt") and loaded.models[0].pipeline == str(folder)
+    assert loaded.models[0].solver == ("own", str(tmp_path / "floor"))
+    assert loaded.scorers == (f"clip:{tmp_path / 'c'}",) and loaded.results == {
+        "old": str(tmp_path / "r.json")
+    }
+    capsys.readouterr()
+    assert main(["eval", "scores", "~/made/1-step", "--prompts=~/p.txt", "--scorer=clip:~/c"]) == 2
+    assert str(tmp_path / "c") in capsys.readouterr().err
+
+
+def test_a_command_is_written_down_without_the_home_of_anyone(monkeypatch, tmp_path):
+    home = tmp_path / "some one"
+    monkeypatch.setenv("HOME", str(home))
+    words = [f"{home}/a b", f"--out={home}/x y.json", "--scorer", f"clip:{home}/c", str(home), "~/kept"]
+    typed = _typed([*words, f"{home}s/b"])
+    assert typed.startswith("fewstep ~/'a b' '--out=~/x y.json' --scorer 'clip:~/c' '~' ~/kept ")
+    assert typed.count(str(home)) == typed.count(f"{home}s/b") == 1
+    shell = [str(home) + word[1:] if word.startswith("~/") else word for word in shlex.split(typed)]
+    given = [word.replace("=~/", f"={home}/") for word in shell[1:]]  # what argparse makes two words of
+    assert all_at_home(given) == [*words[:-1], f"{home}/kept", f"{home}s/b"]
 
 
 def test_a_card_tells_nobody_where_a_teacher_lay(monkeypatch, tmp_path, folder):

@@ -98,3 +98,5 @@ def test_generation_says_it_once_too(tiny_sd15, tmp_path, capfd, heard):
     sample_folder(model, prompts, job, tmp_path / "out", batch_size=1, speed_runs=0)
     said = capfd.readouterr().err
     assert not heard and said.count("4 of 4 prompts are longer than the 77 tokens") == 1
+    sample_folder(model, prompts, job, tmp_path / "two", batch_size=1, speed_runs=0, rank=1, world=2)
+    assert "prompts are" not in capfd.readouterr().err  # the first process says it for all
