@@ -77,7 +77,7 @@ def _count(state: dict[str, Tensor], prefix: str) -> int:
 
 def _multiples(state: dict[str, Tensor], name: str, ch: int) -> tuple[int, ...]:
     """Channels of each level, as multiples of the first convolution's."""
-    found = []
+    found: list[int] = []
     while (weight := state.get(name.format(len(found)))) is not None:
         found.append(weight.shape[0] // ch)
     return tuple(found)
