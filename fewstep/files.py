@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,15 +169,50 @@ def check_writable(
     if suffixes and path.suffix.lower() not in suffixes:
         raise FewstepError(f"{name}: expected a name that ends in {' or '.join(suffixes)}")
     try:
-        for other in inputs:
-            if os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
+        for other in inputs if os.path.exists(path) else ():
+            if os.path.exists(other) and os.path.samefile(path, other):
                 raise FewstepError(f"{name} is what the command reads, {other}; give another place")
+            if suffixes and os.path.isdir(other) and path.resolve().is_relative_to(Path(other).resolve()):
+                raise FewstepError(f"{name} lies in what the command reads, {other}; give another place")
         check_place(path, not suffixes, record, option)
+        if suffixes and path.exists() and (kept := _kept(path)):
+            raise FewstepError(f"{name} is {kept}, which is kept as it is; give another place")
         _try(path, name)
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
         if isinstance(error, FewstepError):
             raise
         raise WriteError(f"{name} cannot be written: {why(error) or error}; give another place") from error
+
+
+# Files by which folders of fewstep and of diffusers are known, or that a run goes on from.
+RECORDS = {
+    "manifest",
+    "table",
+    "run",
+    "inputs",
+    "fewstep",
+    "floor",
+    "pairs",
+    "recipe",
+    "index",
+    "model_index",
+}
+RECORDS |= {"config", "scheduler_config", "tokenizer", "tokenizer_config"}
+
+
+def _kept(path: Path) -> str | None:
+    """What a file is that no result may take the place of; None for an older result."""
+    if path.suffix.lower() == ".json" and path.stem in RECORDS:
+        return "no result but a record of its folder"
+    if path.suffix.lower() == ".npz":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if "mu.npy" in archive.namelist():
+                    return None
+        except zipfile.BadZipFile:
+            return None
+        return "an archive of other arrays than statistics"
+    return None
 
 
 def check_own(path: Path, start: str, option: str) -> None:

@@ -116,7 +116,8 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
         RecipeError: one line per fault.
     """
     if not isinstance(data, Mapping):
-        raise RecipeError(f"recipe: {type(data).__name__}; expected a mapping of fields")
+        found = "is empty" if data is None else f"holds {type(data).__name__}"
+        raise RecipeError(f"recipe: {found}; expected a mapping of fields")
     data = _at_home(data)
     options = data.get("method")
     if not isinstance(options, Mapping) or "name" not in options:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,19 @@ COLUMN = argument(
 )
 RECIPE = argument("recipe")
 RUN = argument("run_folder", type=Path, metavar="RUN")
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 on")
+    return value
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number that is finite")
+    return value
 
 
 def integers(text: str) -> list[int]:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def _fid(args: argparse.Namespace) -> int:
     from fewstep.evaluation.images import ImageSource
     from fewstep.evaluation.sampling import check_whole, read_manifest
 
-    if args.real != EMOJI and Path(args.real).resolve() == Path(args.fake).resolve():
+    if args.real != EMOJI and os.path.realpath(args.real) == os.path.realpath(args.fake):
         raise FewstepError(f"REAL and FAKE are both {args.real}: expected two different sets of images")
 
     protocol = protocols.load(args.protocol) if args.protocol else None

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.commands import COLUMN, Commands, argument, integers, output
+from fewstep.cli.commands import COLUMN, Commands, argument, finite, integers, output
 from fewstep.files import SHARED
 
 SAMPLING = Commands()
@@ -84,7 +84,7 @@ def job_of(args: argparse.Namespace, steps: int, **others: Any) -> Any:
     argument("pipeline", metavar="PIPELINE", help="folder or hub id of a diffusers pipeline, or builtin:..."),
     argument("--steps", type=integers, required=True, metavar="1,2,4", help="numbers of steps"),
     argument("--solver", default="own", help=f"{SOLVERS} (default: own, or the student's)"),
-    argument("--guidance", type=float, help="scale (default: the student's or the pipeline's)"),
+    argument("--guidance", type=finite, help="scale (default: the student's or the pipeline's)"),
     argument(
         "--timesteps",
         type=integers,
@@ -98,6 +98,7 @@ def job_of(args: argparse.Namespace, steps: int, **others: Any) -> Any:
 )
 def _generate(args: argparse.Namespace) -> int:
     from fewstep.data.image_sets import MANIFEST
+    from fewstep.errors import FewstepError
     from fewstep.evaluation.models import open_model
     from fewstep.evaluation.prompts import read_prompts
     from fewstep.evaluation.sampling import check_batches, check_num, read_manifest, sample_folder
@@ -110,6 +111,8 @@ def _generate(args: argparse.Namespace) -> int:
     num = check_num(args.num, prompts, args.per_prompt)
     check_batches(args.batch_size, args.speed_runs)
     rank, world = process()
+    if args.out.is_dir() and any(args.out.glob("[!.]*")) and not any(args.out.glob(f"*/{MANIFEST}")):
+        raise FewstepError(f"--out {args.out} is not empty and holds no generated images; give another place")
     folders = [args.out / f"{job.steps}-{'step' if job.steps == 1 else 'steps'}" for job in jobs]
     for folder in folders:
         check_place(folder, True, MANIFEST, "--out")
@@ -139,7 +142,7 @@ def _generate(args: argparse.Namespace) -> int:
     argument("--student", action="append", default=[], metavar="EXPORT", help="may be repeated"),
     argument("--steps", type=integers, metavar="1,2,4", help="numbers of steps (default: 1,2,4,8)"),
     argument("--solver", action="append", metavar="S", help="of the teacher; may be repeated"),
-    argument("--guidance", action="append", type=float, metavar="G", help="of the teacher; may be repeated"),
+    argument("--guidance", action="append", type=finite, metavar="G", help="of the teacher; may be repeated"),
     argument("--prompts", metavar="FILE", help="one a line, or a table"),
     COLUMN,
     argument("--num", type=int, metavar="N", help="images of each row"),
@@ -180,7 +183,7 @@ def _check_table(spec: Any, out: Path) -> None:
     from fewstep.evaluation.sampling import check_pairs, read_manifest
     from fewstep.files import check_place, read_text
 
-    there = [name for name in ("table.json", "table.md", "index.html") if (out / name).exists()]
+    there = sorted(path.name for path in out.glob("[!.]*")) if out.is_dir() else []
     if there and '"rows"' not in read_text(out / "table.json"):
         raise FewstepError(
             f"--out {out} holds {there[0]}, and no table of `fewstep eval run`; give another place"

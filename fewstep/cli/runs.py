@@ -9,9 +9,10 @@ from pathlib import Path
 from ..errors import FewstepError, TrainingError
 from ..files import replacing
 from ..runs.library import load_recipe
-from .commands import DEVICE, RECIPE, RUN, Commands, argument, output
+from .commands import DEVICE, RECIPE, RUN, Commands, argument, count, output
 
 COMMANDS = Commands()
+SOFTWARE, MAKER = 0x0131, "fewstep"  # EXIF's tag of the program that made a picture
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -51,29 +52,49 @@ def replay(args: argparse.Namespace) -> int:
     argument("export", type=Path, metavar="EXPORT", help="export folder, or the run that holds it"),
     argument("--prompt", action="append", help="may be given several times"),
     argument("--teacher", help="the teacher's folder, if it moved"),
-    argument("--steps", type=int),
-    argument("--num", type=int, default=1, help="images per prompt"),
+    argument("--steps", type=count),
+    argument("--num", type=count, default=1, help="images per prompt"),
     argument("--seed", type=int, default=0),
-    argument("--scale", type=int, default=1, help="integer enlargement"),
+    argument("--scale", type=count, default=1, help="integer enlargement"),
     DEVICE,
     output("--out", suffixes=PICTURES, default=Path("sample.png")),
 )
 def sample(args: argparse.Namespace) -> int:
+    from PIL import Image
+
     from ..export import at_steps, load_exported, stock_call
     from ..report.grid import image_grid
     from ..teachers.generate import generate
 
     if not args.prompt:
         raise FewstepError("sample: give at least one --prompt")
+    _check_picture(args.out)
     folder = args.export / "export" if (args.export / "export").is_dir() else args.export
     pipe, record = load_exported(folder, args.teacher)
     record = at_steps(record, args.steps)
     pipe.to(args.device)
     images, _ = generate(pipe, args.prompt * args.num, partial(stock_call, pipe, record), seed=args.seed)
+    signed = Image.Exif()
+    signed[SOFTWARE] = MAKER
     with replacing(args.out) as part:
-        image_grid(images, min(8, len(images)), scale=args.scale).save(part)
+        image_grid(images, min(8, len(images)), scale=args.scale).save(part, exif=signed)
     print(args.out)
     return 0
+
+
+def _check_picture(path: Path) -> None:
+    """Refuses to draw over a picture that another program made."""
+    from PIL import Image
+
+    if not path.is_file():
+        return
+    try:
+        with Image.open(path) as image:
+            made = image.getexif().get(SOFTWARE)
+    except (OSError, Image.DecompressionBombError):
+        made = None
+    if made != MAKER:
+        raise FewstepError(f"--out {path}: fewstep did not make this picture; it is kept: give another name")
 
 
 def _step(text: str) -> str:

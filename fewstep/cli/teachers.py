@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import FewstepError
 from ..files import check_place, replacing
 from ..runs.library import load_recipe, recipe_files
-from .commands import COLUMN, DEVICE, RECIPE, Commands, argument, integers, output
+from .commands import COLUMN, DEVICE, RECIPE, Commands, argument, finite, integers, output
 
 COMMANDS = Commands()
 
@@ -19,13 +19,13 @@ COMMANDS = Commands()
     argument("teacher", metavar="TEACHER", help="pipeline folder, hub id or builtin: name"),
     output("--out", required=True, help="folder of the prepared pipeline"),
     argument("--images", required=True, help="folder of captioned images, or builtin:emoji"),
-    argument("--error", type=float, default=0.05, help="stop at this relative error, and"),
-    argument("--stiffness", type=float, default=3.0, help="this ratio of |dF/dt| to |J_x v|"),
+    argument("--error", type=finite, default=0.05, help="stop at this relative error, and"),
+    argument("--stiffness", type=finite, default=3.0, help="this ratio of |dF/dt| to |J_x v|"),
     argument("--steps", type=int, default=5000, help="at most"),
     argument("--check-every", type=int, default=250),
-    argument("--turns", type=float, default=1.0, help="of the fastest sinusoid that is kept"),
+    argument("--turns", type=finite, default=1.0, help="of the fastest sinusoid that is kept"),
     argument("--qk-norm", action="store_true", help="normalise queries and keys (SANA, SD3)"),
-    argument("--lr", type=float, default=2e-5),
+    argument("--lr", type=finite, default=2e-5),
     argument("--batch-size", type=int, default=16),
     argument("--seed", type=int, default=0),
     DEVICE,
@@ -110,7 +110,7 @@ def pairs(args: argparse.Namespace) -> int:
     argument("--tokenizer", required=True, help=".safetensors, .pt or .pth"),
     argument("--tokens", type=int, help="of an image of LlamaGen: 256 at 256 px, 576 at 384 px"),
     argument("--top-k", type=int),
-    argument("--top-p", type=float),
+    argument("--top-p", type=finite),
     output("--to", required=True, help="folder"),
 )
 def convert(args: argparse.Namespace) -> int:
@@ -145,7 +145,7 @@ def convert(args: argparse.Namespace) -> int:
     ),
     COLUMN,
     argument("--num", type=int, default=64, help="reference paths (default: 64)"),
-    argument("--guidance", type=float, help="scale (default: the pipeline's)"),
+    argument("--guidance", type=finite, help="scale (default: the pipeline's)"),
     argument("--reference-steps", type=int, default=50, metavar="M", help="of a path (default: 50)"),
     argument("--solver", choices=["dpm++", "euler"], help="default: dpm++, or euler for a flow"),
     argument("--size", type=int, metavar="PIXELS", help="height and width (default: the pipeline's)"),

@@ -10,6 +10,11 @@ from fewstep.evaluation.statistics import table
 
 def load_result(path: str | Path) -> dict[str, Any]:
     """Reads what `fewstep eval ... --out` wrote."""
+    if not Path(path).is_file():
+        raise FewstepError(
+            f"{path} {'is a folder' if Path(path).is_dir() else 'does not exist'}: expected a result, "
+            "as `fewstep eval ... --out FILE.json` writes it"
+        )
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         problem = _fault(result)

@@ -285,7 +285,9 @@ class FirstImages(ImageSource):
     """The first n images of another source, or n after some that are passed over."""
 
     def __init__(self, source: ImageSource, n: int, after: int = 0):
-        if not 0 < n <= len(source) - after:
+        if n < 1:
+            raise FewstepError(f"--num is {n}, expected 1 to {len(source)}, the images of {source.name}")
+        if n > len(source) - after:
             raise FewstepError(f"{source.name} has {len(source)} images, but {after + n} are asked for")
         self.name, self.source, self.n, self.after = source.name, source, n, after
         self.sizes, self.skipped, self.workers = source.sizes, source.skipped, source.workers

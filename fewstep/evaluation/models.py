@@ -1,9 +1,11 @@
 """Stock diffusers pipelines to be measured: a teacher, a student on top of it, and how either is called."""
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,7 @@ class Model:
         elif self.record:
             scheduler, call = self._student(steps)
         if timesteps:
+            _check_timesteps(scheduler, timesteps)
             call = {**call, "timesteps": list(timesteps)}
             call.pop("num_inference_steps", None)
         if scheduler is not None:
@@ -135,8 +138,11 @@ class Model:
         schedule = Flow(self.record.get("shift", 1.0)) if flow else schedule_of(self.scheduler)
         try:
             times = even_times(schedule, steps, self.record["timesteps"][0])
-        except FewstepError as error:
-            raise FewstepError(f"--steps {steps}: {error}") from None
+        except FewstepError:
+            start = self.record["timesteps"][0]
+            raise FewstepError(
+                f"--steps {steps}: this student starts at time {start:g}; expected at most {int(start)} steps"
+            ) from None
         noise = self.record.get("noise") if self.record.get("noise") in ("ddim", "tcd") else "fresh"
         scheduler, call = student_scheduler(self.scheduler, times, noise, handed=hands_sigmas(self.pipe))
         kept = {k: v for k, v in own.items() if k not in STEPPING}
@@ -170,6 +176,19 @@ class Model:
         return digest.hexdigest()
 
 
+def _check_timesteps(scheduler: Any, timesteps: Sequence[int]) -> None:
+    """Refuses times that a scheduler does not take, before anything is drawn."""
+    most = scheduler.config.num_train_timesteps - 1
+    falling = all(a > b for a, b in pairwise(timesteps))
+    if not falling or timesteps[0] > most or timesteps[-1] < 0:
+        given = ",".join(map(str, timesteps))
+        raise FewstepError(f"--timesteps {given}: expected falling times from {most} to 0")
+    try:
+        copy.deepcopy(scheduler).set_timesteps(timesteps=list(timesteps))
+    except (ValueError, TypeError) as error:
+        raise FewstepError(f"--timesteps: {type(scheduler).__name__} does not take these: {error}") from error
+
+
 def open_model(
     pipeline: str,
     lora: str | None = None,
@@ -190,6 +209,7 @@ def open_model(
     Raises:
         FewstepError: nothing there, not loadable, or weights that do not fit.
     """
+    check_model(pipeline, lora, network)
     about = {"pipeline": pipeline}
     record = None
     if lora and _export(lora):
@@ -198,10 +218,6 @@ def open_model(
     elif not lora and _export(pipeline):
         record, pipe = _load_export(_export(pipeline), None, dtype)
     else:
-        if lora and not Path(lora).is_file():
-            raise FewstepError(
-                f"--lora {lora}: expected the export folder of a fewstep run, or a LoRA file (.safetensors)"
-            )
         pipe = load_pipeline(pipeline, dtype)
         if lora:
             about["lora"] = str(lora)
@@ -211,6 +227,26 @@ def open_model(
         _replace_network(pipe, Path(network))
     pipe.set_progress_bar_config(disable=True)
     return Model(pipe.to(device), about, record, size)
+
+
+def check_model(pipeline: str, lora: str | None = None, network: str | None = None) -> None:
+    """What can be known of a model's files before any is read: they are there.
+
+    Raises:
+        FewstepError: which is not.
+    """
+    place = Path(pipeline)
+    local = (place.is_absolute() or place.is_dir()) and not _export(pipeline)
+    if local and not (place / "model_index.json").is_file():
+        raise FewstepError(
+            f"{pipeline}: expected the folder of a pipeline, with a model_index.json, or an export"
+        )
+    if lora and not _export(lora) and not Path(lora).is_file():
+        raise FewstepError(
+            f"--lora {lora}: expected the export folder of a fewstep run, or a LoRA file (.safetensors)"
+        )
+    if network and not Path(network).is_file():
+        raise FewstepError(f"--network {network} does not exist: expected a state dict (.safetensors)")
 
 
 def _export(path: str) -> Path | None:

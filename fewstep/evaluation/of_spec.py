@@ -12,7 +12,7 @@ from fewstep.errors import FewstepError
 from fewstep.evaluation.compare import cell, check_alike
 from fewstep.evaluation.images import FirstImages, open_images
 from fewstep.evaluation.measures import describe
-from fewstep.evaluation.models import open_model, solver_name
+from fewstep.evaluation.models import check_model, open_model, solver_name
 from fewstep.evaluation.page import write_page
 from fewstep.evaluation.prompts import Prompts, read_prompts
 from fewstep.evaluation.sampling import Job, check_num, is_complete, sample_folder
@@ -85,8 +85,13 @@ def run_spec(
     prompts = read_prompts(spec.prompts, spec.column)
     num = check_num(spec.num, prompts, spec.per_prompt)
     rows = rows_of(spec)
+    for entry in spec.models:
+        if entry.pipeline:
+            check_model(entry.pipeline, entry.lora, entry.network)
     yardstick = Yardstick(spec, prompts, device) if rank == 0 else None
     records: list[dict[str, Any]] = []
+    if yardstick and not (out / "table.json").exists():  # by which the folder is known from now on
+        _write(out, spec, rows, records, yardstick)
     for row, manifest, pipe in _made(spec, rows, prompts, num, out, device, rank, world, replace):
         if yardstick is None:
             continue

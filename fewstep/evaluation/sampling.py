@@ -6,6 +6,7 @@ resumption. (Kernels may round differently for another batch size: then pixels d
 """
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from fewstep.evaluation.statistics import table
 from fewstep.files import check_place, create, replacing, sweep, write, write_json
 from fewstep.teachers.generate import call_pipeline
 from fewstep.teachers.lengths import too_long
-from fewstep.teachers.pipelines import size_options
+from fewstep.teachers.pipelines import check_size, size_options
 
 ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"nearest": np.round, "truncate": np.floor}
 LAYOUTS: dict[str, Callable[[int, int], str]] = {
@@ -75,6 +76,8 @@ class Job:
             raise FewstepError(f"--seed is {self.seed}, expected 0 or more, below 2^62")
         if self.size is not None and self.size < 1:
             raise FewstepError(f"--size is {self.size}, expected a number of pixels from 1 on")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise FewstepError(f"--guidance is {self.guidance}, expected a number that is finite")
         if self.timesteps and len(self.timesteps) != self.steps:
             raise FewstepError(f"--timesteps has {len(self.timesteps)} times for --steps {self.steps}")
 
@@ -134,6 +137,7 @@ def sample_folder(
     check_batches(batch_size, speed_runs)
     call = model.prepare(job.steps, job.solver, job.guidance, job.timesteps)
     if job.size:
+        check_size(model.pipe, job.size)
         call |= size_options(model.pipe, job.size)
     manifest = _claim(folder, _describe(model, prompts, job, call), num, replace)
     mine = list(range(rank, num, world))

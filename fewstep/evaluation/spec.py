@@ -1,6 +1,7 @@
 """What `fewstep eval run` compares: models at several steps, solvers and guidances, by one yardstick."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -50,7 +51,7 @@ class Entry:
         _check(ok, f"models.{self.name}.steps is {list(self.steps)}", "numbers from 1 on")
         for solver in self.solver:
             check_solver(solver, f"models.{self.name}.solver")
-        ok = all(g is None or isinstance(g, int | float) for g in self.guidance)
+        ok = all(g is None or (isinstance(g, int | float) and math.isfinite(g)) for g in self.guidance)
         _check(
             ok,
             f"models.{self.name}.guidance is {list(self.guidance)}",

@@ -273,7 +273,7 @@ def model_card(record: Mapping[str, Any]) -> str:
             *front,
             f"# {record.get('title', 'student')}",
             "",
-            f"A {steps}-{_plural(steps)} student of `{teacher}`, distilled with {record['method']} by fewstep "
+            f"A {steps}-step student of `{teacher}`, distilled with {record['method']} by fewstep "
             f"{record['fewstep']} (recipe {record.get('recipe', 'unknown')}).",
             "",
             *several,

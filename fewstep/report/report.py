@@ -72,7 +72,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         _section(
             "Curves", curves([{k: v for k, v in r.items() if not k.startswith("health/")} for r in records])
         ),
-        _section("Use it", _code(snippet)),
+        _section("Use it", "<p>In the folder <code>export</code>:</p>" * bool(snippet) + _code(snippet)),
         _section("Run", _details(run) + _fold("recipe.yaml", _code(read_text(folder / "recipe.yaml")))),
     ]
     template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")

@@ -24,10 +24,12 @@ from .trackers import check_trackers
 
 def check_output(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
-        held = "holds a run already" if (folder / "recipe.yaml").exists() else "is not empty"
-        raise RecipeError(
-            f"output: {folder} {held}; continue it with `fewstep resume {folder}`, or give another --output"
-        )
+        if (folder / "recipe.yaml").exists():
+            raise RecipeError(
+                f"output: {folder} holds a run already; continue it with `fewstep resume {folder}`, or give another "
+                "--output"
+            )
+        raise RecipeError(f"output: {folder} is not empty and holds no run; give another --output")
     check_writable(folder, "output:")
 
 

@@ -22,7 +22,7 @@ from ..data.images import CaptionedImages
 from ..data.pairs import Pairs
 from ..device import choose, keep_freed
 from ..diffusion import kernels
-from ..errors import FewstepError, LostProcess, TrainingError, tell
+from ..errors import FewstepError, LostProcess, RecipeError, TrainingError, tell
 from ..files import WriteError, check_room, check_writable, write, write_json
 from ..process import Process, start
 from ..recipe import Recipe
@@ -291,6 +291,11 @@ class Session:
     def train(self, resuming: bool) -> None:
         if resuming:
             found, main = self.trainer.restore(), self.process.main
+            if (done := self.trainer.progress.iteration) > self.recipe.train.steps:
+                steps = self.recipe.train.steps
+                raise RecipeError(
+                    f"train.steps: {steps}: this run is at step {done} already; expected at least that"
+                )
             if main and found:
                 print(f"fewstep: resuming at step {self.trainer.progress.iteration}")
             elif main:

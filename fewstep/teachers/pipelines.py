@@ -68,6 +68,21 @@ def hands_sigmas(pipe: Any) -> bool:
     return type(getattr(pipe, "pipe", pipe)).__name__ == "FluxPipeline"
 
 
+def check_size(pipe: Any, size: int) -> None:
+    """Refuses images of a side that the autoencoder's latents cannot have.
+
+    Raises:
+        FewstepError: what is expected.
+    """
+    if not takes(pipe, "height") or getattr(pipe, "vae", None) is None:
+        return
+    side = math.lcm(
+        8, pixels_per_latent(pipe) * getattr(pipe, "patch_size", 1)
+    )  # stock pipelines ask for the 8
+    if size % side:
+        raise FewstepError(f"--size {size}: expected a multiple of {side} pixels")
+
+
 def size_options(pipe: Any, resolution: int | None = None) -> dict[str, Any]:
     """Arguments of the stock pipeline's call for square images of this many pixels, by default its own."""
     if not takes(pipe, "height"):

@@ -127,6 +127,10 @@ def local_folder(source: str) -> Path:
     """A folder, or the snapshot of a hub id that was downloaded before; FewstepError if it is neither."""
     if Path(source).is_dir():
         return Path(source)
+    if source.startswith(("/", ".", "~")):
+        raise FewstepError(
+            f"{source} does not exist: expected a folder of weights, or the id of a repository"
+        )
     from huggingface_hub import snapshot_download
 
     try:

@@ -297,3 +297,80 @@ def _recipe_text():
     from fewstep.runs.library import load_recipe
 
     return recipes.dump(load_recipe("emoji_dmd2_1step"))
+
+
+@pytest.mark.parametrize(
+    "out, reason",
+    [
+        ("fake/notes.json", "lies in what the command reads"),
+        ("made/manifest.json", "a record of its folder"),
+        ("made/table.json", "a record of its folder"),
+        ("made/run.json", "a record of its folder"),
+    ],
+)
+def test_a_result_takes_the_place_of_no_record_and_lies_in_no_input(tally, place, out, reason):
+    (place / "made").mkdir()
+    for name in ("fake/notes.json", "made/manifest.json", "made/table.json", "made/run.json"):
+        (place / name).write_text("{}")
+    with nothing_lost(tally, place):
+        code, said = tried(tally, *command("eval fid", FILES, place, place / out))
+    assert code == 2 and reason in said
+
+
+def test_statistics_take_the_place_of_statistics_only(tally, place):
+    np.savez(place / "mine.npz", images=np.zeros((2, 4, 4, 3), np.uint8))
+    with nothing_lost(tally, place):
+        code, said = tried(tally, *command("eval stats", FILES, place, place / "mine.npz"))
+    assert code == 2 and "an archive of other arrays than statistics" in said
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.jpg", "damaged.png"])
+def test_a_grid_takes_the_place_of_no_picture_of_others(tally, place, name):
+    image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    (place / name).write_bytes(b"x") if name == "damaged.png" else image.save(place / name)
+    with nothing_lost(tally, place):
+        code, said = tried(tally, *command("sample", FILES, place, place / name))
+    assert code == 2 and "fewstep did not make this picture" in said
+
+
+@pytest.mark.parametrize("name", ["own.png", "own.jpg", "own.webp"])
+def test_a_grid_takes_the_place_of_an_older_one(tmp_path, name):
+    from fewstep.cli.runs import MAKER, SOFTWARE, _check_picture
+
+    signed = Image.Exif()
+    signed[SOFTWARE] = MAKER
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / name, exif=signed)
+    _check_picture(tmp_path / name)
+    _check_picture(tmp_path / "new.png")
+
+
+@pytest.mark.parametrize("name", ["eval run", "eval generate"])
+def test_images_are_not_drawn_among_those_of_others(tally, place, name):
+    with nothing_lost(tally, place):
+        code, said = tried(tally, *command(name, FOLDERS, place, place / "real"), *_cheap(name))
+    assert code == 2 and "give another place" in said
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        ("sample {real} --prompt a --num 0", "expected a whole number from 1 on"),
+        ("sample {real} --prompt a --scale -2", "expected a whole number from 1 on"),
+        (
+            "eval generate builtin:emoji-xl --steps 1 --prompts {prompts} --out x --guidance nan",
+            "that is finite",
+        ),
+        ("floor builtin:emoji-xl --steps 4 --prompts {prompts} --out x --guidance inf", "that is finite"),
+        ("eval fid {loop} {fake}", "does not exist"),
+        ("eval fid {real} {fake} --num -1", "--num is -1, expected 1 to 6"),
+        ("eval compare {real} {fake}", "is a folder: expected a result"),
+        ("eval compare {real}/no.json {real}/no.json", "does not exist: expected a result"),
+        ("train emoji_dmd2_1step --output {real}", "is not empty and holds no run; give another --output"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_message(tally, place, words, reason):
+    (place / "loop").symlink_to(place / "loop")
+    given = {name: place / name for name in ("real", "fake", "loop")} | {"prompts": place / "prompts.txt"}
+    with nothing_lost(tally, place):
+        code, said = tried(tally, *words.format(**given).split())
+    assert code == 2 and reason in said, said

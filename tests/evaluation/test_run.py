@@ -450,3 +450,40 @@ def test_images_made_elsewhere_are_as_many_as_the_prompts(spec_file, tmp_path, c
     spec_file.write_text(spec_file.read_text() + row)
     assert main(["eval", "run", str(spec_file), "--out", str(tmp_path / "out")]) == 2
     assert "12 images for 4 prompts with 2 images each, expected 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lora": "nowhere/export"}, {"network": "nowhere.safetensors"}, {"pipeline": "/no"}]
+)
+def test_every_model_is_looked_for_before_the_first_one_draws(tiny_sd15, tmp_path, wrong, monkeypatch):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    first = Entry("first", str(tiny_sd15), steps=(1,))
+    last = Entry(**{"name": "last", "pipeline": str(tiny_sd15), **wrong})
+    monkeypatch.setattr("fewstep.evaluation.of_spec.open_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(FewstepError, match=next(iter(wrong.values()))):
+        run_spec(Spec(str(tmp_path / "p.txt"), (first, last), metrics=("vendi",)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_is_there_before_its_first_row(tiny_sd15, tmp_path, monkeypatch):
+    """So that a folder is known as a table's from its beginning, and one that has rows keeps them."""
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    spec = Spec(
+        str(tmp_path / "p.txt"), (Entry("m", str(tiny_sd15), steps=(1,)),), metrics=("vendi",), speed_runs=0
+    )
+    spec = dataclasses.replace(spec, extractor=f"{__name__}:pool_function")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fewstep.evaluation.of_spec.open_model", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_spec(spec, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "table.json").read_text())["rows"] == []
+    run_spec(spec, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("fewstep.evaluation.of_spec.open_model", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_spec(spec, tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / "table.json").read_text())["rows"]) == 1

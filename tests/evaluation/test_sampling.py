@@ -22,6 +22,7 @@ from fewstep.evaluation.images import ArrayImages, FirstImages, open_images
 from fewstep.evaluation.models import open_model
 from fewstep.evaluation.prompts import read_prompts
 from fewstep.evaluation.sampling import Job, check_pairs, read_manifest, sample_folder
+from fewstep.evaluation.spec import Entry
 from fewstep.export import export_student
 from fewstep.methods.scm import student_of
 from fewstep.recipe import RoleConfig
@@ -367,9 +368,36 @@ def test_replaced_network(tiny_sd15, model, tmp_path):
     assert other.about["network"].endswith("net.safetensors")
     torch.save({"bad": os.system}, tmp_path / "code.bin")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    for name in ("code.bin", "other.safetensors", "absent.safetensors"):
-        with pytest.raises(FewstepError, match=f"{name} does not fit"):
+    for name, reason in (
+        ("code.bin", "does not fit"),
+        ("other.safetensors", "does not fit"),
+        ("absent.safetensors", "does not exist"),
+    ):
+        with pytest.raises(FewstepError, match=f"{name} {reason}"):
             open_model(str(tiny_sd15), network=str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "job, message",
+    [
+        ({"size": 31}, "--size 31: expected a multiple of 8"),
+        ({"size": 30}, "--size 30: expected a multiple of 8"),
+        ({"timesteps": (1000, 1)}, "--timesteps 1000,1: expected falling times from 999 to 0"),
+        ({"timesteps": (1, 500)}, "--timesteps 1,500: expected falling times"),
+    ],
+)
+def test_what_a_pipeline_cannot_draw_leaves_no_folder(model, prompts, tmp_path, job, message):
+    with pytest.raises(FewstepError, match=message):
+        make(model, prompts, tmp_path / "out", Job(2, **job))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("guidance", [float("nan"), float("inf")])
+def test_guidance_is_a_finite_number(guidance):
+    with pytest.raises(FewstepError, match=r"--guidance is (nan|inf), expected a number that is finite"):
+        Job(1, guidance=guidance)
+    with pytest.raises(FewstepError, match=r"guidance is .* expected numbers"):
+        Entry("a", "b", guidance=(guidance,))
 
 
 def test_killed_at_any_moment_and_resumed(model, prompts, tmp_path):
