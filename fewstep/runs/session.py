@@ -148,7 +148,12 @@ def execute(recipe: Recipe, resuming: bool = False, meant: Collection[str] = ())
     kernels.check_attention(recipe.teacher.attention, device, recipe.teacher.autocast)
     prompts, images = check_data(recipe)
     check_class(recipe)
-    begun = resuming and bool(checkpoint.every(folder / "checkpoints"))
+    kept = checkpoint.every(folder / "checkpoints") if resuming else []
+    if kept and (done := max(map(checkpoint.step_of, kept))) > recipe.train.steps:
+        raise RecipeError(
+            f"train.steps: {recipe.train.steps}: this run is at step {done} already; expected at least that"
+        )
+    begun = bool(kept)
     if not begun:
         check_starts(recipe)
     process = start(recipe.train.device, recipe.train.shard)
@@ -291,11 +296,6 @@ class Session:
     def train(self, resuming: bool) -> None:
         if resuming:
             found, main = self.trainer.restore(), self.process.main
-            if (done := self.trainer.progress.iteration) > self.recipe.train.steps:
-                steps = self.recipe.train.steps
-                raise RecipeError(
-                    f"train.steps: {steps}: this run is at step {done} already; expected at least that"
-                )
             if main and found:
                 print(f"fewstep: resuming at step {self.trainer.progress.iteration}")
             elif main:

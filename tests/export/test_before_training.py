@@ -212,6 +212,9 @@ def test_a_place_that_the_export_could_not_take_is_found_before_anything_is_load
     tiny_sd15, tmp_path, monkeypatch
 ):
     run = execute(tiny("sd15_dmd2_1step", tiny_sd15, tmp_path, "--train.steps", "2", "--evaluation.num", "0"))
+    with pytest.raises(RecipeError, match=r"train\.steps: 1: this run is at step 2 already"):
+        resume(run, ["--train.steps", "1"])
+    assert "steps: 2" in (run / "recipe.yaml").read_text()  # and still says what it is
     monkeypatch.setattr("fewstep.runs.session.Session", lambda *_args, **_options: pytest.fail("loaded"))
     shutil.move(run / "export", tmp_path / "kept")
     (run / "export").write_text("mine")
