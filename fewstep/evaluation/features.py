@@ -67,13 +67,17 @@ def _shared(source: ImageSource, extractor: Extractor, rank: int, world: int) ->
     """The same of all parts, put together in the order of the images; one process's error is everyone's."""
     try:
         batches = _feature_batches(source.shard(rank, world), extractor)
-        own: Tensor | FewstepError = torch.cat([torch.empty(0, extractor.dim), *batches])
+        own: Tensor | FewstepError | None = torch.cat(found) if (found := list(batches)) else None
     except FewstepError as error:
         own = error
-    features = torch.empty(len(source), extractor.dim)
-    for other, part in enumerate(_all_of(own, world)):
-        if isinstance(part, FewstepError):
-            raise part
+    if world == 1 and isinstance(own, Tensor):
+        return own
+    parts = _all_of(own, world)
+    if failed := next((part for part in parts if isinstance(part, FewstepError)), None):
+        raise failed
+    made = {other: part for other, part in enumerate(parts) if part is not None}  # few images, many processes
+    features = torch.empty(len(source), next(iter(made.values())).shape[1])
+    for other, part in made.items():
         features[part_of(len(source), other, world)] = part
     return features
 

@@ -134,5 +134,6 @@ def pipeline_with(teacher: Teacher, net: nn.Module, scheduler, pipeline: type | 
 
 
 def _options(pipe) -> dict[str, Any]:
-    names = ("force_zeros_for_empty_prompt", "requires_safety_checker")
-    return {name: pipe.config[name] for name in names if name in pipe.config}
+    """What a pipeline was made with beside its modules, such as the layers of PAG."""
+    known = {**{name: getattr(pipe, name) for name in vars(pipe) if name[0] != "_"}, **pipe.config}
+    return {name: known[name] for name in pipe._get_signature_keys(pipe)[1] if name in known}

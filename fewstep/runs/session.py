@@ -290,7 +290,8 @@ class Session:
         if difference is not None:
             print(
                 f"fewstep: stock {self.teacher.pipeline_class} samples the untrained student as it is trained, largest "
-                f"difference {difference:.1e}"
+                f"difference {difference:.1e}",
+                file=sys.stderr,  # a bench's output is its result
             )
 
     def train(self, resuming: bool) -> None:

@@ -33,12 +33,6 @@ def schedule_of(scheduler: Any) -> Schedule:
     """
     config = scheduler.config
     if not is_flow(scheduler):
-        if not hasattr(scheduler, "alphas_cumprod"):
-            raise FewstepError(
-                f"scheduler: {type(scheduler).__name__}: has no noise table of alphas and is no flow; expected a "
-                "teacher on such a path, e.g. with a DDIMScheduler, EulerDiscreteScheduler or "
-                "FlowMatchEulerDiscreteScheduler"
-            )
         return VP.from_scheduler(scheduler)
     if config.get("use_dynamic_shifting"):
         raise FewstepError(

@@ -95,9 +95,9 @@ def test_it_is_said_in_a_line_and_only_once(tiny_sd15, tmp_path, capsys):
     recipe = tiny("sd15_dmd2_1step", tiny_sd15, tmp_path, "--train.steps", "2")
     run = execute(recipe)
     line = "fewstep: stock StableDiffusionPipeline samples the untrained student as it is trained"
-    assert capsys.readouterr().out.count(line) == 1
+    assert capsys.readouterr().err.count(line) == 1
     reexport(run)
-    assert line not in capsys.readouterr().out
+    assert line not in capsys.readouterr().err
 
 
 def test_too_little_memory_for_a_rehearsal_is_no_reason_to_refuse(sdxl, monkeypatch):
