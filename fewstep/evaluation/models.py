@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -127,6 +128,12 @@ class Model:
                 f"--steps {steps}: a student of tokens, of several experts or of fixed noise runs at its "
                 f"{', '.join(self.record.get('steps', [str(self.record['num_steps'])]))} steps only"
             )
+        trained = ", ".join(self.record.get("steps", [str(self.record["num_steps"])]))
+        print(
+            f"fewstep: note: {self.about.get('lora', self.about['pipeline'])} was trained for {trained} steps; {steps} "
+            "are evenly spaced from its first time",
+            file=sys.stderr,
+        )
         own = self.record["call"]
         if "max_timesteps" in own:  # SanaSprintPipeline, whose scheduler spreads angles evenly
             return self.scheduler, {**own, "num_inference_steps": steps, "intermediate_timesteps": None}

@@ -335,7 +335,7 @@ def test_a_flow_student_at_other_steps_follows_its_teachers_shift(noise, tmp_pat
         assert [t.flatten()[0].item() / 1000 for t in called] == pytest.approx(times, abs=1e-5)
 
 
-def test_a_sana_sprint_student_at_other_steps_has_even_angles(tmp_path):
+def test_a_sana_sprint_student_at_other_steps_has_even_angles(tmp_path, capsys):
     teacher = load_teacher(str(write_tiny_pipeline("SanaPipeline", tmp_path / "sana")))
     role = build_role("student", teacher.net, RoleConfig(kind="full"))
     denoiser = with_scalar(teacher.denoiser.with_net(role.module), "guidance", Scalar(4.5))
@@ -350,7 +350,10 @@ def test_a_sana_sprint_student_at_other_steps_has_even_angles(tmp_path):
         (1, [math.pi / 2]),
         (3, [math.pi / 2 * k / 3 for k in (3, 2, 1)]),
     ]:
+        capsys.readouterr()
         call = model.prepare(steps)
+        said = f"was trained for 2 steps; {steps} are evenly spaced" in capsys.readouterr().err
+        assert said is (steps != 2)  # it is said where it is so
         model.pipe("a cat", output_type="latent", **call)
         assert model.pipe.scheduler.timesteps[:-1].tolist() == pytest.approx(angles, abs=1e-5)
         assert type(model.pipe.scheduler).__name__ == "SCMScheduler" and call["guidance_scale"] == 4.5
