@@ -67,7 +67,9 @@ def _shared(source: ImageSource, extractor: Extractor, rank: int, world: int) ->
     """The same of all parts, put together in the order of the images; one process's error is everyone's."""
     try:
         batches = _feature_batches(source.shard(rank, world), extractor)
-        own: Tensor | FewstepError | None = torch.cat(found) if (found := list(batches)) else None
+        own: Tensor | FewstepError = (
+            torch.cat(found) if (found := list(batches)) else torch.empty(0, extractor.dim)
+        )
     except FewstepError as error:
         own = error
     if world == 1 and isinstance(own, Tensor):
@@ -75,7 +77,7 @@ def _shared(source: ImageSource, extractor: Extractor, rank: int, world: int) ->
     parts = _all_of(own, world)
     if failed := next((part for part in parts if isinstance(part, FewstepError)), None):
         raise failed
-    made = {other: part for other, part in enumerate(parts) if part is not None}  # few images, many processes
+    made = {other: part for other, part in enumerate(parts) if len(part)}  # few images, many processes
     features = torch.empty(len(source), next(iter(made.values())).shape[1])
     for other, part in made.items():
         features[part_of(len(source), other, world)] = part

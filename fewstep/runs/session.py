@@ -232,8 +232,8 @@ class Session:
         train = recipe.train
         check_length(self.method, train.steps, train.batch_size * train.accumulate * process.world)
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
-        self._check_export(None if begun else prompts[0])
         check_space(self.folder, self.roles, recipe, to_encode(recipe, self.teacher, prompts, images))
+        self._check_export(None if begun else prompts[0])
         encoded, to_verify = self._encode(prompts, images)
         self.preview = Preview(
             recipe,

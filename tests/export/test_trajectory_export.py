@@ -214,7 +214,7 @@ def plain_number(images, prompts):
         ("test_trajectory_export:nothing", "no attribute"),
         ("test_trajectory_export:PROMPTS", "expected a function"),
         ("redness", "expected module:function"),
-        ("clip:/nowhere", "neither a folder"),
+        ("clip:/nowhere", "does not exist"),
     ],
 )
 def test_a_reward_that_is_not_there_is_refused(spec, message):

@@ -268,7 +268,7 @@ def test_what_is_no_such_model_is_refused(folder, aesthetic, tmp_path):
     clip = spec.split(":")[1]
     refused(f"aesthetic:{clip}:{tmp_path / 'code.pth'}", r"code\.pth cannot be loaded")
     refused(f"aesthetic:{clip}:{folder / 'ImageReward.pt'}", "does not fit Regression")
-    refused(f"aesthetic:/nowhere:{tmp_path / 'code.pth'}", "neither a folder")
+    refused(f"aesthetic:/nowhere:{tmp_path / 'code.pth'}", "does not exist")
     refused(f"aesthetic:{clip}", "neither a folder|cannot be loaded")
 
 
