@@ -67,7 +67,8 @@ class RoleConfig:
         kind: "lora" trains an adapter on the shared frozen base, "full" a deep copy in fp32.
         rank, alpha: of the adapter; its strength is ``alpha / rank`` (DMD2: 64 and 8).
         targets: names of adapted layers, matched from the end; null takes the list of the network's class.
-        lr, betas, eps, weight_decay: of AdamW. warmup: iterations of linear warm-up. decay: iterations of
+        lr, betas, eps, weight_decay: of AdamW; eps in the scale of the method's published code (1e-8 in fp32, 1e-4 for
+            pure bf16), see ``Method.sums``. warmup: iterations of linear warm-up. decay: iterations of
             linear decay to zero at the end of the run.
         optimizer: "adamw" is torch's fused one; "adamw8bit" keeps its moments in 8 bits (extra ``8bit``).
         ema: decay of a moving average of the trained weights after each of this role's updates; 0 for none.

@@ -188,6 +188,8 @@ class Method:
         teacher_kind: "diffusion", or "autoregressive" for methods of token models.
         distance, reward: of latents, set before training where :meth:`wants` names them.
         Config: dataclass of its options, see :class:`Options`; the paper's values are the defaults.
+        sums: published code sums its losses over the entries of a sample where ours are means; Adam's eps, the one
+            thing that is not the same for both, is then divided by their number.
         moved: options that it had once -> where their values belong now, for recipes of that time.
         needs: data it cannot run without, given its configuration: any of "prompts", "images", "pairs".
     """
@@ -202,6 +204,7 @@ class Method:
     teacher_kind: ClassVar[str] = "diffusion"
     followers: ClassVar[tuple[str, ...]] = ()
     moved: ClassVar[Mapping[str, str]] = {}
+    sums: ClassVar[bool] = False
     Config: ClassVar[type]
     student: Sampler
     critic: Denoiser | None = None

@@ -140,6 +140,7 @@ class DiffInstruct(ScoreDifference):
     summary = "integral KL between student and teacher: the critic first, then the student, one to one"
     papers = ("2305.18455",)
     steps = "1"
+    sums = True
 
     @dataclass
     class Config(VariationalOptions):

@@ -39,6 +39,7 @@ class SiD(Method):
     papers = ("2404.04057", "2406.01561", "2410.14919", "2505.12674")
     exports = "LoRA or pipeline; LCM or DDIM, by its noise"
     networks = ("student", "critic")
+    sums = True
     student: Student
     critic: NetDenoiser
 
@@ -46,7 +47,8 @@ class SiD(Method):
     class Config(LiveOptions):
         """Options; the paper's values are the defaults where there is one for all its experiments.
 
-        The losses are means over pixels where published code sums, so weights of terms are relative to a mean. Both
+        The losses are means over entries where published code sums, so weights of terms are relative to a mean; Adam's
+        eps is the published one, as it is for a sum (``Method.sums``). Both
         turns of an iteration share its conditions; noise, times and rollouts of the student's turn are drawn anew.
 
         Attributes:

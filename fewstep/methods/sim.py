@@ -28,6 +28,7 @@ class SIM(Method):
     papers = ("2410.16794",)
     exports = "LoRA or pipeline; LCM or DDIM, by its noise"
     networks = ("student", "critic")
+    sums = True
     student: Student
 
     @dataclass

@@ -12,14 +12,25 @@ from ..errors import RecipeError
 from .roles import Role
 
 
-def optimizer_of(role: Role) -> torch.optim.Optimizer:
+def optimizer_of(role: Role, entries: int = 1) -> torch.optim.Optimizer:
     """AdamW of a role's trained weights.
+
+    Adam forgives any scale of a loss but for its eps. Where published code sums over the entries of a sample and the
+    loss here is their mean, gradients are that many times smaller, and so eps has to be.
+
+    Args:
+        entries: over which a loss is a mean here and a sum where ``RoleConfig.eps`` comes from.
 
     Raises:
         RecipeError: 8 bits without torchao, or of sharded weights.
     """
     c, weights = role.config, list(role.weights.values())
-    options: dict[str, Any] = {"lr": c.lr, "betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
+    options: dict[str, Any] = {
+        "lr": c.lr,
+        "betas": c.betas,
+        "eps": c.eps / entries,
+        "weight_decay": c.weight_decay,
+    }
     if c.optimizer == "adamw":
         return torch.optim.AdamW(weights, **options, fused=True)
     try:

@@ -69,7 +69,8 @@ class Trainer:
         self.phases, self.progress = method.phases(), Progress(0, config.steps, per_iteration)
         for name in {name for phase in self.phases for name in phase.fresh}:
             roles[name].remember()
-        self.optimizers = {name: optimizer_of(role) for name, role in roles.items()}
+        entries = math.prod(method.latent_shape) if method.sums else 1
+        self.optimizers = {name: optimizer_of(role, entries) for name, role in roles.items()}
         self.updates = dict.fromkeys(roles, 0)
         self.seconds, self.rolled_back = 0.0, 0
         self.window, self.judged = Means(), Means()
