@@ -27,6 +27,7 @@ recipe = Recipe(
         guidance_scales=[1.5, 2.0, 2.5],
         guidance_scale=2.0,
         taps=[f"transformer_blocks.{i}" for i in (1, 3, 5)],
+        heads="mlp",
         warmup=150,
     ),
     data=DataConfig(prompts="builtin:emoji", images="builtin:emoji"),

@@ -3,8 +3,9 @@
     torchrun --nproc_per_node 8 recipes/flux_dmd2_4step.py --prompts prompts.txt
     fewstep train flux_dmd2_4step --smoke          # seconds, a tiny random Flux stands in
 
-The teacher is told guidance_scale, as the stock pipeline does; student and critic are told 1, and so is the exported
-student. Without a discriminator no images are needed. Not yet run at scale; the learning rates are ours.
+Teacher, critic and student are told guidance_scale, 3.5 as users call it, and so is the exported student: all three
+start as the same guided model. Without a discriminator no images are needed. Not yet run at scale; the learning rates
+are ours.
 Hardware: eight H100, 80 GB each.
 """
 

@@ -4,6 +4,8 @@
     torchrun --nproc_per_node 8 recipes/sd3_ladd_4step.py --prompts prompts.txt
 
 Hardware: eight H100, 80 GB each. Not yet run at scale. Learning rates are FastGen's; the paper does not give any.
+Levels are the paper's four under the pipeline's shift of 3, as Stable Diffusion 3.5's turbo has them; the paper's own
+are those of a flow without a shift. Heads are those of SANA-Sprint's published code.
 """
 
 from fewstep.methods.ladd import LADD
@@ -28,6 +30,8 @@ recipe = Recipe(
     ),
     method=LADD.Config(
         taps=[f"transformer_blocks.{i}" for i in range(3, 24, 4)],
+        heads="conv",
+        levels=[1.0, 0.9, 0.75, 0.5],
         num_steps=[4, 2, 1],
         guidance_scale=5.0,
         synthetic=True,

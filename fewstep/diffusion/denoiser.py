@@ -56,7 +56,8 @@ class NetDenoiser:
         call: ``call(net, x_t, time, cond) -> prediction`` spells the class's keyword arguments.
         null: one row of the null condition, for classifier-free guidance; None where there is none.
         example: one row of any condition, for a trial call; by default the null one.
-        embeds_guidance: a network distilled from a guided one, which is told the scale as ``cond[EMBEDDED]``.
+        embeds_guidance: a network distilled from a guided one, which is told the scale as ``cond[EMBEDDED]``: the
+            guidance it is called with, or ``embedded`` where that is 1, as students and critics are called.
         autocast: dtype of the network's arithmetic, or None for the weights' own. x_t and x0 stay fp32.
         attention: kernel of scaled-dot-product attention, see :mod:`diffusion.kernels`; "math" is the only one with
             forward-mode derivatives.
@@ -77,16 +78,16 @@ class NetDenoiser:
         self.net, self.schedule, self.prediction = net, schedule, prediction
         self.call, self.null, self.autocast, self.attention = call, null, autocast, attention
         self.example = example or null or Cond({})
-        self.embeds_guidance = embeds_guidance
+        self.embeds_guidance, self.embedded = embeds_guidance, 1.0
         self.products: Callable[[], AbstractContextManager[None]] = (
             nullcontext  # how fp32 ones are made, see fewstep.diffusion.kernels
         )
         self.scalars: dict[str, Scalar] = {}
 
-    def with_net(self, net: nn.Module) -> NetDenoiser:
-        """The same view of another network of this class: a student or a critic."""
+    def with_net(self, net: nn.Module, embedded: float = 1.0) -> NetDenoiser:
+        """The same view of another network of this class: a student or a critic, told this scale if it is told one."""
         view = copy(self)
-        view.net, view.scalars = net, {}
+        view.net, view.scalars, view.embedded = net, {}, embedded
         return view
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:
@@ -98,7 +99,7 @@ class NetDenoiser:
         """
         mixed = isinstance(guidance, Tensor)
         if self.embeds_guidance and (mixed or guidance != 0.0):
-            return self._forward(x_t, t, _told(cond, guidance, x_t))
+            return self._forward(x_t, t, self._told(cond, guidance, x_t))
         if not mixed and guidance == 1.0:
             return self._forward(x_t, t, cond)
         if self.null is None:
@@ -107,7 +108,7 @@ class NetDenoiser:
             )
         null = self.null.to(x_t.device).expand(len(x_t))
         if not mixed and guidance == 0.0:
-            return self._forward(x_t, t, _told(null, 1.0, x_t) if self.embeds_guidance else null)
+            return self._forward(x_t, t, self._told(null, 1.0, x_t) if self.embeds_guidance else null)
         both = self._forward(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat(null, cond))
         unconditional, conditional = both.chunk(2)
         return torch.lerp(
@@ -125,19 +126,18 @@ class NetDenoiser:
         prediction = self.predict(x_t, t, cond, guidance=guidance)
         return self.schedule.convert(prediction, x_t, t, self.prediction, "x0")
 
+    def _told(self, cond: Cond, guidance: Guidance, x_t: Tensor) -> Cond:
+        if isinstance(guidance, Tensor):
+            scale = guidance.float()
+        else:
+            scale = torch.full((len(x_t),), self.embedded if guidance == 1.0 else guidance, device=x_t.device)
+        return Cond({**cond.tensors, EMBEDDED: scale.expand(len(x_t))})
+
     def _forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with self.products(), arithmetic(x_t.device.type, self.autocast, self.attention):
             out = self.call(self.net, x_t, t * self.schedule.time_scale, cond)
         # Networks with a learned variance output 2C channels; the mean is the first half.
         return out[:, : x_t.shape[1]].float() if out.shape[1] != x_t.shape[1] else out.float()
-
-
-def _told(cond: Cond, guidance: Guidance, x_t: Tensor) -> Cond:
-    if isinstance(guidance, Tensor):
-        scale = guidance.float()
-    else:
-        scale = torch.full((len(x_t),), float(guidance), device=x_t.device)
-    return Cond({**cond.tensors, EMBEDDED: scale.expand(len(x_t))})
 
 
 class ScheduleView:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,8 @@ class ConvHead(nn.Module):
         self.layers = nn.Sequential(*halved, *pool, *conv(4, 0), nn.Conv2d(channels, 1, 1), nn.Flatten())
 
     def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
-        return _logits(self.layers[:-2](x).flatten(1)[:, None], self.layers[-2], told)
+        last = self.layers[-2]
+        return _logits(self.layers[:-2](x).flatten(1)[:, None], last.weight.flatten(1), last.bias, told)
 
 
 class TokenHead(nn.Module):
@@ -126,13 +127,73 @@ class TokenHead(nn.Module):
 
     def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
         hidden = self.layers[:-1](x)
-        return _logits(hidden if x.ndim == 3 else hidden[:, None], self.layers[-1], told)
+        last = self.layers[-1]
+        return _logits(hidden if x.ndim == 3 else hidden[:, None], last.weight, last.bias, told)
 
 
-def _logits(hidden: Tensor, last: Any, told: Tensor | None) -> Tensor:
+class ConvTokenHead(nn.Module):
+    """Tokens (B, N, C) -> logits (B, N), each of its neighbourhood along the sequence, which closes to a ring.
+
+    The head of SANA-Sprint's published code, which is StyleGAN-T's: a convolution over one token, a residual one over
+    nine, a linear map, all of spectral norm 1. Normalisation is over a sample's own groups of channels, where that code
+    has statistics of a virtual batch of eight: a sample's logits depend on itself alone here.
+
+    Args:
+        tokens: N; nine neighbours are as many as there are, where there are fewer.
+    """
+
+    def __init__(self, channels: int, tokens: int):
+        super().__init__()
+        width = min(9, tokens - 1 + tokens % 2)
+        self.one = nn.Conv1d(channels, channels, 1)
+        self.near = nn.Conv1d(channels, channels, width)
+        self.norms = nn.ModuleList(nn.GroupNorm(_groups(channels), channels) for _ in range(2))
+        self.last = nn.Linear(channels, 1)
+
+    def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
+        x = x.transpose(1, 2)
+        for conv, norm in zip((self.one, self.near), self.norms):
+            padding = conv.kernel_size[0] // 2
+            ring = nn.functional.pad(x, (padding, padding), mode="circular")
+            out = nn.functional.conv1d(ring, spectral(conv.weight), conv.bias)
+            out = nn.functional.leaky_relu(norm(out), 0.2)
+            x = out if conv is self.one else (x + out) / math.sqrt(2)
+        return _logits(x.transpose(1, 2), spectral(self.last.weight), self.last.bias, told)
+
+
+def spectral(weight: Tensor, iterations: int = 8) -> Tensor:
+    """A weight (n, ...) over its largest singular value as a matrix (n, m), by power iteration (arXiv 1802.05957).
+
+    It starts from the same vector each time, so that a head has no state beside its weights; the vectors are constants
+    to the gradient.
+    """
+    matrix = weight.flatten(1)
+    with torch.no_grad():
+        u = torch.cos(torch.arange(len(matrix), device=matrix.device, dtype=matrix.dtype))
+        for _ in range(iterations):
+            v = nn.functional.normalize(u @ matrix, dim=0)
+            u = nn.functional.normalize(matrix @ v, dim=0)
+    return weight / (u @ matrix @ v)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, told: Tensor | None) -> Tensor:
     """(B, n, C) -> (B, n) by the last layer, to whose weights each sample's condition adds ``told`` (B, C)."""
-    logits = nn.functional.linear(hidden, last.weight.flatten(1), last.bias)[..., 0]
+    logits = nn.functional.linear(hidden, weight, bias)[..., 0]
     return logits if told is None else logits + (hidden @ told[:, :, None])[..., 0]
+
+
+Heads = Literal["mlp", "conv"]
+
+
+def _head(features: Tensor, kind: Heads) -> nn.Module:
+    if features.ndim == 4:
+        return ConvHead(*features.shape[1:])
+    channels = features.shape[-1]
+    return (
+        ConvTokenHead(channels, features.shape[1])
+        if kind == "conv" and features.ndim == 3
+        else TokenHead(channels)
+    )
 
 
 LEVELS = 16  # cosines of the noise level
@@ -160,6 +221,7 @@ class Discriminator(nn.Module):
 
     Args:
         denoiser: whose network is tapped. taps: names of its blocks. latent_shape: (C, H, W) of one sample.
+        heads: on tokens, "mlp" of each, or "conv" of each with its neighbours. A UNet's maps have DMD2's head.
         conditional: heads are told noise level and condition (:func:`condition_vector`) beside what the features say
             of them: ``logit = psi(h) + <V c, h>`` (projection discriminator, arXiv 1802.05637). V starts at zero.
 
@@ -173,6 +235,7 @@ class Discriminator(nn.Module):
         taps: Sequence[str],
         latent_shape: Sequence[int],
         conditional: bool = False,
+        heads: Heads = "mlp",
     ):
         super().__init__()
         check_taps(denoiser, taps, "taps")
@@ -183,9 +246,7 @@ class Discriminator(nn.Module):
         example = denoiser.example.to(x.device)
         with torch.no_grad():
             maps = tap_features(denoiser, self.taps, x, t, example)
-        self.heads = nn.ModuleList(
-            ConvHead(*m.shape[1:]) if m.ndim == 4 else TokenHead(m.shape[-1]) for m in maps
-        ).to(x.device)
+        self.heads = nn.ModuleList(_head(m, heads) for m in maps).to(x.device)
         self.projections: nn.ModuleList | None = None
         if conditional:
             told = condition_vector(denoiser, t, example).shape[1]

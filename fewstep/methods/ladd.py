@@ -14,7 +14,7 @@ from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.consistency import angles
 from ..diffusion.denoiser import Denoiser, NetDenoiser
-from ..diffusion.discriminator import Discriminator
+from ..diffusion.discriminator import Discriminator, Heads
 from ..diffusion.rng import Rng
 from ..diffusion.schedules import expand
 from ..diffusion.student import Student
@@ -33,6 +33,8 @@ class AdversarialOptions(Options):
         taps: blocks of the frozen teacher whose features the heads see, several of them.
         noise_mean, noise_std: of the log-normal law of the noise on what the discriminator sees, ``sigma / alpha =
             exp(mean + std n)``, the logit-normal law of a flow's time. Much noise judges structure, little texture.
+        heads: on a transformer's tokens: "mlp" of each, or "conv" of each with its neighbours (SANA-Sprint's published
+            code; LADD's own heads are not published). A UNet's maps have DMD2's convolutions.
         conditional_heads: the heads are told the noise level and, where the teacher has one, the pooled text embedding
             or the class (LADD, section 3; SANA-Sprint's published code tells them neither).
         misaligned: real images under the captions of others count as fakes too (SANA-Sprint's published code).
@@ -43,6 +45,7 @@ class AdversarialOptions(Options):
     taps: list[str] = field(default_factory=lambda: ["mid_block"])
     noise_mean: float = 1.0
     noise_std: float = 1.0
+    heads: Heads = "mlp"
     conditional_heads: bool = True
     misaligned: bool = False
     student_every: int = 1
@@ -67,7 +70,9 @@ class Adversary:
 
     def __init__(self, config: AdversarialOptions, teacher: NetDenoiser, latent_shape: Sequence[int]):
         self.config, self.teacher = config, teacher
-        self.discriminator = Discriminator(teacher, config.taps, latent_shape, config.conditional_heads)
+        self.discriminator = Discriminator(
+            teacher, config.taps, latent_shape, config.conditional_heads, config.heads
+        )
 
     def student_loss(self, fake: Tensor, cond: Cond, rng: Rng) -> Tensor:
         return objectives.hinge_generator(self.judge(fake, cond, *self.noise(fake, rng)))
@@ -111,7 +116,9 @@ class LADD(Method):
         """Options beside those of :class:`AdversarialOptions`.
 
         Attributes:
-            levels: noise levels ``sigma / (alpha + sigma)`` at which the student is called, noisy to clean.
+            levels: noise levels ``sigma / (alpha + sigma)`` at which the student is called, noisy to clean. The
+                paper's four are a flow's without a shift, as FLUX.1-schnell has them; Stable Diffusion 3.5's turbo is
+                called at the same four of its pipeline, whose shift of 3 makes them 1, 0.9, 0.75 and 0.5.
             proposals: how often each is trained. early_proposals: the same in the first ``early`` student updates; the
                 paper begins with the cleaner half, where the teacher's weights are nearly right already.
             early: student updates; not published, ours.

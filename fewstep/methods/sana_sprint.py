@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Guidance, NetDenoiser, Scalar
+from ..diffusion.discriminator import Heads
 from ..diffusion.embedding import with_scalar
 from ..diffusion.rng import Rng
 from ..diffusion.schedules import TrigFlow, expand
@@ -43,6 +44,7 @@ class SanaSprint(Method):
             guidance_embedding: the student is told the scale of its sample, ``0.1 w`` through an embedding of its own
                 beside that of time; without it, guidance_scale alone is distilled in.
             adversarial_weight: lambda.
+            heads: "conv", as in its code, told nothing and with captions of others as fakes (misaligned).
             max_time: how often the adversarial terms see the student at the noisiest level, where one step starts.
             time_mean: 0.0 in the paper, 0.2 in its code. prior: "1/tan" in its code, nothing in its formula.
             tangent_norm: the plain norm, as in its code, against which adversarial_weight is meant.
@@ -64,6 +66,7 @@ class SanaSprint(Method):
         tangent_norm: Literal["mean", "sum"] = "sum"
         taps: list[str] = field(default_factory=lambda: [f"transformer_blocks.{i}" for i in (2, 8, 14, 19)])
         noise_mean: float = -0.6 + math.log(2)
+        heads: Heads = "conv"
         conditional_heads: bool = False
         misaligned: bool = True
 

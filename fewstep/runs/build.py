@@ -63,7 +63,9 @@ def build(
     if t.compile:
         for net in [teacher.net, *(role.module for role in roles.values())]:
             kernels.compile_blocks(net)
-    denoisers = {name: teacher.denoiser.with_net(role.module) for name, role in roles.items()}
+    # Told the teacher's scale, a student starts as the teacher that users know, and not as the plain, weaker one.
+    told = getattr(recipe.method, "guidance_scale", 1.0)
+    denoisers = {name: teacher.denoiser.with_net(role.module, told) for name, role in roles.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # heads start equal on every rank
         method = cls(recipe.method, teacher.denoiser, teacher.latent_shape, **denoisers)

@@ -15,8 +15,9 @@ from .base import Teacher
 class Flux(Teacher):
     """FLUX.1: the pooled embedding of CLIP, the tokens of T5; 2x2 latents are packed into one token.
 
-    "dev" was distilled from a guided network and is told the scale, as the pipeline's ``guidance_scale``; fewstep's
-    students are told 1. "schnell" is not, and is guided by the empty prompt, if at all.
+    "dev" was distilled from a guided network and is told the scale, as the pipeline's ``guidance_scale``; so are its
+    students and critics, the method's scale, which their exports' calls name. "schnell" is not told any, and is guided
+    by the empty prompt, if at all.
     """
 
     pipeline_class = "FluxPipeline"

@@ -10,7 +10,15 @@ from torch import nn
 from fewstep.diffusion import objectives
 from fewstep.diffusion.cond import Cond
 from fewstep.diffusion.denoiser import EMBEDDED, NetDenoiser
-from fewstep.diffusion.discriminator import ConvHead, Discriminator, TokenHead, condition_vector, tap_features
+from fewstep.diffusion.discriminator import (
+    ConvHead,
+    ConvTokenHead,
+    Discriminator,
+    TokenHead,
+    condition_vector,
+    spectral,
+    tap_features,
+)
 from fewstep.diffusion.schedules import Flow
 from fewstep.errors import RecipeError
 from fewstep.recipe import RoleConfig
@@ -56,6 +64,58 @@ def test_token_head_gives_a_logit_per_token():
     head = TokenHead(16)
     assert head(torch.randn(3, 7, 16)).shape == (3, 7)
     assert head(torch.randn(3, 16)).shape == (3, 1)
+
+
+@pytest.mark.parametrize("tokens, near", [(1, 1), (4, 3), (8, 7), (9, 9), (16, 9)])
+def test_a_convolutional_head_sees_each_token_and_its_neighbours_on_a_ring(tokens, near):
+    """Written down token by token: one, nine around it, the mean of both ways, a line; each of spectral norm 1."""
+    torch.manual_seed(0)
+    head, x = ConvTokenHead(6, tokens), torch.randn(2, tokens, 6)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter)
+    logits = head(x)
+    assert logits.shape == (2, tokens) and head.near.kernel_size == (near,)
+
+    def normal(conv):
+        matrix = conv.weight.flatten(1)
+        return conv.weight / torch.linalg.matrix_norm(matrix, 2)
+
+    def acted(out, norm):  # (tokens, 6)
+        return nn.functional.leaky_relu(norm(out.T[None])[0].T, 0.2)
+
+    for row, sample in zip(logits, x):
+        first = acted(sample @ normal(head.one)[:, :, 0].T + head.one.bias, head.norms[0])
+        reach, weight = near // 2, normal(head.near)
+        around = torch.stack([
+            sum(weight[:, :, k] @ first[(i + k - reach) % tokens] for k in range(near)) for i in range(tokens)
+        ])  # fmt: skip
+        both = (first + acted(around + head.near.bias, head.norms[1])) / 2**0.5
+        expected = both @ normal(head.last)[0] + head.last.bias
+        torch.testing.assert_close(row, expected, rtol=2e-2, atol=2e-2)  # eight iterations
+
+
+def test_a_spectral_norm_is_one_and_its_gradient_keeps_it():
+    torch.manual_seed(0)
+    weight = torch.randn(12, 5, 3, requires_grad=True)
+    unit = spectral(weight, 200)
+    assert torch.linalg.matrix_norm(unit.flatten(1), 2).item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(spectral(3 * weight, 200), unit)
+    (gradient,) = torch.autograd.grad((unit * torch.randn(unit.shape)).sum(), weight)
+    assert gradient.abs().sum() > 0
+    assert (gradient * weight).sum().item() == pytest.approx(0, abs=1e-4)  # the norm cannot change
+    rough = torch.linalg.matrix_norm(spectral(weight).flatten(1), 2).item()
+    assert 1 - 1e-4 < rough < 1.1
+
+
+@pytest.mark.parametrize("heads, kind", [("mlp", TokenHead), ("conv", ConvTokenHead)])
+def test_the_heads_of_a_transformer_are_those_asked_for(heads, kind, teachers):
+    teacher = teachers("SANA")
+    judge = Discriminator(teacher.denoiser, ["transformer_blocks.0"], teacher.latent_shape, True, heads)
+    assert [type(head) for head in judge.heads] == [kind]
+    x = torch.randn(2, *teacher.latent_shape)
+    logits = judge.logits(teacher.denoiser, x, torch.full((2,), 0.5), teacher.encode(["a", "b"]))
+    assert logits.shape == (2, teacher.latent_shape[1] ** 2)
+    assert not torch.allclose(logits[0], logits[1])
 
 
 @pytest.fixture
@@ -213,7 +273,8 @@ def test_conditional_heads_are_told_the_level_and_the_pooled_text_and_nothing_el
 
 def test_each_logit_is_one_linear_layer_whose_weights_the_condition_moves():
     torch.manual_seed(0)
-    for head, x in ((TokenHead(6), torch.randn(3, 5, 6)), (ConvHead(8, 8, 8), torch.randn(3, 8, 8, 8))):
+    maps = torch.randn(3, 5, 6), torch.randn(3, 8, 8, 8)
+    for head, x in ((TokenHead(6), maps[0]), (ConvHead(8, 8, 8), maps[1])):
         told = torch.randn(3, x.shape[2] if x.ndim == 3 else x.shape[1])
         last = head.layers[-1] if x.ndim == 3 else head.layers[-2]
         plain, moved = head(x), head(x, told)

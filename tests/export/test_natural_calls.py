@@ -1,6 +1,7 @@
 """The natural call of a stock pipeline is the trained one: the times that its network is given, for every family."""
 
 import inspect
+import json
 import math
 import re
 from itertools import pairwise
@@ -15,7 +16,11 @@ from fewstep.diffusion.schedules import Flow
 from fewstep.diffusion.student import Student
 from fewstep.diffusion.times import even_times
 from fewstep.export import export_student, student_scheduler
-from fewstep.recipe import RoleConfig
+from fewstep.export.verify import trainer_sample, verify
+from fewstep.methods.dmd2 import DMD2
+from fewstep.process import Process
+from fewstep.recipe import DataConfig, Recipe, RoleConfig, TeacherConfig, TrainConfig
+from fewstep.runs.build import build
 from fewstep.training.roles import build_role
 
 FLOWS = {
@@ -193,3 +198,33 @@ def test_a_student_of_several_numbers_of_steps_has_the_call_of_each(teachers, tm
             seen.clear()
             eval(f"pipe('a cat', {call})", {"pipe": pipe})
             assert seen == pytest.approx([t * FLOWS.get(name, 1.0) for t in times], rel=1e-5)
+
+
+def test_a_flux_student_is_told_the_scale_that_its_teacher_is(teachers, tmp_path):
+    """Student and critic begin as the guided model, and the exported call has its scale."""
+    teacher, cond = teachers("FLUX.1-dev"), teachers("FLUX.1-dev").encode(["a cat", "a dog"])
+    recipe = Recipe(
+        output="none",
+        teacher=TeacherConfig(path=teacher.source),
+        method=DMD2.Config(num_steps=2, guidance_scale=3.5, gan_weight=0.0),
+        data=DataConfig(prompts="none"),
+        train=TrainConfig(steps=1, device="cpu"),
+        roles=dict.fromkeys(("student", "critic"), RoleConfig(rank=2)),
+    )
+    roles, method = build(recipe, teacher, Process())
+    x, t = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0)), torch.ones(2)
+    with torch.no_grad():
+        guided = teacher.denoiser.predict(x, t, cond, guidance=3.5)
+        assert (guided - teacher.denoiser.predict(x, t, cond)).abs().max() > 1e-4
+        for denoiser in (method.student.denoiser, method.critic):
+            assert torch.equal(denoiser.predict(x, t, cond), guided)
+    weights = {"student": roles["student"].final_weights()}
+    about = {"method": "dmd2", "guidance_scale": 3.5, "prompt": "a cat"}
+    folder = export_student(
+        tmp_path / "e", teacher, method.student, weights, [recipe.role("student")], about=about
+    )
+    call = json.loads((folder / "fewstep.json").read_text())["call"]
+    assert call.items() >= {"num_inference_steps": 2, "guidance_scale": 3.5}.items()
+    assert "guidance_scale=3.5" in (folder / "README.md").read_text()
+    own = trainer_sample(method.student, teacher, ["a cat"])
+    assert verify(folder, own, teacher, ["a cat"], 1e-4, "float32") < 1e-4
