@@ -26,7 +26,8 @@ COMMANDS = Commands()
     argument("--turns", type=finite, default=1.0, help="of the fastest sinusoid that is kept"),
     argument("--qk-norm", action="store_true", help="normalise queries and keys (SANA, SD3)"),
     argument("--lr", type=finite, default=2e-5),
-    argument("--batch-size", type=int, default=16),
+    argument("--batch-size", type=int, default=16, help="of each process; torchrun starts several"),
+    argument("--accumulate", type=int, default=1, help="batches that make an update"),
     argument("--seed", type=int, default=0),
     DEVICE,
     argument("--autocast", choices=["auto", "bfloat16"]),
@@ -36,6 +37,7 @@ def prepare(args: argparse.Namespace) -> int:
     from dataclasses import fields
 
     from ..data.images import load_images
+    from ..process import start
     from ..runs import prepare as preparation
     from ..teachers import load_teacher
 
@@ -44,9 +46,13 @@ def prepare(args: argparse.Namespace) -> int:
     if args.out.exists():
         raise FewstepError(f"prepare: {args.out} is there already; give another --out")
     images = load_images(args.images)
-    options = {"autocast": args.autocast, "attention": args.attention, "device": args.device}
-    teacher = load_teacher(args.teacher, **options)
-    record = preparation.prepare(teacher, args.out, images, config)
+    process = start(args.device)
+    teacher = load_teacher(
+        args.teacher, autocast=args.autocast, attention=args.attention, device=process.device
+    )
+    record = preparation.prepare(teacher, args.out, images, config, process=process)
+    if not process.main:
+        return 0
     after, before = record["after"], record["before"]
     words = "" if record["reached"] else f"; its bounds were not reached in {config.steps} steps"
     print(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ class ConvHead(nn.Module):
         self.layers = nn.Sequential(*halved, *pool, *conv(4, 0), nn.Conv2d(channels, 1, 1), nn.Flatten())
 
     def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
-        last = self.layers[-2]
+        last: Any = self.layers[-2]
         return _logits(self.layers[:-2](x).flatten(1)[:, None], last.weight.flatten(1), last.bias, told)
 
 
@@ -127,7 +127,7 @@ class TokenHead(nn.Module):
 
     def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
         hidden = self.layers[:-1](x)
-        last = self.layers[-1]
+        last: Any = self.layers[-1]
         return _logits(hidden if x.ndim == 3 else hidden[:, None], last.weight, last.bias, told)
 
 
@@ -151,14 +151,17 @@ class ConvTokenHead(nn.Module):
         self.last = nn.Linear(channels, 1)
 
     def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
-        x = x.transpose(1, 2)
-        for conv, norm in zip((self.one, self.near), self.norms):
-            padding = conv.kernel_size[0] // 2
-            ring = nn.functional.pad(x, (padding, padding), mode="circular")
-            out = nn.functional.conv1d(ring, spectral(conv.weight), conv.bias)
-            out = nn.functional.leaky_relu(norm(out), 0.2)
-            x = out if conv is self.one else (x + out) / math.sqrt(2)
-        return _logits(x.transpose(1, 2), spectral(self.last.weight), self.last.bias, told)
+        one = self._act(x.transpose(1, 2), self.one, self.norms[0])
+        both = (one + self._act(one, self.near, self.norms[1])) / math.sqrt(2)
+        return _logits(both.transpose(1, 2), spectral(self.last.weight), self.last.bias, told)
+
+    @staticmethod
+    def _act(x: Tensor, conv: nn.Conv1d, norm: nn.Module) -> Tensor:
+        padding = conv.kernel_size[0] // 2
+        ring = nn.functional.pad(x, (padding, padding), mode="circular")
+        return nn.functional.leaky_relu(
+            norm(nn.functional.conv1d(ring, spectral(conv.weight), conv.bias)), 0.2
+        )
 
 
 def spectral(weight: Tensor, iterations: int = 8) -> Tensor:

@@ -167,7 +167,7 @@ class Stock(Target):
         pipe, kind = self.teacher.pipe, self.teacher.pipeline_class
         for _, call in samplers.values():
             if self.teacher.denoiser.embeds_guidance:
-                call["guidance_scale"] = student.denoisers[0].embedded
+                call["guidance_scale"] = getattr(student.denoisers[0], "embedded", 1.0)
             if not takes(pipe, "guidance_scale"):
                 call.pop("guidance_scale", None)
             if odd := [name for name in ("timesteps", "sigmas") if name in call and not takes(pipe, name)]:

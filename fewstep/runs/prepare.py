@@ -23,22 +23,24 @@ from torch import Tensor, nn
 
 from ..configs import RoleConfig, TrainConfig
 from ..data.batches import Batches
-from ..data.cache import encode_images, encode_prompts
+from ..data.cache import Store, encode_images, encode_prompts
 from ..data.images import CaptionedImages
 from ..diffusion.cond import Cond
 from ..diffusion.consistency import angles, refusing_without
 from ..diffusion.denoiser import NetDenoiser, ScheduleView
 from ..diffusion.embedding import time_embedder
+from ..diffusion.kernels import gather
 from ..diffusion.schedules import TrigFlow, expand, repeated
 from ..diffusion.student import Student
 from ..errors import FewstepError, Interrupted
-from ..export.weights import save_network
+from ..export.weights import save_pipeline
 from ..files import replacing, write_json
 from ..methods.base import Batch, Method, Phase, Progress
 from ..methods.scm import angle_range
 from ..process import Process
 from ..teachers.base import Teacher
 from ..training.roles import Role, averaged
+from ..training.sharding import distribute, gathered
 from ..training.trainer import Trainer
 
 QK_NORM = {"SanaTransformer2DModel": "rms_norm_across_heads", "SD3Transformer2DModel": "rms_norm"}
@@ -56,7 +58,8 @@ class PrepareConfig:
             is 0.16).
         qk_norm: RMS normalisation of queries and keys, where the network's class has it.
         null_probability: how often the null condition is shown, so that guidance keeps both its branches.
-        lr, batch_size: SANA-Sprint's are 2e-5 and 1024, for 5,000 steps.
+        lr: SANA-Sprint's is 2e-5. batch_size: of one process at once. accumulate: of these for an update. SANA-Sprint
+            takes 1024 images in all, 5,000 times.
     """
 
     error: float = 0.05
@@ -68,6 +71,7 @@ class PrepareConfig:
     null_probability: float = 0.1
     lr: float = 2e-5
     batch_size: int = 16
+    accumulate: int = 1
     seed: int = 0
 
     def role(self) -> RoleConfig:
@@ -77,6 +81,7 @@ class PrepareConfig:
         return TrainConfig(
             steps=self.steps,
             batch_size=self.batch_size,
+            accumulate=self.accumulate,
             seed=self.seed,
             log_every=50,
             sample_every=self.check_every,
@@ -85,7 +90,7 @@ class PrepareConfig:
         )
 
     def __post_init__(self):
-        for name in ("error", "stiffness", "steps", "check_every", "turns", "lr", "batch_size"):
+        for name in ("error", "stiffness", "steps", "check_every", "turns", "lr", "batch_size", "accumulate"):
             if not getattr(self, name) > 0:
                 raise FewstepError(f"prepare: {name} {getattr(self, name)}: expected a positive number")
 
@@ -115,7 +120,7 @@ def turns_of(denoiser: NetDenoiser, latent_shape: Sequence[int]) -> tuple[Tensor
 def smooth_time(denoiser: NetDenoiser, latent_shape: Sequence[int], turns: float, steps: int = 500) -> int:
     """Cuts the fast sinusoids off the time MLP of a network and fits what is left to what it was; in place.
 
-    The cut columns stay zero: a hook takes their gradient away.
+    The cut columns stay zero: what they would read is zero from now on, so they get no gradient.
 
     Returns:
         How many were cut.
@@ -136,11 +141,11 @@ def smooth_time(denoiser: NetDenoiser, latent_shape: Sequence[int], turns: float
     keep = (found <= turns).to(mlp.linear_1.weight)
     if not keep.any():
         raise FewstepError(f"prepare: turns {turns:g}: no sinusoid of the network turns so little; give more")
+    sinusoids.register_forward_hook(lambda _module, _inputs, waves: waves * keep.to(waves))
     features = sinusoids(grid)
     with torch.no_grad():
         mlp.linear_1.weight.mul_(keep)
     mlp.requires_grad_(True)
-    mlp.linear_1.weight.register_hook(lambda gradient: gradient * keep.to(gradient))
     optimizer = torch.optim.Adam(mlp.parameters(), lr=1e-3)
     for i in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - i / steps)
@@ -175,6 +180,7 @@ def with_qk_norm(net: Any) -> nn.Module:
 def stiffness(denoiser: NetDenoiser, x_t: Tensor, t: Tensor, ode: Tensor, cond: Cond) -> float:
     """``|dF/dt| / |J_x dx/dt|`` at TrigFlow times t along the velocity ode; both are parts of one derivative."""
     seen = ScheduleView(denoiser.exact(), TrigFlow())
+    gather(denoiser.net)
 
     def velocity(x: Tensor, time: Tensor) -> Tensor:
         return seen.predict("v", x, time, cond)
@@ -250,6 +256,8 @@ def mixed(cond: Cond, null: Cond | None, dropped: Tensor) -> Cond:
 class Watch:
     """Measures, every so many steps, how far the network has come, and ends its training where that is enough.
 
+    Every rank measures, because a sharded network runs on all of them together, and the first one's numbers count.
+
     Attributes:
         train: of the loop, whose steps it shortens. held_out: what it measures on. checks: what it measured.
     """
@@ -260,12 +268,13 @@ class Watch:
     student: NetDenoiser
     teacher: NetDenoiser
     held_out: Batches
+    process: Process
     quiet: bool
     checks: list[dict[str, float]] = field(default_factory=list)
 
     def measure(self, denoiser: NetDenoiser) -> dict[str, float]:
         with averaged(self.role):
-            return compare(self.teacher, denoiser, self.held_out.batch(0, 0))
+            return self.process.collect(compare(self.teacher, denoiser, self.held_out.batch(0, 0)))[0]
 
     @property
     def reached(self) -> bool:
@@ -284,11 +293,18 @@ class Watch:
 
 
 def prepare(
-    teacher: Teacher, out: Path, images: CaptionedImages, config: PrepareConfig, *, quiet: bool = False
+    teacher: Teacher,
+    out: Path,
+    images: CaptionedImages,
+    config: PrepareConfig,
+    *,
+    process: Process | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Writes the prepared pipeline to ``out`` and says what was reached; called again, it goes on where it stopped.
 
-    Training stops as soon as error and stiffness are below their bounds, or after ``config.steps``.
+    Training stops as soon as error and stiffness are below their bounds, or after ``config.steps``. Several processes
+    share each batch, as a run's do.
 
     Returns:
         What ``prepare.json`` in the folder says: error and stiffness before, after the cut, and in the end.
@@ -297,29 +313,34 @@ def prepare(
         FewstepError: the folder is there already, or the network has no time embedding that is known or no
             forward-mode derivative.
     """
+    process = process or Process(device=teacher.device)
+    quiet = quiet or not process.main
     if out.exists():
         raise FewstepError(f"prepare: {out} is there already; give another folder")
     check_stiffness(teacher.denoiser, teacher.latent_shape)
     net = with_qk_norm(teacher.net) if config.qk_norm else copy.deepcopy(teacher.net)
     student = teacher.denoiser.with_net(net.float().requires_grad_(True))
     cut = smooth_time(student, teacher.latent_shape, config.turns)
-    conditions = encode_prompts(teacher, images.captions, quiet=quiet)
-    latents = encode_images(teacher, images, quiet=quiet)
+    conditions, latents = _encoded(teacher, images, process, quiet)
     teacher.drop_encoders()
 
     batches = partial(
         Batches, conditions, teacher.latent_shape, latents=latents, captions=conditions, device=teacher.device
     )
-    role, train = Role("student", net, config.role()), config.train()
     held_out = batches(batch_size=64, seed=config.seed + 1)
-    watch = Watch(config, train, role, student, teacher.denoiser, held_out, quiet)
-    before = watch.measure(teacher.denoiser)
+    before = compare(teacher.denoiser, teacher.denoiser, held_out.batch(0, 0))
+    role, train = Role("student", net, config.role()), config.train()
+    distribute(net, process)
+    role.collect()
+    watch = Watch(config, train, role, student, teacher.denoiser, held_out, process, quiet)
     folder = out.with_name(out.name + ".training")
     method = Preparation(config, teacher.denoiser, student=student)
+    data = batches(
+        batch_size=config.batch_size, per_iteration=config.accumulate * process.world, seed=config.seed
+    )
     trainer = Trainer(
-        method, {"student": role}, batches(batch_size=config.batch_size, seed=config.seed), train, folder=folder,
-        on_sample=watch, process=Process(device=teacher.device), quiet=quiet,
-    )  # fmt: skip
+        method, {"student": role}, data, train, folder=folder, on_sample=watch, process=process, quiet=quiet
+    )
     trainer.restore()
     watch(trainer.progress.iteration)
     if trainer.progress.iteration < train.steps:
@@ -331,13 +352,27 @@ def prepare(
         "teacher": teacher.source,
         "sinusoids_cut": cut,
         "qk_norm": config.qk_norm,
+        "batch": config.batch_size * config.accumulate * process.world,
         "before": before,
         "checks": watch.checks,
         "after": watch.checks[-1],
         "reached": watch.reached,
         "seconds": round(trainer.seconds, 1),
     }
-    with replacing(out) as part, averaged(role):
-        save_network(teacher, net, teacher.pipe.scheduler, part)
-        write_json(part / "prepare.json", record)
+    weights = gathered(role.final_weights(), process)
+    if process.main:
+        with replacing(out) as part:
+            save_pipeline(teacher, net, weights, teacher.pipe.scheduler, torch.float32, part)
+            write_json(part / "prepare.json", record)
+    process.barrier()
     return record
+
+
+def _encoded(teacher: Teacher, images: CaptionedImages, process: Process, quiet: bool) -> tuple[Store, Store]:
+    """Captions and images; the first rank encodes, the others find the cache."""
+    if not process.main:
+        process.barrier()
+    found = encode_prompts(teacher, images.captions, quiet=quiet), encode_images(teacher, images, quiet=quiet)
+    if process.main:
+        process.barrier()
+    return found

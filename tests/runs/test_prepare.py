@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from processes import together
 
 from fewstep.cli import main
 from fewstep.data.images import load_images
@@ -51,7 +52,7 @@ def test_fast_sinusoids_are_cut_for_good_and_the_rest_is_fitted(teacher):
     denoiser = copy_of(teacher)
     _, before, sinusoids = time_embedder(teacher.net)
     cut = smooth_time(denoiser, teacher.latent_shape, 1.0)
-    _, mlp, _ = time_embedder(denoiser.net)
+    _, mlp, cut_off = time_embedder(denoiser.net)
     fast = turns_of(denoiser, teacher.latent_shape)[0] > 1
     assert 0 < cut == fast.sum() < len(fast)
     assert mlp.linear_1.weight[:, fast].eq(0).all() and not mlp.linear_1.weight[:, ~fast].eq(0).any()
@@ -62,7 +63,7 @@ def test_fast_sinusoids_are_cut_for_good_and_the_rest_is_fitted(teacher):
         old, new, unfitted = (m(sinusoids(grid)) for m in (before, mlp, time_embedder(only_cut.net)[1]))
     assert (new - old).norm() < (unfitted - old).norm()
     optimizer = torch.optim.AdamW(mlp.parameters(), lr=1e-2)
-    mlp(sinusoids(grid)).square().mean().backward()
+    mlp(cut_off(grid)).square().mean().backward()
     optimizer.step()
     assert mlp.linear_1.weight[:, fast].eq(0).all()
 
@@ -123,6 +124,33 @@ def test_it_stops_as_soon_as_both_bounds_are_met(teacher, images, tmp_path):
     config = PrepareConfig(error=10.0, stiffness=1e9, steps=50, check_every=2, batch_size=2)
     record = prepare(teacher, tmp_path / "out", images, config, quiet=True)
     assert record["reached"] and record["after"]["step"] <= 2
+
+
+@pytest.mark.slow
+def test_two_processes_prepare_what_one_does_in_twice_as_many_batches(tiny_sdxl, images, tmp_path):
+    """The same updates, and columns that are cut stay so where weights are sharded."""
+
+    def prepared(name, accumulate, process=None):
+        config = PrepareConfig(
+            error=1e-9, steps=3, check_every=2, batch_size=2, lr=1e-3, accumulate=accumulate
+        )
+        teacher = load_teacher(str(tiny_sdxl))
+        return prepare(teacher, tmp_path / name, images, config, process=process, quiet=True)
+
+    (tmp_path / "said").mkdir()
+    both = together(2, lambda process: prepared("two", 1, process), tmp_path / "said")
+    one = prepared("one", 2)
+    assert both[0]["checks"] == both[1]["checks"] and both[0]["batch"] == one["batch"] == 4
+    assert [check["step"] for check in both[0]["checks"]] == [0, 2, 3]
+    for ours, alone in zip(both[0]["checks"], one["checks"]):
+        assert ours == pytest.approx(alone, rel=1e-3)
+    nets = {name: load_teacher(str(tmp_path / name)).net.state_dict() for name in ("one", "two")}
+    start = load_teacher(str(tiny_sdxl)).net.state_dict()
+    moved = max((nets["one"][key] - weight).abs().max() for key, weight in start.items())
+    for key, weight in nets["one"].items():
+        assert (nets["two"][key] - weight).abs().max() < 0.02 * moved, key
+    cut = nets["two"]["time_embedding.linear_1.weight"].eq(0).all(0)
+    assert cut.sum() == one["sinusoids_cut"] and not start["time_embedding.linear_1.weight"].eq(0).any()
 
 
 @pytest.mark.slow
