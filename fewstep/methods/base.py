@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..diffusion.cond import Cond
@@ -105,24 +106,38 @@ class Batch:
         host = {name: cond.rows(one) for name, cond in self.host.items()}
         return self.view(one, one, rng=rng, index=index, host=host)
 
-    def note_health(self, x0: Tensor, real: Tensor, fake: Tensor) -> None:
-        """Vital signs of a student with a critic, for the log and the report.
+    def note_lag(self, x0: Tensor, real: Tensor, fake: Tensor) -> None:
+        """``critic_lag``, where the critic should be the posterior mean of what the student makes.
 
-        ``critic_lag`` is the mean of ``(real - fake)(fake - x0)`` over that of ``(real - fake)^2``: 0 where the critic
-        is the posterior mean of what the student makes now (score projection; SiD, arXiv 2404.04057), far from 0
-        where it runs behind. ``latent_mean`` and ``latent_std`` should stay near those of real latents.
+        The mean of ``(real - fake)(fake - x0)`` over that of ``(real - fake)^2``: 0 where the critic is that mean now
+        (score projection; SiD, arXiv 2404.04057), far from 0 where it runs behind. A difference of less than a
+        hundredth of the samples' spread counts as that much: where student and teacher meet, the quotient is noise.
 
         Args:
             x0: student samples (B, ...). real, fake: x0 predictions of teacher and critic at a noisy version of x0.
         """
         x0, real, fake = x0.detach(), real.detach(), fake.detach()
         delta = real - fake
-        lag = (delta * (fake - x0)).mean() / delta.pow(2).mean().clamp(min=1e-8)
-        self.log |= {"critic_lag": lag, "latent_mean": x0.mean(), "latent_std": x0.std()}
+        size = torch.maximum(delta.square().mean(), 1e-4 * x0.var())
+        self.log["critic_lag"] = (delta * (fake - x0)).mean() / size
+
+    def note_latents(self, x0: Tensor, alpha: Tensor | float = 1.0, sigma: Tensor | float = 0.0) -> None:
+        """``latent_mean`` and ``latent_std``, which should stay near those of real latents.
+
+        Args:
+            x0: student samples (B, ...); or such samples at a level, where they are alpha x0 plus noise of scale sigma.
+        """
+        x0 = x0.detach()
+        std = (x0.var() - sigma**2).clamp(min=0).sqrt() / alpha
+        self.log |= {"latent_mean": x0.mean() / alpha, "latent_std": std}
 
 
 def always(_progress: Progress) -> bool:
     return True
+
+
+def at_once(_progress: Progress) -> int:
+    return 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,8 @@ class Phase:
     ``loss`` returns named terms, weighted already; the trainer adds them up. Phases run in the order listed.
 
     Attributes:
-        share: (begin, end) as fractions of the run; learning rates warm up and decay within it.
+        share: (begin, end) as fractions of the run; learning rates warm up and decay within it. after: an iteration
+            that it does not begin before, where that is no fraction.
         rate: times the learning rates of its roles.
         once: only in the first iteration of the share in which ``when`` holds, and again after one in which it did not.
         fresh: roles that start again from what they were built from, optimiser and all, when the share begins: before
@@ -148,6 +164,7 @@ class Phase:
     once: bool = False
     when: Callable[[Progress], bool] = always
     share: tuple[float, float] = (0.0, 1.0)
+    after: Callable[[Progress], int] = at_once
     rate: float = 1.0
     fresh: tuple[str, ...] = ()
     follows: tuple[str, float] | None = None
@@ -155,7 +172,7 @@ class Phase:
     def span(self, progress: Progress) -> tuple[int, int]:
         """First iteration and the one after the last."""
         begin, end = (round(part * progress.steps) for part in self.share)
-        return begin, end
+        return max(begin, self.after(progress)), end
 
     def begins(self, progress: Progress) -> bool:
         """Whether this is the first iteration of its share."""

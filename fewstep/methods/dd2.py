@@ -198,7 +198,7 @@ class DD2(Method):
             with torch.set_grad_enabled(c.matching == "sid"):
                 real, fake = self.teacher.x0(x_t, t, given), self.critic.x0(x_t, t, seen)
             loss = loss + self._matching(*(v.flatten(0, 1) for v in (q, real, fake, t))) / c.copies
-        batch.note_health(q, real, fake)
+        batch.note_lag(q, real, fake)  # codes are of another scale than latents
         losses: dict[str, Tensor] = {c.matching: loss}
         if c.regression_weight:
             losses["regression"] = c.regression_weight * self.regression_loss(batch, progress)["regression"]

@@ -152,11 +152,9 @@ class DisBack(Method):
         """A phase of the host whose iterations count from the end of the recording."""
 
         def when(progress: Progress) -> bool:
-            return progress.iteration >= self.recorded and phase.due(
-                replace(progress, iteration=progress.iteration - self.recorded)
-            )
+            return phase.when(replace(progress, iteration=progress.iteration - self.recorded))
 
-        return replace(phase, loss=loss, every=1, when=when)
+        return replace(phase, loss=loss, after=lambda _progress: self.recorded, when=when)
 
     # ------------------------------------------------------------------------------------------------- losses
     def record_loss(self, k: int, batch: Batch, progress: Progress) -> dict[str, Tensor]:

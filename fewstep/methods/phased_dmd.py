@@ -110,13 +110,22 @@ class PhasedDMD(Method):
             x_t = self.diffuse(k, x_s, batch.rng.normal_like(x_s), t)
             real = self.teacher.x0(x_t, t, batch.cond, guidance=self.config.guidance_scale)
             fake = self.critic.x0(x_t, t, batch.cond)
+        self.note(k, batch, x_s, real, fake)
         if self.config.weight == "kl":  # eq. 10: alpha_t alpha_{t|s} / sigma_t^2 on the difference, at x_s
-            batch.note_health(x0, real, fake)
             a_ts = self.schedule.alpha(t) / (1.0 if self.last(k) else self.schedule.alpha(self.level(k, x_s)))
             weight = (a_ts * self.schedule.alpha(t) / self.schedule.sigma(t) ** 2).to(x_s.dtype)
             return {"dm": objectives.distribution_matching(x_s, real, fake, weight)}
         # The step to x_s is linear in x0 with a positive factor, so the normalised direction may act on x0.
-        return {"dm": difference("l1", x0, real, fake, self.schedule, t, batch)}
+        return {"dm": difference("l1", x0, real, fake, self.schedule, t, batch, follows=False)}
+
+    def note(self, k: int, batch: Batch, x_s: Tensor, real: Tensor, fake: Tensor) -> None:
+        """Vital signs. Between levels no clean sample is known, so there is no lag, and the spread is that of x_s."""
+        if self.last(k):
+            batch.note_lag(x_s, real, fake)
+            batch.note_latents(x_s)
+        else:
+            level = self.level(k, x_s[:1])[0]
+            batch.note_latents(x_s, self.schedule.alpha(level).to(x_s), self.schedule.sigma(level).to(x_s))
 
     def critic_loss(self, k: int, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
         x_s = carried(batch, lambda: self.arrive(k, batch)[0])

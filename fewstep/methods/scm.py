@@ -135,7 +135,8 @@ class Consistency:
             ode = self.teacher.predict("v", x_t, t, cond, guidance=guidance)
             velocity, derivative = self.derivative(x_t, t, ode, told)
             g = scm.tangent(x_t, t, ode, velocity, derivative, min(1.0, updates / max(1, c.warmup)))
-            batch.log |= {"tangent": g.square().mean().sqrt(), "latent_std": x0.std()}
+            batch.log["tangent"] = g.square().mean().sqrt()
+            batch.note_latents(scm.consistency_function(x_t, velocity, t))
             g = scm.normalized(g, c.tangent_constant / c.sigma_data, c.tangent_norm)
         prior = 1.0 if c.prior == "one" else (1 / (c.sigma_data * torch.tan(t))).to(x0)
         velocity = self.student.predict("v", x_t, t, told)

@@ -108,8 +108,11 @@ class ScoreDifference(Method):
             x_t, t = self.noised(x0, batch, *self.config.time_range)
             real = self.teacher.x0(x_t, t, batch.cond, guidance=guidance)
             fake = self.critic.x0(x_t, t, batch.cond, guidance=guidance if self.config.guide_critic else 1.0)
-        # A guided critic is no posterior mean, so the lag noted here is not zero at rest under SwiftBrush.
-        return {"dm": difference(self.config.weight, x0, real, fake, self.teacher.schedule, t, batch)}
+        batch.note_latents(x0)
+        if guidance == 1 or not self.config.guide_critic:  # a guided critic is no posterior mean
+            batch.note_lag(x0, real, fake)
+        schedule = self.teacher.schedule
+        return {"dm": difference(self.config.weight, x0, real, fake, schedule, t, batch, follows=False)}
 
     def critic_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
         x0 = carried(batch, lambda: self.generate(batch))

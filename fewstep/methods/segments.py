@@ -20,7 +20,7 @@ End = Literal["random", "segment"]
 
 @dataclass
 class SegmentOptions(Options):
-    """Options of the term. Those of a stage are one value for all, or a list.
+    """Options of the term.
 
     Attributes:
         segments: of each stage. Options of a stage are one value for all, or a list.

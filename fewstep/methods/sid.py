@@ -156,7 +156,7 @@ class SiD(Method):
                 ("student",),
                 self.generator_loss,
                 every=self.config.critic_steps,
-                when=lambda progress: progress.images >= first,
+                after=lambda progress: math.ceil(first / progress.per_iteration),
             ),
         ]
 
@@ -205,7 +205,9 @@ class SiD(Method):
             networks.append(lambda x_t: self.logits(x_t, t, cond))
 
         def loss(x0: Tensor, real: Tensor, fake: Tensor, *others: Tensor) -> Tensor:
-            batch.note_health(x0, real, fake)
+            batch.note_latents(x0)
+            if self.kappas[0] == kappa2:  # else the critic used is no posterior mean
+                batch.note_lag(x0, real, fake)
             weight = objectives.identity_weight(self.weight, x0, real, schedule, t)
             subtracted = others[0] if kappa3 != kappa2 else None
             identity = objectives.score_identity(x0, real, fake, weight, config.alpha, subtracted)

@@ -80,7 +80,8 @@ class SIM(Method):
         eps = batch.rng.normal(*batch.shape)
 
         def loss(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-            batch.note_health(x0, real, fake)
+            batch.note_latents(x0)
+            batch.note_lag(x0, real, fake)
             weight = objectives.identity_weight(config.weight, x0, real, schedule, t)
             return objectives.implicit_matching(x0, real, fake, weight, config.distance, config.c)
 

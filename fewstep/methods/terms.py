@@ -93,7 +93,7 @@ class Gan(Options):
     Attributes:
         gan_weight: of the student's adversarial term; 0 is none, and data-free.
         gan_time_range: noise on what the discriminator sees, as fractions of the schedule (published: all of it). A
-            small teacher gives nothing away behind much noise; a lower end tells real from fake much sooner.
+            small teacher gives nothing away behind much noise.
         discriminator_weight: of its loss beside the critic's.
         taps: blocks whose features it sees.
     """
@@ -141,16 +141,20 @@ def difference(
     t: Tensor,
     batch: Batch,
     factor: Tensor | float = 1.0,
+    follows: bool = True,
 ) -> Tensor:
     """A loss that moves x0 (B, ...) along the difference of two predictions; vital signs go to the log.
 
     Args:
         weight, schedule, t: see :func:`fewstep.diffusion.objectives.matching_weight`. factor: (B,), a further one.
-        real, fake: of teacher and critic at one noisy version of x0.
+        real, fake: of teacher and critic at one noisy version of x0. follows: the critic is to be the posterior mean
+            of x0, which its lag is measured by.
     """
     with torch.no_grad():
         weights = objectives.matching_weight(weight, x0, real, schedule, t) * factor
-    batch.note_health(x0, real, fake)
+    if follows:
+        batch.note_lag(x0, real, fake)
+        batch.note_latents(x0)
     return objectives.distribution_matching(x0, real, fake, weights)
 
 

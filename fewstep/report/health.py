@@ -30,7 +30,10 @@ class Sign:
     above: str
 
 
-LAG = "the critic does not know what the student makes now: raise method.critic_steps or critic.lr, or lower student.lr"
+LAG = (
+    "the critic does not know what the student makes now: raise critic.lr, train it more often (critic_steps of the "
+    "methods that have it), or lower student.lr"
+)
 CAST = (
     "the samples drift towards one colour or brightness: lower student.lr, or give method.guidance_scale less"
 )
@@ -50,7 +53,8 @@ SIGNS = (
         0.3,
         1.8,
         "near 1, up to about 1.3 under guidance; falling is collapse, growing is saturation",
-        "the samples collapse: lower student.lr, raise method.critic_steps, or add real images to method.gan_weight",
+        "the samples collapse: lower student.lr, train a critic more often, or give a discriminator real images (the "
+        "methods that have one: gan_weight)",
         "the samples saturate: lower method.guidance_scale or student.lr",
     ),
     Sign(

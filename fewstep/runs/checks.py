@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,14 +71,29 @@ def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
         return prompts, None
     if recipe.data.images is None:
         raise RecipeError(
-            "data.images: missing; this configuration needs real images. Give a folder of captioned "
-            "images, or set method.gan_weight 0 to run data-free"
+            "data.images: missing; this configuration needs real images. Give a folder of captioned images"
+            + _without_images(recipe)
         )
     images = load_images(recipe.data.images, recipe.data.column)
     if images.passed_over:
         over = ", ".join(images.passed_over)
         print(f"fewstep: note: data.images: {recipe.data.images}: passed over {over}", file=sys.stderr)
     return prompts, images
+
+
+def _without_images(recipe: Recipe) -> str:
+    """An option of the method with which it needs none, where it has such an option."""
+    for name, value, instead in (
+        ("gan_weight", 0.0, "to run data-free"),
+        ("synthetic", True, "to train on the teacher's own samples (fewstep pairs)"),
+    ):
+        try:
+            changed = dataclasses.replace(recipe.method, **{name: value})
+        except (TypeError, RecipeError):
+            continue
+        if "images" not in recipe.method_class.needs(changed):
+            return f", or set method.{name} {str(value).lower().removesuffix('.0')} {instead}"
+    return ""
 
 
 def _check_column(recipe: Recipe) -> None:
@@ -131,15 +147,17 @@ def check_gain(method: Method, teacher: Teacher) -> None:
         RecipeError: at zero SNR.
     """
     start, denoiser = method.student.times[0], teacher.denoiser
+    names = ("start", "one_step_time", "levels", "angles")
+    option = next((f"method.{name}" for name in names if hasattr(method.config, name)), "first time")
     if denoiser.schedule.is_silent(start) and denoiser.prediction == "eps":
         raise RecipeError(
-            f"method.start: {start:g}: there is no signal at this time of {teacher.source} (zero terminal SNR), so an "
-            f"{denoiser.prediction} prediction says nothing of x0; give an earlier start, or a v-prediction teacher"
+            f"{option}: {start:g}: there is no signal at this time of {teacher.source} (zero terminal SNR), so an "
+            f"{denoiser.prediction} prediction says nothing of x0; give an earlier time, or a v-prediction teacher"
         )
     if (gain := denoiser.schedule.x0_gain(start, denoiser.prediction)) > 10:
         print(
             f"fewstep: note: at its first time {start} this {denoiser.prediction} student multiplies its error "
-            f"by {gain:.1f}; an earlier method.start (399 for one-step SDXL) is gentler",
+            f"by {gain:.1f}; an earlier {option} (399 for one-step SDXL) is gentler",
             file=sys.stderr,
         )
 

@@ -314,14 +314,13 @@ def prepare(
             forward-mode derivative.
     """
     process = process or Process(device=teacher.device)
-    quiet = quiet or not process.main
     if out.exists():
         raise FewstepError(f"prepare: {out} is there already; give another folder")
     check_stiffness(teacher.denoiser, teacher.latent_shape)
     net = with_qk_norm(teacher.net) if config.qk_norm else copy.deepcopy(teacher.net)
     student = teacher.denoiser.with_net(net.float().requires_grad_(True))
     cut = smooth_time(student, teacher.latent_shape, config.turns)
-    conditions, latents = _encoded(teacher, images, process, quiet)
+    conditions, latents = _encoded(teacher, images, process, quiet := quiet or not process.main)
     teacher.drop_encoders()
 
     batches = partial(
@@ -329,35 +328,21 @@ def prepare(
     )
     held_out = batches(batch_size=64, seed=config.seed + 1)
     before = compare(teacher.denoiser, teacher.denoiser, held_out.batch(0, 0))
-    role, train = Role("student", net, config.role()), config.train()
-    distribute(net, process)
-    role.collect()
-    watch = Watch(config, train, role, student, teacher.denoiser, held_out, process, quiet)
-    folder = out.with_name(out.name + ".training")
-    method = Preparation(config, teacher.denoiser, student=student)
-    data = batches(
-        batch_size=config.batch_size, per_iteration=config.accumulate * process.world, seed=config.seed
-    )
-    trainer = Trainer(
-        method, {"student": role}, data, train, folder=folder, on_sample=watch, process=process, quiet=quiet
-    )
-    trainer.restore()
-    watch(trainer.progress.iteration)
-    if trainer.progress.iteration < train.steps:
-        try:
-            trainer.train()
-        except Interrupted as stop:
-            raise Interrupted(stop.number, stop.step, "the same command") from None
+    role = _role(net, config, process)
+    watch = Watch(config, config.train(), role, student, teacher.denoiser, held_out, process, quiet)
+    micro = config.accumulate * process.world
+    data = batches(batch_size=config.batch_size, per_iteration=micro, seed=config.seed)
+    seconds = _train(watch, data, out.with_name(out.name + ".training"))
     record = {
         "teacher": teacher.source,
         "sinusoids_cut": cut,
         "qk_norm": config.qk_norm,
-        "batch": config.batch_size * config.accumulate * process.world,
+        "batch": config.batch_size * micro,
         "before": before,
         "checks": watch.checks,
         "after": watch.checks[-1],
         "reached": watch.reached,
-        "seconds": round(trainer.seconds, 1),
+        "seconds": round(seconds, 1),
     }
     weights = gathered(role.final_weights(), process)
     if process.main:
@@ -366,6 +351,28 @@ def prepare(
             write_json(part / "prepare.json", record)
     process.barrier()
     return record
+
+
+def _role(net: nn.Module, config: PrepareConfig, process: Process) -> Role:
+    role = Role("student", net, config.role())
+    distribute(net, process)
+    role.collect()
+    return role
+
+
+def _train(watch: Watch, data: Batches, folder: Path) -> float:
+    """Until the watch has seen enough; seconds of all the sittings it took."""
+    method = Preparation(watch.config, watch.teacher, student=watch.student)
+    options: dict[str, Any] = {"on_sample": watch, "process": watch.process, "quiet": watch.quiet}
+    trainer = Trainer(method, {"student": watch.role}, data, watch.train, folder=folder, **options)
+    trainer.restore()
+    watch(trainer.progress.iteration)
+    if trainer.progress.iteration < watch.train.steps:
+        try:
+            trainer.train()
+        except Interrupted as stop:
+            raise Interrupted(stop.number, stop.step, "the same command") from None
+    return trainer.seconds
 
 
 def _encoded(teacher: Teacher, images: CaptionedImages, process: Process, quiet: bool) -> tuple[Store, Store]:

@@ -414,7 +414,10 @@ def test_options_of_the_loss_go_where_they_belong(monkeypatch):
         monkeypatch.setattr(owner, name, watched)
 
     watch(term, "draw"), watch(scm, "normalized"), watch(scm, "consistency")
-    x0, batch = Rng(5).normal(6, 2).double(), SimpleNamespace(rng=Rng(6), log={})
+    x0, batch = (
+        Rng(5).normal(6, 2).double(),
+        SimpleNamespace(rng=Rng(6), log={}, note_latents=lambda _x0: None),
+    )
     term.losses(x0, NONE, NONE, 1.0, 3, batch)
     t = seen["draw"][1]
     assert seen["normalized"][0][1:] == (pytest.approx(0.8), "sum")

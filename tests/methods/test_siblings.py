@@ -130,7 +130,7 @@ def test_critic_lag_is_zero_for_the_exact_critic_and_by_hand_for_one_of_an_older
 
     def lag(fake):
         batch = Batch(NONE, tuple(x0.shape), grid, Rng(0))
-        batch.note_health(x0, real, fake)
+        batch.note_lag(x0, real, fake)
         return batch.log["critic_lag"].item()
 
     assert abs(lag(mean)) < 1e-9

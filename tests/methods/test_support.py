@@ -52,8 +52,6 @@ def sid(teacher, kind):
 
 def sana_sprint(teacher, kind):
     options = {"taps": list(kind.taps), "warmup": 1}
-    if teacher.pipeline_class == "DDPMPipeline":
-        options["tangent"] = "difference"  # UNet2DModel's attention has no forward mode
     options["angles"] = [[math.pi / 2], *([[math.pi / 2, 1.3]] if names_times(teacher) else [])]
     if not (kind.guided and has_one_time_embedding(teacher)):
         options |= {"guidance_embedding": False, "guidance_scale": 4.5 if kind.guided else 1.0}
