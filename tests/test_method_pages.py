@@ -93,6 +93,8 @@ def test_a_page_has_its_parts_in_order_and_is_no_book(name):
     title, *lines = page(name).splitlines()
     assert title.startswith("# ") and 60 <= len(lines) < 120
     assert tuple(line for line in lines if line.startswith(("#", "<!--"))) == ORDER
+    equations = re.findall(r"```text\n(.*?)```", page(name), re.DOTALL)
+    assert equations and all(len(line) <= 96 for block in equations for line in block.splitlines())
 
 
 @pytest.mark.parametrize("name", OWN)
