@@ -13,7 +13,9 @@ from fewstep.cli import main
 from fewstep.data.images import load_images
 from fewstep.diffusion.cond import Cond
 from fewstep.diffusion.embedding import time_embedder
+from fewstep.diffusion.rng import Rng
 from fewstep.errors import FewstepError, Interrupted
+from fewstep.methods.base import Batch, Progress
 from fewstep.runs import prepare as preparing
 from fewstep.runs.prepare import PrepareConfig, mixed, prepare, smooth_time, stiffness, turns_of
 from fewstep.teachers import load_teacher
@@ -94,6 +96,37 @@ def test_rows_of_the_null_condition_take_the_place_of_dropped_ones():
     out = mixed(cond, null, torch.tensor([False, True, False]))
     assert out["embeds"].mean((1, 2)).tolist() == [1, 0, 1] and out["mask"].sum(1).tolist() == [2, 0, 2]
     assert out["mask"].dtype == torch.long and mixed(cond, None, torch.zeros(3).bool()) is cond
+
+
+def test_the_target_is_the_teachers_under_the_same_conditions_null_ones_included(teacher):
+    """A copy of the teacher has no loss whatever is dropped; where all is, only the null condition is asked for."""
+    cond = teacher.encode(["a cat", "a dog", "a red apple", "a bird"])
+    seen = []
+
+    class Seen:
+        def __init__(self, inner):
+            self.inner, self.schedule, self.null = inner, inner.schedule, inner.null
+
+        def predict(self, x_t, t, cond, **options):
+            seen.append(cond)
+            return self.inner.predict(x_t, t, cond, **options)
+
+    for rate in (0.0, 0.5, 1.0):
+        config = PrepareConfig(null_probability=rate)
+        student = Seen(copy_of(teacher))
+        method = preparing.Preparation(config, Seen(teacher.denoiser), student=student)
+        real = torch.randn(4, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+        batch = Batch(cond, real.shape, Rng("dropped"), Rng(2), real=real, real_cond=cond)
+        seen.clear()
+        assert method.loss(batch, Progress())["prediction"].item() < 1e-9
+        of_teacher, of_student = seen
+        null = teacher.denoiser.null.expand(4)
+        dropped = [bool(torch.equal(of_student["embeds"][i], null["embeds"][i])) for i in range(4)]
+        assert sum(dropped) == {0.0: 0, 1.0: 4}.get(rate, sum(dropped)) and (
+            rate != 0.5 or 0 < sum(dropped) < 4
+        )
+        for name in cond.tensors:
+            assert torch.equal(of_teacher[name], of_student[name])
 
 
 def test_a_prepared_pipeline_is_smooth_near_the_teacher_and_loads_in_stock_diffusers(

@@ -211,3 +211,17 @@ def test_an_eps_student_at_zero_terminal_snr_is_refused(tiny_sdxl, scheduler, st
     else:
         with pytest.raises(RecipeError, match=r"method\.start: 999: there is no signal"):
             build(recipe, teacher, Process())
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_role_that_starts_again_is_the_teacher_again_and_so_is_its_average(sdxl, batch, kind):
+    role = build_role("critic", sdxl.net, RoleConfig(kind=kind, rank=2, ema=0.9))
+    with torch.no_grad():
+        expected = sdxl.denoiser.x0(*batch)
+        wake(role)
+        role.update_average(100)
+        assert not torch.allclose(sdxl.denoiser.with_net(role.module).x0(*batch), expected)
+        role.restart()
+        torch.testing.assert_close(sdxl.denoiser.with_net(role.module).x0(*batch), expected)
+        with averaged(role):
+            torch.testing.assert_close(sdxl.denoiser.with_net(role.module).x0(*batch), expected)
