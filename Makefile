@@ -7,13 +7,13 @@ RUN ?= runs/demo
 COVERAGE ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage install lint clean
+.PHONY: demo test coverage install lint docs clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[test,docs]"
 	@touch $@
 
 # Distils the built-in teacher into one step, exports, loads in stock diffusers, evaluates, writes a report.
@@ -32,5 +32,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation as a site of its own, to be opened from the disk; nothing comes from a network.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo site/index.html
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage* htmlcov
+	rm -rf $(VENV) build dist site *.egg-info .coverage* htmlcov

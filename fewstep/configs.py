@@ -111,12 +111,12 @@ class TrainConfig:
 
     Attributes:
         steps: iterations. batch_size: samples of one micro-batch on one process.
-        accumulate: micro-batches per update on each process.
-        clip_norm: of the gradient of each phase (DMD2: 10).
+        accumulate: micro-batches per update on each process. seed: of everything that is drawn.
+        clip_norm: of the gradient of each phase (DMD2: 10). log_every: iterations.
         sample_every, checkpoint_every: iterations; 0 for never. keep: newest checkpoints kept.
         best: a number of the log, e.g. "generator/dm"; the checkpoint before which its mean was best is kept too.
         rollbacks: how often a run without finite gradients returns to its newest checkpoint and goes on with learning
-            rates times ``rollback_lr``, instead of stopping.
+            rates times ``rollback_lr``, instead of stopping. rollback_lr: this factor.
         device: auto, cpu, cuda, xpu, mps, or one of several, such as cuda:1.
         shard: processes over which trained weights are split.
         trackers: "tensorboard", "wandb" and others of accelerate's, which get the log's numbers too.
@@ -164,6 +164,7 @@ class SampleConfig:
         vae: folder or hub id of an AutoencoderTiny that decodes them, e.g. madebyollin/taesdxl; null is the teacher's.
         distance: so many samples of the student, beside each grid, for a Fréchet distance to ``data.images`` in
             ``evaluation.extractor``'s features, by torchmetrics; 0 for none. A trend, biased by the small number.
+        seed: of the prompts and the noise.
     """
 
     prompts: list[str] | None = None
@@ -202,7 +203,7 @@ class EvalConfig:
         floor_steps, floor_solvers: teacher rows at these few steps, without training: diffusers' solvers, the "ays"
             tables, or "search" for the best schedule that ``fewstep floor`` finds.
         teacher_steps, teacher_guidance: of the full teacher row; 0 steps leaves it out.
-        batch_size: images generated at once. extractor: feature space.
+        batch_size: images generated at once. extractor: feature space. seed: of the noise.
     """
 
     num: int = 0

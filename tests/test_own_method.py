@@ -9,7 +9,7 @@ from processes import Fork
 from fewstep.cli import main
 from fewstep.methods import METHODS
 
-PAGE = Path(__file__).parents[1] / "recipes" / "METHODS.md"
+PAGE = Path(__file__).parents[1] / "docs" / "extending" / "method.md"
 BLOCKS = dict(re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE))
 
 

@@ -56,7 +56,7 @@ class DD2(Method):
             copies, critic_copies: noise levels per token that share one prefix (the critic's is that of MAR, 4)*.
             initial_share: of the run, for stage 1 (published: 330k of some 400k iterations, on teacher samples).
             regression_share: of the run after stage 1, in which the generator learns DD1's map first, at
-                ``regression_rate`` times its learning rate; 0 is none, as in the paper*.
+                ``regression_rate`` times its learning rate; 0 is none, as in the paper*. regression_rate: this factor.
             regression_weight: of the same loss beside the distillation, which anchors the generator to the map as DMD
                 does (arXiv 2311.18828); 0 is none, as in the paper*.
             alignment_share: of the run after that, in which the critic alone learns what the generator makes; the paper

@@ -25,7 +25,7 @@ from fewstep.recipe import DataConfig, Recipe, RoleConfig, TeacherConfig, TrainC
 from fewstep.runs.build import build
 from fewstep.training.trainer import Trainer
 
-DOCUMENT = Path(__file__).parents[2] / "recipes" / "TEACHERS.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "teachers" / "index.md"
 BEGIN, END = "<!-- table of tests/methods/test_support.py -->\n", "<!-- end of table -->\n"
 
 
