@@ -124,7 +124,8 @@ def about(name: str) -> str:
 
 
 def method_options(name: str) -> str:
-    return table(("option", "type", "default", "meaning"), options(method(name).Config))
+    rows = table(("option", "type", "default", "meaning"), options(method(name).Config))
+    return f"## All options\n\n{rows}"
 
 
 @cache
@@ -153,7 +154,7 @@ def listed(chosen: Callable[[Any], bool]) -> str:
 
 
 def recipes_of(name: str) -> str:
-    return listed(lambda recipe: recipe.method_class.name == name)
+    return f"## Recipes\n\n{listed(lambda recipe: recipe.method_class.name == name)}"
 
 
 def results_of(name: str) -> str:
@@ -165,22 +166,12 @@ def results_of(name: str) -> str:
     ]
     found = {path.stem: json.loads(path.read_text()) for path in paths if path.is_file()}
     if not found:
-        return "Not measured yet."
+        return "## Results\n\nNot measured yet."
     links = ", ".join(f"[{stem}](../../eval/results/{stem}.json)" for stem in found)
-    return f"{gallery(found)}\n\nHow it was made, and what was tried: {links}."
+    return f"## Results\n\n{gallery(found)}\n\nHow it was made, and what was tried: {links}."
 
 
 # ---------------------------------------------------------------------------------------------------- other markers
-def methods(_page: str) -> str:
-    from fewstep.methods import METHODS
-
-    rows = [
-        (f"[`{name}`]({name}.md)", cls.summary, cls.steps, ", ".join(cls.needs(cls.Config())))
-        for name, cls in sorted(METHODS.items())
-    ]
-    return table(("method", "what it is", "steps", "needs"), rows)
-
-
 def fields(_page: str, name: str) -> str:
     """Options of a dataclass, named by module and class."""
     module, _, cls = name.rpartition(".")
@@ -301,7 +292,7 @@ OF_METHODS: dict[str, Callable[[str], str]] = {
 }
 OTHERS: dict[str, Callable[..., str]] = {
     function.__name__: function
-    for function in (methods, fields, all_results, plans, teacher, commands, exits, errors, exported)
+    for function in (fields, all_results, plans, teacher, commands, exits, errors, exported)
 }
 
 
