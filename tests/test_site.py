@@ -186,6 +186,15 @@ def test_links_of_pages_lead_somewhere():
             )
 
 
+def test_every_extra_is_told_to_those_who_install():
+    extras = re.findall(
+        r"^(\w+) = \[\"",
+        (ROOT / "pyproject.toml").read_text().split("dependencies]")[1].split("\n[")[0],
+        re.M,
+    )
+    assert {"docs", "test"} < set(extras) == set(re.findall(r"`fewstep\[(\w+)\]`", PAGES["start/install.md"]))
+
+
 def test_every_teacher_has_a_page():
     markers = [
         name
