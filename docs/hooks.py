@@ -14,7 +14,7 @@ import json
 import posixpath
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -28,20 +28,25 @@ ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):<code>(.*?)</code>")
 
 
 # -------------------------------------------------------------------------------------------------- reading the code
-def attributes(cls: type) -> dict[str, str]:
-    """What the section Attributes of a dataclass's docstring says of each of its fields; several may share a line."""
-    section = (
-        inspect.cleandoc(vars(cls).get("__doc__") or "").partition("\nAttributes:\n")[2].split("\n\n")[0]
+def entries(section: str, names: Iterable[str]) -> dict[str, str]:
+    """Name -> text of the entries of a docstring's section; several may share a line, and several names a text."""
+    lines = re.sub(r"\n {5,}", " ", "\n" + section)  # one line for each entry, or for several
+    known = "|".join({*names, *re.findall(r"^ {4}(\*{0,2}\w+)[,:]", section, re.MULTILINE)}).replace(
+        "*", r"\*"
     )
-    lines = re.sub(r"\n {5,}", " ", section)  # one line for each entry
-    names = "|".join(field.name for field in dataclasses.fields(cls))
-    entry = re.compile(rf"(?:^|(?<=[.;)] )|\n)\s*((?:{names})(?:, (?:{names}))*): ")
-    parts = entry.split(lines)[1:]
+    parts = re.split(rf"(?:(?<=[.;)] )|\n)\s*((?:{known})(?:, (?:{known}))*): ", lines)[1:]
     return {
         name: " ".join(text.split())
-        for entries, text in zip(parts[::2], parts[1::2])
-        for name in entries.split(", ")
+        for together, text in zip(parts[::2], parts[1::2])
+        for name in together.split(", ")
     }
+
+
+def attributes(cls: type) -> dict[str, str]:
+    """What the docstring of a dataclass says of its fields."""
+    doc = inspect.cleandoc(vars(cls).get("__doc__") or "")
+    section = doc.partition("\nAttributes:\n")[2].split("\n\n")[0]
+    return entries(section, (field.name for field in dataclasses.fields(cls)))
 
 
 def kind(hint: Any) -> str:
