@@ -242,6 +242,7 @@ class Method:
         return {}
 
     def phases(self) -> list[Phase]:
+        """What is trained, by which loss and when; in this order within an iteration."""
         raise NotImplementedError
 
     def prepare(self, conditions: Any) -> list[int]:
