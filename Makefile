@@ -34,7 +34,7 @@ lint: install
 
 # The documentation as a site of its own, to be opened from the disk; nothing comes from a network.
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo site/index.html
 
 clean:
