@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
 BLOCK = re.compile(r"^(<!-- needs weights -->\n+)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+OUTSIDE = ["README.md", "CONTRIBUTING.md", "recipes/README.md", "recipes/launch/README.md", "eval/README.md"]
 NOTES = {"needs weights", "table of tests/methods/test_support.py", "end of table"}
 OF_METHODS = ["about", "options", "recipes", "results"]
 
@@ -62,6 +63,13 @@ def execute(text: str) -> None:
             exec(compiled, names)
 
 
+def test_every_block_is_in_a_language_that_is_read_here():
+    for page, text in PAGES.items():
+        fences = re.findall(r"^ *```(.*)$", text, re.MULTILINE)
+        assert len(fences) == 2 * len(BLOCK.findall(text)), page
+        assert {word for word in fences if word} <= {"python", "bash", "text", "yaml", "json"}, page
+
+
 @pytest.mark.usefixtures("sdxl")  # imports once what the forks need
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "python")])
 def test_what_a_page_shows_in_python_runs(page, tmp_path, monkeypatch):
@@ -91,7 +99,8 @@ def commands(text: str) -> list[list[str]]:
     return found
 
 
-COMMANDS = [(page, words) for page, text in PAGES.items() for words in commands(text)]
+TEXTS = {**PAGES, **{name: (ROOT / name).read_text() for name in OUTSIDE}}
+COMMANDS = [(page, words) for page, text in TEXTS.items() for words in commands(text)]
 
 
 def check_recipe(name: str, overrides: list[str]) -> None:
@@ -107,8 +116,13 @@ def check(words: list[str]) -> None:
     """That a command exists, takes these arguments, and that what it names is there."""
     while "=" in words[0]:
         words = words[1:]
-    scripts = [word for word in words if re.match(r"(recipes|eval|tests)/.*\.py", word)]
-    assert all((ROOT / word).is_file() for word in scripts), words
+    for i, word in enumerate(words):
+        if re.match(r"(recipes|eval|tests)/\w+\.py$", word):
+            assert (ROOT / word).is_file(), words
+            if word.startswith("recipes/") and not word.startswith("recipes/train_"):
+                check_recipe(word, words[i + 1 :])
+    if "-m" in words and words[words.index("-m") + 1] == "fewstep":  # of torchrun
+        words = words[words.index("-m") + 1 :]
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
     if words[0] != "fewstep":
@@ -149,6 +163,8 @@ def test_commands_are_read_as_a_shell_reads_them():
         "fewstep recipes copy nothing .",
         "make coffee",
         "python eval/nothing.py",
+        "torchrun --nproc_per_node 8 recipes/sdxl_dmd2_4step.py --imags images",
+        "torchrun --nproc_per_node 8 -m fewstep resum runs/mine",
     ],
 )
 def test_a_command_that_is_none_is_found(line):
