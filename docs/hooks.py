@@ -274,7 +274,15 @@ def errors(_page: str) -> str:
     found = [
         cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, errors.FewstepError)
     ]
-    rows = [(f"`fewstep.errors.{c.__name__}`", str(c.code), first_line(c.__doc__)) for c in found]
+    rows = [
+        # One that is made with a signal's number has a code by it.
+        (
+            f"`fewstep.errors.{c.__name__}`",
+            "128 + N" if "__init__" in vars(c) else str(c.code),
+            first_line(c.__doc__),
+        )
+        for c in found
+    ]
     return table(("exception", "exit code", "what it says"), rows)
 
 
