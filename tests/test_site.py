@@ -305,10 +305,18 @@ def test_the_page_of_errors_has_every_exit_code():
     rows = dict(re.findall(r"^\| `(.*?)` \| (.*?) \|$", hooks.exits(""), re.MULTILINE))
     assert list(rows) == ["0", "2", "3", "4", "5", "128 + N"] and rows["5"] == "another process was lost"
     errors = hooks.errors("")
+    assert "| `fewstep.errors.Interrupted` | 128 + N |" in errors
     assert (
         "| `fewstep.errors.TrainingError` | 3 | The numbers went wrong" in errors
         and "LostProcess` | 5 |" in errors
     )
+
+
+def test_rows_of_tables_have_as_many_cells_as_their_heads():
+    for page, text in PAGES.items():
+        for rows in re.findall(r"(?:^\|.*\n)+", hooks.fill(text, page) + "\n", re.MULTILINE):
+            cells = [len(re.findall(r"(?<!\\)\|", row)) for row in rows.splitlines()]
+            assert len(set(cells)) == 1 and len(cells) > 2, f"{page}: {rows[:200]}"
 
 
 def test_results_of_a_method_are_those_of_its_recipes():
