@@ -15,7 +15,7 @@ import posixpath
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -177,13 +177,13 @@ def results_of(name: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- other markers
-def fields(_page: str, name: str) -> str:
+def fields(name: str) -> str:
     """Options of a dataclass, named by module and class."""
     module, _, cls = name.rpartition(".")
     return table(("field", "type", "default", "meaning"), options(getattr(import_module(module), cls)))
 
 
-def all_results(_page: str) -> str:
+def all_results() -> str:
     from fewstep.evaluation.gallery import gallery
 
     files = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
@@ -194,14 +194,14 @@ def all_results(_page: str) -> str:
     return f"{gallery(files)}\n\n## Files\n\n{table(('file', 'command', 'hardware'), rows)}"
 
 
-def plans(_page: str) -> str:
+def plans() -> str:
     text = (RESULTS / "plans" / "README.md").read_text().partition("\n")[2]
     return re.sub(
-        r"^\| (\w+) \| ", r"| [\1](../../eval/results/plans/\1.json) | ", text, flags=re.MULTILINE
-    ).replace("[recipe](../../eval/results/plans/recipe.json)", "recipe")
+        r"^\| (?!recipe )(\w+)", r"| [\1](../../eval/results/plans/\1.json)", text, flags=re.MULTILINE
+    )
 
 
-def teacher(_page: str, pipeline_class: str) -> str:
+def teacher(pipeline_class: str) -> str:
     """What an adapter says of itself, and the recipes that are written for its pipelines."""
     from fewstep.teachers.load import adapters
 
@@ -219,7 +219,7 @@ def teacher(_page: str, pipeline_class: str) -> str:
     return f"{table((f'`{pipeline_class}`', ''), rows)}\n\n{kinds}"
 
 
-def commands(_page: str) -> str:
+def commands() -> str:
     """Every command of the command line with its options."""
     from fewstep.cli.main import parser
 
@@ -229,21 +229,15 @@ def commands(_page: str) -> str:
 def _commands(parser: argparse.ArgumentParser) -> Iterator[str]:
     inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not inner:
-        parser.formatter_class = lambda prog: argparse.HelpFormatter(
-            prog, width=100
-        )  # whatever the terminal's is
-        usage = (
-            parser.format_usage().removeprefix("usage: ").strip().replace("\n" + " " * len("usage: "), "\n")
-        )
+        parser.formatter_class = partial(argparse.HelpFormatter, width=100)  # whatever the terminal's is
+        usage = re.sub(r"^(?:usage:| {7})", "", parser.format_usage(), flags=re.MULTILINE).strip()
         if parser.get_default("takes_overrides"):
             usage += " [--FIELD VALUE ...]"
-        yield f"### {parser.prog}\n\n{parser.description}\n\n```text\n{usage}\n```"
+        yield f"## {parser.prog}\n\n{parser.description}\n\n```text\n{usage}\n```"
         rows = [_option(action) for action in parser._actions if action.dest != "help"]
         if rows:
             yield table(("argument", "default", "meaning"), rows)
     for action in inner:
-        if parser.prog != "fewstep":
-            yield f"## {parser.prog}"
         for one in dict.fromkeys(action.choices.values()):
             yield from _commands(one)
 
@@ -258,7 +252,7 @@ def _option(action: argparse.Action) -> tuple[str, str, str]:
     return name, f"`{action.default}`" if given else "", "; ".join(filter(None, [said, choices]))
 
 
-def exits(_page: str) -> str:
+def exits() -> str:
     """Exit codes, from the docstring of the function that returns them."""
     from fewstep import errors
 
@@ -267,7 +261,7 @@ def exits(_page: str) -> str:
     return table(("code", "meaning"), [(f"`{code}`", text) for code, text in rows])
 
 
-def errors(_page: str) -> str:
+def errors() -> str:
     """The exceptions that a user may catch, each with its exit code."""
     from fewstep import errors
 
@@ -286,7 +280,7 @@ def errors(_page: str) -> str:
     return table(("exception", "exit code", "what it says"), rows)
 
 
-def exported(_page: str) -> str:
+def exported() -> str:
     """What ``import fewstep`` offers."""
     import fewstep
 
@@ -315,8 +309,8 @@ def fill(text: str, src_uri: str) -> str:
     def filled(found: re.Match[str]) -> str:
         name, argument = found[1], found[2]
         if name in OF_METHODS:
-            return OF_METHODS[name](argument or PurePosixPath(src_uri).stem)
-        return OTHERS[name](src_uri, *filter(None, [argument])) if name in OTHERS else found[0]
+            return OF_METHODS[name](PurePosixPath(src_uri).stem)
+        return OTHERS[name](*filter(None, [argument])) if name in OTHERS else found[0]
 
     return MARKER.sub(filled, text)
 

@@ -293,7 +293,7 @@ def leaves(command: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 
 
 def test_the_page_of_commands_has_every_command_with_every_option():
-    sections = dict(re.findall(r"^### (.*?)\n(.*?)(?=^##|\Z)", hooks.commands(""), re.DOTALL | re.MULTILINE))
+    sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^##|\Z)", hooks.commands(), re.DOTALL | re.MULTILINE))
     assert list(sections) == [leaf.prog for leaf in leaves(parser())] and len(sections) > 20
     for leaf in leaves(parser()):
         named = [o for action in leaf._actions for o in action.option_strings if action.dest != "help"]
@@ -302,9 +302,9 @@ def test_the_page_of_commands_has_every_command_with_every_option():
 
 
 def test_the_page_of_errors_has_every_exit_code():
-    rows = dict(re.findall(r"^\| `(.*?)` \| (.*?) \|$", hooks.exits(""), re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(.*?)` \| (.*?) \|$", hooks.exits(), re.MULTILINE))
     assert list(rows) == ["0", "2", "3", "4", "5", "128 + N"] and rows["5"] == "another process was lost"
-    errors = hooks.errors("")
+    errors = hooks.errors()
     assert "| `fewstep.errors.Interrupted` | 128 + N |" in errors
     assert (
         "| `fewstep.errors.TrainingError` | 3 | The numbers went wrong" in errors
