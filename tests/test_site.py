@@ -298,6 +298,8 @@ def test_the_page_of_commands_has_every_command_with_every_option():
     for leaf in leaves(parser()):
         named = [o for action in leaf._actions for o in action.option_strings if action.dest != "help"]
         assert [option for option in named if f"`{option}`" not in sections[leaf.prog]] == [], leaf.prog
+        silent = {str(a.option_strings or a.dest) for a in leaf._actions if not (a.help or a.choices)}
+        assert silent <= {"['--top-k']", "['--top-p']"}, leaf.prog  # what samplers call so everywhere
         assert ("[--FIELD VALUE ...]" in sections[leaf.prog]) == leaf.get_default("takes_overrides")
 
 

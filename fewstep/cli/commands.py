@@ -116,8 +116,8 @@ DEVICE = argument("--device", help="auto (default), cpu, cuda, cuda:1, ...")
 COLUMN = argument(
     "--column", metavar="NAME", help="of a table of prompts (default: its text, caption or prompt)"
 )
-RECIPE = argument("recipe")
-RUN = argument("run_folder", type=Path, metavar="RUN")
+RECIPE = argument("recipe", help="a name, a script or a recipe.yaml")
+RUN = argument("run_folder", type=Path, metavar="RUN", help="folder of a run")
 
 
 def count(text: str) -> int:

@@ -18,7 +18,7 @@ COMMANDS = Commands()
     "bench",
     "what a step takes: seconds, memory, arithmetic, and where they go",
     RECIPE,
-    argument("--iterations", type=int, default=30),
+    argument("--iterations", type=int, default=30, help="that are timed"),
     argument("--baseline", choices=["bare"], help="time a loop of the same network calls beside it"),
     argument(
         "--random-weights", action="store_true", help="random weights of the teacher's shape, noise for data"
@@ -43,7 +43,7 @@ def bench(args: argparse.Namespace) -> int:
     RECIPE,
     argument("--gpu", default="h100-80gb", help="card, e.g. h100-80gb, a100-40gb, rtx4090-24gb"),
     argument("--processes", type=int, default=1, help="cards, each with a process of its own"),
-    argument("--json", action="store_true"),
+    argument("--json", action="store_true", help="instead of a table"),
     overrides=True,
 )
 def plan(args: argparse.Namespace) -> int:

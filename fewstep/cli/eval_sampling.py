@@ -29,7 +29,7 @@ IMAGES = (
     argument("--seed", type=int, default=0, help="sample i uses SEED + i"),
     argument("--size", type=int, metavar="PIXELS", help="height and width"),
     argument("--rounding", default="nearest", help="to uint8: nearest or truncate"),
-    argument("--batch-size", type=int, default=8, metavar="B"),
+    argument("--batch-size", type=int, default=8, metavar="B", help="images at once"),
     argument(
         "--speed-runs",
         type=int,

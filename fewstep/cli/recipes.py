@@ -17,8 +17,8 @@ COMMANDS = Commands()
     "recipes",
     "list the recipes, or copy one to change it",
     argument("action", nargs="?", choices=["list", "copy"], default="list"),
-    argument("name", nargs="?"),
-    argument("to", nargs="?", default="."),
+    argument("name", nargs="?", help="of the one to copy"),
+    argument("to", nargs="?", default=".", help="folder or file"),
 )
 def recipes(args: argparse.Namespace) -> int:
     if args.action == "copy":

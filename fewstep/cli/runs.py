@@ -52,12 +52,12 @@ def replay(args: argparse.Namespace) -> int:
     argument("export", type=Path, metavar="EXPORT", help="export folder, or the run that holds it"),
     argument("--prompt", action="append", help="may be given several times"),
     argument("--teacher", help="the teacher's folder, if it moved"),
-    argument("--steps", type=count),
+    argument("--steps", type=count, help="of the student, where it has several (default: its own)"),
     argument("--num", type=count, default=1, help="images per prompt"),
-    argument("--seed", type=int, default=0),
+    argument("--seed", type=int, default=0, help="of the noise"),
     argument("--scale", type=count, default=1, help="integer enlargement"),
     DEVICE,
-    output("--out", suffixes=PICTURES, default=Path("sample.png")),
+    output("--out", suffixes=PICTURES, default=Path("sample.png"), help="the picture, all images in it"),
 )
 def sample(args: argparse.Namespace) -> int:
     from PIL import Image
