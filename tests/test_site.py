@@ -99,6 +99,11 @@ def commands(text: str) -> list[list[str]]:
     return found
 
 
+def leaves(command: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    inner = [a.choices.values() for a in command._actions if isinstance(a, argparse._SubParsersAction)]
+    return [leaf for one in inner for choice in one for leaf in leaves(choice)] if inner else [command]
+
+
 TEXTS = {**PAGES, **{name: (ROOT / name).read_text() for name in OUTSIDE}}
 COMMANDS = [(page, words) for page, text in TEXTS.items() for words in commands(text)]
 
@@ -127,7 +132,10 @@ def check(words: list[str]) -> None:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
     if words[0] != "fewstep":
         return
-    args, rest = parser().parse_known_args(words[1:])
+    whole = parser()
+    for leaf in leaves(whole):
+        leaf.allow_abbrev = False  # what is shown is spelt out
+    args, rest = whole.parse_known_args(words[1:])
     assert args.takes_overrides or not rest, f"{words}: {rest}"
     if "recipe" in args:
         check_recipe(args.recipe, rest)
@@ -160,6 +168,7 @@ def test_commands_are_read_as_a_shell_reads_them():
         "fewstep train emoji_dmd3_1step",
         "fewstep train emoji_dmd2_1step --train.stepz 3",
         "fewstep eval fid a b --kidd",
+        "fewstep eval fid a b --extract looking:colours",
         "fewstep recipes copy nothing .",
         "make coffee",
         "python eval/nothing.py",
@@ -285,11 +294,6 @@ def test_the_page_of_fields_has_every_part_of_a_recipe():
     assert parts == {hint.__name__ for hint in hints.values() if dataclasses.is_dataclass(hint)} | {
         "RoleConfig"
     }
-
-
-def leaves(command: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    inner = [a.choices.values() for a in command._actions if isinstance(a, argparse._SubParsersAction)]
-    return [leaf for one in inner for choice in one for leaf in leaves(choice)] if inner else [command]
 
 
 def test_the_page_of_commands_has_every_command_with_every_option():
