@@ -379,7 +379,9 @@ def test_the_site_shows_what_belongs_in_place_of_markers(site):
         and "emoji_dmd2_4step" in page
     )
     assert "<!-- options -->" not in page and ":func:" not in page
-    assert (site / "repository" / "eval" / "results" / "emoji_dmd2_4step.json").is_file()
+    for name in ("eval/results/emoji_dmd2_4step.json", "recipes/emoji_dmd2_4step.py"):
+        brought = site / "repository" / (name if name.endswith(".json") else name + ".txt")
+        assert brought.read_text() == (ROOT / name).read_text()
     assert (
         'id="fewstep.diffusion.schedules.Schedule"'
         in (site / "reference" / "api" / "schedules.html").read_text()
