@@ -114,7 +114,12 @@ def pairs(args: argparse.Namespace) -> int:
     argument("family", choices=["llamagen", "var"]),
     argument("--transformer", required=True, help=".safetensors, .pt or .pth"),
     argument("--tokenizer", required=True, help=".safetensors, .pt or .pth"),
-    argument("--tokens", type=int, help="of an image of LlamaGen: 256 at 256 px, 576 at 384 px"),
+    argument(
+        "--tokens", type=int, help="of an image of LlamaGen: 256 at 256 px, 576 at 384 px, 1024 at 512 px"
+    ),
+    argument(
+        "--text-encoder", metavar="F", help="T5 that a LlamaGen of texts was trained with: google/flan-t5-xl"
+    ),
     argument("--top-k", type=int),
     argument("--top-p", type=finite),
     output("--to", required=True, help="folder"),
@@ -125,8 +130,14 @@ def convert(args: argparse.Namespace) -> int:
     from ..tokens.convert import CHECKPOINTS
 
     options = {name: value for name in ("top_k", "top_p") if (value := getattr(args, name)) is not None}
-    if args.tokens and args.family == "llamagen":
-        options["tokens"] = args.tokens
+    own = {"tokens": args.tokens, "text_encoder": args.text_encoder}
+    given = {name: value for name, value in own.items() if value is not None}
+    if given and args.family != "llamagen":
+        name, value = next(iter(given.items()))
+        raise FewstepError(
+            f"--{name.replace('_', '-')} {value}: is of LlamaGen; leave it out for {args.family}"
+        )
+    options |= given
     pipe = CHECKPOINTS[args.family](args.transformer, args.tokenizer, **options)
     with hushed(), replacing(args.to) as part:
         pipe.save_pretrained(part)

@@ -311,13 +311,13 @@ def _gemma():
     return tokenizer, Gemma2Model(config)
 
 
-def _t5():
+def tiny_t5(width: int = 16):
     """Character level, without the library for data files: (tokenizer, encoder)."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(chr(i) for i in range(33, 127))]
     tokenizer = T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0)
-    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return tokenizer, T5EncoderModel(config)
 
 
@@ -325,7 +325,7 @@ def _flux(tokenizer, _pipeline_class, options):
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel
 
-    t5_tokenizer, t5 = _t5()
+    t5_tokenizer, t5 = tiny_t5()
     network = {
         "patch_size": 1,
         "in_channels": 16,  # four latents of four channels
@@ -388,7 +388,7 @@ def _unet2d(_tokenizer, pipeline_class, options):
 def _pixart(_tokenizer, pipeline_class, _options):
     import diffusers
 
-    tokenizer, encoder = _t5()
+    tokenizer, encoder = tiny_t5()
     return getattr(diffusers, pipeline_class)(
         tokenizer=tokenizer,
         text_encoder=encoder,

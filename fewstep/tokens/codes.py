@@ -153,7 +153,10 @@ class CodebookDenoiser:
     def _with_null(self, cond: Cond, rows: int) -> Cond:
         if self.null is None:
             raise ValueError("guidance needs a null condition, and this teacher has none")
-        return Cond.cat(self.null.to(next(iter(cond.tensors.values())).device).expand(rows), cond)
+        null = self.null.to(next(iter(cond.tensors.values())).device).expand(rows)
+        # The null condition stands in the slots of each text, not in those of its padding.
+        kept = {name: cond[name] for name in ("mask",) if name in cond.tensors}
+        return Cond.cat(Cond({**null.tensors, **kept}), cond)
 
     # ------------------------------------------------------------------------------------------------- generation
     @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,24 +95,25 @@ def llamagen(
     tokenizer: str | Path,
     *,
     tokens: int = 256,
-    top_k: int = 8000,
+    top_k: int | None = None,
     top_p: float = 1.0,
+    text_encoder: str | Path | None = None,
 ) -> LlamaGenPipeline:
-    """Class-conditional LlamaGen from its published files, e.g. ``c2i_L_256.pt`` and ``vq_ds16_c2i.pt``.
+    """LlamaGen from its published files, e.g. ``c2i_L_256.pt`` and ``vq_ds16_c2i.pt``, or, conditioned on text,
+    ``t2i_XL_stage1_256.pt`` and ``vq_ds16_t2i.pt``.
 
     Args:
-        tokens: of an image, 256 at 256 px and 576 at 384 px; the files do not say. top_k, top_p: how tokens are drawn.
+        tokens: of an image, 256 at 256 px, 576 at 384 px, 1024 at 512 px; the files do not say.
+        top_k, top_p: how tokens are drawn; by default the 8000 likeliest for classes (Distilled Decoding's, arXiv
+            2510.21003, appendix B.4), the 1000 likeliest for texts (LlamaGen's own).
+        text_encoder: folder or hub id of the T5 encoder that a text model was trained with, google/flan-t5-xl.
 
     Raises:
         FewstepError: files of another model, or of sizes that do not go together.
     """
     gpt, vq = read_weights(transformer), read_weights(tokenizer)
     size, dim = _shape(gpt, "tok_embeddings.weight", str(transformer))
-    if "cls_embedding.embedding_table.weight" not in gpt:
-        raise FewstepError(
-            f"{transformer}: is conditioned on text; its T5 encoder is no part of fewstep: build the LlamaGenPipeline "
-            "from GPT, a text encoder and a tokenizer of your own"
-        )
+    condition, texts = _condition(gpt, text_encoder, str(transformer))
     width = _shape(gpt, "layers.0.feed_forward.w1.weight", str(transformer))[0]
     net = GPT(
         vocab_size=size,
@@ -119,8 +121,8 @@ def llamagen(
         n_layer=_count(gpt, "layers."),
         n_head=32 if dim == 3200 else max(1, dim // 64),
         block_size=tokens,
-        num_classes=gpt["cls_embedding.embedding_table.weight"].shape[0] - 1,
         multiple_of=math.gcd(width, 256),
+        **condition,
     )
     codes, code_dim = _shape(vq, "quantize.embedding.weight", str(tokenizer))
     _same_codes(codes, size, tokenizer, transformer)
@@ -137,7 +139,43 @@ def llamagen(
         vq["quantize.codebook_used"] = torch.zeros(65536)  # a counter that some files lack
     load_weights(net, gpt, str(transformer))
     load_weights(vqvae, vq, str(tokenizer))
-    return LlamaGenPipeline(net.eval(), vqvae.eval(), top_k=top_k, top_p=top_p)
+    if top_k is None:
+        top_k = 1000 if texts else 8000
+    return LlamaGenPipeline(net.eval(), vqvae.eval(), **texts, top_k=top_k, top_p=top_p)
+
+
+def _condition(
+    gpt: dict[str, Tensor], text_encoder: str | Path | None, source: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a published transformer: the network's options, and a pipeline's parts for texts, none for class labels."""
+    if "cls_embedding.embedding_table.weight" in gpt:
+        if text_encoder is not None:
+            raise FewstepError(
+                f"--text-encoder {text_encoder}: {source} is conditioned on class labels; leave it out"
+            )
+        return {"num_classes": gpt["cls_embedding.embedding_table.weight"].shape[0] - 1}, {}
+    slots, width = _shape(gpt, "cls_embedding.uncond_embedding", source)
+    if text_encoder is None:
+        raise FewstepError(
+            f"{source}: is conditioned on text: give --text-encoder, the folder of the T5 encoder that it was trained "
+            "with (google/flan-t5-xl)"
+        )
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    try:
+        encoder = T5EncoderModel.from_pretrained(text_encoder)
+        tokenizer = AutoTokenizer.from_pretrained(text_encoder)
+    except (OSError, ValueError) as error:
+        raise FewstepError(
+            f"--text-encoder {text_encoder}: holds no T5 encoder: {str(error).splitlines()[0]}"
+        ) from error
+    if encoder.config.d_model != width:
+        raise FewstepError(
+            f"--text-encoder {text_encoder}: its features have {encoder.config.d_model} numbers, and {source} reads "
+            f"{width}; give the encoder that it was trained with (google/flan-t5-xl)"
+        )
+    condition = {"num_classes": None, "caption_dim": width, "cls_token_num": slots, "masked": True}
+    return condition, {"text_encoder": encoder.eval(), "tokenizer": tokenizer}
 
 
 def var(

@@ -36,15 +36,15 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(dim, 3 * dim, bias=False)
         self.wo = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, rotation: Tensor, cache: list | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: list | None) -> Tensor:
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, rotation), rotate(k, rotation)
         first = cache is None or not cache
         if cache is not None:
             cache[:] = [k, v] if first else [torch.cat(pair, 2) for pair in zip(cache, (k, v))]
             k, v = cache
-        # Later calls bring one token, which sees everything before it.
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=first)
+        # Later calls bring one token, which sees everything before it that is not masked.
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=first and mask is None)
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
@@ -68,8 +68,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(dim, eps)
         self.ffn_norm = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, rotation: Tensor, cache: list | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, cache)
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: list | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, mask, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -119,6 +119,8 @@ class GPT(ModelMixin, ConfigMixin):
         num_classes: for class conditions (``label``, (B,)), or None for text.
         caption_dim, cls_token_num: width of text features and how many slots they fill (``embeds``,
             (B, cls_token_num, caption_dim), and ``null``, (B,)).
+        masked: texts come with a ``mask`` (B, cls_token_num), 0 where a slot is padding: nothing but the slot itself
+            sees it. So the published text models were trained.
         multiple_of: the feed-forward width is rounded up to it.
         rotated_condition: False as published: queries and keys of condition slots are zero, so every token weighs them
             equally. True leaves them as they are, without a rotation.
@@ -141,6 +143,7 @@ class GPT(ModelMixin, ConfigMixin):
         rope_base: float = 10000.0,
         rotated_condition: bool = False,
         code_dim: int | None = None,
+        masked: bool = False,
     ):
         super().__init__()
         if num_classes is None:
@@ -169,15 +172,30 @@ class GPT(ModelMixin, ConfigMixin):
     def width(self) -> int:
         return self.config.dim
 
-    def _run(self, x: Tensor, start: int = 0, cache: list | None = None) -> Tensor:
+    def _run(self, x: Tensor, cond: Cond, start: int = 0, cache: list | None = None) -> Tensor:
         rotation = self.rotation[:, start : start + x.shape[1]].to(x.dtype)
+        mask = self._mask(cond, start, start + x.shape[1])
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotation, None if cache is None else cache[i])
+            x = layer(x, rotation, mask, None if cache is None else cache[i])
         return self.norm(x)
 
+    def _mask(self, cond: Cond, start: int, end: int) -> Tensor | None:
+        """Which slots before ``end`` each from ``start`` on sees, (B, 1, end - start, end); None: all up to itself."""
+        if not self.config.masked:
+            return None
+        given = cond["mask"].bool()
+        there = torch.cat([given, given.new_ones(len(given), end - given.shape[1])], 1)
+        slots = torch.arange(end, device=given.device)
+        rows = slots[start:, None]
+        return ((slots <= rows) & there[:, None] | (slots == rows))[:, None]
+
     def condition(self, cond: Cond) -> Tensor:
-        """One vector per sample (B, dim)."""
-        return self.cls_embedding(cond).mean(1)
+        """One vector per sample (B, dim), the mean of its slots."""
+        slots = self.cls_embedding(cond)
+        if not self.config.masked:
+            return slots.mean(1)
+        weight = cond["mask"].to(slots)[..., None]
+        return (slots * weight).sum(1) / weight.sum(1).clamp(min=1)
 
     def features(self, tokens: Tensor, cond: Cond) -> Tensor:
         """(B, n, dim); feature i depends on the condition and on the tokens before the i-th.
@@ -187,7 +205,7 @@ class GPT(ModelMixin, ConfigMixin):
         """
         slots = self.cls_embedding(cond)
         x = torch.cat([slots, self.tok_embeddings(tokens[:, :-1])], 1)
-        return self._run(x)[:, slots.shape[1] - 1 :]
+        return self._run(x, cond)[:, slots.shape[1] - 1 :]
 
     def aligned_features(self, tokens: Tensor, marks: Tensor, cond: Cond) -> Tensor:
         """(B, n, dim); feature i depends on the tokens up to the i-th, itself included.
@@ -196,7 +214,9 @@ class GPT(ModelMixin, ConfigMixin):
             marks: (B, n, dim), added to the embedded tokens.
         """
         slots = self.cls_embedding(cond)
-        return self._run(torch.cat([slots, self.tok_embeddings(tokens) + marks], 1))[:, slots.shape[1] :]
+        return self._run(torch.cat([slots, self.tok_embeddings(tokens) + marks], 1), cond)[
+            :, slots.shape[1] :
+        ]
 
     def logits(self, features: Tensor, cond: Cond) -> Tensor:
         """Logits (..., V), fp32."""
@@ -213,12 +233,12 @@ class GPT(ModelMixin, ConfigMixin):
         x = self.cls_embedding(cond)
         if prefix is not None:
             x = torch.cat([x, self.tok_embeddings(prefix)], 1)
-        return self.logits(self._run(x, 0, cache)[:, -1:], cond), cache
+        return self.logits(self._run(x, cond, 0, cache)[:, -1:], cond), cache
 
     def step(self, tokens: Tensor, group: int, cond: Cond, cache: list) -> Tensor:
         """Logits (B, 1, V) of group ``group + 1``, given the cache and the tokens (B, 1) of group ``group``."""
         slots = self.config.cls_token_num
-        return self.logits(self._run(self.tok_embeddings(tokens), slots + group, cache), cond)
+        return self.logits(self._run(self.tok_embeddings(tokens), cond, slots + group, cache), cond)
 
     def reading_codes(self, codes: Tensor, aligned: bool) -> GPT:
         """A copy that reads embeddings (B, n, C) instead of indices: the linear layer closest to the table.

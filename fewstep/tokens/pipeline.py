@@ -38,7 +38,7 @@ class AutoregressivePipeline(DiffusionPipeline):
     Args:
         transformer: a teacher (``GPT``, ``VAR``) or a student (``ParallelStudent``, ``CausalStudent``).
         vqvae: tokenizer; codes and decoder are used.
-        text_encoder, tokenizer: CLIP's, for text conditions; None for class labels.
+        text_encoder, tokenizer: CLIP's or T5's, for text conditions; None for class labels.
         temperature, top_k, top_p: how a teacher draws tokens.
         entries: first unknown token of each step of a DD1 student.
     """
@@ -86,21 +86,28 @@ class AutoregressivePipeline(DiffusionPipeline):
     def encode_prompt(self, prompt: Sequence[str | int]) -> Cond:
         """Conditions of texts, or of class labels given as numbers.
 
+        LlamaGen's texts are put into small letters; its authors also take links, markup and brackets out of them.
+
         Raises:
             FewstepError: a label that is no class of this model.
         """
         config = self.backbone.config
         if config.num_classes is not None:
             return Cond({"label": self._labels(prompt, config.num_classes).to(self.device)})
-        ids = self.tokenizer(
-            list(prompt),
+        texts = [str(text).lower().strip() for text in prompt] if config.masked else list(prompt)
+        read = self.tokenizer(
+            texts,
             padding="max_length",
             truncation=True,
             max_length=config.cls_token_num,
             return_tensors="pt",
-        ).input_ids
-        hidden = self.text_encoder(ids.to(self.text_encoder.device), output_hidden_states=True).hidden_states
-        return Cond({"embeds": hidden[-2].float(), "null": torch.zeros(len(ids), device=hidden[-2].device)})
+        ).to(self.text_encoder.device)
+        null = torch.zeros(len(texts), device=self.text_encoder.device)
+        if config.masked:
+            hidden = self.text_encoder(read.input_ids, attention_mask=read.attention_mask).last_hidden_state
+            return Cond({**padded_left(hidden.float(), read.attention_mask), "null": null})
+        hidden = self.text_encoder(read.input_ids, output_hidden_states=True).hidden_states[-2]
+        return Cond({"embeds": hidden.float(), "null": null})
 
     def _labels(self, prompt: Sequence[str | int], classes: int) -> Tensor:
         for label in prompt:
@@ -117,7 +124,10 @@ class AutoregressivePipeline(DiffusionPipeline):
         if config.num_classes is not None:
             return Cond({"label": torch.tensor([config.num_classes], device=self.device)})
         embeds = torch.zeros(1, config.cls_token_num, config.caption_dim, device=self.device)
-        return Cond({"embeds": embeds, "null": torch.ones(1, device=self.device)})
+        mask = {"mask": torch.ones(embeds.shape[:2], dtype=torch.long, device=self.device)}
+        return Cond(
+            {"embeds": embeds, **(mask if config.masked else {}), "null": torch.ones(1, device=self.device)}
+        )
 
     # -------------------------------------------------------------------------------------------------- tokens
     @property
@@ -271,6 +281,14 @@ class VARPipeline(AutoregressivePipeline):
 
 def _output(images, return_dict: bool):
     return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def padded_left(embeds: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Features (B, L, D) of texts, padding last -> ``embeds`` and ``mask`` as LlamaGen's text models read them: padding
+    first, and zero."""
+    order = mask.argsort(dim=1, stable=True)  # padding, then the text as it was
+    mask = mask.gather(1, order)
+    return {"embeds": embeds.gather(1, order[..., None].expand_as(embeds)) * mask[..., None], "mask": mask}
 
 
 def codes_of(vqvae) -> Tensor:

@@ -19,6 +19,7 @@ from fewstep.diffusion.cond import Cond
 from fewstep.diffusion.rng import Rng
 from fewstep.errors import FewstepError, RecipeError
 from fewstep.teachers.ar import Autoregressive
+from fewstep.teachers.tiny import tiny_t5
 from fewstep.tokens.codes import CodebookDenoiser, Law
 from fewstep.tokens.convert import llamagen, load_weights, read_weights, var
 from fewstep.tokens.llamagen import GPT, LlamaGenVQ, rotate
@@ -769,3 +770,77 @@ def test_a_text_pipeline_reads_prompts_and_tokenizers_of_diffusers_fit(tmp_path)
     assert pipe.tokenize(torch.zeros(1, 3, 64, 64)).equal(own)
     images = decode_codes(vq, pipe.codes[own])
     assert torch.allclose(images, vq.decode(vq.encode(torch.zeros(1, 3, 64, 64)).latents).sample, atol=1e-4)
+
+
+def text_pipeline(folder, width=16):
+    """A LlamaGen of texts as `fewstep convert` makes it: T5 before it, padding first and masked."""
+    net = small_gpt(num_classes=None, caption_dim=width, cls_token_num=12)
+    for name, part in (("transformer", net), ("tokenizer", LlamaGenVQ(16, 8, z_channels=32, **SMALL))):
+        torch.save({"model": part.state_dict()}, folder / f"{name}.pt")
+    for part in tiny_t5():
+        part.save_pretrained(folder / "t5")
+    return [folder / "transformer.pt", folder / "tokenizer.pt"], folder / "t5"
+
+
+def test_a_converted_text_model_reads_prompts_padding_first(tmp_path):
+    files, encoder = text_pipeline(tmp_path)
+    pipe = llamagen(*files, tokens=9, text_encoder=encoder)
+    assert pipe.config.top_k == 1000 and pipe.transformer.config.masked
+    cond = pipe.encode_prompt(["Cat ", "a red dog"])
+    length = [5, 11]  # a mark for the first word, the characters and the end
+    for row, count in enumerate(length):
+        assert cond["mask"][row].tolist() == [0] * (12 - count) + [1] * count
+        assert cond["embeds"][row, : 12 - count].eq(0).all()
+    ids = pipe.tokenizer("cat", return_tensors="pt").input_ids
+    alone = pipe.text_encoder(ids).last_hidden_state[0]
+    assert torch.allclose(cond["embeds"][0, 7:], alone, atol=1e-5)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = LlamaGenPipeline.from_pretrained(tmp_path / "saved")
+    call = {"guidance_scale": 7.5, "output_type": "latent"}
+    made = [p("cat", generator=torch.Generator().manual_seed(0), **call).images for p in (pipe, again)]
+    assert made[0].equal(made[1])
+
+
+def test_students_of_a_text_model_see_no_padding_either(tmp_path):
+    files, encoder = text_pipeline(tmp_path)
+    pipe = llamagen(*files, tokens=9, text_encoder=encoder)
+    cond = pipe.encode_prompt(["cat", "a red dog"])
+    noise = torch.where(cond["mask"][..., None] == 0, 9.0, cond["embeds"])
+    other = Cond({**cond.tensors, "embeds": noise})
+    parallel = ParallelStudent.of(pipe.transformer, pipe.codes, split=4)
+    causal = CausalStudent.of(pipe.transformer, pipe.codes, head_width=16, head_depth=1)
+    x, ones = Rng("x").normal(2, 9, 8), torch.ones(2, 9, 1)
+    for made in (lambda c: torch.cat(parallel(x, ones, c), -1), lambda c: causal.context(x, c)["features"]):
+        assert made(cond).equal(made(other))
+        moved = Cond({**cond.tensors, "embeds": cond["embeds"] + cond["mask"][..., None]})
+        assert not torch.allclose(made(cond), made(moved))
+    # Its slots are averaged where they hold a text.
+    slots = pipe.transformer.cls_embedding(cond)
+    assert torch.allclose(pipe.transformer.condition(cond)[0], slots[0, 7:].mean(0), atol=1e-5)
+
+
+def test_a_text_model_is_distilled_from_prompts(tmp_path):
+    from fewstep.runs.session import execute
+    from fewstep.teachers import load_teacher
+
+    files, encoder = text_pipeline(tmp_path)
+    llamagen(*files, tokens=9, text_encoder=encoder).save_pretrained(tmp_path / "teacher")
+    teacher = load_teacher(str(tmp_path / "teacher"))
+    folder = execute(recipe_of("dd1", teacher, tmp_path))
+    assert json.loads((folder / "export" / "fewstep.json").read_text())["student"] == "ParallelStudent"
+
+
+def test_text_encoders_must_be_those_of_the_model(tmp_path):
+    files, encoder = text_pipeline(tmp_path)
+    with pytest.raises(FewstepError, match=r"transformer\.pt: is conditioned on text: give --text-encoder"):
+        llamagen(*files, tokens=9)
+    with pytest.raises(FewstepError, match=r"--text-encoder .*nowhere: holds no T5 encoder"):
+        llamagen(*files, tokens=9, text_encoder=tmp_path / "nowhere")
+    (tmp_path / "wide").mkdir()
+    (tmp_path / "classes").mkdir()
+    wide, _ = text_pipeline(tmp_path / "wide", width=20)
+    with pytest.raises(FewstepError, match=r"its features have 16 numbers, and .* reads 20"):
+        llamagen(*wide, tokens=9, text_encoder=encoder)
+    _, classes = published(tmp_path / "classes", "llamagen")
+    with pytest.raises(FewstepError, match=r"--text-encoder .*conditioned on class labels"):
+        llamagen(*classes, tokens=9, text_encoder=encoder)

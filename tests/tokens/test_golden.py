@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fewstep.diffusion.cond import Cond
+from fewstep.teachers.tiny import tiny_t5
 from fewstep.tokens.codes import CodebookDenoiser, Law
 from fewstep.tokens.convert import llamagen, var
 from fewstep.tokens.pipeline import decode_codes
@@ -33,19 +34,38 @@ def pipeline(name, folder):
     """As `fewstep convert` makes it of the published files."""
     if name.startswith("var"):
         return var(checkpoint(name, folder), checkpoint("var_vqvae", folder))
-    side = about(name)["config"]["block_size"]
-    return llamagen(checkpoint(name, folder), checkpoint("llamagen_vq", folder), tokens=side)
+    config = about(name)["config"]
+    return llamagen(
+        checkpoint(name, folder),
+        checkpoint("llamagen_vq", folder),
+        tokens=config["block_size"],
+        text_encoder=encoder_of(config["caption_dim"], folder) if "caption_dim" in config else None,
+    )
 
 
-MODELS = ("var_l2", "var_nol2", "llamagen_c2i")
+def encoder_of(width, folder):
+    for part in tiny_t5(width):
+        part.save_pretrained(folder / "t5")
+    return folder / "t5"
+
+
+def conditions(name, io, labels="labels"):
+    if "embeddings" not in io:
+        return Cond({"label": io[labels].long()})
+    null = torch.zeros(len(io["embeddings"]))
+    return Cond({"embeds": io["embeddings"], "mask": io["text_mask"].long(), "null": null})
+
+
+MODELS = ("var_l2", "var_nol2", "llamagen_c2i", "llamagen_t2i")
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_the_authors(name, tmp_path):
     io, pipe = arrays(f"{name}.io"), pipeline(name, tmp_path)
     with torch.no_grad():
-        logits = pipe.transformer(io["tokens"].long(), Cond({"label": io["labels"].long()}))
-    assert io["logits"].std() > 1 and (io["labels"] == 5).any()  # the null class among them
+        logits = pipe.transformer(io["tokens"].long(), conditions(name, io))
+    assert io["logits"].std() > 1
+    assert "labels" not in io or (io["labels"] == 5).any()  # the null class among them
     torch.testing.assert_close(logits, io["logits"], rtol=0, atol=1e-4)
 
 
@@ -53,7 +73,7 @@ def test_logits_are_the_authors(name, tmp_path):
 def test_tokens_are_drawn_from_the_authors_law(name, tmp_path):
     """With the same uniform numbers: guidance, its ramp, temperature, top-k, top-p and the cache, token by token."""
     io, pipe = arrays(f"{name}.io"), pipeline(name, tmp_path)
-    labels = Cond({"label": io["gen_labels"].long()})
+    cond = conditions(name, io, "gen_labels")
     tried = 0
     for i, how in enumerate(about(name)["generations"]):
         if "cfg_interval" in how:  # guidance in the first steps only, which no caller here asks for
@@ -61,12 +81,27 @@ def test_tokens_are_drawn_from_the_authors_law(name, tmp_path):
         law = Law(how.get("temperature", 1.0), how["top_k"], how["top_p"] or 1.0)
         guidance = how.get("cfg_scale", 1 + how.get("cfg", 0.0))
         teacher = CodebookDenoiser(pipe.transformer, pipe.codes, law, pipe.null())
-        tokens = teacher.sample(io[f"gen{i}_uniforms_f64"], labels, guidance=guidance)
+        tokens = teacher.sample(io[f"gen{i}_uniforms_f64"], cond, guidance=guidance)
         assert tokens.equal(io[f"gen{i}_tokens"].long())
-        found = teacher.context(tokens, labels, guidance=guidance)["log_prob"].exp()
+        found = teacher.context(tokens, cond, guidance=guidance)["log_prob"].exp()
         torch.testing.assert_close(found, io[f"gen{i}_probs"], rtol=0, atol=1e-4)
         tried += 1
-    assert tried >= 3
+    assert tried >= (2 if name == "llamagen_t2i" else 3)
+
+
+def test_padding_of_a_text_is_seen_by_no_token_guided_or_not(tmp_path):
+    io, pipe = arrays("llamagen_t2i.io"), pipeline("llamagen_t2i", tmp_path)
+    net, tokens, cond = pipe.transformer, io["tokens"].long(), conditions("llamagen_t2i", io)
+    assert (io["logits"] - io["logits_without_mask"]).abs().max() > 1  # the file can tell
+    with torch.no_grad():
+        everywhere = Cond({**cond.tensors, "mask": torch.ones_like(cond["mask"])})
+        torch.testing.assert_close(net(tokens, everywhere), io["logits_without_mask"], rtol=0, atol=1e-4)
+        # the null embedding stands in every slot, and is seen in those of the text
+        without = pipe.teacher()._with_null(cond, len(tokens)).rows(slice(len(tokens)))
+        torch.testing.assert_close(net(tokens, without), io["logits_uncond"], rtol=0, atol=1e-4)
+        assert net._mask(cond, 0, 130).diagonal(dim1=2, dim2=3).all()  # seeing nothing is NaN in some kernels
+        noise = torch.where(cond["mask"][..., None] == 0, 9.0, cond["embeds"])
+        assert net(tokens, Cond({**cond.tensors, "embeds": noise})).equal(net(tokens, cond))
 
 
 @pytest.mark.parametrize("name", ["var_l2", "var_nol2"])
