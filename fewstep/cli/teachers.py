@@ -108,9 +108,16 @@ def pairs(args: argparse.Namespace) -> int:
     return 0
 
 
+def _entries(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: expected numbers of tokens, such as 0,80")
+    return [int(part) for part in parts]
+
+
 @COMMANDS.command(
     "convert",
-    "published weights of an autoregressive model as a teacher's folder",
+    "published weights of an autoregressive model as a teacher's folder, of a student of one as an export",
     argument("family", choices=["llamagen", "var"]),
     argument("--transformer", required=True, help=".safetensors, .pt or .pth"),
     argument("--tokenizer", required=True, help=".safetensors, .pt or .pth"),
@@ -122,25 +129,40 @@ def pairs(args: argparse.Namespace) -> int:
     ),
     argument("--top-k", type=int),
     argument("--top-p", type=finite),
+    argument("--split", type=int, help="of a student (VAR-DD, LlamaGen-DD): tokens that its logits decide"),
+    argument(
+        "--entries", type=_entries, metavar="0,80", help="of a student: tokens at which its steps begin"
+    ),
     output("--to", required=True, help="folder"),
 )
 def convert(args: argparse.Namespace) -> int:
-    """Published checkpoints as a pipeline folder that recipes take as their teacher."""
+    """Published checkpoints as a pipeline folder that recipes take as their teacher, or as an export."""
+    from ..export.tokens import export_released
     from ..teachers.pipelines import hushed
     from ..tokens.convert import CHECKPOINTS
+    from ..tokens.students import TokenStudent
 
-    options = {name: value for name in ("top_k", "top_p") if (value := getattr(args, name)) is not None}
-    own = {"tokens": args.tokens, "text_encoder": args.text_encoder}
-    given = {name: value for name, value in own.items() if value is not None}
-    if given and args.family != "llamagen":
-        name, value = next(iter(given.items()))
-        raise FewstepError(
-            f"--{name.replace('_', '-')} {value}: is of LlamaGen; leave it out for {args.family}"
-        )
-    options |= given
+    of = {"tokens": "LlamaGen", "text_encoder": "LlamaGen"} | dict.fromkeys(("top_k", "top_p"), "a teacher")
+    of |= dict.fromkeys(("split", "entries"), "a student")
+    options = {name: value for name in of if (value := getattr(args, name)) is not None}
+
+    def refuse(whose: str) -> None:
+        for name in (name for name in options if of[name] == whose):
+            raise FewstepError(
+                f"--{name.replace('_', '-')} {options[name]}: is of {whose}, and {args.transformer} is none; leave it "
+                "out"
+            )
+
+    if args.family != "llamagen":
+        refuse("LlamaGen")
     pipe = CHECKPOINTS[args.family](args.transformer, args.tokenizer, **options)
+    student = isinstance(pipe.transformer, TokenStudent)
+    refuse("a teacher" if student else "a student")
     with hushed(), replacing(args.to) as part:
-        pipe.save_pretrained(part)
+        if student:
+            export_released(part, pipe, Path(args.transformer).name)
+        else:
+            pipe.save_pretrained(part)
     print(args.to)
     return 0
 

@@ -181,7 +181,9 @@ def _task(record: Mapping[str, Any]) -> str:
 def _about_sampling(record: Mapping[str, Any]) -> list[str]:
     """Guidance, times, and what happens at other numbers of steps."""
     taught, told = record.get("guidance_scale", 1.0), record["call"].get("guidance_scale", 0.0)
-    if told > 1:
+    if "released" in record:
+        about = ["No guidance at sampling: the teacher's is distilled in."]
+    elif told > 1:
         about = [f"It is told its guidance scale, {told}; there is no further guidance at sampling."]
     else:
         about = [f"No guidance at sampling (the teacher's, {taught}, is distilled in)."]
@@ -242,9 +244,21 @@ def _plural(steps: int) -> str:
     return "step" if steps == 1 else "steps"
 
 
+def _made(record: Mapping[str, Any], teacher: str) -> str:
+    steps, fewstep = record["num_steps"], f"fewstep {record['fewstep']}"
+    if "released" in record:
+        return (
+            f"A {steps}-step student of {teacher}, distilled with {record['method']} by its authors, released as "
+            f"`{record['released']}`; {fewstep} converted that file."
+        )
+    return (
+        f"A {steps}-step student of `{teacher}`, distilled with {record['method']} by {fewstep} (recipe "
+        f"{record.get('recipe', 'unknown')})."
+    )
+
+
 def model_card(record: Mapping[str, Any]) -> str:
     """README.md with the front matter the hub reads."""
-    steps = record["num_steps"]
     several = (
         [
             f"It is {len(record['parts'])} students, each for a part of the prompts; the router, a tree of half-spaces "
@@ -257,6 +271,8 @@ def model_card(record: Mapping[str, Any]) -> str:
     teacher, relation = str(record["teacher"]), "adapter" if record["kind"] == "lora" else "finetune"
     base = [f"base_model: {json.dumps(teacher)}", f"base_model_relation: {relation}"]
     run = "Run in this folder:"
+    if "released" in record:  # of a teacher that is known by its name
+        base = []
     if _lies_here(record):
         teacher, base = os.path.basename(teacher), []
         run = "Run in this folder; `fewstep.json` says where the teacher is:"
@@ -273,8 +289,7 @@ def model_card(record: Mapping[str, Any]) -> str:
             *front,
             f"# {record.get('title', 'student')}",
             "",
-            f"A {steps}-step student of `{teacher}`, distilled with {record['method']} by fewstep "
-            f"{record['fewstep']} (recipe {record.get('recipe', 'unknown')}).",
+            _made(record, teacher),
             "",
             *several,
             run,

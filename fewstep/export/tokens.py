@@ -12,7 +12,9 @@ from ..errors import RecipeError
 from ..teachers.base import Teacher
 from ..teachers.pipelines import hushed
 from ..tokens.entries import EntryStudent
-from .target import Edition, Target, Weights
+from ..tokens.pipeline import AutoregressivePipeline
+from ..version import __version__
+from .target import Edition, Target, Weights, describe
 
 
 class Tokens(Target):
@@ -49,6 +51,36 @@ class Tokens(Target):
             type(pipe)(**parts, **config).save_pretrained(folder / "pipeline")
 
     def particulars(self) -> dict[str, Any]:
-        calls = {str(k): {"call": {"num_inference_steps": k}} for k in range(1, self.student.num_steps + 1)}
-        found = {"student": type(self.net).__name__, **calls[str(self.student.num_steps)]}
-        return found | ({"steps": calls} if len(calls) > 1 else {})  # fewer steps are the first ones
+        return _sampled(type(self.net).__name__, self.student.num_steps)
+
+
+def _sampled(network: str, num_steps: int) -> dict[str, Any]:
+    """Of the record: the student's class, and the calls at each number of steps."""
+    calls = {str(k): {"call": {"num_inference_steps": k}} for k in range(1, num_steps + 1)}
+    found = {"student": network, **calls[str(num_steps)]}
+    return found | ({"steps": calls} if len(calls) > 1 else {})  # fewer steps are the first ones
+
+
+def export_released(folder: Path, pipe: AutoregressivePipeline, source: str) -> None:
+    """The export folder of a student that others trained and released.
+
+    Args:
+        source: name of the file that it came in.
+    """
+    pipe.save_pretrained(folder / "pipeline")
+    family = type(pipe.backbone).__name__
+    record = {
+        "fewstep": __version__,
+        "method": "dd1",
+        "title": Path(source).stem,
+        "released": source,
+        "teacher": {"GPT": "LlamaGen"}.get(family, family),
+        "pipeline_class": type(pipe).__name__,
+        "kind": "full",
+        "num_steps": pipe.student().num_steps,
+        "resolution": pipe.resolution,
+        "latent_shape": [pipe.num_tokens, pipe.codes.shape[1]],
+        "dtype": "float32",
+        **_sampled(type(pipe.transformer).__name__, pipe.student().num_steps),
+    }
+    describe(folder, record)

@@ -8,67 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import FewstepError
+from . import released
 from .llamagen import GPT, LlamaGenVQ
-from .pipeline import LlamaGenPipeline, VARPipeline
+from .pipeline import LlamaGenPipeline, VARPipeline, codes_of
+from .state import load_weights, read_weights
 from .var import PATCHES, PATCHES_512, VAR, MultiScaleVQ
 
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of a torch file read with ``weights_only`` (bare, or under a usual name).
-
-    Raises:
-        FewstepError: no such file, or one that holds no tensors by name.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FewstepError(f"{path} does not exist; expected a .safetensors, .pt or .pth file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each loader raises its own kinds
-        raise FewstepError(f"{path}: cannot be read as weights: {str(error).splitlines()[0]}") from error
-    for name in ("model", "module", "state_dict", "ema", "trainer"):
-        if isinstance(state, dict) and isinstance(state.get(name), dict):
-            state = state[name]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FewstepError(
-            f"{path}: expected tensors by name, at the top or under model, module or state_dict"
-        )
-    return state
-
-
-def load_weights(
-    module: nn.Module, state: dict[str, Tensor], source: str, unused: Sequence[str] = ()
-) -> None:
-    """Strictly, with every fault listed at once.
-
-    Args:
-        unused: names that published files carry and this module does without.
-
-    Raises:
-        FewstepError: keys are missing, left over, or of another shape.
-    """
-    mine = {name: value for name, value in module.state_dict().items() if not name.startswith("pyramid.")}
-    state = {name: value for name, value in state.items() if name not in unused}
-    faults = [f"missing {name}" for name in mine if name not in state]
-    faults += [f"left over {name}" for name in state if name not in mine]
-    faults += [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
-        for name, value in mine.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise FewstepError(
-            f"{source}: does not fit {type(module).__name__}, {len(faults)} keys: {'; '.join(faults[:20])}{more}"
-        )
-    module.load_state_dict({name: value.float() for name, value in state.items()}, strict=False)
+MASKS = ("lvl_1L", "attn_bias_for_masking")  # constants that VAR's files carry
 
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:
@@ -98,34 +47,48 @@ def llamagen(
     top_k: int | None = None,
     top_p: float = 1.0,
     text_encoder: str | Path | None = None,
+    split: int | None = None,
+    entries: Sequence[int] | None = None,
 ) -> LlamaGenPipeline:
     """LlamaGen from its published files, e.g. ``c2i_L_256.pt`` and ``vq_ds16_c2i.pt``, or, conditioned on text,
-    ``t2i_XL_stage1_256.pt`` and ``vq_ds16_t2i.pt``.
+    ``t2i_XL_stage1_256.pt`` and ``vq_ds16_t2i.pt``; or its student by Distilled Decoding, ``llamagen-L.pt``.
 
     Args:
         tokens: of an image, 256 at 256 px, 576 at 384 px, 1024 at 512 px; the files do not say.
         top_k, top_p: how tokens are drawn; by default the 8000 likeliest for classes (Distilled Decoding's, arXiv
             2510.21003, appendix B.4), the 1000 likeliest for texts (LlamaGen's own).
         text_encoder: folder or hub id of the T5 encoder that a text model was trained with, google/flan-t5-xl.
+        split, entries: of a student, see :func:`fewstep.tokens.released.student`.
 
     Raises:
         FewstepError: files of another model, or of sizes that do not go together.
     """
-    gpt, vq = read_weights(transformer), read_weights(tokenizer)
-    size, dim = _shape(gpt, "tok_embeddings.weight", str(transformer))
-    condition, texts = _condition(gpt, text_encoder, str(transformer))
-    width = _shape(gpt, "layers.0.feed_forward.w1.weight", str(transformer))[0]
+    gpt, vq, source = read_weights(transformer), read_weights(tokenizer), str(transformer)
+    size, dim = _shape(gpt, "output.weight", source)
+    condition, texts = _condition(gpt, text_encoder, source)
+    vqvae = _llamagen_tokenizer(vq, str(tokenizer))
+    _same_codes(vqvae.config.num_codes, size, tokenizer, transformer)
     net = GPT(
         vocab_size=size,
         dim=dim,
         n_layer=_count(gpt, "layers."),
         n_head=32 if dim == 3200 else max(1, dim // 64),
         block_size=tokens,
-        multiple_of=math.gcd(width, 256),
+        multiple_of=math.gcd(_shape(gpt, "layers.0.feed_forward.w1.weight", source)[0], 256),
+        code_dim=vqvae.config.code_dim if released.is_student(gpt) else None,
         **condition,
     )
-    codes, code_dim = _shape(vq, "quantize.embedding.weight", str(tokenizer))
-    _same_codes(codes, size, tokenizer, transformer)
+    if released.is_student(gpt):
+        made, steps = released.student(net, codes_of(vqvae), gpt, source, dim, split, entries)
+        return LlamaGenPipeline(made, vqvae, entries=steps)
+    load_weights(net, gpt, source)
+    if top_k is None:
+        top_k = 1000 if texts else 8000
+    return LlamaGenPipeline(net.eval(), vqvae, **texts, top_k=top_k, top_p=top_p)
+
+
+def _llamagen_tokenizer(vq: dict[str, Tensor], source: str) -> LlamaGenVQ:
+    codes, code_dim = _shape(vq, "quantize.embedding.weight", source)
     ch = vq["encoder.conv_in.weight"].shape[0]
     vqvae = LlamaGenVQ(
         codes,
@@ -137,11 +100,8 @@ def llamagen(
     )
     if "quantize.codebook_used" not in vq:
         vq["quantize.codebook_used"] = torch.zeros(65536)  # a counter that some files lack
-    load_weights(net, gpt, str(transformer))
-    load_weights(vqvae, vq, str(tokenizer))
-    if top_k is None:
-        top_k = 1000 if texts else 8000
-    return LlamaGenPipeline(net.eval(), vqvae.eval(), **texts, top_k=top_k, top_p=top_p)
+    load_weights(vqvae, vq, source)
+    return vqvae.eval()
 
 
 def _condition(
@@ -179,43 +139,63 @@ def _condition(
 
 
 def var(
-    transformer: str | Path, tokenizer: str | Path, *, top_k: int = 900, top_p: float = 0.95
+    transformer: str | Path,
+    tokenizer: str | Path,
+    *,
+    top_k: int = 900,
+    top_p: float = 0.95,
+    split: int | None = None,
+    entries: Sequence[int] | None = None,
 ) -> VARPipeline:
-    """VAR from its published files, e.g. ``var_d16.pth`` and ``vae_ch160v4096z32.pth``.
+    """VAR from its published files, e.g. ``var_d16.pth`` and ``vae_ch160v4096z32.pth``; or its student by Distilled
+    Decoding, ``var-d16.pth``.
 
     Args:
         top_k, top_p: how tokens are drawn; these are Distilled Decoding's (arXiv 2510.21003, appendix B.4).
+        split, entries: of a student, see :func:`fewstep.tokens.released.student`.
 
     Raises:
         FewstepError: files of another model, or of sizes that do not go together.
     """
-    net_state, vq = read_weights(transformer), read_weights(tokenizer)
-    width, code_dim = _shape(net_state, "word_embed.weight", str(transformer))
-    slots = _shape(net_state, "pos_1LC", str(transformer))[1]
-    scales = _shape(net_state, "lvl_embed.weight", str(transformer))[0]
+    state, vq, source = read_weights(transformer), read_weights(tokenizer), str(transformer)
+    width, code_dim = _shape(state, "word_embed.weight", source)
+    aligned = released.is_student(state)  # with one more slot, a scale of its own
+    slots = _shape(state, "pos_1LC", source)[1] - aligned
+    scales = _shape(state, "lvl_embed.weight", source)[0] - aligned
     known = {sum(side * side for side in p): p for p in (PATCHES, PATCHES_512)}
-    patches = known.get(slots) or _small_patches(scales, slots, str(transformer))
-    codes = _shape(vq, "quantize.embedding.weight", str(tokenizer))
-    size = _shape(net_state, "head.weight", str(transformer))[0]
-    _same_codes(codes[0], size, tokenizer, transformer)
-    depth = _count(net_state, "blocks.")
-    l2_norm = "blocks.0.attn.scale_mul_1H11" in net_state
-    heads = net_state["blocks.0.attn.scale_mul_1H11"].shape[1] if l2_norm else depth
+    patches = known.get(slots) or _small_patches(scales, slots, source)
+    vqvae = _var_tokenizer(vq, str(tokenizer), patches)
+    size, depth = _shape(state, "head.weight", source)[0], _count(state, "blocks.")
+    _same_codes(vqvae.config.num_codes, size, tokenizer, transformer)
+    l2_norm = "blocks.0.attn.scale_mul_1H11" in state
     net = VAR(
         vocab_size=size,
         code_dim=code_dim,
         depth=depth,
         width=width,
-        heads=heads,
-        num_classes=net_state["class_emb.weight"].shape[0] - 1,
+        heads=state["blocks.0.attn.scale_mul_1H11"].shape[1] if l2_norm else depth,
+        num_classes=state["class_emb.weight"].shape[0] - 1,
         patch_nums=patches,
         attn_l2_norm=l2_norm,
-        mlp_ratio=net_state["blocks.0.ffn.fc1.weight"].shape[0] / width,
-        num_codes=codes[0],
+        mlp_ratio=state["blocks.0.ffn.fc1.weight"].shape[0] / width,
+        num_codes=vqvae.config.num_codes,
+        aligned=aligned,
     )
+    net.pyramid.take(vqvae.quantize)
+    state = {name: value for name, value in state.items() if name not in MASKS}
+    if aligned:
+        made, steps = released.student(net, codes_of(vqvae), state, source, depth, split, entries)
+        return VARPipeline(made, vqvae, entries=steps)
+    load_weights(net, state, source)
+    return VARPipeline(net.eval(), vqvae, top_k=top_k, top_p=top_p)
+
+
+def _var_tokenizer(vq: dict[str, Tensor], source: str, patches: Sequence[int]) -> MultiScaleVQ:
+    codes, code_dim = _shape(vq, "quantize.embedding.weight", source)
     ch = vq["encoder.conv_in.weight"].shape[0]
     vqvae = MultiScaleVQ(
-        *codes,
+        codes,
+        code_dim,
         ch=ch,
         ch_mult=_multiples(vq, "encoder.down.{}.block.0.conv1.weight", ch),
         blocks=_count(vq, "encoder.down.0.block."),
@@ -223,10 +203,8 @@ def var(
     )
     # The tokenizer's usage counter is per scale of its own training, which was at 256 px.
     vq["quantize.ema_vocab_hit_SV"] = vqvae.quantize.ema_vocab_hit_SV
-    load_weights(net, net_state, str(transformer), ("lvl_1L", "attn_bias_for_masking"))
-    load_weights(vqvae, vq, str(tokenizer))
-    net.pyramid.take(vqvae.quantize)
-    return VARPipeline(net.eval(), vqvae.eval(), top_k=top_k, top_p=top_p)
+    load_weights(vqvae, vq, source)
+    return vqvae.eval()
 
 
 def _same_codes(tokenizer_size: int, vocabulary: int, tokenizer, transformer) -> None:

@@ -172,12 +172,17 @@ class GPT(ModelMixin, ConfigMixin):
     def width(self) -> int:
         return self.config.dim
 
+    @property
+    def slots(self) -> int:
+        """How many slots the condition has before those of tokens."""
+        return self.config.cls_token_num
+
     def _run(self, x: Tensor, cond: Cond, start: int = 0, cache: list | None = None) -> Tensor:
         rotation = self.rotation[:, start : start + x.shape[1]].to(x.dtype)
         mask = self._mask(cond, start, start + x.shape[1])
         for i, layer in enumerate(self.layers):
             x = layer(x, rotation, mask, None if cache is None else cache[i])
-        return self.norm(x)
+        return x
 
     def _mask(self, cond: Cond, start: int, end: int) -> Tensor | None:
         """Which slots before ``end`` each from ``start`` on sees, (B, 1, end - start, end); None: all up to itself."""
@@ -203,28 +208,29 @@ class GPT(ModelMixin, ConfigMixin):
         Args:
             tokens: indices (B, n), or embeddings (B, n, C) where ``code_dim`` is set. The last one is never seen.
         """
-        slots = self.cls_embedding(cond)
-        x = torch.cat([slots, self.tok_embeddings(tokens[:, :-1])], 1)
-        return self._run(x, cond)[:, slots.shape[1] - 1 :]
+        return self.norm(self._before(tokens, cond))
+
+    def _before(self, tokens: Tensor, cond: Cond) -> Tensor:
+        """As :meth:`features`, before the last norm."""
+        x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens[:, :-1])], 1)
+        return self._run(x, cond)[:, self.slots - 1 :]
 
     def aligned_features(self, tokens: Tensor, marks: Tensor, cond: Cond) -> Tensor:
-        """(B, n, dim); feature i depends on the tokens up to the i-th, itself included.
+        """(B, n, dim), before the last norm; feature i depends on the tokens up to the i-th, itself included.
 
         Args:
-            marks: (B, n, dim), added to the embedded tokens.
+            marks: (B, slots + n, dim), added to the condition's slots and to the embedded tokens.
         """
-        slots = self.cls_embedding(cond)
-        return self._run(torch.cat([slots, self.tok_embeddings(tokens) + marks], 1), cond)[
-            :, slots.shape[1] :
-        ]
+        x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], 1) + marks
+        return self._run(x, cond)[:, self.slots :]
 
-    def logits(self, features: Tensor, cond: Cond) -> Tensor:
-        """Logits (..., V), fp32."""
-        return self.output(features).float()
+    def logits(self, before: Tensor, cond: Cond) -> Tensor:
+        """Logits (..., V), fp32, of what comes before the last norm."""
+        return self.output(self.norm(before)).float()
 
     def forward(self, tokens: Tensor, cond: Cond) -> Tensor:
         """Logits (B, n, V) of every token given those before it."""
-        return self.logits(self.features(tokens, cond), cond)
+        return self.logits(self._before(tokens, cond), cond)
 
     # ------------------------------------------------------------------------------------------------- generation
     def start(self, cond: Cond, prefix: Tensor | None = None) -> tuple[Tensor, list]:
@@ -237,8 +243,7 @@ class GPT(ModelMixin, ConfigMixin):
 
     def step(self, tokens: Tensor, group: int, cond: Cond, cache: list) -> Tensor:
         """Logits (B, 1, V) of group ``group + 1``, given the cache and the tokens (B, 1) of group ``group``."""
-        slots = self.config.cls_token_num
-        return self.logits(self._run(self.tok_embeddings(tokens), cond, slots + group, cache), cond)
+        return self.logits(self._run(self.tok_embeddings(tokens), cond, self.slots + group, cache), cond)
 
     def reading_codes(self, codes: Tensor, aligned: bool) -> GPT:
         """A copy that reads embeddings (B, n, C) instead of indices: the linear layer closest to the table.

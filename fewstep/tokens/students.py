@@ -19,6 +19,7 @@ from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Guidance
 from ..diffusion.kernels import arithmetic
 from ..diffusion.schedules import Flow, expand
+from ..errors import FewstepError
 from .codes import nearest_code
 from .llamagen import GPT
 from .var import VAR
@@ -61,29 +62,54 @@ class TokenStudent(ModelMixin, ConfigMixin):
         return student.to(codes.device)
 
 
-class ParallelStudent(TokenStudent):
-    """DD1's student (arXiv 2412.17153 and its released inference code): known tokens and noise in, tokens out.
+class ContinuousHead(nn.Module):
+    """Embeddings of features: a norm that the condition shifts and scales, and a linear layer."""
 
-    Slot i predicts token i itself and sees earlier groups, never later ones; a mark says whether a slot holds a known
-    token (t = 0) or noise (t = 1). Two heads: the teacher's logits decide the first ``split`` tokens, a continuous one
-    makes the rest, where an exact code matters less than a good image.
+    def __init__(self, width: int, code_dim: int):
+        super().__init__()
+        self.linear = nn.Linear(width, code_dim)
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, width))  # the shift first
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
+        """Features (B, n, width) and one vector per sample (B, width) -> (B, n, C)."""
+        shift, scale = (self.scale_shift_table + condition[:, None]).unsqueeze(2).unbind(1)
+        return self.linear(F.layer_norm(features, features.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+
+
+class ParallelStudent(TokenStudent):
+    """DD1's student (arXiv 2412.17153), as its authors released it: known tokens and noise in, tokens out.
+
+    Slot i predicts token i itself and sees earlier groups, never later ones; a mark says whether a slot is known (the
+    condition, tokens at t = 0) or holds noise (t = 1). Two heads: the teacher's logits decide the first ``split``
+    tokens, a continuous one makes the rest, where an exact code matters less than a good image. Parameters carry the
+    names of the published checkpoints, those of the transformer behind ``trunk.``.
+
+    Args:
+        layout: which order of operations the weights were trained for; there is no other any more.
     """
 
+    LAYOUT = 2  # before it, marks entered ahead of blocks and not in the condition's slots
+
     @register_to_config
-    def __init__(self, base_class: str, base_config: dict, num_codes: int, code_dim: int, split: int):
+    def __init__(
+        self, base_class: str, base_config: dict, num_codes: int, code_dim: int, split: int, layout: int = 1
+    ):
         super().__init__()
+        if layout != self.LAYOUT:
+            raise FewstepError(
+                f"transformer.layout: {layout}: expected {self.LAYOUT}: a student of tokens from before would draw "
+                "something else here; distill it anew, or sample it with the fewstep that exported it"
+            )
         width = self._build(base_class, base_config, num_codes, code_dim)
-        self.marks = nn.Embedding(2, width)
-        self.shift_scale = nn.Embedding(2, width)
-        self.embed = nn.Linear(width, code_dim)
-        nn.init.normal_(self.marks.weight, std=0.02)
-        nn.init.zeros_(self.shift_scale.weight)
-        nn.init.zeros_(self.embed.bias)
+        self.n_d_embed = nn.Embedding(2, width)
+        self.final_layer_conti = ContinuousHead(width, code_dim)
+        nn.init.normal_(self.n_d_embed.weight, std=0.02)
 
     @classmethod
     def of(cls, net: Any, codes: Tensor, split: int) -> ParallelStudent:
         """Starts from a teacher's network and codes (V, C)."""
-        return cls.around(net.reading_codes(codes, aligned=True), codes, split=split)
+        return cls.around(net.reading_codes(codes, aligned=True), codes, split=split, layout=cls.LAYOUT)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Logits (B, n, V) and embeddings (B, n, C), both fp32.
@@ -92,12 +118,11 @@ class ParallelStudent(TokenStudent):
             x_t: (B, n, C), embeddings of known tokens or unit noise. t: (B, n, 1) or (B,), 0 where known, else 1.
         """
         known = (expand(t, x_t)[..., 0] == 0).expand(x_t.shape[:2])
+        given = known.new_ones(len(known), self.trunk.slots)
         with self._arithmetic(x_t):
-            features = self.trunk.aligned_features(x_t, self.marks(known.long()), cond)
-            shift, scale = (
-                (self.shift_scale.weight + self.trunk.condition(cond)[:, None]).unsqueeze(2).unbind(1)
-            )
-            embedded = self.embed(F.layer_norm(features, features.shape[-1:]) * (1 + scale) + shift)
+            marks = self.n_d_embed(torch.cat([given, known], 1).long())
+            features = self.trunk.aligned_features(x_t, marks, cond)
+            embedded = self.final_layer_conti(features, self.trunk.condition(cond))
             return self.trunk.logits(features, cond), embedded.float()
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond, *, guidance: Guidance = 1.0) -> Tensor:

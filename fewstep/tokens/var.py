@@ -137,9 +137,16 @@ class Block(nn.Module):
         self.ffn = FeedForward(width, hidden)
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None, cache: list | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        mask: Tensor | None,
+        cache: list | None,
+        marks: Tensor | float = 0.0,
+    ) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(condition)[:, None].chunk(6, -1)
-        x = x + gate1 * self.attn(_norm(x) * (1 + scale1) + shift1, mask, cache)
+        x = x + gate1 * self.attn(_norm(x) * (1 + scale1) + shift1, mask, cache) + marks
         return x + gate2 * self.ffn(_norm(x) * (1 + scale2) + shift2)
 
 
@@ -203,9 +210,9 @@ class VAR(ModelMixin, ConfigMixin):
         )
         if vocab_size:
             self.head_nm, self.head = HeadNorm(width), nn.Linear(width, vocab_size)
-        if aligned:  # the marks of known tokens enter before every block, and once more at the end
-            self.inject = nn.ModuleList(nn.Linear(width, width) for _ in range(depth + 1))
-            for parameter in self.inject.parameters():
+        if aligned:  # the marks of what is known enter within every block, and once more at the end
+            self.layerwise_n_d_embed = nn.ModuleList(nn.Linear(width, width) for _ in range(depth + 1))
+            for parameter in self.layerwise_n_d_embed.parameters():
                 nn.init.zeros_(parameter)
         self.pyramid = Pyramid(patch_nums, num_codes, code_dim)
         sizes = ([1] if aligned else []) + list(self.groups)
@@ -217,6 +224,11 @@ class VAR(ModelMixin, ConfigMixin):
     @property
     def width(self) -> int:
         return self.config["width"]
+
+    @property
+    def slots(self) -> int:
+        """How many slots the condition has of its own before those of tokens, in :meth:`aligned_features`."""
+        return 1
 
     def condition(self, cond: Cond) -> Tensor:
         """One vector per sample (B, width)."""
@@ -252,16 +264,15 @@ class VAR(ModelMixin, ConfigMixin):
         """(B, n, width); feature i depends on the tokens of earlier scales and on token i, not on others of its scale.
 
         Args:
-            tokens: embeddings (B, n, C), as they are: nothing is summed up. marks: (B, n, width).
+            tokens: embeddings (B, n, C), as they are: nothing is summed up. marks: (B, 1 + n, width), of the class slot
+                too.
         """
         condition = self.condition(cond)
-        x = torch.cat([condition[:, None] + self.pos_start[:, :1], self.word_embed(tokens) + marks], 1)
-        x = x + self._places(0, x.shape[1])
-        # The class slot's mark never changes, so its place embedding holds it.
-        marks = F.pad(marks, (0, 0, 1, 0))
-        for block, layer in zip(self.blocks, self.inject):
-            x = block(x + layer(marks), condition, self.mask, None)
-        return (x + self.inject[-1](marks))[:, 1:]
+        x = torch.cat([condition[:, None] + self.pos_start[:, :1], self.word_embed(tokens)], 1)
+        x = x + self._places(0, x.shape[1]) + marks
+        for block, layer in zip(self.blocks, self.layerwise_n_d_embed):
+            x = block(x, condition, self.mask, None, layer(marks))
+        return (x + self.layerwise_n_d_embed[-1](marks))[:, 1:]
 
     def logits(self, features: Tensor, cond: Cond) -> Tensor:
         return self.head(self.head_nm(features.float(), self.condition(cond))).float()
@@ -291,14 +302,16 @@ class VAR(ModelMixin, ConfigMixin):
 
     # --------------------------------------------------------------------------------------------------- students
     def reading_codes(self, codes: Tensor, aligned: bool) -> VAR:
-        """A copy for a student. It reads embeddings as it is; aligned ones get a class slot, fresh in both tables."""
+        """A copy for a student. It reads embeddings as it is. Aligned ones have one more slot in both tables: the class
+        keeps the first scale's, where it was read, and the first token, which nothing read, has a fresh one."""
         if not aligned:
             return copy.deepcopy(self)
         config = {k: v for k, v in self.config.items() if not k.startswith("_")}
         other = VAR(**{**config, "aligned": True})
         mine, fresh = self.state_dict(), other.state_dict()
-        fresh["pos_1LC"][:, 1:] = mine.pop("pos_1LC")
-        fresh["lvl_embed.weight"][1:] = mine.pop("lvl_embed.weight")
+        places, levels = mine.pop("pos_1LC"), mine.pop("lvl_embed.weight")
+        fresh["pos_1LC"][:, 0], fresh["pos_1LC"][:, 2:] = places[:, 0], places[:, 1:]
+        fresh["lvl_embed.weight"][0], fresh["lvl_embed.weight"][2:] = levels[0], levels[1:]
         other.load_state_dict({**fresh, **mine})
         return other.to(codes.device)
 
