@@ -1,6 +1,6 @@
 """Pairs of a teacher's noise and the sample it makes of it: what regression losses learn from.
 
-    pairs.json            teacher, guidance, solver, steps, seed, count
+    pairs.json            teacher, the hash of its network, its law, guidance, solver, steps, seed, count
     prompts.txt           prompt of each pair, one per line
     000000000.safetensors noise and x0 of the first rows, or their tokens, and so on
 
@@ -10,6 +10,7 @@ Making them can be interrupted at any time and goes on where it stopped; several
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from ..errors import FewstepError, RecipeError
 from ..files import Need, check_room, sweep, write, write_json, write_tensors
 from ..process import Process
 from ..teachers.base import Teacher
+from ..teachers.fingerprint import of_network
 from .cache import PLACE, Store, encode_prompts, identity, is_whole, need_of_prompts, rows_to_make, shard_path
 
 SHARD = 256  # rows of one file
+OWN = ("num", "solver", "steps", "seed")  # of what is recorded, what a run need not share
 
 
 class Pairs:
@@ -82,19 +85,41 @@ def load_pairs(source: str | None, recipe_name: str = "RECIPE") -> Pairs:
         raise RecipeError(f"data.pairs: {source} is damaged: {error}; {remedy}") from error
 
 
-def check_pairs(pairs: Pairs, teacher: Teacher, guidance: float) -> None:
-    """Refuses pairs of another teacher, guidance or size: the student would learn two different things."""
-    expected = {
+def made_by(teacher: Teacher, guidance: float) -> dict[str, Any]:
+    """What pairs have to agree on with the run that learns from them."""
+    return {
         "teacher": identity(teacher)[0],
         "guidance_scale": guidance,
         "latent_shape": list(teacher.latent_shape),
+        "network": of_network(teacher.net),
+        **teacher.law,
     }
+
+
+def check_pairs(pairs: Pairs, teacher: Teacher, guidance: float, quiet: bool = False) -> None:
+    """Refuses pairs of another teacher, network, law of sampling, guidance or size: the student would learn two
+    different things. Of pairs from before one of these was recorded it is said that they do not tell."""
+    expected, unknown = made_by(teacher, guidance), []
     for name, value in expected.items():
-        if pairs.about[name] != value:
+        if name not in pairs.about:
+            unknown.append(name)
+        elif pairs.about[name] != value:
             raise RecipeError(
                 f"data.pairs: made with {name} {pairs.about[name]!r}, but this run has {value!r}; make them again with "
-                "fewstep pairs, or change the recipe"
+                "fewstep pairs, or give this run the teacher and the guidance that they were made with"
             )
+    extra = [name for name in pairs.about if name not in expected and name not in OWN]
+    if extra:
+        raise RecipeError(
+            f"data.pairs: made with {extra[0]} {pairs.about[extra[0]]!r}, and this run's teacher has none; make them "
+            "again with fewstep pairs"
+        )
+    if unknown and not quiet:
+        print(
+            f"fewstep: note: data.pairs: {pairs.store.folder} was made before {', '.join(unknown)} was recorded, so "
+            "that only you know whether it is of this teacher as it is now",
+            file=sys.stderr,
+        )
 
 
 def make_pairs(
@@ -122,15 +147,7 @@ def make_pairs(
     process = process or Process()
     solver, steps = solver or teacher.solver[0], steps or teacher.solver[1]
     name, make = teacher.pair_maker(solver, steps, guidance)
-    about = {
-        "num": num,
-        "teacher": identity(teacher)[0],
-        "latent_shape": list(teacher.latent_shape),
-        "guidance_scale": guidance,
-        "solver": solver,
-        "steps": steps,
-        "seed": seed,
-    }
+    about = {"num": num, **made_by(teacher, guidance), "solver": solver, "steps": steps, "seed": seed}
     order = Rng(seed, "pairs").permutation(len(prompts)).tolist()
     chosen = [prompts[order[i % len(order)]].replace("\n", " ") for i in range(num)]
     _check_room(folder, teacher, chosen)
@@ -171,7 +188,7 @@ def _claim(folder: Path, about: dict[str, Any], prompts: list[str]) -> None:
     if path.is_file():
         found = json.loads(path.read_text())
         if found != about or (folder / "prompts.txt").read_bytes() != text.encode():
-            odd = [k for k in about if found.get(k) != about[k]] or ["prompts"]
+            odd = [k for k in (*about, *found) if found.get(k) != about.get(k)] or ["prompts"]
             raise FewstepError(
                 f"{folder}: holds pairs of another kind: {odd[0]} is {found.get(odd[0])!r}, not {about.get(odd[0])!r}; "
                 "give another --out"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from ..data.images import CaptionedImages
@@ -26,9 +25,9 @@ from ..errors import RecipeError
 from ..files import sketch, write_json
 from ..recipe import Recipe
 from ..teachers.base import Teacher
+from ..teachers.fingerprint import hash_of, of_tensors
 
 FILE = "inputs.json"  # in a run directory
-NUMBERS = 64  # of each tensor
 LOOSE = (
     "_diffusers_version",
     "_name_or_path",
@@ -41,43 +40,36 @@ def inputs_of(
 ) -> dict[str, str]:
     """Field of the recipe -> hash of what it names."""
     needs, measured = recipe.method_class.needs(recipe.method), recipe.evaluation.prompts
-    found = {"teacher.path": of_teacher(teacher), "data.prompts": _hash(prompts)}
+    found = {"teacher.path": of_teacher(teacher), "data.prompts": hash_of(prompts)}
     if images is not None:
         found["data.images"] = _of_images(images)
     if "pairs" in needs and recipe.data.pairs:
         folder = Path(recipe.data.pairs)
         files = (sketch(path) for path in sorted(folder.glob("*.safetensors")))
-        found["data.pairs"] = _hash([*load_pairs(recipe.data.pairs).prompts, *files])
+        found["data.pairs"] = hash_of([*load_pairs(recipe.data.pairs).prompts, *files])
     if measured and recipe.evaluation.num:
         column = column_for(measured, recipe.data.column)
-        found["evaluation.prompts"] = _hash(load_prompts(measured, "evaluation.prompts", column))
+        found["evaluation.prompts"] = hash_of(load_prompts(measured, "evaluation.prompts", column))
     if reward := getattr(recipe.method, "reward", None):
-        found["method.reward"] = _hash(_of_paths(reward.split(":")[1:]))
+        found["method.reward"] = hash_of(_of_paths(reward.split(":")[1:]))
     return found
 
 
 def of_teacher(teacher: Teacher) -> str:
     """Of its weights as they are in memory, whatever files they came from and whatever their names there."""
-    hashes = []
+    hashes: list[str] = []
     for part in teacher.pipe.components.values():
         if isinstance(part, nn.Module):
-            hashes += [_of_tensor(t) for t in part.state_dict().values() if t.is_floating_point()]
+            hashes += of_tensors(part)
     scheduler = getattr(teacher.pipe, "scheduler", None)
     config = {} if scheduler is None else {k: v for k, v in scheduler.config.items() if k not in LOOSE}
-    return _hash([*sorted(hashes), json.dumps(config, sort_keys=True, default=str)])
-
-
-@torch.no_grad()
-def _of_tensor(tensor: torch.Tensor) -> str:
-    some = tensor.flatten()[:: max(1, tensor.numel() // NUMBERS)][:NUMBERS]
-    data = some.cpu().double().numpy().tobytes()
-    return hashlib.sha256(repr(tuple(tensor.shape)).encode() + data).hexdigest()
+    return hash_of([*sorted(hashes), json.dumps(config, sort_keys=True, default=str)])
 
 
 def _of_images(images: CaptionedImages) -> str:
     if isinstance(images.files, np.ndarray):
-        return _hash([*images.captions, hashlib.sha256(images.files.tobytes()).hexdigest()])
-    return _hash([*images.captions, *(f"{path.name} {sketch(path)}" for path in images.files)])
+        return hash_of([*images.captions, hashlib.sha256(images.files.tobytes()).hexdigest()])
+    return hash_of([*images.captions, *(f"{path.name} {sketch(path)}" for path in images.files)])
 
 
 def _of_paths(names: Iterable[str]) -> Iterable[str]:
@@ -85,13 +77,6 @@ def _of_paths(names: Iterable[str]) -> Iterable[str]:
         path = Path(name)
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         yield from (sketch(file) for file in files if file.is_file())
-
-
-def _hash(texts: Iterable[str]) -> str:
-    state = hashlib.sha256()
-    for text in texts:
-        state.update(f"{len(text)}:".encode() + text.encode("utf-8", "surrogatepass"))
-    return state.hexdigest()[:20]
 
 
 # --------------------------------------------------------------------------------------------------------------- a run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..errors import FewstepError
 from ..tokens.codes import CodebookDenoiser, nearest_code
 from ..tokens.pipeline import AutoregressivePipeline, LlamaGenPipeline, VARPipeline, decode_codes
 from .base import Teacher
+from .fingerprint import of_network
 
 PIPELINES = {cls.__name__: cls for cls in (LlamaGenPipeline, VARPipeline)}
 SOLVERS = ("midpoint", "heun", "euler")
@@ -70,6 +72,13 @@ class Autoregressive(Teacher):
     def pair_bytes(self) -> int:
         """Of its tokens: their noise is a function of their number and is not stored."""
         return (2 if len(self.pipe.codes) <= 2**15 else 4) * self.latent_shape[0]
+
+    @property
+    def law(self) -> dict[str, Any]:
+        """Of tokens: what is kept of their logits, the guidance of each group where it grows, and the codes."""
+        ramp = self.denoiser.ramp
+        grows = {"guidance_ramp": [round(part, 6) for part in ramp]} if len(set(ramp)) > 1 else {}
+        return {**asdict(self.denoiser.law), **grows, "codes": of_network(self.pipe.vqvae.quantize)}
 
     def paired(self, latents: Tensor) -> Tensor:
         """The tokens (B, n) of embeddings."""

@@ -240,6 +240,11 @@ class Teacher:
         """What a pair of noise and sample takes on disk."""
         return 2 * 4 * math.prod(self.latent_shape)
 
+    @property
+    def law(self) -> dict[str, Any]:
+        """How samples are drawn, as far as the pipeline says: what its pairs depend on beside guidance and solver."""
+        return {}
+
     def paired(self, latents: Tensor) -> Tensor:
         """What a pair holds of samples (B, ...): the latents as they are."""
         return latents

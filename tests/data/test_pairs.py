@@ -73,10 +73,42 @@ def test_pairs_of_another_kind_are_refused(teacher, tmp_path):
         make(folder, teacher, guidance=3.0)
     with pytest.raises(RecipeError, match=r"data\.pairs: made with guidance_scale 2\.0"):
         check_pairs(load_pairs(str(folder)), teacher, 8.0)
+    with torch.no_grad():
+        next(teacher.net.parameters()).mul_(1.5)
+    with pytest.raises(
+        RecipeError, match=r"data\.pairs: made with network '\w+', but this run has '\w+'; make them"
+    ):
+        check_pairs(load_pairs(str(folder)), teacher, 2.0)
+    with pytest.raises(FewstepError, match="holds pairs of another kind: network is"):
+        make(folder, teacher)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(FewstepError, match="not empty"):
         make(tmp_path / "full", teacher)
+
+
+def test_a_network_at_less_precision_is_the_same_one(tiny_sd15, teacher, tmp_path):
+    pairs = load_pairs(str(make(tmp_path / "pairs", teacher)))
+    check_pairs(pairs, load_teacher(str(tiny_sd15), dtype="bfloat16"), 2.0)
+
+
+def test_pairs_from_before_networks_were_recorded_are_taken_and_named(teacher, tmp_path, capsys):
+    folder = make(tmp_path / "pairs", teacher)
+    capsys.readouterr()
+    check_pairs(load_pairs(str(folder)), teacher, 2.0)
+    assert not capsys.readouterr().err
+    about = json.loads((folder / "pairs.json").read_text())
+    del about["network"]
+    (folder / "pairs.json").write_text(json.dumps(about))
+    check_pairs(load_pairs(str(folder)), teacher, 2.0)
+    line = f"fewstep: note: data.pairs: {folder} was made before network was recorded, so that only you know"
+    assert capsys.readouterr().err.startswith(line)
+    check_pairs(load_pairs(str(folder)), teacher, 2.0, quiet=True)
+    assert not capsys.readouterr().err
+    with pytest.raises(
+        FewstepError, match="network is None, not"
+    ):  # nothing of this teacher is added to them
+        make(folder, teacher)
 
 
 def test_missing_and_damaged_pairs_are_named_with_the_command_that_makes_them(teacher, tmp_path):

@@ -30,7 +30,7 @@ from fewstep.recipe import (
 from fewstep.runs import inputs
 from fewstep.runs.checks import check_data
 from fewstep.runs.session import Session, execute, resume
-from fewstep.teachers import load_teacher
+from fewstep.teachers import fingerprint, load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -224,13 +224,15 @@ def test_a_tensor_is_told_by_its_numbers_and_shape():
     tensor = torch.arange(1000.0)
     other = tensor.clone()
     other[::15] += 1
-    hashes = [inputs._of_tensor(t) for t in (tensor, other, tensor.reshape(10, 100), tensor.bfloat16())]
+    hashes = [fingerprint._of_tensor(t) for t in (tensor, other, tensor.reshape(10, 100), tensor.bfloat16())]
     assert len(set(hashes)) == 4
-    assert inputs._of_tensor(tensor.clone()) == hashes[0]
+    assert fingerprint._of_tensor(tensor.clone()) == hashes[0]
 
 
 def test_texts_are_told_apart_where_one_ends_and_the_next_begins():
-    assert inputs._hash(["ab", "c"]) != inputs._hash(["a", "bc"]) != inputs._hash(["abc"])
+    assert (
+        fingerprint.hash_of(["ab", "c"]) != fingerprint.hash_of(["a", "bc"]) != fingerprint.hash_of(["abc"])
+    )
 
 
 def test_images_in_memory_are_told_by_their_pixels_and_captions():

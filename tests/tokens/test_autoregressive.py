@@ -563,6 +563,46 @@ def test_pairs_of_another_teacher_are_refused(teacher, tmp_path):
         make_pairs(folder, other, ["0"], num=2)
 
 
+@pytest.mark.parametrize("field, other", [("top_k", 3), ("top_p", 0.5), ("temperature", 2.0)])
+def test_pairs_of_another_law_are_refused(field, other, teacher, tmp_path):
+    folder = make_pairs(tmp_path / "a", teacher, ["0"], num=2)
+    check_pairs(load_pairs(str(folder)), teacher, 1.0)
+    own = teacher.pipe.config[field]
+    teacher.pipe.register_to_config(**{field: other})  # as a folder's model_index.json would say
+    changed = Autoregressive(teacher.pipe, teacher.source)
+    with pytest.raises(
+        RecipeError, match=rf"data\.pairs: made with {field} {own}, but this run has {other}; make them"
+    ):
+        check_pairs(load_pairs(str(folder)), changed, 1.0)
+    with pytest.raises(
+        FewstepError, match=rf"another kind: {field} is {own}, not {other}; give another --out"
+    ):
+        make_pairs(folder, changed, ["0"], num=2)
+
+
+def test_pairs_of_other_weights_codes_or_growth_of_guidance_are_refused(teacher, tmp_path):
+    folder = make_pairs(tmp_path / "a", teacher, ["0"], num=2)
+    grows = isinstance(teacher.net, VAR)
+
+    def refused(what):
+        with pytest.raises(RecipeError, match=rf"data\.pairs: made with {what}"):
+            check_pairs(load_pairs(str(folder)), teacher, 1.0)
+
+    ramp, count = teacher.denoiser.ramp, len(teacher.net.groups)
+    assert ("guidance_ramp" in json.loads((folder / "pairs.json").read_text())) == grows
+    if grows:
+        teacher.denoiser.ramp = (1.0,) * count
+        refused(r"guidance_ramp \[0\.0, 0\.5, 1\.0\], and this run's teacher has none")
+        teacher.denoiser.ramp = ramp
+    with torch.no_grad():
+        teacher.pipe.vqvae.quantize.embedding.weight.mul_(-1)
+    refused("codes")
+    with torch.no_grad():
+        teacher.pipe.vqvae.quantize.embedding.weight.mul_(-1)
+        next(teacher.net.parameters()).mul_(1.5)
+    refused("network")
+
+
 def test_labels_of_imagenet_are_prompts():
     labels = load_prompts("builtin:imagenet-classes")
     assert len(labels) == 1000 and labels[207] == "207"
