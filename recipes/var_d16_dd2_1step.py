@@ -5,21 +5,28 @@
     torchrun --nproc_per_node 8 recipes/var_d16_dd2_1step.py
 
 Published: FID 6.21, 116 hours of 8 A800 (arXiv 2510.21003): 330k iterations of stage 1, 300k of them of the head alone
-(all weights here), then 40k of the critic with 8k of the generator at batch 512. The alignment that the paper adds is
-left out. Prefixes are the embeddings that the generator makes, which VAR reads as they are. Not yet run at scale.
+(all weights here), then 40k of the critic with 8k of the generator (FID 8.35), 8k of the critic alone with the average
+of the generator, and 15k with 7.5k, all at a rate of 2e-4 and batch 512, as here. Prefixes are the embeddings that the
+generator makes, which VAR reads as they are. Not yet run at scale.
 Hardware: eight H100, 80 GB each.
 """
 
 from fewstep.methods.dd2 import DD2
 from fewstep.recipe import DataConfig, Recipe, RoleConfig, SampleConfig, TeacherConfig, TrainConfig
 
+STEPS = 330_000 + 40_000 + 8_000 + 15_000
 ROLE = {"kind": "full", "lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.0}
 
 recipe = Recipe(
     output="runs/var_d16_dd2_1step",
     teacher=TeacherConfig(path="models/var-d16", pipeline_class="VARPipeline"),
     method=DD2.Config(
-        guidance_scale=3.0, critic_steps=5, initial_share=330_000 / 370_000, prefix="continuous"
+        guidance_scale=3.0,
+        critic_steps=5,
+        initial_share=330_000 / STEPS,
+        alignment_share=8_000 / STEPS,
+        second_share=15_000 / STEPS,
+        prefix="continuous",
     ),
     data=DataConfig(prompts="builtin:imagenet-classes", pairs="pairs/var-d16"),
     roles={
@@ -27,7 +34,7 @@ recipe = Recipe(
         "critic": RoleConfig(warmup=1000, **ROLE),
     },
     train=TrainConfig(
-        steps=370_000, batch_size=32, accumulate=2, log_every=100, sample_every=10_000, checkpoint_every=5000
+        steps=STEPS, batch_size=32, accumulate=2, log_every=100, sample_every=10_000, checkpoint_every=5000
     ),
     samples=SampleConfig(count=8, columns=8),
 )

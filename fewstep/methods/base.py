@@ -149,12 +149,13 @@ class Phase:
     Attributes:
         share: (begin, end) as fractions of the run; learning rates warm up and decay within it. after: an iteration
             that it does not begin before, where that is no fraction.
-        rate: times the learning rates of its roles.
+        rate: times the learning rates of its roles. warm: whether these warm up; where a phase goes on with what an
+            earlier one did they are warm.
         once: only in the first iteration of the share in which ``when`` holds, and again after one in which it did not.
         fresh: roles that start again from what they were built from, optimiser and all, when the share begins: before
             any phase of that iteration.
         follows: (role, decay) instead of a loss: the weights become ``decay`` times their own plus the rest of that
-            role's; 0 copies them.
+            role's; 0 copies them. A role that follows itself goes to its own moving average.
     """
 
     name: str
@@ -166,6 +167,7 @@ class Phase:
     share: tuple[float, float] = (0.0, 1.0)
     after: Callable[[Progress], int] = at_once
     rate: float = 1.0
+    warm: bool = True
     fresh: tuple[str, ...] = ()
     follows: tuple[str, float] | None = None
 

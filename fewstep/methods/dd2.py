@@ -7,6 +7,7 @@ tracks the former. What is distilled is a law, not a map, so pairs serve only to
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -49,18 +50,23 @@ class DD2(Method):
 
         Attributes:
             guidance_scale: of the teacher, ``u + g (c - u)``.
-            critic_steps: critic updates per generator update (5; 2 after alignment).
+            critic_steps: critic updates per generator update (5).
             matching: "sid", the paper's score identity loss, or "dmd", the gradient of the KL divergence.
             alpha: of "sid" (1).
             time_range: noise levels of the generator's loss*. critic_time_range: of the critic's*.
             copies, critic_copies: noise levels per token that share one prefix (the critic's is that of MAR, 4)*.
             initial_share: of the run, for stage 1 (published: 330k of some 400k iterations, on teacher samples).
+            initial_rate: times the critic's learning rate, in stage 1 (LlamaGen: 1e-4, and 2e-4 in stage 2).
+            initial_rows: share of each batch that stage 1 learns from (LlamaGen: 512 samples, and 1024 in stage 2).
             regression_share: of the run after stage 1, in which the generator learns DD1's map first, at
                 ``regression_rate`` times its learning rate; 0 is none, as in the paper*. regression_rate: this factor.
             regression_weight: of the same loss beside the distillation, which anchors the generator to the map as DMD
                 does (arXiv 2311.18828); 0 is none, as in the paper*.
-            alignment_share: of the run after that, in which the critic alone learns what the generator makes; the paper
-                does so once in the middle*.
+            alignment_share: of the run, in which the critic alone learns what the generator makes: before the
+                distillation*, or, where there is a second round of it, between the two, and of the generator's moving
+                average, from which it goes on (the paper's, for VAR-d16 and d20).
+            second_share: of the run, for that second round, with ``second_critic_steps`` critic updates per generator
+                update (2); 0 is none.
             prefix: what teacher and critic are conditioned on: "nearest" codes of what the generator made, which needs
                 no change of the teacher*, or "continuous" embeddings, which the teacher must read (published, after a
                 fine-tuning that makes LlamaGen read them).
@@ -80,27 +86,34 @@ class DD2(Method):
         copies: int = 1
         critic_copies: int = 4
         initial_share: float = 0.3
+        initial_rate: float = 1.0
+        initial_rows: float = 1.0
         regression_share: float = 0.0
         regression_rate: float = 1.0
         regression_weight: float = 0.0
         alignment_share: float = 0.0
+        second_share: float = 0.0
+        second_critic_steps: int = 2
         prefix: Literal["nearest", "continuous"] = "nearest"
         generator: Literal["embeddings", "codes"] = "embeddings"
         head_width: int = 1024
         head_depth: int = 3
 
         def expected(self) -> Expected:
-            counts = ("critic_steps", "copies", "critic_copies", "head_width", "head_depth")
+            updates, copies = ("critic_steps", "second_critic_steps"), ("copies", "critic_copies")
+            counts = (*updates, *copies, "head_width", "head_depth")
             ranges = ("time_range", "critic_time_range")
-            later = self.regression_share, self.alignment_share
+            later = self.regression_share, self.alignment_share, self.second_share
             return {
                 **{name: (_within(getattr(self, name)), "0 < low < high <= 1") for name in ranges},
                 **{name: (getattr(self, name) >= 1, "at least 1") for name in counts},
                 "initial_share": (
                     self.initial_share > 0 and min(later) >= 0 and self.initial_share + sum(later) < 1,
-                    f"with regression_share {later[0]} and alignment_share {later[1]} a positive one, none below 0 and "
-                    "something left of the run after all",
+                    f"with regression_share {later[0]}, alignment_share {later[1]} and second_share {later[2]} a "
+                    "positive one, none below 0 and something left of the run after all",
                 ),
+                "initial_rate": (self.initial_rate > 0, "a positive number"),
+                "initial_rows": (0 < self.initial_rows <= 1, "above 0, up to 1"),
                 "regression_rate": (self.regression_rate > 0, "a positive number"),
                 "regression_weight": (self.regression_weight >= 0, "0 or more"),
             }
@@ -146,13 +159,23 @@ class DD2(Method):
         c = self.config
         taught = c.initial_share
         ready = taught + c.regression_share
-        begin = ready + c.alignment_share
+        again = 1 - c.second_share  # where a second round begins
+        begin, end = ready + c.alignment_share, 1.0
+        if c.second_share:
+            begin, end = ready, again - c.alignment_share
 
+        initial, distil = self.initial_loss, self.generator_loss
         phases = [
-            Phase("initial", ("critic",), self.initial_loss, share=(0.0, taught)),
-            Phase("generator", ("student",), self.generator_loss, every=c.critic_steps, share=(begin, 1.0)),
+            Phase("initial", ("critic",), initial, share=(0.0, taught), rate=c.initial_rate),
+            Phase("generator", ("student",), distil, every=c.critic_steps, share=(begin, end)),
             Phase("critic", ("critic",), self.critic_loss, share=(ready, 1.0)),
         ]
+        if c.second_share:
+            share, every, own = (again, 1.0), c.second_critic_steps, ("student", 0.0)
+            phases[2:2] = [
+                Phase("average", ("student",), None, once=True, share=(end, 1.0), follows=own),
+                Phase("second", ("student",), distil, every=every, share=share, warm=False),
+            ]
         if c.regression_share:
             share, rate = (taught, ready), c.regression_rate
             phases.insert(1, Phase("regression", ("student",), self.regression_loss, share=share, rate=rate))
@@ -167,6 +190,8 @@ class DD2(Method):
     def initial_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
         """The critic learns the teacher's velocity at the teacher's own samples (GTS): the exact conditional mean takes
         the place of the drawn target, which has the same minimiser and far less variance."""
+        some = slice(math.ceil(self.config.initial_rows * len(batch.pairs[1])))
+        batch = batch.view(some, some)
         tokens = batch.pairs[1]
         q = self.teacher.codes[tokens]
         real = self.teacher.context(tokens, batch.pair_cond, guidance=self.config.guidance_scale)

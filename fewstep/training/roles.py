@@ -113,10 +113,15 @@ class Role:
 
     @torch.no_grad()
     def follow(self, other: Role, decay: float) -> None:
-        """``decay`` times its own weights plus the rest of another role's, which is built alike."""
+        """``decay`` times its own weights plus the rest of another role's, which is built alike; or of its own moving
+        average, where there is one."""
         for role in (self, other):
             settle(role.module)
-        torch._foreach_lerp_(list(self.weights.values()), list(other.weights.values()), 1 - decay)
+        weights: list[Tensor] = list(self.weights.values())
+        theirs: list[Tensor] = list(other.weights.values())
+        if other is self and self.average is not None:
+            theirs = [value.to(weight.device) for value, weight in zip(self.average.values(), weights)]
+        torch._foreach_lerp_(weights, theirs, 1 - decay)
 
     @torch.no_grad()
     def update_average(self, updates: int) -> None:

@@ -284,7 +284,7 @@ class Trainer:
         """Linear warm-up, constant, linear decay to zero within the phase's share; counted in iterations."""
         c, done = role.config, self.progress.iteration
         begin, end = phase.span(self.progress)
-        warm = (done - begin + 1) / c.warmup if c.warmup else 1.0
+        warm = (done - begin + 1) / c.warmup if c.warmup and phase.warm else 1.0
         left = (end - done) / c.decay if c.decay else 1.0
         return c.lr * phase.rate * self.config.rollback_lr**self.rolled_back * min(1.0, warm, left)
 

@@ -495,6 +495,64 @@ def test_between_the_stages_the_generator_learns_the_map_and_then_the_critic_cat
     assert seen == [(i, name, pytest.approx(lr)) for i, row in enumerate(expected) for name, lr in row]
 
 
+def in_two_rounds(teacher, **options):
+    """Four iterations of stage 1, eight of the first round, two of alignment and six of the second round."""
+    shares = {"initial_share": 0.2, "alignment_share": 0.1, "second_share": 0.3}
+    rounds = {"critic_steps": 4, "second_critic_steps": 2, "head_width": 16}
+    config = DD2.Config(initial_rate=0.5, **shares, **rounds, **options)
+    student = RoleConfig(lr=1e-3, warmup=8, ema=0.9, **FULL)
+    pairs, critic = known_pairs(teacher, 64), RoleConfig(lr=2e-3, **FULL)
+    return token_toy(DD2, config, teacher, 20, 16, pairs, student=student, critic=critic)
+
+
+def test_alignment_lies_between_two_rounds_which_differ_in_the_critics_updates(teacher):
+    trainer = in_two_rounds(teacher)
+    inner, seen = trainer.update, []
+
+    def update(phase, roles):
+        seen.append((trainer.progress.iteration, phase.name, trainer.learning_rate(roles[0], phase)))
+        return inner(phase, roles)
+
+    trainer.update = update
+    for _ in range(20):
+        trainer.iterate()
+    expected = {i: [("initial", 1e-3)] for i in range(4)}
+    expected |= {i: [("critic", 2e-3)] for i in range(4, 20)}
+    for i, lr in ((4, 1 / 8 * 1e-3), (8, 5 / 8 * 1e-3)):  # the rate is warm from then on
+        expected[i] = [("generator", lr), *expected[i]]
+    for i in (14, 16, 18):
+        expected[i] = [("second", 1e-3), *expected[i]]
+    assert seen == [(i, name, pytest.approx(lr)) for i in range(20) for name, lr in expected[i]]
+
+
+def test_what_is_aligned_is_the_average_of_the_generator_which_goes_on_from_it(teacher):
+    trainer = in_two_rounds(teacher)
+    role = trainer.roles["student"]
+    for _ in range(12):
+        trainer.iterate()
+    average = {name: value.clone() for name, value in role.average.items()}
+    assert not all(average[name].equal(weight) for name, weight in role.weights.items())
+    for _ in range(2):  # the critic alone
+        trainer.iterate()
+        assert all(average[name].equal(weight) for name, weight in role.weights.items())
+    trainer.iterate()
+    assert not all(average[name].equal(weight) for name, weight in role.weights.items())
+
+
+@pytest.mark.parametrize("part, rows", [(0.5, 8), (0.3, 5), (1.0, 16)])
+def test_the_first_stage_may_learn_from_a_part_of_each_batch(teacher, part, rows):
+    trainer, whole = (student_of(teacher, DD2, initial_rows=p) for p in (part, 1.0))
+    batch = trainer.data.batch(0, 0)
+    noise, tokens = batch.pairs
+    half = replace(batch, pairs=(noise[:rows], tokens[:rows]), pair_cond=batch.pair_cond.rows(slice(rows)),
+                   rng=trainer.data.batch(0, 0).rng)  # fmt: skip
+    found = trainer.method.initial_loss(batch, Progress())["score"]
+    assert found.item() == pytest.approx(whole.method.initial_loss(half, Progress())["score"].item())
+    for wrong in (0.0, 1.1):
+        with pytest.raises(RecipeError, match=r"method\.initial_rows"):
+            DD2.Config(initial_rows=wrong)
+
+
 def test_the_maps_regression_is_the_squared_error_of_the_generator(teacher):
     trainer = student_of(teacher, DD2)
     method, batch = trainer.method, trainer.data.batch(0, 0)
@@ -575,11 +633,15 @@ def test_shares_of_the_stages_leave_something_for_the_last(teacher):
         {"initial_share": 0.5, "regression_share": 0.3, "alignment_share": 0.2},
         {"regression_share": -0.1},
         {"alignment_share": -0.1},
+        {"second_share": -0.1},
+        {"initial_share": 0.5, "alignment_share": 0.2, "second_share": 0.3},
     ):
         with pytest.raises(RecipeError, match=r"method\.initial_share"):
             DD2.Config(**wrong)
     with pytest.raises(RecipeError, match=r"method\.regression_rate"):
         DD2.Config(regression_rate=0.0)
+    with pytest.raises(RecipeError, match=r"method\.initial_rate"):
+        DD2.Config(initial_rate=0.0)
     with pytest.raises(RecipeError, match=r"method\.regression_weight: -1.0: expected 0 or more"):
         DD2.Config(regression_weight=-1.0)
 
