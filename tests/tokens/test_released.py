@@ -288,6 +288,21 @@ def test_of_a_released_size_split_and_steps_are_known(depth, begin, tmp_path):
     assert sum(pipe.backbone.groups[: {55: 5, 30: 4}[begin]]) == begin
 
 
+def test_students_have_the_sizes_that_were_released():
+    """Millions of parameters, as the model cards have them."""
+
+    def size(base, **config):
+        with torch.device("meta"):
+            student = ParallelStudent(base, config, 16384 if base == "GPT" else 4096, 8, 0, layout=2)
+        return sum(p.numel() for p in student.parameters()) / 1e6
+
+    for depth, millions in ((16, 327), (20, 635), (24, 1090)):
+        found = size("VAR", depth=depth, width=64 * depth, heads=depth, aligned=True)
+        assert found == pytest.approx(millions, rel=4e-3)
+    assert size("GPT", code_dim=8) == pytest.approx(98.3, abs=0.05)
+    assert size("GPT", code_dim=8, dim=1024, n_layer=24, n_head=16) == pytest.approx(326, abs=0.5)
+
+
 def test_teachers_are_read_by_their_own_weights_and_students_by_their_averages(tmp_path):
     mine, average = {"a": torch.zeros(1)}, {"a": torch.ones(1)}
     marks = {"n_d_embed.weight": torch.ones(2, 1)}
