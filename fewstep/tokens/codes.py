@@ -113,8 +113,9 @@ class CodebookDenoiser:
         self.schedule = Flow()
         self.ramp = getattr(net, "ramp", (1.0,) * len(net.groups))
 
-    def with_net(self, net):
-        """Students and critics of an autoregressive teacher are networks of another kind: denoisers themselves."""
+    def with_net(self, net, embedded: float = 1.0):
+        """Students and critics of an autoregressive teacher are networks of another kind: denoisers themselves, which
+        are told no scale."""
         net.autocast, net.attention = self.autocast, self.attention
         return net
 
