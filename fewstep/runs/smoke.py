@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ..configs import EvalConfig, RoleConfig, SampleConfig
 from ..data.prompts import CLASSES, UNCONDITIONAL
@@ -31,7 +32,12 @@ def smoke(recipe: Recipe, keep_teacher: bool = False, keep_output: bool = False)
     if not keep_teacher and not teacher.path.startswith("builtin:"):
         from ..teachers.tiny import RESOLUTION, write_tiny_pipeline
 
-        tiny = write_tiny_pipeline(teacher.pipeline_class or "StableDiffusionXLPipeline", folder / "teacher")
+        name = teacher.pipeline_class or "StableDiffusionXLPipeline"
+        # Of LlamaGen's models some read texts, some labels.
+        options: dict[str, Any] = (
+            {"num_classes": None} if name == "LlamaGenPipeline" and data.prompts != CLASSES else {}
+        )
+        tiny = write_tiny_pipeline(name, folder / "teacher", **options)
         teacher = dataclasses.replace(
             teacher,
             path=str(tiny),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ..errors import FewstepError
 
@@ -38,7 +39,7 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "DDIMPipeline": _unet2d,
     }
     if pipeline_class in TOKENS:
-        return _write_tokens(pipeline_class, Path(folder), seed)
+        return _write_tokens(pipeline_class, Path(folder), seed, options)
     if pipeline_class not in builders:
         raise FewstepError(f"no tiny stand-in for {pipeline_class}; known: {', '.join([*builders, *TOKENS])}")
     folder = Path(folder)
@@ -168,18 +169,27 @@ def _sdxl(tokenizer, _pipeline_class, options):
     )
 
 
-def tiny_tokens(pipeline_class: str):
-    """LlamaGen or VAR with the published number of tokens at 256 px and 1000 classes, and few weights."""
+def tiny_tokens(pipeline_class: str, **options):
+    """LlamaGen or VAR with the published number of tokens at 256 px and 1000 classes, and few weights.
+
+    Args:
+        options: of the transformer; LlamaGen with ``num_classes`` None reads texts.
+    """
     from ..tokens.llamagen import GPT, LlamaGenVQ
     from ..tokens.pipeline import LlamaGenPipeline, VARPipeline
     from ..tokens.var import PATCHES, VAR, MultiScaleVQ
 
     convolutions = {"ch": 32, "ch_mult": (1,) * 5, "blocks": 1}
     if pipeline_class == "LlamaGenPipeline":
-        gpt = GPT(vocab_size=64, dim=32, n_layer=2, n_head=2, block_size=256, multiple_of=16)
+        sizes = {"vocab_size": 64, "dim": 32, "n_layer": 2, "n_head": 2, "block_size": 256, "multiple_of": 16}
+        texts: dict[str, Any] = {}
+        if "num_classes" in options and options["num_classes"] is None:
+            sizes |= {"caption_dim": 16, "cls_token_num": 24, "masked": True}
+            texts["tokenizer"], texts["text_encoder"] = tiny_t5()
+        gpt = GPT(**{**sizes, **options})
         _randomise(gpt)
-        return LlamaGenPipeline(gpt, LlamaGenVQ(64, 8, z_channels=32, **convolutions), top_k=50)
-    var = VAR(64, 8, depth=2, width=32, heads=2, patch_nums=PATCHES, num_codes=64)
+        return LlamaGenPipeline(gpt, LlamaGenVQ(64, 8, z_channels=32, **convolutions), **texts, top_k=50)
+    var = VAR(64, 8, depth=2, width=32, heads=2, patch_nums=PATCHES, num_codes=64, **options)
     vq = MultiScaleVQ(64, 8, patch_nums=PATCHES, **convolutions)
     var.pyramid.take(vq.quantize)
     _randomise(var)
@@ -198,14 +208,14 @@ def _randomise(net) -> None:
                 )
 
 
-def _write_tokens(pipeline_class: str, folder: Path, seed: int) -> Path:
+def _write_tokens(pipeline_class: str, folder: Path, seed: int, options: dict[str, Any]) -> Path:
     import torch
 
     from .pipelines import hushed
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = tiny_tokens(pipeline_class)
+        pipe = tiny_tokens(pipeline_class, **options)
     with hushed():
         pipe.save_pretrained(folder)
     return folder

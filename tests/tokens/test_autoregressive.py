@@ -871,6 +871,24 @@ def test_a_text_model_is_distilled_from_prompts(tmp_path):
     assert json.loads((folder / "export" / "fewstep.json").read_text())["student"] == "ParallelStudent"
 
 
+@pytest.mark.slow
+def test_a_recipe_of_texts_is_smoked_on_a_model_of_texts(tmp_path):
+    from dataclasses import replace
+
+    from fewstep.export import load_exported
+    from fewstep.runs.library import load_recipe
+    from fewstep.runs.session import execute
+    from fewstep.runs.smoke import smoke
+
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    recipe = load_recipe("llamagen_l_dd2_1step")
+    recipe = replace(recipe, data=replace(recipe.data, prompts=str(tmp_path / "prompts.txt")))
+    pipe, _ = load_exported(
+        execute(smoke(replace(recipe, output=str(tmp_path / "run")), keep_output=True)) / "export"
+    )
+    assert pipe.backbone.config.masked and pipe("a cat", output_type="latent").images.shape == (1, 256, 8)
+
+
 def test_text_encoders_must_be_those_of_the_model(tmp_path):
     files, encoder = text_pipeline(tmp_path)
     with pytest.raises(FewstepError, match=r"transformer\.pt: is conditioned on text: give --text-encoder"):
