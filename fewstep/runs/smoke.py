@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..configs import EvalConfig, RoleConfig, SampleConfig
+from ..configs import EvalConfig, RoleConfig, SampleConfig, TeacherConfig
 from ..data.prompts import CLASSES, UNCONDITIONAL
 from ..recipe import Recipe
 
@@ -30,21 +30,7 @@ def smoke(recipe: Recipe, keep_teacher: bool = False, keep_output: bool = False)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=near.parent if near else None))
     teacher, data = recipe.teacher, recipe.data
     if not keep_teacher and not teacher.path.startswith("builtin:"):
-        from ..teachers.tiny import RESOLUTION, write_tiny_pipeline
-
-        name = teacher.pipeline_class or "StableDiffusionXLPipeline"
-        # Of LlamaGen's models some read texts, some labels.
-        options: dict[str, Any] = (
-            {"num_classes": None} if name == "LlamaGenPipeline" and data.prompts != CLASSES else {}
-        )
-        tiny = write_tiny_pipeline(name, folder / "teacher", **options)
-        teacher = dataclasses.replace(
-            teacher,
-            path=str(tiny),
-            dtype="float32",
-            autocast=None,
-            resolution=RESOLUTION.get(teacher.pipeline_class or ""),
-        )
+        teacher = _stand_in(folder / "teacher", teacher, data.prompts)
     few = _few_emoji(folder, data.column or "text")
     data = dataclasses.replace(
         data,
@@ -78,6 +64,22 @@ def smoke(recipe: Recipe, keep_teacher: bool = False, keep_output: bool = False)
         method=method,
         samples=SampleConfig(count=2, teacher_steps=2, columns=2),
         evaluation=EvalConfig(num=0),
+    )
+
+
+def _stand_in(folder: Path, teacher: TeacherConfig, prompts: str) -> TeacherConfig:
+    from ..teachers.tiny import RESOLUTION, write_tiny_pipeline
+
+    name = teacher.pipeline_class or "StableDiffusionXLPipeline"
+    # Of LlamaGen's models some read texts, some labels.
+    reads_texts = name == "LlamaGenPipeline" and prompts != CLASSES
+    options: dict[str, Any] = {"num_classes": None} if reads_texts else {}
+    return dataclasses.replace(
+        teacher,
+        path=str(write_tiny_pipeline(name, folder, **options)),
+        dtype="float32",
+        autocast=None,
+        resolution=RESOLUTION.get(teacher.pipeline_class or ""),
     )
 
 
