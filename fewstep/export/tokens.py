@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..configs import RoleConfig
 from ..diffusion.student import Sampler
@@ -12,9 +12,11 @@ from ..errors import RecipeError
 from ..teachers.base import Teacher
 from ..teachers.pipelines import hushed
 from ..tokens.entries import EntryStudent
-from ..tokens.pipeline import AutoregressivePipeline
 from ..version import __version__
 from .target import Edition, Target, Weights, describe
+
+if TYPE_CHECKING:
+    from ..tokens.pipeline import AutoregressivePipeline
 
 
 class Tokens(Target):

@@ -65,8 +65,8 @@ class DD2(Method):
             alignment_share: of the run, in which the critic alone learns what the generator makes: before the
                 distillation*, or, where there is a second round of it, between the two, and of the generator's moving
                 average, from which it goes on (the paper's, for VAR-d16 and d20).
-            second_share: of the run, for that second round, with ``second_critic_steps`` critic updates per generator
-                update (2); 0 is none.
+            second_share: of the run, for that second round; 0 is none.
+            second_critic_steps: critic updates per generator update in it (2).
             prefix: what teacher and critic are conditioned on: "nearest" codes of what the generator made, which needs
                 no change of the teacher*, or "continuous" embeddings, which the teacher must read (published, after a
                 fine-tuning that makes LlamaGen read them).
