@@ -18,7 +18,8 @@ from fewstep.diffusion.solvers import ddim
 from fewstep.diffusion.student import Student
 from fewstep.diffusion.times import even_times
 from fewstep.errors import FewstepError, RecipeError
-from fewstep.evaluation.floor import calibrate, floor_sampler, write_floor
+from fewstep.evaluation.floor import calibrate
+from fewstep.evaluation.stock import floor_sampler, write_floor
 from fewstep.export import (
     check_exportable,
     export_student,
@@ -178,14 +179,22 @@ def test_a_stock_flow_pipeline_walks_exactly_the_sigmas_of_the_searched_floor(
     record = calibrate(teacher, PROMPTS, [3], guidance=2.0, num=2, reference_steps=6)
     write_floor(tmp_path, before, record)
     scheduler, call = floor_sampler(str(tmp_path), teacher.pipe, before, 3)
-    sigmas = record["schedules"]["3"]["sigmas"]
-    assert record["solver"] == "euler" and call == {"sigmas": sigmas} and sigmas[0] == 1.0
+    entry = record["schedules"]["3"]
+    sigmas = entry["times"]
+    assert entry["order"] == 1 and call == {"sigmas": sigmas} and sigmas[0] == 1.0
+    assert set(entry["error"]) == {"even", "searched", "power"}
     made = stock(with_scheduler(teacher, scheduler), PROMPTS, guidance_scale=2.0, **call)
     assert scheduler.sigmas.tolist() == pytest.approx([*sigmas, 0.0])
     own = sample(teacher.denoiser, noise, teacher.encode(PROMPTS), sigmas, order=1, guidance=2.0)[2]
     torch.testing.assert_close(made, own, rtol=1e-4, atol=1e-4)
     with pytest.raises(FewstepError, match=r"--solver dpm\+\+: no stock scheduler"):
         calibrate(teacher, PROMPTS, [3], guidance=2.0, solver="dpm++")
+    with pytest.raises(
+        FewstepError, match=f"--families karras,ays: a {ZOO[name].pipeline_class} has none of these"
+    ):
+        calibrate(teacher, PROMPTS, [3], guidance=2.0, families=["karras", "ays"])
+    with pytest.raises(FewstepError, match=r"--free-u: a \w+ has no skip connections"):
+        calibrate(teacher, PROMPTS, [3], guidance=2.0, freed=True)
     with pytest.raises(FewstepError, match=f"no table for {ZOO[name].pipeline_class}"):
         floor_sampler("ays", teacher.pipe, before, 4)
 
