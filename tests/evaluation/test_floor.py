@@ -218,6 +218,27 @@ def test_each_family_has_the_least_error_of_its_members():
     assert {one.family for one in search.candidates(5)} == set(FAMILIES)
 
 
+def test_the_error_is_of_the_sample_with_the_noise_of_its_stop():
+    search = search_of(SD, misled())
+    one = next(one for one in search.candidates(6) if one.stop and one.order == 1)
+    ends = torch.cat([end.sample for end in search.held])
+    made = [
+        sample(search.denoiser, end.noise, NONE, one.times, order=1, end=one.end(SD))[2]
+        for end in search.held
+    ]
+    rms = (torch.cat(made) - ends).square().mean().sqrt().item()
+    assert search.error(one) == pytest.approx(rms) != pytest.approx(search.error(one._replace(stop=None)))
+
+
+def test_searched_are_the_best_nodes_of_each_guess_of_what_an_error_matters():
+    times = reference_times(SD, 30)
+    costs = paths_of(GaussianMixture.ring(SD), times, 2).costs(SD, 2)
+    search = search_of(SD, {2: costs})
+    found = {one.times for one in search.candidates(6) if one.family == "searched"}
+    guesses = [best_nodes(costs * weights, 6)[0] for weights in node_weights(SD, times)]
+    assert found == {tuple(times[i] for i in nodes) for nodes in guesses} and len(found) > 1
+
+
 def test_paths_that_are_held_out_are_others_than_those_searched(sdxl, monkeypatch):
     seen, held = [], []
     monkeypatch.setattr(Paths, "add", lambda self, states, *_: seen.append(states[0]))
