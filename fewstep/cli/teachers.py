@@ -223,12 +223,12 @@ def _searched_floor(args: argparse.Namespace) -> int:
     prompts = load_prompts(args.prompts, "--prompts", args.column)
     options = {"dtype": args.dtype, "resolution": args.size, "device": args.device}
     teacher = load_teacher(args.teacher, **options)
-    own = inspect.signature(teacher.pipe.__call__).parameters["guidance_scale"].default
+    own = inspect.signature(teacher.pipe.__call__).parameters.get("guidance_scale")
     record = calibrate(
         teacher,
         prompts,
         args.steps,
-        guidance=own if args.guidance is None else args.guidance,
+        guidance=(own.default if own else 1.0) if args.guidance is None else args.guidance,
         num=args.num,
         reference_steps=args.reference_steps,
         solver=args.solver,

@@ -23,6 +23,7 @@ from ..diffusion.schedules import Flow, Schedule
 from ..diffusion.walks import Walk, known_walks, walk
 from ..errors import FewstepError
 from ..teachers.base import Teacher
+from ..teachers.pipelines import takes
 from .stock import AYS, FREE_U, ays_times, free_u, stock_call
 
 ORDERS = {"euler": 1, "dpm++": 2}  # of the jumps: Euler's is DDIM's on a variance-preserving path
@@ -208,6 +209,11 @@ def _check(steps: Sequence[int], num: int, reference_steps: int, solver: str | N
 def _check_teacher(teacher: Teacher, solver: str | None, families: Sequence[str], freed: bool) -> None:
     if not teacher.floor:
         raise FewstepError(f"{teacher.source}: a {teacher.kind} teacher has no noise schedule to search")
+    if not takes(teacher.pipe, "sigmas"):
+        raise FewstepError(
+            f"{teacher.source}: the stock call of a {teacher.pipeline_class} takes no times of our own; measure its "
+            "few steps by a named solver: fewstep eval generate --solver dpm++"
+        )
     flow = isinstance(teacher.denoiser.schedule, Flow)
     if flow and solver == "dpm++":
         raise FewstepError(

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from zoo import ZOO
 
+from fewstep.cli import main
 from fewstep.diffusion.discriminator import Discriminator
 from fewstep.diffusion.few_steps import sample
 from fewstep.diffusion.schedules import VP, Flow
@@ -197,6 +198,19 @@ def test_a_stock_flow_pipeline_walks_exactly_the_sigmas_of_the_searched_floor(
         calibrate(teacher, PROMPTS, [3], guidance=2.0, freed=True)
     with pytest.raises(FewstepError, match=f"no table for {ZOO[name].pipeline_class}"):
         floor_sampler("ays", teacher.pipe, before, 4)
+
+
+@pytest.mark.parametrize("name", ["DiT", "UNet2D"])
+def test_a_pipeline_that_takes_no_times_has_no_searched_floor(name, teachers, tmp_path, capsys):
+    assert (
+        main(
+            ["floor", teachers(name).source, "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "f")]
+        )
+        == 2
+    )
+    said = capsys.readouterr().err
+    assert f"the stock call of a {ZOO[name].pipeline_class} takes no times of our own" in said
+    assert not (tmp_path / "f").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].guided])
