@@ -1,8 +1,8 @@
 """Walks from noise to a sample in few steps: families of nodes that are known without looking at a teacher.
 
-Those of "Hyperparameters are all you need" (arXiv 2510.02390) are EDM's formula used three times: a grid of noise
-levels, of which one near the end is where a walk stops; nodes even in a root of the noise level down to there; and
-nodes even in a root of the time. The last are the paper's own, the others its authors' earlier ones.
+"Hyperparameters are all you need" (arXiv 2510.02390) uses EDM's formula twice: for a grid of noise levels, of which one
+near the end is where a walk stops, and for nodes down to there that are even in a root of the time. Used a third time it
+gives nodes that are even in a root of the noise level, as EDM's are.
 """
 
 from __future__ import annotations
