@@ -1,7 +1,7 @@
 """Walks from noise to a sample in few steps: families of nodes that are known without looking at a teacher.
 
 "Hyperparameters are all you need" (arXiv 2510.02390) uses EDM's formula twice: for a grid of noise levels, of which one
-near the end is where a walk stops, and for nodes down to there that are even in a root of the time. Used a third time it
+near the end is where a walk stops, and for nodes down to there that are even in a root of the time. Used once more it
 gives nodes that are even in a root of the noise level, as EDM's are.
 """
 
