@@ -36,10 +36,10 @@ def jump(before: Any, now: Any, then: Any) -> tuple[Any, Any, Any]:
     return a, b + half, -half
 
 
-def levels(schedule: Schedule, times: Sequence[float]) -> np.ndarray:
+def levels(schedule: Schedule, times: Sequence[float], end: tuple[float, float] = END) -> np.ndarray:
     """(alpha, sigma) at the times and at the end, (2, K + 1)."""
     t = torch.tensor(times, dtype=torch.float64)
-    return np.stack([np.append(f(t).numpy(), end) for f, end in zip((schedule.alpha, schedule.sigma), END)])
+    return np.stack([np.append(f(t).numpy(), last) for f, last in zip((schedule.alpha, schedule.sigma), end)])
 
 
 def reference_times(schedule: Schedule, num_steps: int) -> list[float]:
@@ -60,22 +60,24 @@ def sample(
     *,
     order: int = 2,
     guidance: float = 1.0,
+    end: tuple[float, float] = END,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The teacher's ODE with steps at any falling times.
 
     Args:
-        noise: unit noise (B, ...). order: of the jumps, 1 or 2; the first and the last are of order 1.
+        noise: unit noise (B, ...). order: of the jumps, 1 or 2; the first is of order 1, as is one to no noise.
+        end: signal and noise of the sample.
 
     Returns:
         states (K, B, ...) at the times, predictions x0 (K, B, ...) there, and the sample (B, ...), which is the
-        last of them.
+        last of them where it has no noise.
     """
-    x, states, predictions, level = noise, [], [], levels(denoiser.schedule, times).T
+    x, states, predictions, level = noise, [], [], levels(denoiser.schedule, times, end).T
     for k, now in enumerate(times):
         t = repeated(now, x)
         states.append(x)
         predictions.append(denoiser.x0(x, t, cond, guidance=guidance))
-        second = order == 2 and 0 < k < len(times) - 1
+        second = order == 2 and k > 0 and level[k + 1, 1] > 0
         a, b, c = map(float, jump(level[k - 1] if second else None, level[k], level[k + 1]))
         x = a * x + b * predictions[-1] + (c * predictions[-2] if second else 0)
     return torch.stack(states), torch.stack(predictions), x

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation.floor import RECORD, floor_sampler
+from fewstep.evaluation.stock import RECORD, floor_sampler, free_u
 from fewstep.teachers import load_pipeline
 from fewstep.teachers.pipelines import fix_shift, hands_sigmas, network_of, size_options, takes
 from fewstep.teachers.schedulers import is_flow
@@ -93,6 +93,7 @@ class Model:
         call: dict[str, Any] = {"num_inference_steps": steps}
         scheduler = self.scheduler
         flow = is_flow(scheduler)
+        free_u(self.network, None)  # a floor before this one may have asked for it
         if solver != "own" and not flow and not hasattr(scheduler, "alphas_cumprod"):
             raise FewstepError(
                 f"--solver {solver}: {type(scheduler).__name__} of {self.about['pipeline']} has no noise table "

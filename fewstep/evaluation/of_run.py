@@ -22,12 +22,13 @@ from ..diffusion.rng import Rng
 from ..export.load import read_record
 from ..files import write
 from ..teachers.base import Teacher
-from .floor import calibrate, write_floor
+from .floor import calibrate
 from .gallery import results_table
 from .images import ArrayImages
 from .of_spec import run_spec
 from .sampling import save_png
 from .spec import Entry, Spec
+from .stock import write_floor
 
 CEILING = "VAE reconstruction (ceiling)"
 BATCH = 32

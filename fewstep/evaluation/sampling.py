@@ -5,6 +5,7 @@ generator with seed `seed + i`. So the image depends on no batch size, no number
 resumption. (Kernels may round differently for another batch size: then pixels differ by one level at most.)
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -28,6 +29,7 @@ from fewstep.evaluation.models import Model
 from fewstep.evaluation.prompts import Prompts
 from fewstep.evaluation.speed import Stopwatch, measure_speed
 from fewstep.evaluation.statistics import table
+from fewstep.evaluation.stock import free_u_of
 from fewstep.files import check_place, create, replacing, sweep, write, write_json
 from fewstep.teachers.generate import call_pipeline
 from fewstep.teachers.lengths import too_long
@@ -298,14 +300,22 @@ def _describe(model: Model, prompts: Prompts, job: Job, call: dict[str, Any]) ->
             **asdict(job),
             "guidance": call["guidance_scale"],
             "scheduler": type(getattr(model.pipe, "scheduler", None)).__name__,
+            "scheduler_config": _config_sha256(getattr(model.pipe, "scheduler", None)),
             "timesteps": call.get("timesteps"),
             **{key: call[key] for key in ("sigmas",) if key in call},
+            **({"free_u": scales} if (scales := free_u_of(model.network)) else {}),
             "pipeline_class": type(model.pipe).__name__,
             "weights": model.fingerprint(),
             **{name: module.__version__ for name, module in versions.items()},
         },
         "about": model.about,
     }
+
+
+def _config_sha256(scheduler: Any) -> str:
+    """Of what a scheduler was made from, its order and noise table among it; not of names, which start with _."""
+    config = {key: value for key, value in dict(getattr(scheduler, "config", {})).items() if key[0] != "_"}
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _claim(folder: Path, wanted: dict[str, Any], num: int, replace: bool) -> dict[str, Any]:

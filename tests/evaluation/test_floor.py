@@ -13,10 +13,25 @@ from fewstep.diffusion.cond import Cond
 from fewstep.diffusion.few_steps import Paths, best_nodes, jump, levels, node_weights, reference_times, sample
 from fewstep.diffusion.rng import Rng
 from fewstep.diffusion.schedules import Flow
+from fewstep.diffusion.walks import known_walks, walk
 from fewstep.errors import FewstepError
-from fewstep.evaluation.floor import ays_times, calibrate, floor_sampler, read_floor, write_floor
+from fewstep.evaluation.floor import FAMILIES, End, Search, calibrate
+from fewstep.evaluation.models import Model
+from fewstep.evaluation.prompts import Prompts
+from fewstep.evaluation.sampling import Job, _describe
+from fewstep.evaluation.stock import (
+    FREE_U,
+    ays_times,
+    floor_sampler,
+    free_u,
+    free_u_of,
+    read_floor,
+    stock_call,
+    stock_scheduler,
+    write_floor,
+)
 from fewstep.teachers.analytic import GaussianMixture
-from fewstep.teachers.schedulers import FLOOR, scheduler_sample
+from fewstep.teachers.schedulers import FLOOR, schedule_of, scheduler_sample
 
 
 def paths_of(teacher, times, order, count=256):
@@ -142,6 +157,100 @@ def test_ays_of_another_pipeline_is_refused():
         ays_times("SanaPipeline", SD, 4)
 
 
+# ------------------------------------------------------------------------------------------------------- the choice
+class Alone:
+    """A closed-form teacher as the search takes one; there is no network to give Free-U to."""
+
+    def __init__(self, schedule):
+        self.ring, self.schedule, self.net = GaussianMixture.ring(schedule), schedule, None
+
+    def x0(self, x_t, t, cond, *, guidance=1.0):
+        return self.ring.x0(x_t, t, cond, guidance=guidance)
+
+
+def misled(orders=(1, 2)):
+    """Costs of paths that say nothing of others: the only nodes that they leave are the first ones."""
+    costs = np.full((30, 30, 31), np.inf)
+    for h, i, j in itertools.product(range(30), range(30), range(31)):
+        if h <= i < j and j in (i + 1, 30):
+            costs[h, i, j] = 1
+    return dict.fromkeys(orders, costs)
+
+
+def search_of(schedule, costs, families=FAMILIES, held=64, seed=2):
+    teacher, times = Alone(schedule), reference_times(schedule, 30)
+    order = 1 if isinstance(schedule, Flow) else 2
+    noise = Rng(seed).normal(held, 2)
+    ends = [End(z, NONE, sample(teacher, z, NONE, times, order=order)[2]) for z in noise.split(40)]
+    return Search(teacher, "StableDiffusionPipeline", 1.0, families, False, times, costs, ends)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 6, 8])
+@pytest.mark.parametrize("schedule", [SD, Flow(3.0)], ids=["table", "flow"])
+def test_a_floor_is_never_worse_than_the_even_grid_however_the_search_was_misled(schedule, steps):
+    costs = misled((1,) if isinstance(schedule, Flow) else (1, 2))
+    search = search_of(schedule, costs)
+    entry = search.schedule(steps)
+    errors = entry["error"]
+    chosen = walk(schedule, entry["family"], entry["times"], entry["order"], entry.get("stop"))
+    assert search.error(chosen) == errors[entry["family"]] == min(errors.values()) <= errors["even"]
+    if steps > 1:
+        assert errors["searched"] > errors["even"]  # it was misled
+    other = search_of(schedule, costs, held=400, seed=3)  # and on paths that nobody chose by
+    grids = (walk(schedule, "even", reference_times(schedule, steps), order) for order in costs)
+    assert other.error(chosen) <= 1.02 * min(map(other.error, grids))
+
+
+def test_the_choice_is_among_the_families_asked_for_and_the_even_grid_is_measured_beside_them():
+    entry = search_of(SD, misled(), families=("searched",)).schedule(5)
+    assert entry["family"] == "searched" and set(entry["error"]) == {"even", "searched"}
+    assert entry["error"]["even"] < entry["error"]["searched"]
+    stopped = search_of(SD, misled(), families=("stopped",)).schedule(5)
+    assert stopped["family"] == "stopped" and 0 < stopped["stop"] < stopped["times"][-1]
+
+
+def test_each_family_has_the_least_error_of_its_members():
+    search = search_of(SD, misled())
+    for name, error in search.schedule(5)["error"].items():
+        members = [one for one in search.candidates(5) if one.family == name]
+        assert {one.order for one in members} == {1, 2}
+        assert error == min(map(search.error, members)) < max(map(search.error, members))
+    assert {one.family for one in search.candidates(5)} == set(FAMILIES)
+
+
+def test_the_error_is_of_the_sample_with_the_noise_of_its_stop():
+    search = search_of(SD, misled())
+    one = next(one for one in search.candidates(6) if one.stop and one.order == 1)
+    ends = torch.cat([end.sample for end in search.held])
+    made = [
+        sample(search.denoiser, end.noise, NONE, one.times, order=1, end=one.end(SD))[2]
+        for end in search.held
+    ]
+    rms = (torch.cat(made) - ends).square().mean().sqrt().item()
+    assert search.error(one) == pytest.approx(rms) != pytest.approx(search.error(one._replace(stop=None)))
+
+
+def test_searched_are_the_best_nodes_of_each_guess_of_what_an_error_matters():
+    times = reference_times(SD, 30)
+    costs = paths_of(GaussianMixture.ring(SD), times, 2).costs(SD, 2)
+    search = search_of(SD, {2: costs})
+    found = {one.times for one in search.candidates(6) if one.family == "searched"}
+    guesses = [best_nodes(costs * weights, 6)[0] for weights in node_weights(SD, times)]
+    assert found == {tuple(times[i] for i in nodes) for nodes in guesses} and len(found) > 1
+
+
+def test_paths_that_are_held_out_are_others_than_those_searched(sdxl, monkeypatch):
+    seen, held = [], []
+    monkeypatch.setattr(Paths, "add", lambda self, states, *_: seen.append(states[0]))
+    monkeypatch.setattr(
+        Search, "schedule", lambda self, num_steps: held.extend(end.noise for end in self.held)
+    )
+    calibrate(sdxl, ["a", "b", "c"], [2], guidance=1.0, num=10, reference_steps=3, batch_size=4)
+    searched, other = torch.cat(seen), torch.cat(held)
+    assert len(searched) == 10 and len(other) == 5
+    assert (searched[:, None] - other[None]).abs().amax((2, 3, 4)).min() > 0.1
+
+
 # --------------------------------------------------------------------------------------------------- stock pipelines
 @pytest.fixture(scope="module")
 def found(sdxl):
@@ -149,40 +258,137 @@ def found(sdxl):
 
 
 def test_record_is_whole(found):
-    assert list(found["schedules"]) == ["2", "3"] and found["solver"] == "dpm++"
-    grid = [int(t) for t in reference_times(SD, 8)]
+    assert list(found["schedules"]) == ["2", "3"] and found["families"] == list(FAMILIES)
     for n, entry in found["schedules"].items():
-        times = entry["timesteps"]
-        assert len(times) == int(n) and times[0] == 999 and set(times) <= set(grid) | {499, 666, 332}
-        assert set(entry["error"]) == {"searched", "even", "ays"}
+        times = entry["times"]
+        assert len(times) == int(n) and times[0] == 999 and set(entry["error"]) == set(FAMILIES)
+        assert entry["error"][entry["family"]] == min(entry["error"].values())
+        assert set(entry["call"]) == {{1: "sigmas", 2: "timesteps"}[entry["order"]]}
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-@pytest.mark.parametrize("solver", ["dpm++", "euler"])
-def test_the_exported_scheduler_walks_exactly_these_times_in_a_stock_pipeline(sdxl, found, tmp_path, solver):
-    """The network is called at the found nodes, and the latents are those of our own sampler."""
-    from diffusers import DPMSolverMultistepScheduler
+def record_of(schedule, *walks):
+    """A record of these walks, as `calibrate` writes it."""
+    entries = {}
+    for one in walks:
+        entry = {"family": one.family, "order": one.order, "times": list(one.times), "error": {}}
+        entry |= {"stop": one.stop} if one.stop is not None else {}
+        entry |= {"free_u": FREE_U} if one.free_u else {}
+        entries[str(len(one.times))] = {**entry, "call": stock_call(schedule, one)}
+    return {"schema": 2, "schedules": entries}
 
-    write_floor(tmp_path, sdxl.pipe.scheduler, {**found, "solver": solver})
-    scheduler, call = floor_sampler(str(tmp_path), sdxl.pipe, sdxl.pipe.scheduler, 3)
-    times = found["schedules"]["3"]["timesteps"]
-    assert call == {"timesteps": times}
-    stock = DPMSolverMultistepScheduler.from_pretrained(tmp_path, subfolder="scheduler")
-    assert stock.config == scheduler.config
+
+def candidates(order):
+    """One of each family, of 3 steps; and a stopped one of 16, from where on DPM-Solver's last jump is another."""
+    named = {one.family: one for one in known_walks(SD, 3, order)}
+    named["fractional"] = walk(SD, "fractional", [999.0, 500.5, 20.25], order)
+    named["long"] = next(one for one in known_walks(SD, 16, order) if one.family == "stopped")
+    return named
+
+
+@pytest.mark.parametrize("name", ["even", "karras", "power", "stopped", "fractional", "long"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_stock_pipeline_makes_exactly_the_jumps_of_a_walk(sdxl, tmp_path, monkeypatch, order, name):
+    """The network is called at its times, fractions too, and the latents are those of our own sampler."""
+    import diffusers
+
+    one = candidates(order)[name]
+    steps = len(one.times)
+    write_floor(tmp_path, sdxl.pipe.scheduler, record_of(SD, one))
+    scheduler, call = floor_sampler(str(tmp_path), sdxl.pipe, sdxl.pipe.scheduler, steps)
+    kind = {1: "EulerDiscreteScheduler", 2: "DPMSolverMultistepScheduler"}[order]
+    stock = getattr(diffusers, kind).from_pretrained(tmp_path / f"{steps}-steps")
+    assert type(scheduler) is type(stock) and stock.config == scheduler.config
+    assert call == read_floor(tmp_path)["schedules"][str(steps)]["call"]
     seen = []
     handle = sdxl.net.register_forward_hook(lambda _m, args, _o: seen.append(float(args[1])))
-    before = sdxl.pipe.scheduler
+    monkeypatch.setattr(sdxl.pipe, "scheduler", stock)
     noise = Rng(3).normal(1, *sdxl.latent_shape)
     try:
-        sdxl.pipe.scheduler = stock
         made = sdxl.pipe("a cat", latents=noise, output_type="latent", guidance_scale=1.0, **call).images
     finally:
-        sdxl.pipe.scheduler = before
         handle.remove()
-    assert seen == times
-    order = {"dpm++": 2, "euler": 1}[solver]
-    ours = sample(sdxl.denoiser, noise, sdxl.encode(["a cat"]), [float(t) for t in times], order=order)[2]
+    assert seen == pytest.approx(list(one.times), abs=1e-2)
+    cond, end = sdxl.encode(["a cat"]), one.end(SD)
+    ours = sample(sdxl.denoiser, noise, cond, one.times, order=order, end=end)[2]
     torch.testing.assert_close(made, ours, rtol=1e-3, atol=1e-3)
+
+
+def test_a_stop_is_seen_in_the_latents(sdxl):
+    """Or the test above would hold of schedulers that go on to zero."""
+    noise, cond, one = Rng(3).normal(1, *sdxl.latent_shape), sdxl.encode(["a cat"]), candidates(2)["stopped"]
+    stopped, clean = (
+        sample(sdxl.denoiser, noise, cond, one.times, order=2, end=end)[2]
+        for end in (one.end(SD), (1.0, 0.0))
+    )
+    assert (stopped - clean).abs().max() > 0.05
+
+
+def test_a_table_without_signal_at_its_end_is_walked_from_there():
+    """Zero terminal SNR: a walk begins in noise alone, and nothing is other than finite."""
+    from diffusers import DDIMScheduler
+
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    theirs = DDIMScheduler(**config, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    schedule = schedule_of(theirs)
+    for order, family in itertools.product((1, 2), ("even", "karras", "power", "stopped")):
+        one = next(one for one in known_walks(schedule, 4, order) if one and one.family == family)
+        stock = stock_scheduler(theirs, one)
+        stock.set_timesteps(**stock_call(schedule, one))
+        made = stock.init_noise_sigma * torch.ones(1, 1, 1, 1)
+        for t in stock.timesteps:
+            stock.scale_model_input(made, t)
+            made = stock.step(torch.full_like(made, -2.0), t, made, return_dict=False)[0]
+        assert one.times[0] == 999 == pytest.approx(float(stock.timesteps[0]), abs=1.0)
+        assert made.isfinite().all() and made.abs().max() < 20
+
+
+# ------------------------------------------------------------------------------------------------------------ Free-U
+def test_free_u_is_a_candidate_where_it_is_asked_for(sdxl, monkeypatch):
+    options = {"guidance": 1.0, "num": 2, "reference_steps": 4, "families": ["even"]}
+    plain = calibrate(sdxl, ["a cat"], [2], **options)["schedules"]["2"]
+    freed = calibrate(sdxl, ["a cat"], [2], **options, freed=True)["schedules"]["2"]
+    assert (
+        set(freed["error"]) == {"even", "even, Free-U"} and freed["error"]["even"] == plain["error"]["even"]
+    )
+    assert freed["error"]["even, Free-U"] != freed["error"]["even"] and free_u_of(sdxl.net) is None
+    monkeypatch.setattr(Search, "error", lambda self, one: 0.0 if one.free_u else 1.0)
+    assert calibrate(sdxl, ["a cat"], [2], **options, freed=True)["schedules"]["2"]["free_u"] == FREE_U
+
+
+def test_a_pipeline_is_given_free_u_and_loses_it_again(sdxl, tmp_path, monkeypatch):
+    monkeypatch.setattr(sdxl.pipe, "scheduler", sdxl.pipe.scheduler)
+    one = candidates(1)["power"]._replace(free_u=True)
+    write_floor(tmp_path, sdxl.pipe.scheduler, record_of(SD, one))
+    model = Model(sdxl.pipe, {"pipeline": "tiny"})
+    noise, cond = Rng(3).normal(1, *sdxl.latent_shape), sdxl.encode(["a cat"])
+
+    def stock(solver):
+        call = model.prepare(3, solver, 1.0)
+        return sdxl.pipe("a cat", latents=noise, output_type="latent", **call).images
+
+    made = stock(str(tmp_path))
+    assert free_u_of(sdxl.net) == FREE_U
+    ours = sample(sdxl.denoiser, noise, cond, one.times, order=1)[2]
+    torch.testing.assert_close(made, ours, rtol=1e-3, atol=1e-3)
+    stock("ddim")
+    assert free_u_of(sdxl.net) is None
+    plain = sample(sdxl.denoiser, noise, cond, one.times, order=1)[2]
+    assert (made - plain).abs().max() > 0.01
+
+
+def test_images_of_a_floor_that_changed_its_end_or_free_u_are_not_kept(sdxl, tmp_path, monkeypatch):
+    """The call is the same; what differs stands in the manifest that decides whether images are kept."""
+    monkeypatch.setattr(sdxl.pipe, "scheduler", sdxl.pipe.scheduler)
+    model, runs = Model(sdxl.pipe, {"pipeline": "tiny"}), []
+    both = candidates(2)
+    for one in (both["power"], both["stopped"], both["power"]._replace(free_u=True)):
+        write_floor(tmp_path / "floor", model.scheduler, record_of(SD, one))
+        job = Job(3, str(tmp_path / "floor"), 1.0)
+        call = model.prepare(job.steps, job.solver, job.guidance)
+        runs.append(_describe(model, Prompts(("a",)), job, call)["run"])
+    free_u(sdxl.net, None)
+    assert len({str(run["timesteps"]) for run in runs}) == 1 and len({str(run) for run in runs}) == 3
 
 
 def test_named_solvers_are_those_of_diffusers(sdxl):
@@ -216,10 +422,12 @@ def test_command_line(tiny_sdxl, tmp_path, capsys):
         "cpu",
     ]
     assert main([*words, "--guidance", "3", "--out", str(tmp_path / "f")]) == 0
-    assert "searched nodes" in capsys.readouterr().out
+    said = capsys.readouterr().out
     record = read_floor(tmp_path / "f")
-    assert record["guidance_scale"] == 3 and record["schedules"]["1"]["timesteps"] == [999]
-    assert (tmp_path / "f" / "scheduler" / "scheduler_config.json").is_file()
+    entry = record["schedules"]["2"]
+    assert f"{entry['family']}, order {entry['order']}: 999, " in said
+    assert record["guidance_scale"] == 3 and record["schedules"]["1"]["times"] == [999]
+    assert (tmp_path / "f" / "2-steps" / "scheduler_config.json").is_file()
     (tmp_path / "p.txt").write_text("a\nb")
     words = [
         "eval",
@@ -235,7 +443,7 @@ def test_command_line(tiny_sdxl, tmp_path, capsys):
     words += ["--prompts", str(tmp_path / "p.txt"), "--speed-runs", "0", "--device", "cpu"]
     assert main([*words, "--out", str(tmp_path / "images")]) == 0
     manifest = json.loads((tmp_path / "images" / "2-steps" / "manifest.json").read_text())
-    assert manifest["run"]["timesteps"] == record["schedules"]["2"]["timesteps"]
+    assert {key: manifest["run"].get(key) for key in entry["call"]} == entry["call"]
 
 
 @pytest.mark.parametrize(
@@ -245,6 +453,7 @@ def test_command_line(tiny_sdxl, tmp_path, capsys):
         ({"steps": [2, 6]}, "--steps 2,6.*raise --reference-steps"),
         ({"num": 1}, "--num 1: expected at least 2"),
         ({"solver": "heun"}, "--solver heun: expected one of euler, dpm"),
+        ({"families": ["even", "odd"]}, "--families odd: expected some of even, searched, ays, karras"),
     ],
 )
 def test_bad_requests_come_before_the_network(sdxl, options, message, monkeypatch):
@@ -274,7 +483,7 @@ def test_a_floor_takes_the_place_of_an_older_one_and_of_nothing_else(sdxl, found
     (tmp_path / "f" / "floor.json").rename(tmp_path / "f" / "thesis.json")
     with pytest.raises(FewstepError, match=r"f is not empty, and no floor\.json says that fewstep made it"):
         write_floor(tmp_path / "f", sdxl.pipe.scheduler, found)
-    assert sorted(p.name for p in (tmp_path / "f").iterdir()) == ["scheduler", "thesis.json"]
+    assert sorted(p.name for p in (tmp_path / "f").iterdir()) == ["2-steps", "3-steps", "thesis.json"]
 
 
 def test_a_condition_with_guidance_is_used(sdxl):

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from zoo import ZOO
 
+from fewstep.cli import main
 from fewstep.diffusion.discriminator import Discriminator
 from fewstep.diffusion.few_steps import sample
 from fewstep.diffusion.schedules import VP, Flow
@@ -18,7 +19,8 @@ from fewstep.diffusion.solvers import ddim
 from fewstep.diffusion.student import Student
 from fewstep.diffusion.times import even_times
 from fewstep.errors import FewstepError, RecipeError
-from fewstep.evaluation.floor import calibrate, floor_sampler, write_floor
+from fewstep.evaluation.floor import calibrate
+from fewstep.evaluation.stock import floor_sampler, write_floor
 from fewstep.export import (
     check_exportable,
     export_student,
@@ -178,16 +180,37 @@ def test_a_stock_flow_pipeline_walks_exactly_the_sigmas_of_the_searched_floor(
     record = calibrate(teacher, PROMPTS, [3], guidance=2.0, num=2, reference_steps=6)
     write_floor(tmp_path, before, record)
     scheduler, call = floor_sampler(str(tmp_path), teacher.pipe, before, 3)
-    sigmas = record["schedules"]["3"]["sigmas"]
-    assert record["solver"] == "euler" and call == {"sigmas": sigmas} and sigmas[0] == 1.0
+    entry = record["schedules"]["3"]
+    sigmas = entry["times"]
+    assert entry["order"] == 1 and call == {"sigmas": sigmas} and sigmas[0] == 1.0
+    assert set(entry["error"]) == {"even", "searched", "power"}
     made = stock(with_scheduler(teacher, scheduler), PROMPTS, guidance_scale=2.0, **call)
     assert scheduler.sigmas.tolist() == pytest.approx([*sigmas, 0.0])
     own = sample(teacher.denoiser, noise, teacher.encode(PROMPTS), sigmas, order=1, guidance=2.0)[2]
     torch.testing.assert_close(made, own, rtol=1e-4, atol=1e-4)
     with pytest.raises(FewstepError, match=r"--solver dpm\+\+: no stock scheduler"):
         calibrate(teacher, PROMPTS, [3], guidance=2.0, solver="dpm++")
+    with pytest.raises(
+        FewstepError, match=f"--families karras,ays: a {ZOO[name].pipeline_class} has none of these"
+    ):
+        calibrate(teacher, PROMPTS, [3], guidance=2.0, families=["karras", "ays"])
+    with pytest.raises(FewstepError, match=r"--free-u: a \w+ has no skip connections"):
+        calibrate(teacher, PROMPTS, [3], guidance=2.0, freed=True)
     with pytest.raises(FewstepError, match=f"no table for {ZOO[name].pipeline_class}"):
         floor_sampler("ays", teacher.pipe, before, 4)
+
+
+@pytest.mark.parametrize("name", ["DiT", "UNet2D"])
+def test_a_pipeline_that_takes_no_times_has_no_searched_floor(name, teachers, tmp_path, capsys):
+    assert (
+        main(
+            ["floor", teachers(name).source, "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "f")]
+        )
+        == 2
+    )
+    said = capsys.readouterr().err
+    assert f"the stock call of a {ZOO[name].pipeline_class} takes no times of our own" in said
+    assert not (tmp_path / "f").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].guided])
