@@ -1,7 +1,7 @@
 """One whole iteration of a recipe at its teacher's real size, with random weights, on a CPU: seconds, memory, export.
 
     python eval/full_size.py sd15_dmd2_1step --resolution 512
-    python eval/full_size.py sdxl_dmd2_4step --resolution 256      # 24 GB of memory
+    python eval/full_size.py sdxl_dmd2_4step_24gb --resolution 256   # 24 GB of memory
 
 Nothing is downloaded: configurations ship with fewstep. Arithmetic is fp32, a micro-batch has one sample. Each kind of
 turn runs once, its resident peak stands beside what `fewstep plan` says of the same run, the trained LoRA is exported

@@ -70,6 +70,8 @@ TRAININGS: dict[str, list[str]] = {
     "lora-64-slow": ["--critic.kind=lora", "--critic.rank=64", "--critic.alpha=8", "--critic.lr=5e-5"],
 }
 
+CONCLUSION = ""  # by hand, when the numbers were there
+
 
 # ------------------------------------------------------------------------------------------------------------ critics
 def samples(session: Session, first: int, count: int) -> Samples:
@@ -167,7 +169,44 @@ def trained(result: dict[str, Any], only: list[str], folder: Path) -> Any:
 
 # -------------------------------------------------------------------------------------------------------------- table
 def table(result: dict[str, Any]) -> str:
-    return TITLE + "\n"
+    lines = [
+        TITLE,
+        "",
+        f"Made by `python eval/lora_critic.py` on one core of a shared server, with `{BASE}`; its student is a LoRA of",
+        "rank 64 at 5e-4, its critic trains all weights at 3e-4. An adapter acts by alpha / rank times itself.",
+        "",
+        "## Critics alone",
+        "",
+        "Loss on held-out samples of the untrained student (288, noise and times the same for all), over that of the",
+        "teacher, after so many updates of 24 samples, without warm-up.",
+        "",
+        f"| critic | {' | '.join(f'{k} updates' for k in AT)} |",
+        "| --- |" + " --- |" * len(AT),
+    ]
+    for name in (n for n in PROBES if n in result["lag"]):
+        row = result["lag"][name]
+        lines.append(f"| {name} | {' | '.join(f'{row[str(k)]:.3f}' for k in AT)} |")
+    lines += [
+        "",
+        "## Trainings",
+        "",
+        "The recipe with " + " ".join(f"`{word}`" for word in SHORT) + ". FD is that of the recipe's own",
+        "evaluation, 500 images. Lag is `health/critic_lag`, 0 for a critic that is up to date, mean of the last 100",
+        "iterations. Behind is the critic's held-out loss at the end over the same after 100 further updates of all of",
+        "its weights, the student frozen: 1 for a critic with nothing left to learn.",
+        "",
+        "| critic | options | iterations | FD | KID | lag | behind |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in (n for n in TRAININGS if n in result["train"]):
+        row = result["train"][name]
+        fd, kid = (row["metrics"][f"{m}(effnet-lite0@96)"] for m in ("FD", "KID"))
+        options = " ".join(f"`{word}`" for word in row["options"]) or "as it is"
+        lines.append(
+            f"| {name} | {options} | {row['iterations']} | {fd['value']:.0f} ± {fd['error']:.0f} | {kid['value']:.3f} | "
+            f"{row['critic_lag']:.2f} | {row['behind']:.3f} |"
+        )
+    return "\n".join([*lines, "", CONCLUSION]) + "\n"
 
 
 def main() -> int:

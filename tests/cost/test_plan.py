@@ -57,7 +57,7 @@ def small(path, *words):
         "--train.accumulate=1",
     ]
     options += [f"--{role}.{option}" for role in ("student", "critic") for option in ("rank=4", "ema=0.9")]
-    return recipes.override(load_recipe("sdxl_dmd2_4step"), ["--teacher", str(path), *options, *words])
+    return recipes.override(load_recipe("sdxl_dmd2_4step_24gb"), ["--teacher", str(path), *options, *words])
 
 
 @pytest.fixture(scope="module")
