@@ -6,7 +6,7 @@
 
 Each student has a critic of its own and a quarter of the prompts, by their embedding.
 Hardware: eight H100, 80 GB each, over which weights, gradients and moments are split. Batch 2048, a quarter per
-student, in 8 parts of 32 per card, 40k iterations: each critic sees 20 M samples, each student learns from 2 M;
+student, in 2 parts of 128 per card, 40k iterations: each critic sees 20 M samples, each student learns from 2 M;
 HOURS hours by `fewstep plan`.
 Paper (arXiv 2410.23274): COCO-30k FID 8.80 after this stage, 8.20 after the second, where one student has 8.35. It
 regresses on pairs here, or trains the critic more often, as this recipe does. Its rates, batch and iterations are not
@@ -40,7 +40,7 @@ recipe = Recipe(
     data=DataConfig(prompts="prompts.txt"),
     roles={"student": full, "critic": full},
     train=TrainConfig(
-        steps=40_000, batch_size=32, accumulate=8, shard=8, sample_every=250, checkpoint_every=500
+        steps=40_000, batch_size=128, accumulate=2, shard=8, sample_every=250, checkpoint_every=500
     ),
     samples=SampleConfig(count=8, teacher_steps=50, columns=4),
     export=ExportConfig(dtype="float16"),
