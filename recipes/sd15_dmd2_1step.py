@@ -5,7 +5,7 @@
     fewstep train sd15_dmd2_1step --teacher PATH   # any StableDiffusionPipeline folder
 
 Hardware: one H100, 80 GB. Batch 512 in 8 parts of 64, 20k iterations: the critic sees 10 M samples, the student learns
-from 1 M; HOURS hours by `fewstep plan`.
+from 1 M; 47 hours by `fewstep plan`.
 Paper (64 A100, batch 2048, all weights): 40k iterations without GAN at 1e-5, then 5k with GAN weight 1e-3 at 5e-7;
 COCO-30k FID 9.28, then 8.35: sd15_dmd2_1step_stage1 and _stage2. This recipe is the second stage's loss from the start;
 the student is a LoRA, beside the whole weights of a critic, with the rates of the paper's LoRA of SDXL. The student

@@ -7,7 +7,7 @@
 Prompts: one per line (the paper used 3 M of LAION-Aesthetic 6.25+). The student starts at t = 999, where an eps
 network's error is multiplied by 14.6 in x0.
 Hardware: eight H100, 80 GB each. Batch 2048 in 4 parts of 64 per card, 40k iterations: the critic sees 82 M samples,
-the student learns from 8 M; HOURS hours by `fewstep plan`.
+the student learns from 8 M; 31 hours by `fewstep plan`.
 Paper: the same weights, rates, batch and iterations on 64 A100 in 25 hours; COCO-30k FID 9.28. What differs: forward
 passes without gradient run in bf16 too. Not yet run at scale.
 """

@@ -6,7 +6,7 @@
 
 Student and critic start from the run of the first stage, the discriminator is new. Images: captioned, at least 512 px.
 Hardware: eight H100, 80 GB each. Batch 2048 in 4 parts of 64 per card, 5k iterations: the critic sees 10 M samples, the
-student learns from 1 M; HOURS hours by `fewstep plan`.
+student learns from 1 M; 6 hours by `fewstep plan`.
 Paper: the same weights, rates, batch and iterations on 64 A100 in 2 hours; COCO-30k FID 8.35 (9.28 before), by the
 checkpoint of 2k iterations. What differs: forward passes without gradient run in bf16 too. Not yet run at scale.
 """

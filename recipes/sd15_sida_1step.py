@@ -7,7 +7,7 @@
 The student starts from the export of sd15_sid_1step, the critic from the teacher: critic and discriminator, which is
 the critic's middle block, learn alone for 100 k images, and the GAN joins after 200 k.
 Images: captioned, at least 512 px.
-Hardware: one H100, 80 GB. Batch 512 in 32 parts of 16, 10k iterations: 5 M samples; HOURS hours by `fewstep plan`, and
+Hardware: one H100, 80 GB. Batch 512 in 32 parts of 16, 10k iterations: 5 M samples; 49 hours by `fewstep plan`, and
 less on several cards: divide ``train.accumulate`` by their number.
 Papers (arXiv 2410.14919, 2505.12674): COCO-30k FID 7.89 for one-step SiDA of SD 1.5. Schedule and weight of the GAN are
 those of the first, on EDM's networks; batch, rates and guidance those of sd15_sid_1step. Not yet run at scale.

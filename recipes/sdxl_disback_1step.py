@@ -7,7 +7,7 @@
 Ten nodes record in 100 iterations each how the teacher degrades into that student, which then follows them back to the
 teacher, 1000 iterations per node.
 Hardware: one H100, 80 GB. Batch 16 in 4 parts of 4, 20k iterations, half of them with the original teacher: the student
-learns from 0.3 M samples; HOURS hours by `fewstep plan`.
+learns from 0.3 M samples; 13 hours by `fewstep plan`.
 Published (arXiv 2408.15991 and its code): the same nodes, intervals, guidance and start, from DMD2's one-step student;
 batch 1, all weights at 5e-7 or a critic as LoRA, 100k iterations; no number for SDXL is known to us. What differs:
 student, critic and nodes are LoRAs, which eleven whole networks would not be on one card; their rates are those of

@@ -8,7 +8,7 @@
 Prompts: one per line (the paper used 3 M of LAION-Aesthetic 6.25+); images: captioned, at least 1024 px.
 The student is conditioned on t = 399, the paper's remedy against block artefacts.
 Hardware: one H100, 80 GB. Batch 128 in 32 parts of 4, 24k iterations: the critic sees 3.1 M samples, the student
-learns from 0.6 M; HOURS hours by `fewstep plan`.
+learns from 0.6 M; 139 hours by `fewstep plan`.
 Paper: the same batch and iterations on 64 A100 in 57 hours, all weights at 5e-7; FID 19.01 on COCO-10k. What
 differs: the student is a LoRA at 5e-5, beside it the critic's weights at 5e-5, as in the paper's LoRA of four steps;
 forward passes without gradient run in bf16 too. Not yet run at scale.

@@ -7,7 +7,7 @@
 
 Prompts: one per line (the paper used 3 M of LAION-Aesthetic 6.25+); images: captioned, at least 1024 px.
 Hardware: one H100, 80 GB. Batch 128 in 32 parts of 4, 16k iterations: the critic sees 2.0 M samples, the student
-learns from 0.4 M; HOURS hours by `fewstep plan`.
+learns from 0.4 M; 109 hours by `fewstep plan`.
 Paper: the same weights, rates, batch and iterations on 64 A100 in 63 hours, of which most is fp32; FID 19.68 on
 COCO-10k. What differs: forward passes without gradient run in bf16 too. Not yet run at scale.
 """

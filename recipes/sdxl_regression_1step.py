@@ -5,7 +5,7 @@
     fewstep train sdxl_regression_1step --smoke    # seconds, a tiny random SDXL stands in
 
 The student is conditioned on t = 399, as it will be in sdxl_dmd2_1step, which starts from the export of this run.
-Hardware: one H100, 80 GB. Batch 256 in 64 parts of 4, 2k iterations: 51 passes over 10k pairs; HOURS hours by
+Hardware: one H100, 80 GB. Batch 256 in 64 parts of 4, 2k iterations: 51 passes over 10k pairs; 8 hours by
 `fewstep plan`, beside those of the pairs.
 Paper: 10k pairs of the teacher (Euler, 50 steps, guidance 8), batch 256, 2k iterations of all weights at 1e-5 under
 LPIPS of images that a small decoder made. What differs: a LoRA at 5e-5, and the regression is that of
