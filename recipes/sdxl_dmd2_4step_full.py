@@ -6,7 +6,7 @@
 Prompts: one per line (the paper used 3 M of LAION-Aesthetic 6.25+); images: captioned, at least 1024 px.
 Hardware: eight H100, 80 GB each, over which weights, gradients and moments are split. Batch 128, 16 per card at once
 (smaller parts would keep whole gradients from one to the next), 20k iterations: the critic sees 2.6 M samples, the
-student learns from 0.5 M; HOURS hours by `fewstep plan`.
+student learns from 0.5 M; 19 hours by `fewstep plan`.
 Paper: the same weights, rates (5e-7), batch and iterations on 64 A100 in 57 hours; FID 19.32 on COCO-10k, by the
 checkpoint of 19k iterations. What differs: forward passes without gradient run in bf16 too. Not yet run at scale.
 """
