@@ -21,10 +21,8 @@ def smoke(recipe: Recipe, given: Collection[str] = ()) -> Recipe:
 
     Unless the teacher is given or built in, a tiny random pipeline of the recipe's class stands in; where prompts and
     images are no files here, a few emoji do. What a recipe's roles start from is left out: weights of another run would
-    be of other sizes than these, and may not be there yet; those of another ``--smoke`` can be given.
-
-    Args:
-        given: options that are the user's and not the recipe's, see :func:`fewstep.recipe.named`.
+    be of other sizes than these, and may not be there yet; those of another ``--smoke`` can be given. ``given`` are the
+    options that are the user's and not the recipe's, see :func:`fewstep.recipe.named`.
     """
     near = Path(recipe.output).absolute() if "output" in given else None
     if near is not None:
