@@ -1,7 +1,7 @@
 """One whole iteration of a recipe at its teacher's real size, with random weights, on a CPU: seconds, memory, export.
 
-    python eval/full_size.py sd15_dmd2_1step --resolution 512
-    python eval/full_size.py sdxl_dmd2_4step --resolution 256      # 24 GB of memory
+    python eval/full_size.py sd15_dmd2_1step --resolution 512 --critic.kind=lora
+    python eval/full_size.py sdxl_dmd2_4step_24gb --resolution 256   # 24 GB of memory
 
 Nothing is downloaded: configurations ship with fewstep. Arithmetic is fp32, a micro-batch has one sample. Each kind of
 turn runs once, its resident peak stands beside what `fewstep plan` says of the same run, the trained LoRA is exported
@@ -162,9 +162,10 @@ def table(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         r = json.loads(path.read_text())
         for turn, seen in r["turns"].items():
+            name = " ".join([r["recipe"], *r["command"].split()[5:]])  # options of its own
             count = r["plan"]["held_gb"] + r["plan"]["turns_gb"][turn]
             lines.append(
-                f"| {r['recipe']} | {r['resolution']} | {turn} | {seen['seconds']:.0f} | {seen['peak_gb']:.2f} | "
+                f"| {name} | {r['resolution']} | {turn} | {seen['seconds']:.0f} | {seen['peak_gb']:.2f} | "
                 f"{count:.2f} | {count / seen['peak_gb']:.2f} | {r['export']['from_stock']:.0e} |"
             )
     return "\n".join(lines) + "\n"

@@ -116,7 +116,7 @@ def numerics(setting: Setting) -> Iterator[Row]:
         options = {"dtype": "float32", "resolution": RESOLUTION.get(name), "attention": "sdpa"}
         here, there = (predictions(load_teacher(str(folder), device=d, **options)) for d in ("cpu", device))
         yield compared(f"{name}: x0", here, there)
-    for name in ("sdxl_dmd2_4step", "sdxl_sid_4step", "sana_sprint"):
+    for name in ("sdxl_dmd2_4step_24gb", "sdxl_sid_4step", "sana_sprint"):
         recipe = replace(setting, tiny=True).recipe(name, "--teacher.attention=sdpa")
         here, there = (gradients(recipe, torch.device(d)) for d in ("cpu", device))
         for phase in here:
@@ -255,7 +255,7 @@ def memory(setting: Setting) -> Iterator[Row]:
     """What a turn of DMD2 on SDXL takes, beside what ``fewstep plan`` counts for that run."""
     from fewstep.cost import plan
 
-    recipe = setting.recipe("sdxl_dmd2_4step", "--train.batch_size=2", "--train.steps=10")
+    recipe = setting.recipe("sdxl_dmd2_4step_24gb", "--train.batch_size=2", "--train.steps=10")
     trainer, _ = _random(recipe)
     peaks = [row["peak_gb"] for row in turns(trainer)]
     if None in peaks:
@@ -265,7 +265,7 @@ def memory(setting: Setting) -> Iterator[Row]:
     begin = time.perf_counter()
     made = plan(recipe)
     row = {
-        "what": f"{Path(load_recipe('sdxl_dmd2_4step').output).name}, batch 2",
+        "what": f"{Path(load_recipe('sdxl_dmd2_4step_24gb').output).name}, batch 2",
         "peak_gb": max(peaks),
         "planned_gb": (made.held + made.iteration(2)) / GB,
         "plan_seconds": time.perf_counter() - begin,
@@ -287,7 +287,7 @@ def resume(setting: Setting) -> Iterator[Row]:
         "--train.batch_size=2",
         *(f"--roles.{n}.warmup=0" for n in ("student", "critic", "discriminator")),
     ]
-    recipe, folder = setting.recipe("sdxl_dmd2_4step", *words), Path(tempfile.mkdtemp())
+    recipe, folder = setting.recipe("sdxl_dmd2_4step_24gb", *words), Path(tempfile.mkdtemp())
     alone, killed = folder / "alone", folder / "killed"
     for run in (alone, killed):
         write(run / "recipe.yaml", recipes.dump(replace(recipe, output=str(run))))
@@ -365,7 +365,9 @@ def timed(setting: Setting, compiled: bool) -> Iterator[Row]:
     if compiled and not kernels.compiles(device := choose(setting.device)):
         yield {"none": f"torch writes no code for {device.type}"}
         return
-    recipe = setting.recipe("sdxl_dmd2_4step", "--method.critic_steps=1", f"--teacher.compile={compiled}")
+    recipe = setting.recipe(
+        "sdxl_dmd2_4step_24gb", "--method.critic_steps=1", f"--teacher.compile={compiled}"
+    )
     for batch in setting.batches:
         found = bench(recipe, [f"--train.batch_size={batch}"], 1, "bare", random_weights=True)
         gc.collect()
@@ -385,9 +387,9 @@ PARTS = {
     "numerics": Part("fp32 beside the CPU, tiny pipelines, TF32 off", 120, numerics),
     "sid": Part("SiD's turns: `sdxl_sid_4step`", 90, sid),
     "sprint": Part("SANA-Sprint's turns and forward-mode derivative: `sana_sprint`", 90, sprint),
-    "memory": Part("Peak memory beside `fewstep plan`: `sdxl_dmd2_4step`", 150, memory),
-    "resume": Part("Checkpoint, SIGKILL, resume: `sdxl_dmd2_4step`", 240, resume),
-    "eager": Part("`fewstep bench` of both turns of `sdxl_dmd2_4step`, eager", 200, eager),
+    "memory": Part("Peak memory beside `fewstep plan`: `sdxl_dmd2_4step_24gb`", 150, memory),
+    "resume": Part("Checkpoint, SIGKILL, resume: `sdxl_dmd2_4step_24gb`", 240, resume),
+    "eager": Part("`fewstep bench` of both turns of `sdxl_dmd2_4step_24gb`, eager", 200, eager),
     "compiled": Part("The same, compiled blocks", 240, compiled),
 }
 

@@ -24,15 +24,15 @@ from fewstep.runs.library import load_recipe, recipe_files
 
 RESULTS = Path(__file__).parent / "results" / "plans"
 TITLE = "# What recipes take"
-GPU = "h100-80gb"
-NAMED = re.compile(r"Hardware: (?:(one|eight) H100, 80 GB|two CPU cores, (\d+) GB of memory)")
+CARDS = {"H100, 80 GB": "h100-80gb", "RTX 4090, 24 GB": "rtx4090-24gb"}
+NAMED = re.compile(rf"Hardware: (?:(one|eight) ({'|'.join(CARDS)})|two CPU cores, (\d+) GB of memory)")
 
 
 class Hardware(NamedTuple):
     """What the docstring of a recipe names."""
 
     words: str
-    gpus: int  # 0 for a CPU
+    gpu: str | None  # as `fewstep plan` calls it; None is a CPU
     gigabytes: float
 
 
@@ -48,10 +48,10 @@ def hardware(path: Path) -> Hardware:
         raise ValueError(f"{path}: its docstring names no hardware; expected {NAMED.pattern}")
     from fewstep.cost import GPUS
 
-    if found[2]:
-        return Hardware("two cores", 0, float(found[2]))
-    count = {"one": 1, "eight": 8}[found[1]]
-    return Hardware(f"{count} H100", count, GPUS[GPU].memory / 1e9)
+    if found[3]:
+        return Hardware("two cores", None, float(found[3]))
+    count, gpu = {"one": 1, "eight": 8}[found[1]], CARDS[found[2]]
+    return Hardware(f"{count} {found[2].partition(',')[0]}", gpu, GPUS[gpu].memory / 1e9)
 
 
 def planned(name: str) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def planned(name: str) -> dict[str, Any]:
         "hardware": room.words,
         "hardware_gb": round(room.gigabytes, 1),
         "seconds": round(seconds, 1),
-        **made.to_dict(GPU),
+        **made.to_dict(room.gpu or CARDS["H100, 80 GB"]),
     }
 
 
@@ -81,7 +81,7 @@ def table(folder: Path) -> str:
         "",
         "Counted by `fewstep plan RECIPE`, not measured; made by `python eval/plans.py`. GB are of one device: what it",
         "holds through the run, what an iteration takes beyond at the recipe's micro-batch, and all of it with what",
-        "libraries and fragments are assumed to take. Hours are those of the recipe's steps on the H100 it names, at",
+        "libraries and fragments are assumed to take. Hours are those of the recipe's steps on the card it names, at",
         "40% of the data sheet's rate of each kind of arithmetic. The last column is what the plan itself took.",
         "",
         "| recipe | hardware | held GB | iteration GB | total GB | micro-batch | largest | hours | cached, kB a row | "

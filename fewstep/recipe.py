@@ -74,8 +74,12 @@ class Recipe:
     def role(self, name: str) -> RoleConfig:
         if name in self.method_class.followers:
             return dataclasses.replace(self.role("student"), ema=0.0)
-        family = name.rstrip("0123456789").rstrip("_")
-        return self.roles.get(name) or self.roles.get(family) or RoleConfig()
+        return self.roles.get(name) or self.roles.get(family(name)) or RoleConfig()
+
+
+def family(name: str) -> str:
+    """A role's name without its number: ``student`` of ``student_2``."""
+    return name.rstrip("0123456789").rstrip("_")
 
 
 _FORBID = ConfigDict(extra="forbid")
@@ -128,8 +132,7 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
     config = _validate(method.Config, _present(method, options), "method", known)
     recipe = _validate(Recipe, {**data, "method": config}, "", known)
     networks = method.networks_for(config)
-    families = (n.rstrip("0123456789").rstrip("_") for n in networks)
-    known = list(dict.fromkeys([*networks, *families, *method.extras]))
+    known = list(dict.fromkeys([*networks, *map(family, networks), *method.extras]))
     for role in recipe.roles:
         if role not in known:
             raise RecipeError(

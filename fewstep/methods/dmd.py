@@ -36,6 +36,8 @@ class DMD(Method):
             start: time at which the student is called; null is the noisiest (999).
             guidance_scale: of the teacher only; pairs must have been made with the same (SD1.5: 3 or 8).
             regression_weight: of the pair loss beside the score difference (0.25; 0.5 for unconditional CIFAR-10).
+            matching_weight: of the score difference; 0 is regression alone, without a critic: the warm-up that DMD2
+                gives its one-step SDXL.
             regression: distance to the teacher's sample: "l2" of latents, "features" of decoded images in the offline
                 extractor, or "lpips" of decoded images (the paper's), which needs its weights on disk.
             match_pairs: the score difference also acts on the paired samples (the paper's text-to-image runs).
@@ -44,11 +46,19 @@ class DMD(Method):
         start: int | float | None = None
         critic_steps: int = 1
         regression_weight: float = 0.25
+        matching_weight: float = 1.0
         regression: Literal["l2", "features", "lpips"] = "l2"
         match_pairs: bool = False
 
         def expected(self) -> Expected:
-            return {"regression_weight": (self.regression_weight >= 0, "0 or more; 0 needs no pairs")}
+            alone = self.regression_weight > 0
+            return {
+                "regression_weight": (self.regression_weight >= 0, "0 or more; 0 needs no pairs"),
+                "matching_weight": (
+                    self.matching_weight > 0 or alone,
+                    "a positive number with regression_weight 0",
+                ),
+            }
 
         def smoke(self) -> Self:
             offline = "features" if self.regression == "lpips" else self.regression
@@ -56,12 +66,16 @@ class DMD(Method):
 
     config: Config
 
-    def build(self, student: Denoiser, critic: Denoiser) -> None:
+    def build(self, student: Denoiser, critic: Denoiser | None = None) -> None:
         start = self.config.start
         self.critic = critic
         self.student = Student(student, [student.schedule.t_max if start is None else start])
         # Distance of latents; the run puts a perceptual one here where the recipe asks for it.
         self.distance = torch.nn.functional.mse_loss
+
+    @classmethod
+    def networks_for(cls, config: DMD.Config) -> tuple[str, ...]:
+        return cls.networks if config.matching_weight else ("student",)
 
     @classmethod
     def needs(cls, config: DMD.Config) -> tuple[str, ...]:
@@ -72,25 +86,29 @@ class DMD(Method):
         return ("distance",) if config.regression_weight else ()
 
     def phases(self) -> list[Phase]:
-        return [
-            Phase("generator", ("student",), self.generator_loss, every=self.config.critic_steps),
-            Phase("critic", ("critic",), self.critic_loss),
-        ]
+        generator = Phase("generator", ("student",), self.generator_loss, every=self.config.critic_steps)
+        return [generator, Phase("critic", ("critic",), self.critic_loss)] if self.critic else [generator]
 
     # ------------------------------------------------------------------------------------------------- losses
     def generator_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
-        noise, cond, paired = batch.rng.normal(*batch.shape), batch.cond, 0
-        if self.config.regression_weight:
-            noises, target = batch.pairs
-            paired = len(noises)
-            noise, cond = torch.cat([noise, noises]), Cond.cat(cond, batch.pair_cond)
-        x0 = self.generate(noise, cond, batch)  # both kinds in one forward
-        free = len(x0) - paired
-        matched = len(x0) if self.config.match_pairs else free
-        batch.carry["x0"] = x0[:matched].detach()
-        losses = {"dm": self.matching(x0[:matched], cond.rows(slice(0, matched)), batch)}
-        if paired:
-            losses["regression"] = self.config.regression_weight * self.distance(x0[free:], target)
+        c, inputs = self.config, []
+        if c.matching_weight:
+            inputs.append((batch.rng.normal(*batch.shape), batch.cond))
+        free = sum(len(noise) for noise, _ in inputs)
+        if c.regression_weight:
+            noise, target = batch.pairs
+            inputs.append((noise, batch.pair_cond))
+        noises, conds = zip(*inputs)
+        cond = Cond.cat(*conds)
+        x0 = self.generate(torch.cat(noises), cond, batch)  # both kinds in one forward
+        losses = {}
+        if c.matching_weight:
+            matched = len(x0) if c.match_pairs else free
+            batch.carry["x0"] = x0[:matched].detach()
+            dm = self.matching(x0[:matched], cond.rows(slice(0, matched)), batch)
+            losses["dm"] = c.matching_weight * dm
+        if c.regression_weight:
+            losses["regression"] = c.regression_weight * self.distance(x0[free:], target)
         return losses
 
     def critic_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:

@@ -62,11 +62,10 @@ def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> Path:
         if smoke:
             from .smoke import smoke as shrink
 
-            given = {w.split("=")[0] for w in words}
-            if "--output" in given:
+            given = recipes.named(words)
+            if "output" in given:
                 check_output(Path(recipe.output))
-            teacher = bool(given & {"--teacher", "--teacher.path"})
-            recipe = shrink(recipe, keep_teacher=teacher, keep_output="--output" in given)
+            recipe = shrink(recipe, given)
         return execute(recipe)
     except BaseException as error:
         raise SystemExit(tell(error)) from None

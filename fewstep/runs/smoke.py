@@ -6,30 +6,32 @@ import dataclasses
 import json
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ..configs import EvalConfig, RoleConfig, SampleConfig, TeacherConfig
 from ..data.prompts import CLASSES, UNCONDITIONAL
-from ..recipe import Recipe
+from ..recipe import Recipe, family
 
 RANK = 4
 
 
-def smoke(recipe: Recipe, keep_teacher: bool = False, keep_output: bool = False) -> Recipe:
+def smoke(recipe: Recipe, given: Collection[str] = ()) -> Recipe:
     """Four steps of two samples and a small rank, in a temporary folder, or where the output is to be and beside it.
 
     Unless the teacher is given or built in, a tiny random pipeline of the recipe's class stands in; where prompts and
-    images are no files here, a few emoji do. What roles start from is left out: weights of another run would be of
-    other sizes than these, and may not be there yet.
+    images are no files here, a few emoji do. What a recipe's roles start from is left out: weights of another run would
+    be of other sizes than these, and may not be there yet; those of another ``--smoke`` can be given. ``given`` are the
+    options that are the user's and not the recipe's, see :func:`fewstep.recipe.named`.
     """
-    near = Path(recipe.output).absolute() if keep_output else None
+    near = Path(recipe.output).absolute() if "output" in given else None
     if near is not None:
         near.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{near.name}-smoke-" if near else "fewstep-smoke-"
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=near.parent if near else None))
     teacher, data = recipe.teacher, recipe.data
-    if not keep_teacher and not teacher.path.startswith("builtin:"):
+    if "teacher.path" not in given and not teacher.path.startswith("builtin:"):
         teacher = _stand_in(folder / "teacher", teacher, data.prompts)
     few = _few_emoji(folder, data.column or "text")
     data = dataclasses.replace(
@@ -41,7 +43,7 @@ def smoke(recipe: Recipe, keep_teacher: bool = False, keep_output: bool = False)
     )
     method = recipe.method.smoke()
     names = (*recipe.method_class.networks_for(method), *recipe.method_class.extras)
-    roles = {name: _small(name, recipe.role(name)) for name in names}
+    roles = {name: _small(name, recipe.role(name), given) for name in names}
     train = dataclasses.replace(
         recipe.train,
         steps=4,
@@ -56,7 +58,7 @@ def smoke(recipe: Recipe, keep_teacher: bool = False, keep_output: bool = False)
         data = dataclasses.replace(data, pairs=str(_few_pairs(folder / "pairs", teacher, data, method)))
     return dataclasses.replace(
         recipe,
-        output=recipe.output if keep_output else str(folder / "run"),
+        output=recipe.output if near else str(folder / "run"),
         teacher=teacher,
         data=data,
         roles=roles,
@@ -83,13 +85,12 @@ def _stand_in(folder: Path, teacher: TeacherConfig, prompts: str) -> TeacherConf
     )
 
 
-def _small(name: str, config: RoleConfig) -> RoleConfig:
-    if config.start_from is not None:
-        print(
-            f"fewstep: note: --smoke: {name} starts from the teacher, not from {config.start_from}",
-            file=sys.stderr,
-        )
-    return dataclasses.replace(config, rank=min(RANK, config.rank), start_from=None)
+def _small(name: str, config: RoleConfig, given: Collection[str]) -> RoleConfig:
+    start = config.start_from
+    if start is not None and not {f"roles.{n}.start_from" for n in (name, family(name))} & set(given):
+        print(f"fewstep: note: --smoke: {name} starts from the teacher, not from {start}", file=sys.stderr)
+        start = None
+    return dataclasses.replace(config, rank=min(RANK, config.rank), start_from=start)
 
 
 def _few_pairs(folder: Path, teacher, data, method) -> Path:

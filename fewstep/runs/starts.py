@@ -146,7 +146,7 @@ def _of_checkpoint(name: str, folder: Path, run: Recipe) -> Source:
             f"{folder}: cannot be read: {_one_line(error)}; give another checkpoint"
         ) from error
     held = dict.fromkeys(flat.split("/")[0] for flat in sizes)
-    role = next((n for n in (name, name.rstrip("0123456789").rstrip("_")) if n in held), None)
+    role = next((n for n in (name, recipes.family(name)) if n in held), None)
     if role is None:
         raise FewstepError(f"{folder}: has no role {name}; there are {', '.join(sorted(held))}")
     averaged = any(flat.startswith(f"{role}/average/") for flat in sizes)

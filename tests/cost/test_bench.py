@@ -38,7 +38,7 @@ ONE_NOISE = ("--method.one_noise=true", "--method.gan_time_range=[0.02, 0.98]")
 
 @pytest.fixture(
     scope="module",
-    params=[("sdxl_dmd2_4step",), ("sdxl_dmd2_4step", *ONE_NOISE), ("sdxl_sid_4step",)],
+    params=[("sdxl_dmd2_4step_24gb",), ("sdxl_dmd2_4step", *ONE_NOISE), ("sdxl_sid_4step",)],
     ids=["dmd2", "dmd2-one-noise", "sid"],
 )
 def trained(request, tiny_sdxl, tmp_path_factory):
@@ -79,7 +79,7 @@ def test_no_step_waits_for_the_device(trained, monkeypatch):
 
 def test_bench_accounts_for_the_whole_step_beside_a_bare_loop(capsys, tiny_sdxl, tmp_path):
     path, out = tmp_path / "recipe.yaml", tmp_path / "bench.json"
-    path.write_text(dump(tiny("sdxl_dmd2_4step", tiny_sdxl, tmp_path)))
+    path.write_text(dump(tiny("sdxl_dmd2_4step_24gb", tiny_sdxl, tmp_path)))
     words = ["--iterations", "2", "--baseline", "bare", "--out", str(out)]
     assert main(["bench", str(path), *words]) == 0
     result = json.loads(capsys.readouterr().out)

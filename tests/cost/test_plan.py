@@ -57,7 +57,7 @@ def small(path, *words):
         "--train.accumulate=1",
     ]
     options += [f"--{role}.{option}" for role in ("student", "critic") for option in ("rank=4", "ema=0.9")]
-    return recipes.override(load_recipe("sdxl_dmd2_4step"), ["--teacher", str(path), *options, *words])
+    return recipes.override(load_recipe("sdxl_dmd2_4step_24gb"), ["--teacher", str(path), *options, *words])
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +293,7 @@ def test_every_recipe_is_planned_and_fits_the_hardware_it_names(name):
     assert stored["recipe"] == recipes.digest(load_recipe(name)), f"has changed: python eval/plans.py {name}"
     room = plans.hardware(recipe_files()[name])
     assert stored["hardware"] == room.words and stored["total_gb"] <= room.gigabytes
-    assert stored["seconds"] < 60  # of one core
+    assert stored["seconds"] < 180  # of one core; networks in shards and a dozen of them take longest
     assert stored["how"] == "counted by fewstep plan, not measured"
 
 

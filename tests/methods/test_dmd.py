@@ -6,6 +6,7 @@ from toys import NONE, SD, Mlp, Rows, distance, fit, toy
 
 from fewstep.diffusion.rng import Rng
 from fewstep.diffusion.solvers import ddim
+from fewstep.errors import RecipeError
 from fewstep.methods import Batch, Progress
 from fewstep.methods.dmd import DMD
 from fewstep.teachers.analytic import GaussianMixture
@@ -39,9 +40,10 @@ def batch(trainer, i=0):
     return trainer.data.batch(i, 0)
 
 
-def test_the_regression_term_alone_learns_the_teachers_map(ring, fitted, pairs):
-    trainer = paired(ring, fitted, pairs, steps=300)
-    trainer.method.matching = lambda x0, cond, batch: 0 * x0.sum()
+def test_the_regression_alone_learns_the_teachers_map_without_a_critic(ring, fitted, pairs):
+    trainer = paired(ring, fitted, pairs, steps=300, matching_weight=0.0)
+    assert set(trainer.roles) == {"student"} and trainer.method.critic is None
+    assert set(trainer.method.generator_loss(batch(trainer), Progress())) == {"regression"}
     noise = Rng("held out").normal(512, 2)
     truth = ddim(ring, noise, NONE, 40)
     error = lambda: (trainer.method.student.sample(noise, NONE, torch.randn_like) - truth).square().mean()  # noqa: E731
@@ -93,6 +95,15 @@ def test_without_regression_no_pairs_are_needed(ring, fitted):
         Batch(NONE, (8, 2), Rng(0), Rng(1)), Progress()
     )
     assert set(losses) == {"dm"}
+
+
+def test_a_weight_scales_the_score_difference(ring, fitted, pairs):
+    one, third = (paired(ring, fitted, pairs, matching_weight=w) for w in (1.0, 1 / 3))
+    losses = [t.method.generator_loss(batch(t), Progress()) for t in (one, third)]
+    assert losses[1]["dm"].item() == pytest.approx(losses[0]["dm"].item() / 3, rel=1e-5)
+    assert losses[1]["regression"].item() == losses[0]["regression"].item()
+    with pytest.raises(RecipeError, match=r"method\.matching_weight: 0\.0: expected a positive number with"):
+        DMD.Config(matching_weight=0.0, regression_weight=0.0)
 
 
 @pytest.mark.slow

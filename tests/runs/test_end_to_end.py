@@ -46,6 +46,7 @@ def tiny(recipe_name: str, teacher: Path, folder: Path, *words: str):
         *("--teacher", str(teacher), "--prompts", str(prompts), "--images", str(images)),
         *("--output", str(folder / "run"), "--teacher.dtype", "float32", "--teacher.autocast", "null"),
         *("--teacher.resolution", "null", "--student.rank", "4", "--train.steps", "4"),
+        *("--student.start_from", "null"),
         *("--train.batch_size", "2", "--train.accumulate", "1"),
         *("--samples.count", "2", "--samples.teacher_steps", "2", "--train.sample_every", "2"),
         *("--train.checkpoint_every", "2", "--train.log_every", "1", "--student.warmup", "0"),
@@ -66,7 +67,7 @@ def sdxl_run(tiny_sdxl, tmp_path_factory):
     words = ["--export.kohya", "true", "--student.ema", "0.5"]
     if importlib.util.find_spec("torchmetrics"):
         words += ["--samples.distance", "3", "--evaluation.extractor", "effnet-lite0@32"]
-    recipe = tiny("sdxl_dmd2_4step", tiny_sdxl, folder, *words)
+    recipe = tiny("sdxl_dmd2_4step_24gb", tiny_sdxl, folder, *words)
     return execute(recipe), recipe
 
 

@@ -1,5 +1,6 @@
 """Roles that start from an earlier run or its export: to the last bit what that ended with, or one line why not."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from toys import SD, Mlp, fit, toy
 
 from fewstep import recipe as recipes
+from fewstep.cli import main
 from fewstep.cost import plan
 from fewstep.errors import FewstepError, RecipeError
 from fewstep.methods.boot import BOOT
@@ -23,6 +25,7 @@ from fewstep.process import Process
 from fewstep.recipe import DataConfig, Recipe, RoleConfig, SampleConfig, TeacherConfig, TrainConfig
 from fewstep.runs.build import build
 from fewstep.runs.checks import check_data
+from fewstep.runs.library import load_recipe, recipe_files
 from fewstep.runs.session import Session, execute, resume
 from fewstep.runs.smoke import smoke
 from fewstep.runs.starts import check_starts, find
@@ -412,6 +415,64 @@ def test_a_plan_needs_no_folder_and_smoke_says_that_it_leaves_it_out(tiny_sd15, 
     assert all(config.start_from is None for config in small.roles.values())
     said = capsys.readouterr().err
     assert said == f"fewstep: note: --smoke: student starts from the teacher, not from {tmp_path / 'later'}\n"
+
+
+# Recipe -> the one that its roles start from.
+CHAINS = {
+    "emoji_ar_dd2_from_dd1_1step": "emoji_ar_dd1_2step",
+    "sd15_dmd2_1step_stage2": "sd15_dmd2_1step_stage1",
+    "sd15_multi_student_1step_adm": "sd15_multi_student_1step_dm",
+    "sd15_sida_1step": "sd15_sid_1step",
+    "sdxl_disback_1step": "sdxl_dmd2_1step",
+    "sdxl_dmd2_1step": "sdxl_regression_1step",
+}
+
+
+def test_every_start_of_a_recipe_is_what_another_recipe_ends_in():
+    found = {}
+    for name in recipe_files():
+        recipe = load_recipe(name)
+        starts = {role.start_from for role in recipe.roles.values()} - {None}
+        if starts:
+            (start,) = starts
+            found[name] = first = Path(start.removesuffix("/export")).name
+            before = load_recipe(first)
+            assert start in (before.output, f"{before.output}/export")
+            assert before.teacher == recipe.teacher
+    assert found == CHAINS
+
+
+@pytest.mark.parametrize(
+    "name", [name if i % 2 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(CHAINS)]
+)
+def test_both_runs_of_a_chain_smoke_and_the_second_starts_from_the_first(name, tmp_path, monkeypatch):
+    """As a user: ``fewstep train FIRST --smoke --output X``, then the other with ``start_from`` of X."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    recipe, first = load_recipe(name), tmp_path / "first"
+    starts = [role for role, config in recipe.roles.items() if config.start_from]
+    far = [f"--roles.{role}.{option}" for role in starts for option in ("lr=1e-2", "warmup=0")]
+    assert main(["train", CHAINS[name], "--smoke", f"--output={first}", *far]) == 0
+    place = first / "export" if recipe.role("student").start_from.endswith("/export") else first
+    words = [f"--roles.{role}.start_from={place}" for role in starts]
+    begun, train = {}, Session.train
+    monkeypatch.setattr(
+        Session,
+        "train",
+        lambda session, resuming: (
+            begun.update({n: copy.deepcopy(role.weights) for n, role in session.roles.items()})
+            or train(session, resuming)
+        ),
+    )
+    assert main(["train", name, "--smoke", f"--output={tmp_path / 'second'}", *words]) == 0
+    ended = load_file(checkpoint.every(first / "checkpoints")[-1] / "state.safetensors")
+    assert starts
+    for role, weights in begun.items():
+        if recipes.family(role) in starts:
+            held = of(ended, role, "average") or of(ended, role, "weight")
+            assert weights.keys() == held.keys()
+            assert all(w.allclose(held[n], rtol=2e-3, atol=1e-4) for n, w in weights.items())
+    assert any(recipes.family(role) == "student" for role in begun)
+    assert (tmp_path / "second" / "export" / "fewstep.json").is_file()
 
 
 def test_a_plan_counts_what_a_role_goes_back_to(tiny_sd15, tmp_path):

@@ -884,7 +884,7 @@ def test_a_recipe_of_texts_is_smoked_on_a_model_of_texts(tmp_path):
     recipe = load_recipe("llamagen_l_dd2_1step")
     recipe = replace(recipe, data=replace(recipe.data, prompts=str(tmp_path / "prompts.txt")))
     pipe, _ = load_exported(
-        execute(smoke(replace(recipe, output=str(tmp_path / "run")), keep_output=True)) / "export"
+        execute(smoke(replace(recipe, output=str(tmp_path / "run")), given={"output"})) / "export"
     )
     assert pipe.backbone.config.masked and pipe("a cat", output_type="latent").images.shape == (1, 256, 8)
 
