@@ -1,6 +1,6 @@
 """Student of one and two steps of the built-in autoregressive teacher with Distilled Decoding 1, on two CPU cores.
 
-    fewstep pairs emoji_ar_dd1_2step --num 12288     # once, some minutes
+    fewstep pairs emoji_ar_dd1_2step --num 15248     # once, some minutes
     fewstep train emoji_ar_dd1_2step
 
 Hardware: two CPU cores, 4 GB of memory. Time and result: ``eval/results/emoji_ar_dd1_2step.json``. The second step
@@ -22,15 +22,15 @@ from fewstep.recipe import (
 recipe = Recipe(
     output="runs/emoji_ar_dd1_2step",
     teacher=TeacherConfig(path="builtin:emoji-ar", pipeline_class="LlamaGenPipeline", autocast="auto"),
-    method=DD1.Config(entries=[0, 24], split=64, guidance_scale=1.0),
-    data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji-ar"),
+    method=DD1.Config(entries=[0, 24], entry_shares=[0.8, 0.2], own_share=0.5, split=64, guidance_scale=1.0),
+    data=DataConfig(prompts="builtin:emoji-mostly-names", images="builtin:emoji", pairs="pairs/emoji-ar"),
     roles={
         "student": RoleConfig(
-            kind="full", lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100, decay=2400, ema=0.995
+            kind="full", lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100, decay=2100, ema=0.995
         )
     },
     train=TrainConfig(
-        steps=3400, batch_size=32, clip_norm=1.0, log_every=25, sample_every=1700, checkpoint_every=250
+        steps=3000, batch_size=32, clip_norm=1.0, log_every=25, sample_every=1500, checkpoint_every=250
     ),
     samples=SampleConfig(count=24, columns=12, scale=2),
     evaluation=EvalConfig(

@@ -8,6 +8,7 @@ that map from pairs. Further entry points, where the first tokens are known, mak
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..device import upload
 from ..errors import RecipeError
-from ..tokens.codes import CodebookDenoiser
+from ..tokens.codes import CodebookDenoiser, likeliest_code
 from ..tokens.entries import EntryStudent
 from .base import Batch, Expected, Method, Options, Phase, Progress, register
 
@@ -41,7 +42,7 @@ class DD1(Method):
 
     @dataclass
     class Config(Options):
-        """Neither paper nor code gives the loss weights; those are ours.
+        """Neither paper nor code gives the loss weights; those are ours, as is what is marked *.
 
         Attributes:
             entries: tokens at which a step begins: the first is 0, one per step (published: {0, 80} of 256 for
@@ -49,8 +50,12 @@ class DD1(Method):
             split: tokens that the logits decide; the continuous head makes the rest (published: 80 for LlamaGen-B, 130
                 for L; 55 for VAR-d16, 30 for d20 and d24).
             guidance_scale: of the teacher, ``u + g (c - u)``; pairs must have been made with the same.
-            ce_weight, embedding_weight, image_weight: of the logits' cross-entropy, of the continuous head's mean
-                squared error, and of the distance of decoded images.
+            entry_shares: of the samples, one for each entry, which add up to 1; null is equal shares.
+            own_share: of the samples of later entries, those whose known tokens are what the student's own earlier
+                steps make of the noise, mistakes included, as in sampling; 0 gives the pair's, as in the paper*.
+            ce_weight, embedding_weight, image_weight: of the logits' cross-entropy, over all unknown tokens; of the
+                continuous head's mean squared error, over those that it makes (none where ``split`` covers all); and of
+                the distance of decoded images, of codes before ``split`` and of the head's embeddings after it.
             regression: that distance: "features" of an offline extractor, or "lpips" (published), whose weights must be
                 on disk. "l2" decodes nothing.
         """
@@ -58,12 +63,15 @@ class DD1(Method):
         entries: list[int] = field(default_factory=lambda: [0])
         split: int = 80
         guidance_scale: float = 1.0
+        entry_shares: list[float] | None = None
+        own_share: float = 0.0
         ce_weight: float = 1.0
         embedding_weight: float = 1.0
         image_weight: float = 1.0
         regression: Literal["l2", "features", "lpips"] = "l2"
 
         def expected(self) -> Expected:
+            shares = self.entry_shares or []
             rising = all(a < b for a, b in zip(self.entries, self.entries[1:]))
             return {
                 "entries": (
@@ -71,6 +79,16 @@ class DD1(Method):
                     "0 and then rising token numbers",
                 ),
                 "split": (self.split >= 0, "0 or more tokens"),
+                "entry_shares": (
+                    self.entry_shares is None
+                    or (
+                        len(shares) == len(self.entries)
+                        and min(shares) >= 0
+                        and math.isclose(sum(shares), 1, abs_tol=1e-6)
+                    ),
+                    f"one for each of {len(self.entries)} entries, none below 0, which add up to 1",
+                ),
+                "own_share": (0 <= self.own_share <= 1, "0 to 1"),
             }
 
         def smoke(self) -> Self:
@@ -115,20 +133,42 @@ class DD1(Method):
         """One entry point per sample: tokens before it are known, the others come from their noise."""
         c, (noise, tokens) = self.config, batch.pairs
         q = self.teacher.codes[tokens]
-        chosen = (batch.rng.uniform(len(q)) * len(c.entries)).long()
-        entry = upload(torch.tensor(c.entries), q.device)[chosen]
-        t = self.student.times_from(entry[:, None])
-        logits, embedded = self.net(self.teacher.schedule.add_noise(q, noise, t), t, batch.pair_cond)
+        chosen = self._entries(batch, len(q))
+        t = self.student.times_from(upload(torch.tensor(c.entries), q.device)[chosen][:, None])
+        given = self._known(q, noise, chosen, batch)
+        logits, embedded = self.net(self.teacher.schedule.add_noise(given, noise, t), t, batch.pair_cond)
         unknown = t[..., 0].to(q.dtype)
 
-        def mean(values: Tensor) -> Tensor:  # (B, n), over the tokens that are to be found
-            return (values * unknown).sum() / unknown.sum()
+        def mean(values: Tensor, where: Tensor) -> Tensor:  # (B, n), over the tokens that are to be found
+            return (values * where).sum() / where.sum()
 
         ce = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(unknown)
-        losses = {"ce": c.ce_weight * mean(ce)}
-        if c.embedding_weight:
-            losses["embedding"] = c.embedding_weight * mean((embedded - q).square().mean(-1))
+        losses = {"ce": c.ce_weight * mean(ce, unknown)}
+        if c.embedding_weight and c.split < tokens.shape[1]:
+            error = (embedded - q)[:, c.split :].square().mean(-1)
+            losses["embedding"] = c.embedding_weight * mean(error, unknown[:, c.split :])
         if c.image_weight and c.regression != "l2":
-            losses["image"] = c.image_weight * self.distance(torch.where(t == 0, q, embedded), q)
-        batch.log["token_accuracy"] = mean((logits.argmax(-1) == tokens).to(q.dtype)).detach()
+            codes = likeliest_code(logits[:, : c.split], self.teacher.codes)
+            made = torch.cat([codes, embedded[:, c.split :]], 1)  # as in sampling
+            losses["image"] = c.image_weight * self.distance(torch.where(t == 0, given, made), q)
+        batch.log["token_accuracy"] = mean((logits.argmax(-1) == tokens).to(q.dtype), unknown).detach()
         return losses
+
+    def _entries(self, batch: Batch, rows: int) -> Tensor:
+        """Which entry (B,) each sample trains."""
+        c = self.config
+        shares = torch.tensor(c.entry_shares or [1 / len(c.entries)] * len(c.entries), dtype=torch.float64)
+        drawn = batch.rng.uniform(rows)
+        return torch.bucketize(drawn, upload(shares.cumsum(0)[:-1].to(drawn.dtype), drawn.device), right=True)
+
+    def _known(self, q: Tensor, noise: Tensor, chosen: Tensor, batch: Batch) -> Tensor:
+        """Embeddings (B, n, C) of which a sample knows the first: the pair's, or what the steps before have made."""
+        if not self.config.own_share:
+            return q
+        own = batch.rng.uniform(len(q)) < self.config.own_share
+        for step in range(1, len(self.config.entries)):
+            rows = (own & (chosen == step)).nonzero()[:, 0]
+            if len(rows):
+                cond = batch.pair_cond.rows(rows)
+                q = q.index_copy(0, rows, self.student.inputs(noise[rows], cond, batch.rng.normal_like, step))
+        return q

@@ -19,7 +19,7 @@ from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.student import Student
 from ..errors import RecipeError
-from ..tokens.codes import CodebookDenoiser
+from ..tokens.codes import CodebookDenoiser, likeliest_code
 from ..tokens.entries import EntryStudent
 from .base import Batch, Expected, Method, Options, Phase, Progress, register
 
@@ -259,9 +259,7 @@ class DD2(Method):
         noise = batch.rng.normal(*batch.shape)
         if self.config.generator == "embeddings":
             return self.student.x0(noise, 0, batch.cond)
-        logits, codes = self._logits(noise, batch.cond), self.teacher.codes
-        mean = logits.softmax(-1) @ codes
-        return codes[logits.argmax(-1)] + (mean - mean.detach())
+        return likeliest_code(self._logits(noise, batch.cond), self.teacher.codes)
 
     def _logits(self, noise: Tensor, cond: Cond) -> Tensor:
         return self.net(noise, torch.ones_like(noise[..., :1]), cond)[0]

@@ -64,6 +64,12 @@ def nearest_code(x: Tensor, codes: Tensor) -> Tensor:
     return (x @ codes.T - 0.5 * codes.square().sum(-1)).argmax(-1)
 
 
+def likeliest_code(logits: Tensor, codes: Tensor) -> Tensor:
+    """Codes (..., C) of the likeliest of logits (..., V), with the gradient of the mean code of their probabilities."""
+    mean = logits.softmax(-1) @ codes
+    return codes[logits.argmax(-1)] + (mean - mean.detach())
+
+
 class TokenNetwork(Protocol):
     """An autoregressive network. Group g of ``groups[g]`` tokens is decoded at once, given the groups before.
 

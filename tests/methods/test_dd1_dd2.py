@@ -278,26 +278,90 @@ def test_the_losses_of_dd1_are_means_over_the_unknown_tokens(teacher):
     logits, embedded = trainer.method.net(x, unknown[..., None].double(), batch.pair_cond)
     ce = -logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     assert losses["ce"].item() == pytest.approx(2 * ce[unknown].mean().item(), rel=1e-5)
-    error = (embedded - q).square().mean(-1)[unknown].mean()
+    made = unknown & (torch.arange(TOKENS) >= 2)  # the continuous head makes what comes after the split only
+    error = (embedded - q).square().mean(-1)[made].mean()
     assert losses["embedding"].item() == pytest.approx(0.5 * error.item(), rel=1e-5)
 
 
-def test_the_image_loss_of_dd1_is_of_the_second_heads_tokens_where_they_are_unknown(teacher):
-    options = {"split": 2, "entries": [0, 3], "image_weight": 0.5, "regression": "features"}
+def test_the_image_loss_of_dd1_is_of_what_the_sampler_makes_where_tokens_are_unknown(teacher):
+    """Codes before the split, with the gradient of their mean, and the continuous head's embeddings after it."""
+    options = {"split": 2, "entries": [0, 1], "image_weight": 0.5, "regression": "features"}
+    torch.manual_seed(0)
     trainer, compared = student_of(teacher, **options), []
-    method = trainer.method
-    method.distance = lambda made, q: compared.append((made, q)) or (made - q).square().mean()
+    method, g = trainer.method, Rng("g").normal(16, TOKENS, DIM)
+    torch.nn.init.normal_(method.net.trunk.output.weight)
+    method.distance = lambda made, q: compared.append((made, q)) or (g * made).sum()
     batch = trainer.data.batch(0, 0)
     loss = method.loss(batch, Progress())["image"]
     again = trainer.data.batch(0, 0)
-    begin = torch.tensor([0, 3])[(again.rng.uniform(16) * 2).long()]
+    begin = (again.rng.uniform(16) * 2).long()
     unknown = (torch.arange(TOKENS) >= begin[:, None])[..., None]
     noise, tokens = batch.pairs
-    q = teacher.denoiser.codes[tokens]
-    embedded = method.net(torch.where(unknown, noise, q), unknown.double(), batch.pair_cond)[1]
-    expected = torch.where(unknown, embedded, q)
+    codes = teacher.denoiser.codes
+    q = codes[tokens]
+    x, t = torch.where(unknown, noise, q), unknown.double()
+    expected = method.net.x0(x, t, batch.pair_cond)
     assert torch.allclose(compared[0][0], expected, atol=1e-6) and compared[0][1].equal(q)
-    assert loss.item() == pytest.approx(0.5 * (expected - q).square().mean().item(), rel=1e-5)
+    assert loss.item() == pytest.approx(0.5 * (g * expected).sum().item(), rel=1e-5)
+    logits, embedded = method.net(x, t, batch.pair_cond)
+    p = logits.softmax(-1)
+    by_hand = p * ((codes - (p @ codes)[..., None, :]) * g[..., None, :]).sum(-1)
+    early = (torch.arange(TOKENS) < 2)[:, None]
+    outputs = (logits, by_hand * unknown * early), (embedded, g * unknown * ~early)
+    for output, weight in zip(outputs, (method.net.trunk.output.weight, method.net.embed.weight)):
+        given = torch.autograd.grad(output[0], weight, 0.5 * output[1].detach(), retain_graph=True)[0]
+        made = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+        assert given.abs().max() > 1e-3 and torch.allclose(made, given, rtol=1e-3, atol=1e-5)
+
+
+def test_a_head_that_makes_no_token_is_not_trained(teacher):
+    trainer = student_of(teacher, split=TOKENS)
+    losses = trainer.method.loss(trainer.data.batch(0, 0), Progress())
+    assert list(losses) == ["ce"]
+    sum(losses.values()).backward()
+    assert trainer.method.net.embed.weight.grad is None
+
+
+@pytest.mark.parametrize("shares, bounds", [(None, [1 / 3, 2 / 3]), ([0.5, 0.0, 0.5], [0.5, 0.5])])
+def test_each_entry_has_its_share_of_the_samples(teacher, shares, bounds):
+    trainer, seen = student_of(teacher, split=TOKENS, entries=[0, 1, 3], entry_shares=shares), []
+    trainer.method.net.register_forward_pre_hook(lambda _net, given: seen.append(given[1]))
+    trainer.method.loss(trainer.data.batch(0, 0), Progress())
+    drawn = trainer.data.batch(0, 0).rng.uniform(16)
+    begin = torch.tensor([0, 1, 3])[(drawn[:, None] > torch.tensor(bounds)).sum(-1)]
+    assert len(set(begin.tolist())) == len(set(bounds)) + 1
+    assert seen[0][..., 0].equal((torch.arange(TOKENS) >= begin[:, None]).to(seen[0].dtype))
+
+
+def test_known_tokens_may_be_the_students_own(teacher):
+    """Of each step those that the steps before have made of the noise, and the tokens to find stay the pair's."""
+    trainer = student_of(teacher, split=TOKENS, entries=[0, 1, 3], own_share=0.7)
+    method, batch, again = trainer.method, trainer.data.batch(0, 0), trainer.data.batch(0, 0)
+    torch.nn.init.normal_(method.net.trunk.output.weight)
+    noise, codes, seen = batch.pairs[0], teacher.denoiser.codes, []
+    inputs = [method.student.inputs(noise, batch.pair_cond, torch.randn_like, k) for k in range(3)]
+    tokens = (nearest_code(method.student.x0(noise, 0, batch.pair_cond), codes) + 1) % len(codes)
+    step = (again.rng.uniform(16) * 3).long()
+    own = again.rng.uniform(16) < 0.7
+    known = torch.arange(TOKENS) < torch.tensor([0, 1, 3])[step][:, None]
+    taught = torch.where(known[..., None], codes[tokens], noise)
+    expected = torch.where(own[:, None, None], torch.stack(inputs)[step, torch.arange(16)], taught)
+    assert (expected != taught).flatten(1).any(1).equal(own & (step > 0)) and len(set(step.tolist())) == 3
+    keep = method.net.register_forward_pre_hook(lambda _net, given: seen.append(given[0]))
+    losses = method.loss(replace(batch, pairs=(noise, tokens)), Progress())
+    keep.remove()
+    assert torch.allclose(seen[-1], expected, atol=1e-6)
+    log_prob = method.net(expected, (~known)[..., None].double(), batch.pair_cond)[0].log_softmax(-1)
+    ce = -log_prob.gather(-1, tokens[..., None])[..., 0][~known].mean()
+    assert losses["ce"].item() == pytest.approx(ce.item(), rel=1e-5)
+
+
+def test_shares_are_one_for_each_entry_and_add_up_to_1():
+    for wrong in ([0.5], [0.7, 0.7], [1.5, -0.5], []):
+        with pytest.raises(RecipeError, match=r"method\.entry_shares: .*expected one for each of 2 entries"):
+            DD1.Config(entries=[0, 2], entry_shares=wrong)
+    with pytest.raises(RecipeError, match=r"method\.own_share: 1.5: expected 0 to 1"):
+        DD1.Config(own_share=1.5)
 
 
 def test_entries_must_begin_groups_and_start_at_0(teacher):
