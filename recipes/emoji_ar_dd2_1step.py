@@ -1,6 +1,6 @@
 """One-step student of the built-in autoregressive teacher with Distilled Decoding 2, on two CPU cores.
 
-    fewstep pairs emoji_ar_dd2_1step --num 12288     # once, some minutes; those of emoji_ar_dd1_2step serve as well
+    fewstep pairs emoji_ar_dd2_1step --num 12288     # once, some minutes
     fewstep train emoji_ar_dd2_1step
 
 Hardware: two CPU cores, 4 GB of memory. Time and result: ``eval/results/emoji_ar_dd2_1step.json``. Between the paper's
@@ -35,7 +35,7 @@ recipe = Recipe(
         alignment_share=0.05,
         head_width=128,
     ),
-    data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji-ar"),
+    data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji-ar-evenly"),
     roles={
         "student": RoleConfig(
             kind="full", lr=2e-4, betas=(0.9, 0.99), weight_decay=1e-3, warmup=50, decay=300, ema=0.99

@@ -1,6 +1,6 @@
 """Student of the built-in autoregressive teacher in one step: Distilled Decoding 2 from DD1's, on two CPU cores.
 
-    fewstep pairs emoji_ar_dd1_2step --num 12288     # once, some minutes
+    fewstep pairs emoji_ar_dd1_2step --num 15248     # once, some minutes
     fewstep train emoji_ar_dd1_2step
     fewstep train emoji_ar_dd2_from_dd1_1step
 
@@ -35,7 +35,7 @@ recipe = Recipe(
         alignment_share=0.1,
         head_width=128,
     ),
-    data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji-ar"),
+    data=DataConfig(prompts="builtin:emoji-mostly-names", images="builtin:emoji", pairs="pairs/emoji-ar"),
     roles={
         "student": RoleConfig(
             kind="full",
@@ -43,14 +43,14 @@ recipe = Recipe(
             betas=(0.9, 0.99),
             weight_decay=1e-3,
             warmup=50,
-            decay=500,
+            decay=350,
             ema=0.99,
             start_from="runs/emoji_ar_dd1_2step/export",
         ),
         "critic": RoleConfig(kind="full", lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100),
     },
     train=TrainConfig(
-        steps=1500, batch_size=32, clip_norm=1.0, log_every=25, sample_every=0, checkpoint_every=250
+        steps=1000, batch_size=32, clip_norm=1.0, log_every=25, sample_every=0, checkpoint_every=250
     ),
     samples=SampleConfig(count=24, columns=12, scale=2),
     evaluation=EvalConfig(

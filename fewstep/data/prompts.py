@@ -12,8 +12,8 @@ UNCONDITIONAL = "builtin:unconditional"  # for teachers that are conditioned on 
 
 
 def load_prompts(source: str, name: str = "data.prompts", column: str | None = None) -> list[str]:
-    """Prompts of a file (see :mod:`.texts`; blank lines are skipped), or of ``builtin:emoji[-names|-groups]``;
-    ``builtin:imagenet-classes`` are the labels "0" to "999", ``builtin:unconditional`` 64 empty prompts.
+    """Prompts of a file (see :mod:`.texts`; blank lines are skipped), or of ``builtin:emoji`` (``-names``, ``-groups``,
+    ``-mostly-names``); ``builtin:imagenet-classes`` are the labels "0" to "999", ``builtin:unconditional`` 64 empty.
 
     Prompts are data: no path, no markup, no variable in them means anything.
 

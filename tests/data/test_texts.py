@@ -2,13 +2,14 @@
 
 import json
 import sys
+from collections import Counter
 from functools import partial
 
 import pytest
 from PIL import Image
 
 from fewstep.cli.eval import prompted_indices
-from fewstep.data import texts
+from fewstep.data import emoji, texts
 from fewstep.data.images import TABLES, load_images
 from fewstep.data.pairs import Pairs, make_pairs
 from fewstep.data.prompts import load_prompts
@@ -342,3 +343,10 @@ def test_prompts_of_pairs_keep_their_places(tmp_path, sdxl):
     folder = make_pairs(tmp_path / "pairs", sdxl, prompts, num=3, steps=1)
     assert sorted(Pairs(folder).prompts) == sorted(prompts)
     make_pairs(folder, sdxl, prompts, num=3, steps=1)  # the same, so nothing is refused
+
+
+def test_builtin_prompts_may_be_mostly_names():
+    """Where names are to be learned, pairs of which half were groups would show each name too seldom."""
+    found = Counter(load_prompts("builtin:emoji-mostly-names"))
+    assert found == Counter(emoji.names() * 3) + Counter(emoji.groups())
+    assert found["red apple"] == 3 and found["any food fruit"] == emoji.groups().count("any food fruit") > 1
