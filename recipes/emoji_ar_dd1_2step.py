@@ -26,11 +26,11 @@ recipe = Recipe(
     data=DataConfig(prompts="builtin:emoji-mostly-names", images="builtin:emoji", pairs="pairs/emoji-ar"),
     roles={
         "student": RoleConfig(
-            kind="full", lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100, decay=1600, ema=0.995
+            kind="full", lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100, decay=2000, ema=0.995
         )
     },
     train=TrainConfig(
-        steps=2200, batch_size=32, clip_norm=1.0, log_every=25, sample_every=1100, checkpoint_every=250
+        steps=2600, batch_size=32, clip_norm=1.0, log_every=25, sample_every=1300, checkpoint_every=250
     ),
     samples=SampleConfig(count=24, columns=12, scale=2),
     evaluation=EvalConfig(

@@ -35,7 +35,7 @@ recipe = Recipe(
         alignment_share=0.1,
         head_width=128,
     ),
-    data=DataConfig(prompts="builtin:emoji-mostly-names", images="builtin:emoji", pairs="pairs/emoji-ar"),
+    data=DataConfig(prompts="builtin:emoji", images="builtin:emoji", pairs="pairs/emoji-ar"),
     roles={
         "student": RoleConfig(
             kind="full",
@@ -43,14 +43,14 @@ recipe = Recipe(
             betas=(0.9, 0.99),
             weight_decay=1e-3,
             warmup=50,
-            decay=350,
+            decay=300,
             ema=0.99,
             start_from="runs/emoji_ar_dd1_2step/export",
         ),
         "critic": RoleConfig(kind="full", lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100),
     },
     train=TrainConfig(
-        steps=1000, batch_size=32, clip_norm=1.0, log_every=25, sample_every=0, checkpoint_every=250
+        steps=800, batch_size=32, clip_norm=1.0, log_every=25, sample_every=0, checkpoint_every=250
     ),
     samples=SampleConfig(count=24, columns=12, scale=2),
     evaluation=EvalConfig(

@@ -127,6 +127,8 @@ class GPT(ModelMixin, ConfigMixin):
         code_dim: if given, tokens are read as code embeddings (B, n, code_dim) through a linear layer, not as indices.
     """
 
+    _repeated_blocks = ("Block",)  # what ``teacher.compile`` compiles
+
     @register_to_config
     def __init__(
         self,

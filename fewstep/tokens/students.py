@@ -37,6 +37,7 @@ class TokenStudent(ModelMixin, ConfigMixin):
 
     prediction, attention = "x0", "auto"
     autocast: torch.dtype | None = None
+    _repeated_blocks = ("Block",)  # what ``teacher.compile`` compiles
 
     def _arithmetic(self, x: Tensor):
         return arithmetic(x.device.type, self.autocast, self.attention)

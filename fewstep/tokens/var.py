@@ -177,6 +177,8 @@ class VAR(ModelMixin, ConfigMixin):
 
     reads_codes = True
 
+    _repeated_blocks = ("Block",)  # what ``teacher.compile`` compiles
+
     @register_to_config
     def __init__(
         self,

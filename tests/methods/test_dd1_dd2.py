@@ -18,6 +18,7 @@ from token_toys import (
 )
 
 from fewstep.diffusion.cond import Cond
+from fewstep.diffusion.kernels import compile_blocks
 from fewstep.diffusion.objectives import distribution_matching, identity_weight, score_identity
 from fewstep.diffusion.rng import Rng
 from fewstep.diffusion.schedules import Flow
@@ -239,6 +240,16 @@ def test_known_tokens_are_marked_and_kept(teacher):
     assert (all_noise[:, 2:] - out[:, 2:]).abs().max() > 1e-6  # marks enter
     codes = teacher.denoiser.codes
     assert (torch.cdist(all_noise[:, :2], codes).amin(-1) < 1e-6).all()  # before the split: exact codes
+
+
+def test_blocks_of_a_student_can_be_compiled(teacher):
+    net = student_of(teacher, split=TOKENS).method.net
+    x, t = Rng("x").normal(3, TOKENS, DIM), torch.ones(3, TOKENS, 1)
+    before = net(x, t, label(3))[1]
+    compile_blocks(net, backend="eager")
+    blocks = net.trunk.layers
+    assert len(blocks) and all(block._compiled_call_impl is not None for block in blocks)
+    assert torch.allclose(net(x, t, label(3))[1], before, atol=1e-6)
 
 
 def test_a_second_step_is_given_the_first_ones_tokens_and_the_same_noise(teacher):
