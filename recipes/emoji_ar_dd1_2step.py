@@ -4,8 +4,10 @@
     fewstep train emoji_ar_dd1_2step
 
 Hardware: two CPU cores, 4 GB of memory. Time and result: ``eval/results/emoji_ar_dd1_2step.json``. The second step
-begins at token 24 of 64, a third as in the paper. Logits decide all tokens: codes here stand for drawings, in which a
-mean of two is neither. Rates are those of a small teacher and a short run.
+begins at token 24 of 64, a third as in the paper; it has a fifth of the samples, half of which know what the student
+itself made of the first tokens. Logits decide all tokens: codes here stand for drawings, in which a mean of two is
+neither. Three quarters of the pairs are names, of which there are 1,906 for 98 kinds: the more of them, the more is
+named, and the more alike are drawings of a kind. Rates are those of a small teacher and a short run.
 """
 
 from fewstep.methods.dd1 import DD1
