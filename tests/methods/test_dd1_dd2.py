@@ -319,7 +319,9 @@ def test_the_image_loss_of_dd1_is_of_what_the_sampler_makes_where_tokens_are_unk
     by_hand = p * ((codes - (p @ codes)[..., None, :]) * g[..., None, :]).sum(-1)
     early = (torch.arange(TOKENS) < 2)[:, None]
     outputs = (logits, by_hand * unknown * early), (embedded, g * unknown * ~early)
-    for output, weight in zip(outputs, (method.net.trunk.output.weight, method.net.embed.weight)):
+    for output, weight in zip(
+        outputs, (method.net.trunk.output.weight, method.net.final_layer_conti.linear.weight)
+    ):
         given = torch.autograd.grad(output[0], weight, 0.5 * output[1].detach(), retain_graph=True)[0]
         made = torch.autograd.grad(loss, weight, retain_graph=True)[0]
         assert given.abs().max() > 1e-3 and torch.allclose(made, given, rtol=1e-3, atol=1e-5)
@@ -330,7 +332,7 @@ def test_a_head_that_makes_no_token_is_not_trained(teacher):
     losses = trainer.method.loss(trainer.data.batch(0, 0), Progress())
     assert list(losses) == ["ce"]
     sum(losses.values()).backward()
-    assert trainer.method.net.embed.weight.grad is None
+    assert trainer.method.net.final_layer_conti.linear.weight.grad is None
 
 
 @pytest.mark.parametrize("shares, bounds", [(None, [1 / 3, 2 / 3]), ([0.5, 0.0, 0.5], [0.5, 0.5])])
