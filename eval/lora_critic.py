@@ -1,8 +1,8 @@
 """Does a LoRA critic follow a student? DMD2 in four steps on ``builtin:emoji-xl``, beside a critic of full weights.
 
-    python eval/lora_critic.py              # everything, about an hour of one core
-    python eval/lora_critic.py --part lag   # critics alone, on samples of the untrained student, 15 minutes
-    python eval/lora_critic.py --part train --only lora-128   # one training, 10 minutes
+    python eval/lora_critic.py              # everything, half an hour of one core
+    python eval/lora_critic.py --part lag   # critics alone, on samples of the untrained student, 10 minutes
+    python eval/lora_critic.py --part train --only lora-8   # one training, 5 minutes
 
 Lag is the loss on held-out samples over the same before the first update: how fast a critic learns a student that
 stands still. A training ends with the distance of its student and with how far its critic was behind: its held-out
@@ -51,9 +51,8 @@ LORA = {
     for rank, alpha, rates in (
         (64, 8, (5e-5, 5e-4, 5e-3)),
         (64, 64, (5e-5, 5e-4, 1e-3, 2e-3)),
-        (16, 16, (1e-3, 2e-3)),
-        (8, 8, (1e-3, 2e-3, 5e-3)),
-        (4, 4, (2e-3, 5e-3)),
+        (16, 16, (2e-3,)),
+        (8, 8, (1e-3,)),
     )
     for lr in rates
 }
@@ -66,11 +65,22 @@ SHORT += ["--evaluation.teacher_steps=0", "--evaluation.floor_steps=[]", "--eval
 TRAININGS: dict[str, list[str]] = {
     "full": [],
     "lora-8": ["--critic.kind=lora", "--critic.rank=8", "--critic.alpha=8", "--critic.lr=1e-3"],
-    "lora-64": ["--critic.kind=lora", "--critic.rank=64", "--critic.alpha=64", "--critic.lr=5e-4"],
-    "lora-64-slow": ["--critic.kind=lora", "--critic.rank=64", "--critic.alpha=8", "--critic.lr=5e-5"],
 }
 FURTHER = 50  # updates
-CONCLUSION = ""  # by hand, when the numbers were there
+# By hand, when the numbers were there.
+CONCLUSION = """## What works
+
+With alpha equal to its rank a LoRA critic follows at ten times the rate of a whole one: at 5e-4 it is ahead of whole
+weights at 5e-5 after 20 and 50 updates, and nearly level after 100. Rank matters little: 8, an eighth of the
+narrowest layer here, has learned after 50 updates at 1e-3 what 64 has, as 64 of SDXL's 320 to 1280 should. It trains a
+student as good as that of the whole critic, with as many updates per student update (4).
+
+What does not: DMD2's adapter of students (rank 64, alpha 8) at 5e-5, which the SDXL recipes had for their critic. In
+20 updates it learns 0.2% where whole weights learn 9%; alpha 8 of 64 takes eight times the rate on top of the ten.
+Far above ten times (2e-3 at rank 64) it overshoots, as whole weights at 3e-4 do without their warm-up.
+
+One seed each, one small teacher, and trainings of 75 student updates, too few to tell the better of two critics that
+follow. What one that does not would do to its student was not trained."""
 
 
 # ------------------------------------------------------------------------------------------------------------ critics
@@ -161,7 +171,7 @@ def trained(result: dict[str, Any], only: list[str], folder: Path) -> Any:
             "seconds": round(session.trainer.seconds, 1),
             "critic_lag": round(statistics.mean(lags), 4),
             "behind": round(behind(session), 4),
-            "metrics": row["metrics"],
+            "metrics": {n: {k: m[k] for k in ("value", "error")} for n, m in row["metrics"].items()},
         }
         print(f"{name}: {result['train'][name]}", flush=True)
         yield

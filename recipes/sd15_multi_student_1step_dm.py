@@ -7,7 +7,7 @@
 Each student has a critic of its own and a quarter of the prompts, by their embedding.
 Hardware: eight H100, 80 GB each, over which weights, gradients and moments are split. Batch 2048, a quarter per
 student, in 2 parts of 128 per card, 40k iterations: each critic sees 20 M samples, each student learns from 2 M;
-HOURS hours by `fewstep plan`.
+32 hours by `fewstep plan`.
 Paper (arXiv 2410.23274): COCO-30k FID 8.80 after this stage, 8.20 after the second, where one student has 8.35. It
 regresses on pairs here, or trains the critic more often, as this recipe does. Its rates, batch and iterations are not
 known to us: these are DMD2's two stages for one student, sd15_dmd2_1step_stage1. Not yet run at scale.

@@ -293,7 +293,7 @@ def test_every_recipe_is_planned_and_fits_the_hardware_it_names(name):
     assert stored["recipe"] == recipes.digest(load_recipe(name)), f"has changed: python eval/plans.py {name}"
     room = plans.hardware(recipe_files()[name])
     assert stored["hardware"] == room.words and stored["total_gb"] <= room.gigabytes
-    assert stored["seconds"] < 180  # of one core; networks in shards and a dozen of them take longest
+    assert stored["seconds"] < 300  # of one core; networks in shards and a dozen of them take longest
     assert stored["how"] == "counted by fewstep plan, not measured"
 
 
