@@ -7,7 +7,7 @@
 Lag is the loss on held-out samples over the same before the first update: how fast a critic learns a student that
 stands still. A training ends with the distance of its student and with how far its critic was behind: its held-out
 loss over the same after 50 further updates of all weights, the student frozen. Rows go to
-eval/results/lora_critic.json and .md one by one; those that are there already are kept.
+eval/results/lora_critic/ one by one; those that are there already are kept.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fewstep.runs.summary import versions
 from fewstep.training.optimizers import optimizer_of, take_step
 from fewstep.training.roles import Role, build_role
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "lora_critic"
 TITLE = "# Does a LoRA critic follow a student?"
 BASE = "emoji_dmd2_4step"
 AT = (20, 50, 100)  # updates
@@ -225,7 +225,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     check_writable(args.out, "--out", record=SHARED)
-    kept, told = args.out / "lora_critic.json", args.out / "lora_critic.md"
+    kept, told = args.out / "lora_critic.json", args.out / "README.md"
     check_own(kept, '{\n "base":', "--out")
     check_own(told, TITLE, "--out")
     result: dict[str, Any] = {"base": BASE, "versions": versions(), "lag": {}, "train": {}}

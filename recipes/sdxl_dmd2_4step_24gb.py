@@ -9,7 +9,7 @@ Hardware: one RTX 4090, 24 GB. Batch 16 in 4 parts of 4, 16k iterations: the cri
 learns from 51 k; 77 hours by `fewstep plan`.
 What it costs: an eighth of the paper's samples, and of each layer of the critic 64 directions. A LoRA critic with alpha
 equal to its rank and ten times the rate of a whole one follows the student of the small built-in teacher as well: FD
-639 against 637 (``eval/results/lora_critic.md``). At the rate and alpha of the student's LoRA it hardly moves.
+639 against 637 (``eval/results/lora_critic/README.md``). At the rate and alpha of the student's LoRA it hardly moves.
 Paper: sdxl_dmd2_4step, with all weights of the critic and batch 128; FID 19.68 on COCO-10k. Not yet run at scale.
 """
 
@@ -40,7 +40,7 @@ recipe = Recipe(
     data=DataConfig(prompts="prompts.txt", images="images"),
     roles={
         "student": student,
-        # Ten times the rate of a whole critic, alpha its rank: eval/results/lora_critic.md.
+        # Ten times the rate of a whole critic, alpha its rank: eval/results/lora_critic/README.md.
         "critic": RoleConfig(kind="lora", rank=64, alpha=64, lr=5e-4, warmup=500),
         "discriminator": RoleConfig(kind="full", lr=5e-5, warmup=500),
     },

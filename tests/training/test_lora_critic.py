@@ -14,11 +14,11 @@ sys.path.insert(0, str(EVAL))
 
 import lora_critic  # noqa: E402
 
-STORED = json.loads((EVAL / "results" / "lora_critic.json").read_text())
+STORED = json.loads((EVAL / "results" / "lora_critic" / "lora_critic.json").read_text())
 
 
 def test_the_table_is_that_of_the_rows():
-    assert (EVAL / "results" / "lora_critic.md").read_text() == lora_critic.table(STORED)
+    assert (EVAL / "results" / "lora_critic" / "README.md").read_text() == lora_critic.table(STORED)
     assert set(STORED["lag"]) <= set(lora_critic.PROBES) and set(STORED["train"]) <= set(
         lora_critic.TRAININGS
     )
@@ -35,7 +35,7 @@ def test_the_small_recipe_has_a_critic_that_follows_as_the_whole_one_does():
     assert lag["LoRA 64, alpha 8, 5e-05"]["20"] > 0.99  # what it was before
 
 
-@pytest.mark.parametrize("name", ["lora_critic.md", "lora_critic.json"])
+@pytest.mark.parametrize("name", ["README.md", "lora_critic.json"])
 def test_files_of_others_are_left_alone(name, tmp_path, monkeypatch):
     (tmp_path / name).write_text("mine")
     monkeypatch.setattr(sys, "argv", ["lora_critic.py", "--out", str(tmp_path)])
