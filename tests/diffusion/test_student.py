@@ -135,3 +135,22 @@ def test_student_gradient_survives_earlier_steps_under_bf16_autocast():
         gradients.append(net.weight.grad.clone())
     exact, rough = gradients
     assert exact.norm() > 0 and (rough - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("noise", ["fixed", "fresh", "ddim"])
+def test_the_noise_of_later_steps_is_the_first_ones_a_fresh_one_or_none(noise):
+    recorder, start, drawn = Recorder(), Rng("start").normal(3, 2), Rng("drawn").normal(3, 2)
+    student = Student(recorder, [999, 749, 499], noise)
+    student.sample(start, NONE, lambda _x: drawn)
+    x = start
+    for (seen, t, _), following in zip(recorder.calls, [749, 499, None]):
+        torch.testing.assert_close(seen, x)
+        if following is None:
+            break
+        s = torch.full((3,), float(following))
+        x0 = 0.7 * x
+        x = {
+            "fixed": lambda x0=x0, s=s: SCHEDULE.add_noise(x0, start, s),
+            "fresh": lambda x0=x0, s=s: SCHEDULE.add_noise(x0, drawn, s),
+            "ddim": lambda x=x, x0=x0, t=t, s=s: SCHEDULE.ddim_step(x, x0, t, s),
+        }[noise]()

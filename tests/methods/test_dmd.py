@@ -65,6 +65,29 @@ def test_the_student_has_its_turn_every_so_many_updates_of_a_critic_that_sees_fr
     assert seen == [2 * fresh, fresh, 2 * fresh, fresh]  # on its own turn with the pairs
 
 
+@pytest.mark.parametrize("match_pairs", [False, True])
+def test_pairs_keep_their_own_conditions_in_every_network(ring, fitted, pairs, match_pairs):
+    """Those of the student's one forward, and of teacher and critic where pairs are matched too."""
+    trainer = paired(ring, fitted, pairs, match_pairs=match_pairs)
+    trainer.data.pair_conditions = Rows(len(pairs[0]), id=10_000 + torch.arange(len(pairs[0])))
+    method, sample, seen = trainer.method, batch(trainer), {}
+
+    def watched(name, view):
+        plain = view.x0
+        view.x0 = lambda x, t, cond, **options: (
+            seen.update({name: cond["id"]}) or plain(x, t, cond, **options)
+        )
+
+    watched("student", method.student.denoiser), watched("critic", method.critic)
+    free, both = sample.cond["id"], torch.cat([sample.cond["id"], sample.pair_cond["id"]])
+    assert (sample.pair_cond["id"] >= 10_000).all() and (free < 10_000).all()
+    method.generator_loss(sample, Progress())
+    assert seen["student"].equal(both) and seen["critic"].equal(both if match_pairs else free)
+    seen.clear()
+    method.critic_loss(sample, Progress())
+    assert seen["critic"].equal(both if match_pairs else free)
+
+
 def test_the_regression_gradient_is_that_of_the_weighted_squared_error(ring, fitted, pairs):
     trainer = paired(ring, fitted, pairs, regression_weight=0.5)
     method, sample = trainer.method, batch(trainer)
