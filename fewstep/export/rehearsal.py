@@ -63,7 +63,10 @@ def rehearse(target: Target, prompt: str) -> float | None:
 def _differences(target: Stock, prompt: str) -> tuple[float, float]:
     """(largest difference of latents, largest latent); pixels are checked on the way."""
     teacher, student = target.teacher, target.student
-    plain = Student(teacher.denoiser, student.times, student.noise, eta=student.eta)
+    told = getattr(student.denoisers[0], "embedded", 1.0)
+    plain = Student(
+        teacher.denoiser.with_net(teacher.net, told), student.times, student.noise, eta=student.eta
+    )
     record = target.record(Edition({}))
     record.pop("experts", None)
     with tempfile.TemporaryDirectory() as folder:

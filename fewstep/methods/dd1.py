@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..device import upload
+from ..diffusion.schedules import expand
 from ..errors import RecipeError
 from ..tokens.codes import CodebookDenoiser, likeliest_code
 from ..tokens.entries import EntryStudent
@@ -167,8 +168,7 @@ class DD1(Method):
             return q
         own = batch.rng.uniform(len(q)) < self.config.own_share
         for step in range(1, len(self.config.entries)):
-            rows = (own & (chosen == step)).nonzero()[:, 0]
-            if len(rows):
-                cond = batch.pair_cond.rows(rows)
-                q = q.index_copy(0, rows, self.student.inputs(noise[rows], cond, batch.rng.normal_like, step))
+            # Of all rows: which ones count is known on the device only, and all ranks call one network.
+            made = self.student.inputs(noise, batch.pair_cond, batch.rng.normal_like, step)
+            q = torch.where(expand(own & (chosen == step), q).bool(), made, q)
         return q

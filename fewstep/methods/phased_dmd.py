@@ -86,6 +86,8 @@ class PhasedDMD(Method):
         self.levels = [  # where all but the last phase end
             float(t) for t in times[self.per_phase :: self.per_phase]
         ]
+        at = torch.tensor(self.levels, dtype=torch.float64)
+        self.scales = list(zip(self.schedule.alpha(at).tolist(), self.schedule.sigma(at).tolist()))
 
     def phases(self) -> list[Phase]:
         count, every = self.config.phases, self.config.critic_steps
@@ -124,8 +126,7 @@ class PhasedDMD(Method):
             batch.note_lag(x_s, real, fake)
             batch.note_latents(x_s)
         else:
-            level = self.level(k, x_s[:1])[0]
-            batch.note_latents(x_s, self.schedule.alpha(level).to(x_s), self.schedule.sigma(level).to(x_s))
+            batch.note_latents(x_s, *self.scales[k])
 
     def critic_loss(self, k: int, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
         x_s = carried(batch, lambda: self.arrive(k, batch)[0])
