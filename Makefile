@@ -7,7 +7,7 @@ RUN ?= runs/demo
 COVERAGE ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage install lint docs clean
+.PHONY: demo test test-long coverage install lint docs clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest --slow -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# With those of half a minute and more, for which others stand in `make test`.
+test-long: install
+	$(BIN)/python -m pytest --slow --long -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The fast tests, and the lines that they never reach; COVERAGE="--slow -n 4" adds the slow ones.
 coverage: install

@@ -18,6 +18,7 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests that take more than ten seconds")
+    parser.addoption("--long", action="store_true", help="also run those that take half a minute and more")
     parser.addoption("--weights", action="store_true", help="also run tests that need published weights")
     parser.addoption(
         "--standin", action="store_true", help="run these tests on a stand-in accelerator, standin.py"
@@ -60,6 +61,7 @@ def pytest_collection_modifyitems(config, items):
     by_marker = "weights" in config.getoption("-m")  # `-m weights` is asking for them
     reasons = {
         "slow": None if config.getoption("--slow") else "needs --slow",
+        "long": None if config.getoption("--long") else "needs --long",
         "weights": None if config.getoption("--weights") or by_marker else "needs -m weights or --weights",
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
         "standin": None if config.getoption("--standin") else "needs --standin",

@@ -45,7 +45,7 @@ def slow_by_name():
     for path in (ROOT / "tests").rglob("test_*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                slow = any("mark.slow" in ast.unparse(d) for d in node.decorator_list)
+                slow = any(re.search("mark.(slow|long)", ast.unparse(d)) for d in node.decorator_list)
                 found[node.name] = found.get(node.name, True) and slow
     return found
 

@@ -32,11 +32,23 @@ def kinds():
     return sorted(found.values())
 
 
-RECIPES = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in kinds()]
+def marked(names):
+    """In the ordinary suite one of each kind of network, with --slow every method and every class of pipeline once."""
+    methods, pipelines, marked = set(), set(), []
+    for name in sorted(names, key=lambda name: (name not in FAST, name)):
+        recipe = load_recipe(name)
+        method, pipeline = recipe.method_class.name, recipe.teacher.pipeline_class
+        new = method not in methods or pipeline not in pipelines
+        marks = [] if name in FAST else [pytest.mark.slow if new else pytest.mark.long]
+        methods.add(method), pipelines.add(pipeline), marked.append(pytest.param(name, marks=marks))
+    return marked
+
+
+RECIPES = marked(kinds())
 COMMANDS = ["train", "resume", "replay", "export", "sample", "cache", "pairs", "prepare", "bench", "floor"]
 COMMANDS += ["eval generate", "eval fid"]
 ON_THE_CPU = {"export"}  # whose weights may be anyone's
-COARSE = ["sdxl_dmd2_4step", "sd3_scm_1step", "sdxl_sid_4step"]
+COARSE = ["sd3_scm_1step", pytest.param("sdxl_dmd2_4step", marks=pytest.mark.long)]
 
 
 def children(folder, *shares):
@@ -58,15 +70,19 @@ def children(folder, *shares):
     return lines
 
 
+def chosen(request, test):
+    """Names that a test of this file runs with."""
+    return [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.path == request.path and item.originalname == test and not item.get_closest_marker("skip")
+    ]
+
+
 @pytest.fixture(scope="module")
 def courses(request, tmp_path_factory):
     """Recipe -> what it has come to, of those whose tests run here."""
-    names = [
-        item.callspec.params["name"]
-        for item in request.session.items
-        if item.path == request.path and item.originalname == "test_a_recipe_trains_resumes_and_exports"
-        if not item.get_closest_marker("skip")
-    ]
+    names = chosen(request, "test_a_recipe_trains_resumes_and_exports")
     shares = [names[::2], names[1::2]] if len(names) > len(FAST) else [names]
     made = children(tmp_path_factory.mktemp("recipes"), *(("recipes", *share) for share in shares))
     return {course["recipe"]: course for course in made}
@@ -104,9 +120,10 @@ def test_the_table_has_every_kind_of_recipe():
 
 
 @pytest.fixture(scope="module")
-def coarse(tmp_path_factory):
+def coarse(request, tmp_path_factory):
     """Recipe -> what it has come to without float64."""
-    made = children(tmp_path_factory.mktemp("coarse"), ("recipes", "--without-float64", *COARSE))
+    names = chosen(request, "test_a_device_without_float64_will_do")
+    made = children(tmp_path_factory.mktemp("coarse"), ("recipes", "--without-float64", *names))
     return {course["recipe"]: course for course in made}
 
 

@@ -298,7 +298,9 @@ def test_every_recipe_is_planned_and_fits_the_hardware_it_names(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", AGAIN)
+@pytest.mark.parametrize(
+    "name", [AGAIN[0], *(pytest.param(name, marks=pytest.mark.long) for name in AGAIN[1:])]
+)
 def test_stored_plans_are_what_is_counted_now(name):
     stored = json.loads((PLANS / f"{name}.json").read_text())
     counted = plans.planned(name)

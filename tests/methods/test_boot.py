@@ -260,7 +260,7 @@ def test_a_network_without_a_time_embedding_is_refused():
 
 
 # ------------------------------------------------------------------------------------------------------- the ring
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_step_reaches_the_ring():
     ring = GaussianMixture.ring(SD, radius=2.2, std=0.2)
     torch.manual_seed(0)

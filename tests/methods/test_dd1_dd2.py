@@ -724,7 +724,7 @@ def test_shares_of_the_stages_leave_something_for_the_last(teacher):
 
 
 # ------------------------------------------------------------------------------------------------- convergence
-@pytest.mark.slow
+@pytest.mark.long
 def test_dd2_comes_near_the_joint_from_its_own_first_stage(teacher):
     """An eighth of the run of eval/results/token_joint.md, of half its batch; 0.43. Its start, all mean, is at 0.76."""
     trainer = student_of_the_joint("dd2", teacher, share=0.12, batch_size=128)
@@ -743,14 +743,14 @@ def distilled(name, teacher, share):
     return before, joint.total_variation(student_tokens(trainer, teacher))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dd2_does_not_lose_what_dd1s_map_has_given_it(teacher):
     """An eighth of the run of eval/results/token_joint.md, whose map ends at 0.03."""
     before, after = distilled("dd2-from-dd1", teacher, share=0.12)
     assert before < 0.22 and after < before + 0.015
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_generator_of_codes_comes_nearer_to_the_joint(teacher):
     """A part of the run of eval/results/token_joint.md, from a map that has been learned for a while only."""
     before, after = distilled("dd2-codes", teacher, share=0.3)

@@ -296,7 +296,7 @@ def test_one_step_reaches_the_conditional_mixture(name, mixture, fitted, pairs):
     assert distance_after(trainer, mixture, 0) < 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", FEW)
 def test_four_steps_come_closer_than_the_first_of_them_alone(name, mixture, fitted, pairs):
     steps = 600 if name == "dmd2" else 300

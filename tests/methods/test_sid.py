@@ -909,7 +909,7 @@ def test_four_steps_reach_the_ring_closer_than_one_step_at_equal_iterations(ring
     assert found[4, 4] < 0.03 and found[4, 4] < 0.9 * found[1, 1] and found[4, 4] < found[4, 1], found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_ring_on_a_flow():
     teacher = GaussianMixture.ring(Flow(), radius=2.2, std=0.2)
     torch.manual_seed(0)
@@ -921,7 +921,7 @@ def test_the_ring_on_a_flow():
     assert distance(trainer, teacher) < min(0.06, 0.5 * start)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_ring_on_edm_with_its_two_time_laws(ring, fitted):
     """The critic's law hardly meets the highest noise of the student's, so the network has to be preconditioned."""
     trainer = toy(ring, fitted, steps=700, batch_size=512)
