@@ -90,7 +90,7 @@ standin.install()
     assert "| resumed |" in table and "| derivative |" in table
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_parts_that_fail_hang_or_die_do_not_take_the_others_with_them(tmp_path):
     body = """
 def fails(setting):

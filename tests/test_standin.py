@@ -19,7 +19,7 @@ from fewstep.runs.library import load_recipe, recipe_files
 pytestmark = pytest.mark.skipif(standin.compiler() is None, reason="the stand-in needs a C++ compiler")
 
 HERE = Path(__file__).parent
-# One of each kind of network in the ordinary suite, the rest with --slow.
+# One of each kind of network in the ordinary suite, the rest with --long.
 FAST = {"sdxl_dmd2_4step", "emoji_dmd2_1step", "sd3_scm_1step", "var_d16_dd1_2step"}
 
 
@@ -32,19 +32,7 @@ def kinds():
     return sorted(found.values())
 
 
-def marked(names):
-    """In the ordinary suite one of each kind of network, with --slow every method and every class of pipeline once."""
-    methods, pipelines, marked = set(), set(), []
-    for name in sorted(names, key=lambda name: (name not in FAST, name)):
-        recipe = load_recipe(name)
-        method, pipeline = recipe.method_class.name, recipe.teacher.pipeline_class
-        new = method not in methods or pipeline not in pipelines
-        marks = [] if name in FAST else [pytest.mark.slow if new else pytest.mark.long]
-        methods.add(method), pipelines.add(pipeline), marked.append(pytest.param(name, marks=marks))
-    return marked
-
-
-RECIPES = marked(kinds())
+RECIPES = [pytest.param(name, marks=[] if name in FAST else pytest.mark.long) for name in kinds()]
 COMMANDS = ["train", "resume", "replay", "export", "sample", "cache", "pairs", "prepare", "bench", "floor"]
 COMMANDS += ["eval generate", "eval fid"]
 ON_THE_CPU = {"export"}  # whose weights may be anyone's

@@ -178,7 +178,7 @@ def test_a_run_resumes_exactly_with_the_same_router(run, tiny_sdxl, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_what_one_trains_with_accumulation(tiny_sdxl, tmp_path):
     """Two rows each, so that a part has none on one process now and then."""
     for name in ("one", "two"):

@@ -418,7 +418,10 @@ def test_impossible_options_are_refused(options, field):
 
 # ------------------------------------------------------------------------------------------------------- the ring
 @pytest.mark.slow
-@pytest.mark.parametrize("path, prediction, steps", [("vp", "v", 1800), ("flow", "flow", 900)])
+@pytest.mark.parametrize(
+    "path, prediction, steps",
+    [pytest.param("vp", "v", 1800, marks=pytest.mark.long), ("flow", "flow", 900)],
+)
 def test_one_step_reaches_the_ring_and_the_same_student_takes_more(path, prediction, steps):
     schedule = SD if path == "vp" else Flow()
     ring = GaussianMixture.ring(schedule, radius=2.2, std=0.2)

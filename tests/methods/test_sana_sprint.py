@@ -360,7 +360,7 @@ def test_scm_with_ladd_reaches_the_ring_in_one_step(ring, fitted):
     assert reached < 0.02 and apart < 0.2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ladd_alone_reaches_the_ring(ring, fitted):
     config = LADD.Config(taps=["layers.0", "layers.2", "layers.4"], num_steps=[1], early=0, noise_mean=-1.0)
     assert converge(LADD, config, ring, fitted, 500, flow_view(fitted))[0] < 0.02

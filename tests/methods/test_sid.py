@@ -893,7 +893,7 @@ def test_the_last_share_of_a_run_trains_the_last_step_alone(ring, fitted):
     assert set(found[:30]) == {0, 1, 2, 3} and set(found[30:]) == {3}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_steps_reach_the_ring_closer_than_one_step_at_equal_iterations(ring, fitted, distilled):
     """The uniform mixture trains every step towards the data, and each on what the ones before it made."""
     found = {}

@@ -159,7 +159,7 @@ def test_it_stops_as_soon_as_both_bounds_are_met(teacher, images, tmp_path):
     assert record["reached"] and record["after"]["step"] <= 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_prepare_what_one_does_in_twice_as_many_batches(tiny_sdxl, images, tmp_path):
     """The same updates, and columns that are cut stay so where weights are sharded."""
 

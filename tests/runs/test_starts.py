@@ -443,7 +443,7 @@ def test_every_start_of_a_recipe_is_what_another_recipe_ends_in():
 
 
 @pytest.mark.parametrize(
-    "name", [name if i % 2 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(CHAINS)]
+    "name", [name if i % 2 else pytest.param(name, marks=pytest.mark.long) for i, name in enumerate(CHAINS)]
 )
 def test_both_runs_of_a_chain_smoke_and_the_second_starts_from_the_first(name, tmp_path, monkeypatch):
     """As a user: ``fewstep train FIRST --smoke --output X``, then the other with ``start_from`` of X."""
@@ -521,7 +521,7 @@ def test_the_option_of_dd2_that_was_once_says_where_it_is_now(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_start_from_what_one_or_two_ended_with(first, tiny_sd15, tmp_path):
     kind, run, ended = first
 

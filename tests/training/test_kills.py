@@ -41,7 +41,7 @@ def steps_done(run):
     return max((int(p.name[5:]) for p in run.glob("checkpoints/step_*[0-9]")), default=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(
     not Path("/proc/self/stat").exists(), reason="reads the seconds a process has used from /proc"
 )
