@@ -1,16 +1,30 @@
-"""The page on adding a method: its blocks, as they stand there, are a method, its recipe and its test."""
+"""The methods of the page on adding one and of the README are, as they stand there, methods that train."""
 
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from processes import Fork
+from toys import NONE, SD
 
 from fewstep.cli import main
-from fewstep.methods import METHODS
+from fewstep.diffusion.rng import Rng
+from fewstep.methods import METHODS, Batch
+from fewstep.teachers.analytic import GaussianMixture
 
-PAGE = Path(__file__).parents[1] / "docs" / "extending" / "method.md"
-BLOCKS = dict(re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE))
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page):
+    return dict(
+        re.findall(
+            r"^```python\n# (\S+\.py)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE
+        )
+    )
+
+
+BLOCKS = {**blocks("docs/extending/method.md"), **blocks("README.md")}
 
 
 @pytest.fixture
@@ -24,8 +38,8 @@ def desk(tmp_path, monkeypatch):
 
 
 def test_the_page_has_a_method_of_at_most_sixty_lines_with_its_recipe_and_test():
-    assert list(BLOCKS) == ["progressive.py", "recipe.py", "test_progressive.py"]
-    assert len(BLOCKS["progressive.py"].splitlines()) <= 60
+    assert list(BLOCKS) == ["progressive.py", "recipe.py", "test_progressive.py", "knowledge.py"]
+    assert len(BLOCKS["progressive.py"].splitlines()) <= 60 and len(BLOCKS["knowledge.py"].splitlines()) <= 30
 
 
 def test_the_test_on_the_page_passes(desk):
@@ -46,3 +60,22 @@ def test_the_recipe_on_the_page_trains_to_an_export_that_is_verified(desk):
     run = next(desk.glob("fewstep-smoke-*/run"))
     assert {p.name for p in (run / "code").glob("*.*")} == {"index.json", "progressive.py"}
     assert '"num_steps": 4' in (run / "export" / "fewstep.json").read_text()
+
+
+def test_the_method_of_the_readme_is_the_squared_error_of_its_one_step(desk):
+    """In a fork, for the name stays registered."""
+
+    def check():
+        from knowledge import Knowledge
+
+        teacher = GaussianMixture.ring(SD, radius=2.0, std=0.2)
+        method = Knowledge(Knowledge.Config(), teacher, (2,), student=teacher)
+        noise, x0 = Rng("noise").normal(8, 2), Rng("x0").normal(8, 2)
+        made = teacher.x0(noise, torch.full((8,), 999.0), NONE)
+        batch = Batch(NONE, (8, 2), Rng("b"), Rng("s"), pairs=(noise, x0), pair_cond=NONE)
+        loss = method.loss(batch, None)["regression"]
+        assert loss == (made - x0).square().mean() and Knowledge.needs(method.config) == ("prompts", "pairs")
+        return 0
+
+    said = desk / "said.txt"
+    assert Fork(check, said).wait() == 0, said.read_text()

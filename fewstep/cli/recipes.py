@@ -65,11 +65,10 @@ def methods_table() -> str:
     """What every method's class says of itself, as README has it."""
     from ..methods import METHODS
 
-    lines = ["| method | what it is | steps | needs | ends in | papers |", "|---|---|---|---|---|---|"]
+    lines = ["| method | what it is | steps | papers |", "|---|---|---|---|"]
     for name, cls in sorted(METHODS.items()):
         papers = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in cls.papers)
-        needs = ", ".join(cls.needs(cls.Config()))
-        cells = (f"`{name}`", cls.summary, cls.steps, needs, cls.exports, papers)
+        cells = (f"[`{name}`](docs/methods/{name}.md)", cls.summary, cls.steps, papers)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

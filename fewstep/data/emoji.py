@@ -41,11 +41,11 @@ def groups() -> list[str]:
 def prompts(source: str) -> list[str] | None:
     """``builtin:emoji`` is both captions of every image, ``-names`` and ``-groups`` one of them; None: not ours.
 
-    ``builtin:emoji-mostly-names`` is every name three times for once its group: there are twenty times as many names.
+    ``builtin:emoji-mostly-names`` is every name twice for once its group: there are twenty times as many names.
     """
     built_in = {
         "builtin:emoji": [*names(), *groups()],
-        "builtin:emoji-mostly-names": [*names() * 3, *groups()],
+        "builtin:emoji-mostly-names": [*names() * 2, *groups()],
         "builtin:emoji-names": names(),
         "builtin:emoji-groups": groups(),
     }

@@ -1,6 +1,6 @@
 """Tables of several evaluations for people: what the README shows of ``eval/results``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..report.rows import flat, row_name, steps_of
@@ -56,3 +56,40 @@ def _gallery_of(results: Mapping[str, dict[str, Any]]) -> str:
     ordered = sorted(rows.values(), key=lambda r: (RANK[r["kind"]], r.get("nfe", 0), r["name"]))
     apart = ("seconds per image", "same-noise distance")  # of one run only
     return _table([{k: v for k, v in row.items() if not k.startswith(apart)} for row in ordered])
+
+
+def best(results: Mapping[str, dict[str, Any]], chosen: Iterable[str]) -> str:
+    """A Markdown table of some students, each beside its teacher and the floor at as many network calls.
+
+    Where a guided teacher cannot make so few, the floor is at the fewest it can.
+
+    Args:
+        results: name of the file -> content. chosen: "NAME" or "NAME:STEPS", where one student has several.
+
+    Raises:
+        KeyError, StopIteration: there is no such result, or no such number of steps in it.
+    """
+    lines: list[tuple[str, ...]] = []
+    for name, _, steps in (choice.partition(":") for choice in chosen):
+        result = results[name]
+        others = [r for x in results.values() if x["teacher"] == result["teacher"] for r in x["rows"]]
+        students = (r for r in result["rows"] if r["kind"] == "student")
+        row = next(r for r in students if not steps or r["steps"] == int(steps))
+        distance, least = next(iter(row["metrics"])), row["speed"]["nfe"]
+        teacher = next(r for r in others if r["kind"] == "teacher")
+        floors = [r for r in others if r["kind"] == "floor" and r["speed"]["nfe"] >= least]
+        nearest = [r for r in floors if r["speed"]["nfe"] == min(f["speed"]["nfe"] for f in floors)]
+        floor = min(nearest, key=lambda r: r["metrics"][distance]["value"], default=None)
+
+        def told(row: dict[str, Any] | None, distance: str = distance) -> str:
+            if row is None:
+                return ""
+            found = row["metrics"][distance]
+            return f"{found['value']:.0f} ± {found['error']:.0f} ({row['speed']['nfe']:g})"
+
+        named = {metric.partition("(")[0]: m["value"] for metric, m in row["metrics"].items()}
+        minutes = f"{result['seconds'] / 60:.0f} min"
+        label = f"[`{name}`](recipes/{name}.py)" + (f", {steps_of(int(steps))}" if steps else "")
+        lines.append((label, told(row), told(teacher), told(floor), f"{named['retrieval']:.2f}", minutes))
+    header = ("student", "FD (network calls)", "its teacher", "floor", "names found", "distilled in")
+    return table(header, lines)

@@ -206,7 +206,8 @@ class Method:
         critic: the denoiser that learns what the student makes, where there is one.
         teacher_kind: "diffusion", or "autoregressive" for methods of token models.
         distance, reward: of latents, set before training where :meth:`wants` names them.
-        Config: dataclass of its options, see :class:`Options`; the paper's values are the defaults.
+        Config: dataclass of its options, see :class:`Options`; the paper's values are the defaults. May be left out
+            where there are none.
         sums: published code sums its losses over the entries of a sample where ours are means; Adam's eps, the one
             thing that is not the same for both, is then divided by their number.
         moved: options that it had once -> where their values belong now, for recipes of that time.
@@ -342,6 +343,8 @@ METHODS: dict[str, type[Method]] = {}
 def register(name: str) -> Callable[[type[Method]], type[Method]]:
     def add(cls: type[Method]) -> type[Method]:
         cls.name = name
+        if "Config" not in vars(cls):  # a method without options has a Config of its own all the same
+            cls.Config = dataclass(type("Config", (Options,), {"__module__": cls.__module__}))
         METHODS[name] = cls
         return cls
 
