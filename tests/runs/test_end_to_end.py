@@ -21,6 +21,7 @@ from fewstep.data.cache import cache_root
 from fewstep.diffusion import kernels
 from fewstep.errors import FewstepError
 from fewstep.export import load_exported, stock_sample
+from fewstep.report.grid import image_grid
 from fewstep.runs.library import load_recipe, recipe_files
 from fewstep.runs.session import Session, execute, resume, settled
 from fewstep.teachers import load_teacher
@@ -272,6 +273,38 @@ def test_an_exported_student_is_sampled_from_the_command_line(sdxl_run, tmp_path
     assert main(["sample", str(folder), "--prompt", "a cat", "--num", "2", "--out", str(out)]) == 0
     assert out.stat().st_size > 0
     assert main(["sample", str(folder), "--prompt", "a cat", "--steps", "1", "--out", str(out)]) == 2
+
+
+def test_a_picture_of_teacher_and_student_counts_their_network_calls(
+    sdxl_run, tiny_sdxl, tmp_path, monkeypatch
+):
+    folder, _ = sdxl_run
+    spec = importlib.util.spec_from_file_location(
+        "picture", Path(__file__).parents[2] / "eval" / "picture.py"
+    )
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    drawn = []
+    monkeypatch.setattr(
+        script, "image_grid", lambda *args, **said: drawn.append(said) or image_grid(*args, **said)
+    )
+    words = [
+        "--student",
+        str(folder),
+        "--teacher",
+        str(tiny_sdxl),
+        "--teacher-steps",
+        "2",
+        "--prompt",
+        "a cat",
+    ]
+    assert script.main([*words, "--scale", "1", "--out", str(tmp_path / "p.png")]) == 0
+    assert drawn[0]["row_labels"] == (
+        "teacher, 2 steps: 4 network calls",
+        "student, 4 steps: 4 network calls",
+    )
+    assert drawn[0]["labels"] == ["", "a cat"] and (tmp_path / "p.png").stat().st_size > 0
+    assert script.main([*words, "--out", str(tmp_path)]) == 2  # a folder, which is kept
 
 
 def test_a_damaged_checkpoint_is_passed_over(sdxl_run, capsys):
