@@ -7,7 +7,9 @@
 Paper (arXiv 2505.12674, full weights at 1e-6, K = 4 by uniform mixture): without images, long-short guidance.
 Teacher and critic share one frozen base, and the activations of one network at a time are held (``lean``), so
 that one card is enough. The student starts at t = 623, near the paper's 625. Guidance 4.5, batch and steps are
-ours to be tuned. Not yet run at scale. Hardware: one H100, 80 GB.
+ours to be tuned. Adapters have alpha equal to their rank and ten times the rate of all
+weights and more, at which a LoRA critic follows (``eval/results/lora_critic/README.md``). Not yet run at scale.
+Hardware: one H100, 80 GB.
 """
 
 import dataclasses

@@ -6,8 +6,9 @@
 
 Paper (arXiv 2410.16794, one-step PixArt-alpha at 512 px): aesthetic score 6.42, data-free, start at sigma /
 alpha = 2.5 (t = 625 here). Its constant, batch and learning rate are not published; those below, and the
-guidance of the teacher, are ours to be tuned. The activations of one network at a time are held (``lean``). Not
-yet run at scale. Hardware: one H100, 80 GB.
+guidance of the teacher, are ours to be tuned. The activations of one network at a time are held (``lean``). Adapters
+have alpha equal to their rank and ten times the rate of all weights and more, at which a LoRA critic follows
+(``eval/results/lora_critic/README.md``). Not yet run at scale. Hardware: one H100, 80 GB.
 """
 
 import dataclasses
