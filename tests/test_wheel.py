@@ -40,7 +40,12 @@ def sdist(tmp_path_factory):
         to = copy / path.relative_to(ROOT)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, to)
-    run(sys.executable, "-c", f"from setuptools.build_meta import build_sdist as b; b({str(target)!r})", cwd=copy)
+    run(
+        sys.executable,
+        "-c",
+        f"from setuptools.build_meta import build_sdist as b; b({str(target)!r})",
+        cwd=copy,
+    )
     return next(target.glob("fewstep-*.tar.gz"))
 
 
@@ -94,7 +99,9 @@ def test_both_are_small_and_say_the_version_and_what_they_are(sdist, wheel):
         assert about["Version"] == __version__ and about["License-Expression"] == "Apache-2.0"
         assert about["Summary"] and about["Description-Content-Type"] == "text/markdown"
         assert about.get_payload().startswith("# fewstep")
-    assert {f"fewstep-{__version__}/{name}" for name in ("LICENSE", "NOTICE", "CITATION.cff", "CHANGELOG.md")} <= names
+    assert {
+        f"fewstep-{__version__}/{name}" for name in ("LICENSE", "NOTICE", "CITATION.cff", "CHANGELOG.md")
+    } <= names
     assert not [name for name in names if "/tests/" in name]
 
 
