@@ -7,7 +7,7 @@ RUN ?= runs/demo
 COVERAGE ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long coverage install lint docs clean
+.PHONY: demo test test-long coverage install lint docs notebooks release clean
 
 install: $(VENV)/.installed
 
@@ -40,6 +40,17 @@ lint: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo site/index.html
+
+# The notebooks, executed from top to bottom and stored with what they show; ten minutes of one core.
+notebooks: install
+	$(BIN)/python notebooks/execute.py
+
+# An sdist and of it a wheel, in dist/, checked as an index would.
+release: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[release]"
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .coverage* htmlcov

@@ -1,17 +1,20 @@
 """The wheel holds what it should, and is enough for a user who has no checkout."""
 
+import email
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 from test_hygiene import ROOT, tracked
 
+from fewstep import __version__
 from fewstep.methods import METHODS
 from fewstep.runs.library import recipe_files
 
@@ -30,15 +33,28 @@ def run(*words, **options):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def sdist(tmp_path_factory):
     """Built of the files that git knows, and of nothing else."""
     copy, target = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("dist")
     for path in tracked():
         to = copy / path.relative_to(ROOT)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, to)
+    run(
+        sys.executable,
+        "-c",
+        f"from setuptools.build_meta import build_sdist as b; b({str(target)!r})",
+        cwd=copy,
+    )
+    return next(target.glob("fewstep-*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """Built of the sdist, as an index's users do who take no wheel."""
+    target = tmp_path_factory.mktemp("wheels")
     options = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", target)
-    run(sys.executable, "-m", "pip", "wheel", *options, copy)
+    run(sys.executable, "-m", "pip", "wheel", *options, sdist)
     return next(target.glob("fewstep-*.whl"))
 
 
@@ -71,11 +87,26 @@ def test_the_wheel_has_every_file_of_the_package_but_two_teachers(wheel):
     assert held == expected
 
 
-def test_the_wheel_is_small(wheel):
-    assert wheel.stat().st_size < 25e6
+def test_both_are_small_and_say_the_version_and_what_they_are(sdist, wheel):
+    assert max(sdist.stat().st_size, wheel.stat().st_size) < 25e6
+    with zipfile.ZipFile(wheel) as opened:
+        wheels = opened.read(f"fewstep-{__version__}.dist-info/METADATA").decode()
+    with tarfile.open(sdist) as opened:
+        names = set(opened.getnames())
+        sdists = opened.extractfile(f"fewstep-{__version__}/PKG-INFO").read().decode()
+    for text in (wheels, sdists):
+        about = email.message_from_string(text)
+        assert about["Version"] == __version__ and about["License-Expression"] == "Apache-2.0"
+        assert about["Summary"] and about["Description-Content-Type"] == "text/markdown"
+        assert about.get_payload().startswith("# fewstep")
+    assert {
+        f"fewstep-{__version__}/{name}" for name in ("LICENSE", "NOTICE", "CITATION.cff", "CHANGELOG.md")
+    } <= names
+    assert not [name for name in names if "/tests/" in name]
 
 
 def test_the_installed_wheel_lists_its_recipes_and_methods(user):
+    assert user("--version").strip() == __version__
     recipes, methods = user("recipes"), user("methods")
     assert all(name in recipes.split() for name in recipe_files())
     assert all(re.search(rf"\b{name}\b", methods) for name in METHODS)
