@@ -80,6 +80,10 @@ def test_a_segment_begins_below_its_nodes_and_landings_lie_between(nodes, segmen
         assert (begin <= landing).all() and (landing <= before).all() and (before < now).all()
         assert (now - before <= 1 / nodes + 1e-12).all()
         assert landing.equal(begin) is (end == "segment" or nodes == segments)
+        if end == "random":  # anywhere between, evenly
+            between = before > begin
+            share = ((landing - begin) / (before - begin))[between]
+            assert nodes == segments or abs(share.mean() - 0.5) < 0.03 < share.std()
         times = [SD.at(level) for level in (now, before, landing)]
         assert (times[0] > times[1]).all() and (times[1] >= times[2]).all()
 

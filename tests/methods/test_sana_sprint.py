@@ -312,12 +312,28 @@ def test_guidance_of_each_sample_is_its_own_in_the_teachers_prediction():
             torch.testing.assert_close(mixed[i], denoiser.x0(x, t, cond, guidance=scale)[i])
 
 
-def test_adversarial_terms_weigh_lambda(ring, fitted):
-    one, half = (
-        sprint(fitted, adversarial_weight=w).student_loss(batch_of(ring), Progress(0, 10)) for w in (1.0, 0.5)
-    )
+def test_lambda_weighs_the_students_adversarial_term_and_nothing_else(ring, fitted):
+    methods = [sprint(fitted, adversarial_weight=w) for w in (1.0, 0.5)]
+    one, half = (method.student_loss(batch_of(ring), Progress(0, 10)) for method in methods)
     assert half["adversarial"].item() == pytest.approx(0.5 * one["adversarial"].item(), rel=1e-5)
     assert half["consistency"] == one["consistency"]
+    hinges = [method.discriminator_loss(batch_of(ring), Progress(0, 10))["hinge"] for method in methods]
+    assert hinges[0] == hinges[1] != 0
+
+
+def test_what_the_discriminator_sees_was_made_under_the_trained_scales(ring, fitted):
+    method, seen = sprint(fitted), []
+    method.config.guidance_embedding, method.config.guidance_scales = True, [4.0, 5.0]
+    inner = method.term.student.x0
+
+    def student(x_t, t, cond):
+        seen.append(cond["guidance"])
+        return inner(x_t, t, NONE)
+
+    method.term.student.x0 = student
+    method.discriminator_loss(batch_of(ring, 300), Progress(0, 10))
+    (scale,) = seen
+    assert set(scale.tolist()) == {4.0, 5.0}
 
 
 # ------------------------------------------------------------------------------------------------------ convergence
