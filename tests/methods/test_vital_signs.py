@@ -1,5 +1,7 @@
 """What a run logs of its health is true: lag where the critic has something to follow, moments of the student's own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toys import NONE, SD, Mlp, fit, toy
@@ -136,3 +138,21 @@ def test_rates_warm_up_from_where_a_phase_begins(name, options, begins, ring, fi
                 rates.append((iteration, trainer.learning_rate(trainer.roles[phase.train[0]], phase)))
         begin = begins[phase.name]
         assert rates[:5] == [(begin + i, min(1.0, (i + 1) / 4)) for i in range(5)]
+
+
+@pytest.mark.parametrize("name, options, ends", [
+    ("dmd2", {"num_steps": 1, "critic_steps": 1}, {"generator": 20}),
+    ("phased_dmd", {"num_steps": 2, "critic_steps": 1}, {"generator_1": 10, "generator_2": 20}),
+])  # fmt: skip
+def test_rates_fall_to_nothing_at_the_end_of_the_share_of_a_phase(name, options, ends, ring, fitted):
+    """Linear over the last ``decay`` iterations: of the run, or of each expert's half of it."""
+    method, real = METHODS[name], ring.sample(64, Rng("real"))
+    role = RoleConfig(kind="full", lr=1.0, decay=4, weight_decay=0.0)
+    config = replace(method.Config.toy(), **options)
+    trainer = toy(method, config, ring, fitted, 20, 16, real=real, student=role, critic=role)
+    phases = {phase.name: phase for phase in trainer.phases}
+    for phase, end in ((phases[name], end) for name, end in ends.items()):
+        rates = []
+        for trainer.progress.iteration in range(end - 6, end):
+            rates.append(trainer.learning_rate(trainer.roles[phase.train[0]], phase))
+        assert rates == pytest.approx([1.0, 1.0, 1.0, 0.75, 0.5, 0.25])
