@@ -2,12 +2,12 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import standin
+from processes import python
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "eval" / "gpu_check.py"
@@ -16,6 +16,15 @@ import os, sys, time
 sys.path[:0] = {[str(TESTS / "support"), str(SCRIPT.parent)]}
 import gpu_check
 from gpu_check import PARTS, Part
+from processes import Fork
+
+def fork(words, **options):  # another interpreter, which need not import all of that again
+    def begin():
+        sys.argv[:] = words[1:]
+        return gpu_check.main()
+    return Fork(begin, **options)
+
+gpu_check.subprocess.Popen = fork
 """
 FOOT = """
 if __name__ == "__main__":
@@ -27,14 +36,14 @@ def check(folder: Path, body: str, *words: str) -> tuple[int, dict, str, str]:
     """Runs a script that changes the command first: exit code, JSON, table, what was printed."""
     script, out = folder / "check.py", folder / "found"
     script.write_text(HEAD + body + FOOT)
-    command = [sys.executable, str(script), "--tiny", "--out", str(out), *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert out.with_suffix(".json").is_file(), done.stdout
+    said = folder / "said.txt"
+    code = python(script, "--tiny", "--out", str(out), *words, folder=folder, out=said, err=said)
+    assert out.with_suffix(".json").is_file(), said.read_text()
     return (
-        done.returncode,
+        code,
         json.loads(out.with_suffix(".json").read_text()),
         out.with_suffix(".md").read_text(),
-        done.stdout,
+        said.read_text(),
     )
 
 
@@ -42,18 +51,8 @@ def check(folder: Path, body: str, *words: str) -> tuple[int, dict, str, str]:
 @pytest.mark.skipif(standin.compiler() is None, reason="needs a C++ compiler")
 def test_every_part_runs_on_an_accelerator(tmp_path):
     body = """
-import peft, transformers
-from diffusers import FluxPipeline, SanaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import FluxPipeline, SanaPipeline
 import standin
-from processes import Fork
-
-def fork(words, **options):  # another interpreter, which need not import all of that again
-    def begin():
-        sys.argv[:] = words[1:]
-        return gpu_check.main()
-    return Fork(begin, **options)
-
-gpu_check.subprocess.Popen = fork
 standin.install()
 """
     code, found, table, said = check(tmp_path, body, "--minutes", "20")
@@ -90,7 +89,6 @@ standin.install()
     assert "| resumed |" in table and "| derivative |" in table
 
 
-@pytest.mark.long
 def test_parts_that_fail_hang_or_die_do_not_take_the_others_with_them(tmp_path):
     body = """
 def fails(setting):
@@ -114,7 +112,7 @@ def works(setting):
 
 PARTS.clear()
 for rows in (fails, wrong, hangs, dies, works):
-    PARTS[rows.__name__] = Part("as it says", 12 if rows is hangs else 100, rows)
+    PARTS[rows.__name__] = Part("as it says", 3 if rows is hangs else 100, rows)
 """
     code, found, table, said = check(tmp_path, body, "--device", "cpu")
     assert code == 1 and said.splitlines()[-1].endswith("failed: fails, wrong, hangs, dies"), said
@@ -122,14 +120,14 @@ for rows in (fails, wrong, hangs, dies, works):
     assert {name: part.get("error") for name, part in parts.items()} == {
         "fails": "MemoryError: out of memory",
         "wrong": "0.5 off; expected at most 0.1",
-        "hangs": "cut off after 12 s, with 1 rows done",
+        "hangs": "cut off after 3 s, with 1 rows done",
         "dies": "its process was ended by SIGABRT",
         "works": None,
     }
     assert "in fails" in parts["fails"]["traceback"] and "traceback" not in parts["works"]
     assert all(len(part["rows"]) == 1 for part in parts.values())
     assert parts["works"]["rows"] == [{"batch": 1, "seconds": 0.123456, "device": "cpu", "tiny": True}]
-    assert "| hangs | failed: cut off after 12 s, with 1 rows done |" in table
+    assert "| hangs | failed: cut off after 3 s, with 1 rows done |" in table
     assert "| works | done |" in table and "| 1 | 0.1235 | cpu | True |" in table
 
 

@@ -1,18 +1,17 @@
 """What a GPU executes, executed on the stand-in accelerator: recipes, commands, methods.
 
-The device is for a whole process and for good, so children have it (``on_standin.py``), each for many recipes.
+The device is for a whole process and for good, so forks of a process that has run nothing have it
+(``on_standin.py``), each for many recipes.
 """
 
 import json
-import os
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import on_standin
 import pytest
 import standin
+from processes import python
 
 from fewstep.runs.library import load_recipe, recipe_files
 
@@ -39,23 +38,14 @@ ON_THE_CPU = {"export"}  # whose weights may be anyone's
 COARSE = ["sd3_scm_1step", pytest.param("sdxl_dmd2_4step", marks=pytest.mark.long)]
 
 
-def children(folder, *shares):
-    """Runs ``on_standin.py`` once for each share of the work, at once, and gives the lines that they have written."""
-    standin.build()  # once, and not by each of them
-    made = []
-    for number, words in enumerate(shares):
-        out, said = folder / f"{number}.jsonl", folder / f"{number}.txt"
-        out.touch()
-        with said.open("wb") as stream:
-            place = {"FEWSTEP_CACHE": str(folder / f"cache-{number}")}
-            words = [sys.executable, str(HERE / "support" / "on_standin.py"), words[0], str(out), *words[1:]]
-            child = subprocess.Popen(words, stdout=stream, stderr=stream, env={**os.environ, **place})
-        made.append((child, out, said))
-    lines = []
-    for child, out, said in made:
-        assert child.wait() == 0, said.read_text(errors="replace")[-3000:]
-        lines += [json.loads(line) for line in out.read_text().splitlines()]
-    return lines
+def child(folder, *words):
+    """Runs ``on_standin.py``, in a process that has run nothing yet, and gives the lines that it has written."""
+    out, said, place = (folder / name for name in ("lines.jsonl", "said.txt", "cache"))
+    script = HERE / "support" / "on_standin.py"
+    words, env = (words[0], str(out), *words[1:]), {"FEWSTEP_CACHE": str(place)}
+    code = python(script, *words, folder=HERE, out=said, err=said, env=env)
+    assert code == 0, said.read_text(errors="replace")[-3000:]
+    return [json.loads(line) for line in out.read_text().splitlines()]
 
 
 def chosen(request, test):
@@ -71,8 +61,7 @@ def chosen(request, test):
 def courses(request, tmp_path_factory):
     """Recipe -> what it has come to, of those whose tests run here."""
     names = chosen(request, "test_a_recipe_trains_resumes_and_exports")
-    shares = [names[::2], names[1::2]] if len(names) > len(FAST) else [names]
-    made = children(tmp_path_factory.mktemp("recipes"), *(("recipes", *share) for share in shares))
+    made = child(tmp_path_factory.mktemp("recipes"), "recipes", *names)
     return {course["recipe"]: course for course in made}
 
 
@@ -111,7 +100,7 @@ def test_the_table_has_every_kind_of_recipe():
 def coarse(request, tmp_path_factory):
     """Recipe -> what it has come to without float64."""
     names = chosen(request, "test_a_device_without_float64_will_do")
-    made = children(tmp_path_factory.mktemp("coarse"), ("recipes", "--without-float64", *names))
+    made = child(tmp_path_factory.mktemp("coarse"), "recipes", "--without-float64", *names)
     return {course["recipe"]: course for course in made}
 
 
@@ -124,7 +113,7 @@ def test_a_device_without_float64_will_do(name, coarse):
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
     """Command -> its exit code, output, and most bytes on the device."""
-    return {done["command"]: done for done in children(tmp_path_factory.mktemp("commands"), ("commands",))}
+    return {done["command"]: done for done in child(tmp_path_factory.mktemp("commands"), "commands")}
 
 
 @pytest.mark.slow
@@ -136,19 +125,17 @@ def test_a_command_works_on_the_device(name, commands):
 
 
 @pytest.mark.slow
-def test_every_method_keeps_its_contract_on_the_device_and_no_iteration_waits():
-    words = ["-m", "pytest", "--standin", "-q", "-p", "no:cacheprovider"]
-    words += ["methods/test_contract.py", "data/test_devices.py"]
-    standin.build()
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=HERE)
-    assert done.returncode == 0, done.stdout[-3000:]
+def test_every_method_keeps_its_contract_on_the_device_and_no_iteration_waits(tmp_path):
+    script, said = tmp_path / "again.py", tmp_path / "said.txt"
+    script.write_text("import sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))")
+    words = ["--standin", "-q", "-p", "no:cacheprovider", "methods/test_contract.py", "data/test_devices.py"]
+    assert python(script, *words, folder=HERE, out=said, err=said) == 0, said.read_text()[-3000:]
 
 
-def test_what_the_stand_in_refuses_and_counts():
-    done = subprocess.run(
-        [sys.executable, "-c", REFUSES], capture_output=True, text=True, cwd=HERE / "support"
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_what_the_stand_in_refuses_and_counts(tmp_path):
+    script, said = tmp_path / "refuses.py", tmp_path / "said.txt"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE / 'support')!r})\n{REFUSES}")
+    assert python(script, folder=tmp_path, out=said, err=said) == 0, said.read_text()[-3000:]
 
 
 REFUSES = """

@@ -140,17 +140,21 @@ import peft, torch, transformers
 from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 for line in sys.stdin:
-    script, words, folder, out, err = json.loads(line)
+    script, words, folder, env, out, err = json.loads(line)
     if not (child := os.fork()):
         code = 1
         try:
             os.chdir(folder)
+            os.environ.update(env)
             for path, number in ((out, 1), (err, 2)):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
             sys.argv[:] = [script, *words]
+            sys.path[0] = os.path.dirname(script)
             assert "fewstep" not in sys.modules
-            exec(compile(open(script).read(), script, "exec"), {"__name__": "__main__"})
+            exec(compile(open(script).read(), script, "exec"), {"__name__": "__main__", "__file__": script})
             code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -167,14 +171,18 @@ def _server() -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", SERVER], text=True, env=env, **pipes)
 
 
+def python(script: Path, *words: str, folder: Path, out: Path, err: Path, env=None) -> int:
+    """The exit code of ``python SCRIPT WORDS`` in a folder; torch and diffusers are imported, nothing has run yet."""
+    server = _server()
+    server.stdin.write(json.dumps([str(script), words, str(folder), env or {}, str(out), str(err)]) + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
 def without_fewstep(script: Path, folder: Path, *words: str) -> str:
     """What ``python SCRIPT WORDS`` prints in a folder, where torch and diffusers are imported and fewstep is not."""
     out, err = script.with_suffix(".out"), script.with_suffix(".err")
-    task = [str(script), words, str(folder), str(out), str(err)]
-    server = _server()
-    server.stdin.write(json.dumps(task) + "\n")
-    server.stdin.flush()
-    assert server.stdout.readline() == "0\n", err.read_text()[-2000:]
+    assert python(script, *words, folder=folder, out=out, err=err) == 0, err.read_text()[-2000:]
     return out.read_text()
 
 
