@@ -20,6 +20,7 @@ from ..data.prompts import load_prompts
 from ..data.texts import column_for
 from ..diffusion.rng import Rng
 from ..export.load import read_record
+from ..export.target import tell_measured
 from ..files import write
 from ..teachers.base import Teacher
 from .floor import calibrate
@@ -37,7 +38,9 @@ BATCH = 32
 def evaluate_run(
     recipe, folder: Path, teacher: Teacher, prompts: list[str], images: CaptionedImages | None
 ) -> dict[str, Any]:
-    """Measures what ``folder/export`` holds, if there is one, and what it has to beat; see :func:`run_spec`.
+    """Measures what ``folder/export`` holds, if there is one, and what it has to beat; its card says so too.
+
+    See :func:`run_spec`.
 
     Rows: the teacher, the VAE's ceiling, the student at each of its numbers of steps, the training-free floor. With
     real images they carry FD, KID and, where asked for, retrieval and the diversity within a prompt; of an
@@ -62,7 +65,10 @@ def evaluate_run(
         speed_runs=0,
     )
     whole = run_spec(spec, out, device=str(teacher.device), replace=True)
-    print(results_table(whole["rows"]))
+    found = results_table(whole["rows"])
+    print(found)
+    if (folder / "export").is_dir():
+        tell_measured(folder / "export", {**whole, "table": found})
     return whole
 
 

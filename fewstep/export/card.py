@@ -257,8 +257,66 @@ def _made(record: Mapping[str, Any], teacher: str) -> str:
     )
 
 
-def model_card(record: Mapping[str, Any]) -> str:
-    """README.md with the front matter the hub reads."""
+def _front(record: Mapping[str, Any], measured: Mapping[str, Any] | None) -> list[str]:
+    """What the hub reads, as YAML: licence, what it was made of, for what, and its numbers."""
+    teacher, lora = str(record["teacher"]), record["kind"] == "lora"
+    front: dict[str, Any] = dict(record.get("licence", {}))
+    # A teacher of the hub by its id; one that others released, or that lies on this machine, is none there.
+    if not ("released" in record or _lies_here(record) or teacher.startswith("builtin:")):
+        front |= {"base_model": teacher, "base_model_relation": "adapter" if lora else "finetune"}
+    task, steps = _task(record), record["num_steps"]
+    words = [task, "fewstep", str(record["method"]), "distillation", "few-step", f"{steps}-step"]
+    words.append(f"diffusers:{record['pipeline_class']}")
+    front |= {"library_name": "diffusers", "pipeline_tag": task, "tags": words + ["lora"] * lora}
+    if measured:
+        front["model-index"] = [
+            {"name": str(record.get("title", "student")), "results": _results(task, measured)}
+        ]
+    return ["---", *(f"{name}: {json.dumps(value)}" for name, value in front.items()), "---"]
+
+
+def _results(task: str, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of ``model-index``: the numbers of the student's rows, each a result of its number of steps."""
+    found = []
+    for row in measured["rows"]:
+        if row["kind"] != "student":
+            continue
+        calls = f"{row['steps']} {_plural(row['steps'])}"
+        metrics = [
+            {
+                "type": name.partition("(")[0].strip().replace(" ", "-").lower(),
+                "name": name,
+                "value": one["value"],
+            }
+            for name, one in row["metrics"].items()
+        ]
+        # The hub joins results whose configuration is the same.
+        data = {"type": "prompts", "name": f"{measured['images']} images, {calls}", "config": calls}
+        found.append({"task": {"type": task}, "dataset": data, "metrics": metrics})
+    return found
+
+
+def _licence(record: Mapping[str, Any]) -> str:
+    known = record.get("licence", {})
+    if not known:
+        return "A student is under its teacher's licence, which is not known here: add `license:` above to share it."
+    name, link = known.get("license_name", known["license"]), known.get("license_link")
+    return f"A student is under its teacher's licence: {f'[{name}]({link})' if link else name}."
+
+
+def _measured(measured: Mapping[str, Any] | None) -> list[str]:
+    if not measured:
+        return []
+    return ["## Measured", "", measured["table"], "", *(f"- {note}" for note in measured["notes"]), ""]
+
+
+def model_card(record: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> str:
+    """README.md with the front matter the hub reads.
+
+    Args:
+        record: of ``fewstep.json``. measured: ``rows``, ``notes`` and ``images`` of an evaluation's ``table.json``, and
+            ``table``, its rows as Markdown.
+    """
     several = (
         [
             f"It is {len(record['parts'])} students, each for a part of the prompts; the router, a tree of half-spaces "
@@ -268,25 +326,13 @@ def model_card(record: Mapping[str, Any]) -> str:
         if "parts" in record
         else []
     )
-    teacher, relation = str(record["teacher"]), "adapter" if record["kind"] == "lora" else "finetune"
-    base = [f"base_model: {json.dumps(teacher)}", f"base_model_relation: {relation}"]
-    run = "Run in this folder:"
-    if "released" in record:  # of a teacher that is known by its name
-        base = []
+    teacher, run = str(record["teacher"]), "Run in this folder:"
     if _lies_here(record):
-        teacher, base = os.path.basename(teacher), []
+        teacher = os.path.basename(teacher)
         run = "Run in this folder; `fewstep.json` says where the teacher is:"
-    front = [
-        "---",
-        *base,
-        "library_name: diffusers",
-        f"pipeline_tag: {_task(record)}",
-        f"tags: [fewstep, {record['method']}{', lora' if record['kind'] == 'lora' else ''}]",
-        "---",
-    ]
     return "\n".join(
         [
-            *front,
+            *_front(record, measured),
             f"# {record.get('title', 'student')}",
             "",
             _made(record, teacher),
@@ -301,5 +347,10 @@ def model_card(record: Mapping[str, Any]) -> str:
             *_about_sampling(record),
             "",
             *comfyui.lines(record),
+            *_measured(measured),
+            "## Licence",
+            "",
+            _licence(record),
+            "",
         ]
     )

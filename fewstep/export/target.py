@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from ..teachers.pipelines import hands_sigmas, size_options, takes
 from ..version import __version__
 from . import comfyui
 from .card import model_card
+from .licence import licence_of
 from .scheduler import meets, own_times, student_scheduler
 
 Weights = Mapping[
@@ -110,6 +112,7 @@ class Target:
             "fewstep": __version__,
             **edition.about,
             "teacher": teacher.place,
+            "licence": licence_of(teacher.place),
             "pipeline_class": teacher.pipeline_class,
             "kind": self.kind,
             "num_steps": self.student.num_steps,
@@ -260,6 +263,12 @@ def scalars_of(student: Sampler) -> dict[str, Scalar]:
 def describe(folder: Path, record: Mapping[str, Any]) -> None:
     write_json(folder / "fewstep.json", record)
     write(folder / "README.md", model_card(record))
+
+
+def tell_measured(folder: Path, measured: Mapping[str, Any]) -> None:
+    """Writes the model card of an export anew, with what was measured of it; see :func:`.card.model_card`."""
+    record = json.loads((folder / "fewstep.json").read_text())
+    write(folder / "README.md", model_card(record, measured))
 
 
 def _numbers(times: Sequence[float]) -> list[float]:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from fewstep.data.images import CaptionedImages
 from fewstep.evaluation import of_run
+from fewstep.export.target import describe
 from fewstep.recipe import DataConfig, EvalConfig, TeacherConfig
 
 PROMPTS = ["a", "b", "c"]
@@ -103,3 +104,19 @@ def test_a_run_that_is_evaluated_again_replaces_what_an_older_student_drew(tmp_p
     lines = [json.loads(line) for line in Path(spec.prompts).read_text().splitlines()]
     assert sum("real" in line for line in lines) == 2 and len(lines) == 7
     assert torch.equal(next(iter(spec.real.batches(3))), torch.from_numpy(images.files))
+
+
+def test_the_card_of_the_export_says_what_was_measured(tmp_path, monkeypatch):
+    folder, metrics = tmp_path / "run" / "export", {"KID(x)": {"value": 0.125, "error": 0.01}}
+    row = {"name": "student", "kind": "student", "steps": 1, "metrics": metrics}
+    monkeypatch.setattr(
+        of_run, "run_spec", lambda *a, **k: {"rows": [row], "images": 2, "notes": ["so many"]}
+    )
+    record = {
+        "kind": "full", "num_steps": 1, "call": {}, "fewstep": "1", "method": "dd1", "student": "VAR", "teacher": "t",
+        "pipeline_class": "VARPipeline",
+    }  # fmt: skip
+    describe(folder, record)
+    of_run.evaluate_run(recipe_of(), tmp_path / "run", Copies(), PROMPTS, images_of(["one"], 1))
+    card = (folder / "README.md").read_text()
+    assert "0.125 ± 0.01" in card and "- so many" in card and '"value": 0.125' in card.partition("\n# ")[0]
