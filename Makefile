@@ -16,9 +16,15 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[test,docs]"
 	@touch $@
 
-# Distils the built-in teacher into one step, exports, loads in stock diffusers, evaluates, writes a report.
+# Distils the built-in teacher into one step, exports, loads in stock diffusers, measures, writes a report.
 demo: install
-	$(BIN)/fewstep train emoji_dmd2_1step --output $(RUN)
+	@$(BIN)/fewstep train demo --output $(RUN)
+	@echo
+	@echo "Look:               $(RUN)/report.html, in a browser"
+	@echo "Draw:               $(BIN)/fewstep sample $(RUN) --prompt 'red apple' --prompt owl --num 4 --scale 2"
+	@echo "Measure with more:  $(BIN)/fewstep resume $(RUN) --evaluation.num 500 --evaluation.named 500"
+	@echo "Train for longer:   $(BIN)/fewstep train emoji_dmd2_1step"
+	@echo "Your own pipeline:  $(BIN)/fewstep recipes copy sdxl_dmd2_4step .    then docs/guides/own-sdxl.md"
 
 test: install
 	$(BIN)/python -m pytest --slow -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 import sys
 import time
 from functools import lru_cache
@@ -198,6 +199,12 @@ def peak(device: torch.device) -> int | None:
         return torch.accelerator.max_memory_allocated(device)
     except (RuntimeError, NotImplementedError):
         return None
+
+
+def resident_peak() -> int:
+    """High-water mark of this process's resident memory, in bytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def total(device: torch.device) -> int | None:

@@ -1,4 +1,4 @@
-"""One-step student of the built-in teacher with DMD2: the demo, on two CPU cores.
+"""One-step student of the built-in teacher with DMD2, on two CPU cores.
 
     python recipes/emoji_dmd2_1step.py                       (or: fewstep train emoji_dmd2_1step)
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from tqdm import tqdm
 
 from .. import recipe as recipes
 from ..diffusion.kernels import ATTENTION
@@ -16,6 +15,7 @@ from ..errors import FewstepError, RecipeError
 from ..methods.base import Method
 from ..process import Process
 from ..recipe import Recipe
+from ..report.bar import Bar
 from ..runs.build import build, on_pixels
 from ..runs.disk import on_disk
 from ..teachers.base import Teacher
@@ -60,14 +60,12 @@ def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
     ):
         turns: list[Turn] = []
         rehearsal = None
-        with tqdm(desc="plan: building the networks", unit=" turns", disable=quiet) as bar:
+        with Bar("counting the arithmetic", unit="turns", quiet=quiet) as bar:
             for batch_size, shapes in ((size, Shapes(last=True)), (size + 1, Shapes(last=False))):
                 # Weights that were gathered once would not be counted again.
                 if rehearsal is None or process.mesh is not None:
                     rehearsal = Rehearsal(recipe, process)
                 turns = turns or _turns(rehearsal.trainer)
-                bar.total = 2 * len(turns)
-                bar.set_description("plan: counting their arithmetic")
                 for turn in turns:
                     bar.update()
                     if not turn.told:

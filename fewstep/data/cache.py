@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..diffusion.cond import Cond
 from ..files import Need, ReadError, sweep, write_tensors
+from ..report.bar import Bar
 from ..teachers.base import Teacher
 from ..teachers.lengths import too_long, unsaid
 from .images import CaptionedImages
@@ -225,10 +225,15 @@ def _store(
     starts = range(0, length, SHARD)
     sweep(folder)
     missing = [start for start in starts if not is_whole(shard_path(folder, start))]
-    for start in tqdm(missing, desc=f"encoding {kind}", unit=f"x{SHARD}", disable=quiet or not missing):
-        tensors = encode(start, min(start + SHARD, length))
-        tensors = {n: v.to("cpu", dtype if v.is_floating_point() else v.dtype) for n, v in tensors.items()}
-        write_tensors(shard_path(folder, start), tensors)
+    rows = [range(start, min(start + SHARD, length)) for start in missing]
+    with Bar("encoding", sum(map(len, rows)), kind, quiet=quiet) as bar:
+        for part in rows:
+            tensors = encode(part.start, part.stop)
+            tensors = {
+                n: v.to("cpu", dtype if v.is_floating_point() else v.dtype) for n, v in tensors.items()
+            }
+            write_tensors(shard_path(folder, part.start), tensors)
+            bar.update(len(part))
     return Store(folder, length)
 
 

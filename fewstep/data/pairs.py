@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..diffusion.cond import Cond
 from ..diffusion.rng import Rng
 from ..errors import FewstepError, RecipeError
 from ..files import Need, check_room, sweep, write, write_json, write_tensors
 from ..process import Process
+from ..report.bar import Bar
 from ..teachers.base import Teacher
 from ..teachers.fingerprint import of_network
 from .cache import PLACE, Store, encode_prompts, identity, is_whole, need_of_prompts, rows_to_make, shard_path
@@ -159,7 +159,7 @@ def make_pairs(
     teacher.drop_encoders()
     starts = list(range(0, num, SHARD))[process.rank :: process.world]
     missing = [start for start in starts if not is_whole(shard_path(folder, start))]
-    with tqdm(total=len(missing) * SHARD, desc="pairs", disable=not process.main or not missing) as bar:
+    with Bar("making", len(missing) * SHARD, "pairs", quiet=not process.main) as bar:
         for start in missing:
             rows = range(start, min(start + SHARD, num))
             noise = noise_of(seed, rows, teacher.latent_shape)

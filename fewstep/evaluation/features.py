@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fewstep.errors import FewstepError
 from fewstep.evaluation.images import BLOCK, ImageSource, part_of
 from fewstep.evaluation.statistics import Moments
 from fewstep.files import WriteError, replacing
+from fewstep.report.bar import Bar
 from fewstep.vision.extractor import Extractor, identity
 
 BATCH = BLOCK  # processes that share the work then run the batches of one
@@ -114,7 +114,7 @@ def shared_moments(source: ImageSource, extractor: Extractor, rank: int, world: 
 
 def _feature_batches(source: ImageSource, extractor: Extractor) -> Iterator[Tensor]:
     done = 0
-    with tqdm(total=len(source), desc=extractor.name, unit="image", disable=None) as bar:
+    with Bar(f"reading with {extractor.name}", len(source), "images") as bar:
         for prepared in source.prepared(BATCH, extractor.prepare):
             features = extractor.features(prepared)
             if not features.isfinite().all():

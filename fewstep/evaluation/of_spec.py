@@ -34,6 +34,11 @@ class Row:
     job: Job | None
 
     @property
+    def label(self) -> str:
+        steps, solver = (self.job.steps, solver_name(self.job.solver)) if self.job else (None, "own")
+        return row_name({"name": self.entry.name, "steps": steps, "solver": solver})
+
+    @property
     def folder(self) -> str:
         """Inside `samples/`."""
         if self.job is None:
@@ -144,6 +149,7 @@ def _made(
             world=world,
             speed_runs=spec.speed_runs,
             replace=replace,
+            label=row.label,
         )
         yield row, manifest, model.pipe
 
@@ -217,6 +223,7 @@ def _write(
         "images": len(yardstick.captions),
         "named": len(yardstick.named),
         "prompts": [yardstick.captions[i] for i in shown(yardstick)],
+        "columns": SHOWN,
         "real": describe(yardstick.real) if yardstick.real is not None else None,
         "protocol": yardstick.protocol.name if yardstick.protocol else None,
         "rows": table_rows,

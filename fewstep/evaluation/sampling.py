@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from fewstep.data.image_sets import MANIFEST
 from fewstep.errors import FewstepError
@@ -31,6 +30,7 @@ from fewstep.evaluation.speed import Stopwatch, measure_speed
 from fewstep.evaluation.statistics import table
 from fewstep.evaluation.stock import free_u_of
 from fewstep.files import check_place, create, replacing, sweep, write, write_json
+from fewstep.report.bar import Bar
 from fewstep.teachers.generate import call_pipeline
 from fewstep.teachers.lengths import too_long
 from fewstep.teachers.pipelines import check_size, size_options
@@ -118,6 +118,7 @@ def sample_folder(
     world: int = 1,
     speed_runs: int = 5,
     replace: bool = False,
+    label: str = "",
 ) -> dict[str, Any]:
     """Fills a folder with this process's share of the images; those that exist already are kept.
 
@@ -128,6 +129,7 @@ def sample_folder(
         rank, world: this process makes the samples i with `i % world == rank`.
         speed_runs: images timed at batch 1 by the first process; 0 times its share as it is made.
         replace: images of another run make way, instead of being an error.
+        label: what people are told is being drawn, by default the folder's name.
 
     Returns:
         The manifest.
@@ -149,7 +151,8 @@ def sample_folder(
     if job.layout == "geneval":
         _write_metadata(folder, prompts, mine, job.per_prompt)
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    watch = _fill(model, prompts, job, call, folder, batches)
+    bar = Bar(f"drawing {label or folder.name}", unit="images", quiet=rank > 0)
+    watch = _fill(model, prompts, job, call, folder, batches, bar)
     if rank == 0 and "speed" not in manifest and (speed_runs or watch.images):
         one = ([prompts.texts[0]], [0], job, call)
         alone = partial(measure_speed, lambda: draw(model, *one), model.network)
@@ -159,7 +162,13 @@ def sample_folder(
 
 
 def _fill(
-    model: Model, prompts: Prompts, job: Job, call: dict[str, Any], folder: Path, batches: list[list[int]]
+    model: Model,
+    prompts: Prompts,
+    job: Job,
+    call: dict[str, Any],
+    folder: Path,
+    batches: list[list[int]],
+    bar: Bar,
 ) -> Stopwatch:
     """Draws what is missing and times it.
 
@@ -167,7 +176,8 @@ def _fill(
     """
     missing = [[i for i in batch if not _is_image(folder / job.path(i))] for batch in batches]
     watch = Stopwatch(model.network)
-    with tqdm(total=sum(map(len, missing)), desc=folder.name, unit="image", disable=None) as bar:
+    bar.total = sum(map(len, missing))
+    with bar:
         for batch, wanted in zip(batches, missing):
             if wanted:
                 texts = [prompts.texts[i // job.per_prompt] for i in batch]

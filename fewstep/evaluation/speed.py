@@ -1,8 +1,6 @@
 """What an image costs: network evaluations counted, seconds, peak memory."""
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..device import name_of, peak, reset_peak, wait
+from ..device import name_of, peak, reset_peak, resident_peak, wait
 
 
 class Rows:
@@ -97,9 +95,3 @@ def measure_speed(draw: Callable[[], Any], network: nn.Module, runs: int = 5) ->
         with watch.drawing(1):
             draw()
     return watch.read()
-
-
-def resident_peak() -> int:
-    """High-water mark of this process's resident memory, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -10,6 +10,7 @@ from html import escape
 import numpy as np
 
 from .formats import brief, drawable, pretty
+from .health import sign_of
 
 MAX_POINTS = 180  # of a curve as drawn; a long run has thousands
 
@@ -29,12 +30,20 @@ def curves(records: list[dict]) -> str:
         for key in groups[group]:
             pairs = [(r["step"], drawable(r[key])) for r in records if key in r]
             x, y = np.array(pairs, float).T
-            charts += _chart(key.rpartition("/")[2], x, y, last)  # None becomes NaN
+            sign = sign_of(key)
+            healthy = (sign.low, sign.high) if sign and math.isfinite(sign.low + sign.high) else None
+            charts += _chart(key.rpartition("/")[2], x, y, last, healthy)  # None becomes NaN
         html += f'<h3>{escape(group or "run")}</h3><div class="charts c{i % 4}">{charts}</div>'
     return html
 
 
-def _chart(name: str, steps: np.ndarray, values: np.ndarray, last: float) -> str:
+def _chart(
+    name: str,
+    steps: np.ndarray,
+    values: np.ndarray,
+    last: float,
+    healthy: tuple[float, float] | None = None,
+) -> str:
     """One curve as SVG: faint raw points, a smooth line, ticks at the foot where a value was not finite.
 
     Args:
@@ -42,23 +51,31 @@ def _chart(name: str, steps: np.ndarray, values: np.ndarray, last: float) -> str
         steps: (N,) step numbers, rising.
         values: (N,) values; NaN marks one that was not finite.
         last: Right end of the axis, in steps.
+        healthy: A range to shade, which is then on the axis in full.
     """
     ok = np.isfinite(values)
     steps, lost, y = steps[ok], steps[~ok], values[ok]
-    log = len(y) > 1 and bool(y.min() > 0 and y.max() / y.min() > 100)
+    log = not healthy and len(y) > 1 and bool(y.min() > 0 and y.max() / y.min() > 100)
     y = np.log10(y) if log else y  # ticks and smoothing live in the axis' own unit
     number = (lambda unit: 10.0**unit) if log else float
     smooth = _smooth(y, max(len(y) // 50, int(len(y) ** 0.5 / 2)))
-    low, high = (y.min(), y.max()) if len(y) else (0.0, 1.0)
+    seen = [*y, *(healthy or ())]
+    low, high = (min(seen), max(seen)) if seen else (0.0, 1.0)
     pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     to_x, to_y = _scale(0, max(last, 1), 42, 352), _scale(low - pad, high + pad, 140, 8)
 
-    axes = ""
+    axes = outside = ""
+    if healthy:
+        top, foot = to_y(healthy[1]), to_y(healthy[0])
+        axes += f'<rect class="healthy" x="42" y="{top:.1f}" width="310" height="{foot - top:.1f}"/>'
+        if count := int(((y < healthy[0]) | (y > healthy[1])).sum()):
+            outside = f'<i class="bad">{count} of {len(y)} outside</i>'
     for tick in _ticks(low - pad, high + pad, whole=log):
         axes += f'<path class="rule" d="M42 {to_y(tick):.1f}H352"/>'
         axes += f'<text x="36" y="{to_y(tick) + 3:.1f}" text-anchor="end">{brief(number(tick))}</text>'
     for tick in _ticks(0, max(last, 1)):
-        axes += f'<text x="{to_x(tick):.1f}" y="155" text-anchor="middle">{brief(tick)}</text>'
+        x, anchor = (to_x(tick), "middle") if to_x(tick) < 340 else (358, "end")  # a centred one would be cut
+        axes += f'<text x="{x:.1f}" y="155" text-anchor="{anchor}">{brief(tick)}</text>'
     raw, line, hover = "", "", []
     # Points too dense to draw become bars from the lowest to the highest, so that spikes survive.
     for part in np.array_split(np.arange(len(y)), MAX_POINTS) if len(y) > MAX_POINTS else range(len(y)):
@@ -69,11 +86,12 @@ def _chart(name: str, steps: np.ndarray, values: np.ndarray, last: float) -> str
         hover.append([x, at, int(steps[i]), pretty(number(smooth[i]))])
     style = "bars" if len(y) > MAX_POINTS else "dots"
     bad = "".join(f"M{to_x(step):.1f} 140v-7" for step in lost[:: len(lost) // MAX_POINTS + 1])
-    tag = "<i>log</i>" * log + f'<i class="bad">{len(lost)} not finite</i>' * (len(lost) > 0)
+    tag = "<i>log</i>" * log + outside + f'<i class="bad">{len(lost)} not finite</i>' * (len(lost) > 0)
     latest = pretty(number(smooth[-1])) if len(y) else "–"
     return (
         f"<figure><figcaption><b>{escape(name)}</b>{tag}<output>{latest}</output></figcaption>"
-        f"<svg viewBox='0 0 360 160' data-points='{json.dumps(hover)}'>{axes}"
+        f'<svg viewBox="0 0 360 160" role="img" aria-label="{escape(name)} over {last:g} steps, at last {latest}"'
+        f" data-points='{json.dumps(hover)}'>{axes}"
         f'<path class="{style}" d="{raw}"/><polyline points="{line}"/><path class="bad" d="{bad}"/>'
         f'<path class="guide" d="M0 8V140"/><circle r="3.2"/></svg></figure>'
     )

@@ -45,7 +45,7 @@ def image_grid(
             raise ValueError(f"{name}: expected {count} texts, got {len(texts)}")
 
     height, width = images.shape[1] * scale, images.shape[2] * scale
-    gap = max(2, min(height, width) // 32)
+    gap = _gap(min(height, width))
     font: Any = ImageFont.load_default(size=max(10, width // 11))
     line = sum(font.getmetrics())
     captions = [_wrap(text, font, width) for text in labels or ()]
@@ -64,6 +64,32 @@ def image_grid(
     for n, text in enumerate(sides):
         draw.text((left - gap, gap + n * step_y + height / 2), text, "#222", font, anchor="rm")
     return grid
+
+
+def cells(size: tuple[int, int], columns: int) -> list[tuple[int, int, int, int]]:
+    """Where the images of a grid are, row by row: (left, top, right, bottom) in pixels.
+
+    Args:
+        size: of a grid of square images without texts. columns: of the grid.
+
+    Returns:
+        Nothing where the grid is none of these; places of a last row that is shorter are among them.
+    """
+    width, height = size
+    for side in range(width // max(columns, 1), 0, -1):
+        gap = _gap(side)
+        if columns * (side + gap) + gap == width:
+            rows, rest = divmod(height - gap, side + gap)
+            places = [
+                (gap + i % columns * (side + gap), gap + i // columns * (side + gap))
+                for i in range(rows * columns)
+            ]
+            return [(x, y, x + side, y + side) for x, y in places] if not rest else []
+    return []
+
+
+def _gap(side: int) -> int:
+    return max(2, side // 32)
 
 
 def _wrap(text: str, font: Any, width: int) -> list[str]:

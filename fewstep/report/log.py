@@ -17,6 +17,7 @@ from typing import Any
 
 from ..files import WriteError, read_text, write
 from .formats import drawable, duration
+from .health import sign_of
 
 # Words of a metric's name that tell which way is better. A name with none of them is never ranked.
 LOWER_IS_BETTER = {"fd", "fid", "kid", "mmd", "error", "mse", "seconds"}
@@ -97,10 +98,10 @@ def _json_line(record: Mapping[str, Any]) -> str:
 
 
 class StatusLine:
-    """The trainer's progress bar; where stderr is no terminal, one printed line every ten seconds.
+    """The trainer's progress bar; where stderr is no terminal, one printed line a minute.
 
     Losses may be tensors: they are read only when the line is drawn, so an accelerator is not made to wait
-    at every step.
+    at every step. What else is in the log, norms and vital signs, is for the report.
 
     Args:
         total: Number of steps of the run.
@@ -114,8 +115,9 @@ class StatusLine:
         if not quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, mininterval=0)
-        self._interval = 0.2 if self._bar is not None else 10.0  # seconds
+            about: dict[str, Any] = {"desc": "fewstep: training", "unit": " steps"}
+            self._bar = tqdm(total=total, initial=initial, dynamic_ncols=True, mininterval=0, **about)
+        self._interval = 0.2 if self._bar is not None else 60.0  # seconds
         self._start = time.monotonic()
         self._due = self._start + self._interval
 
@@ -125,7 +127,8 @@ class StatusLine:
         if self.quiet or (now < self._due and step < self.total):
             return
         self._due = now + self._interval
-        numbers = {k: float("nan") if v is None else float(v) for k, v in (losses or {}).items()}
+        shown = {k: v for k, v in (losses or {}).items() if sign_of(k) is None}
+        numbers = {k: float("nan") if v is None else float(v) for k, v in shown.items()}
         text = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
@@ -133,7 +136,8 @@ class StatusLine:
         else:
             rate = max(step - self.initial, 1) / max(now - self._start, 1e-9)
             eta = duration((self.total - step) / rate)
-            self.write(f"step {step}/{self.total}  {rate:.3g} it/s  ETA {eta}  {text}")
+            left = f"{eta} left" if step < self.total else duration(now - self._start)
+            self.write(f"fewstep: training: {step}/{self.total} steps, {rate:.3g}/s, {left}  {text}")
 
     def write(self, text: str) -> None:
         """Prints a message above the bar."""

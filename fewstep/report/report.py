@@ -21,13 +21,20 @@ from PIL import Image
 from ..files import read_text, write
 from .chart import curves
 from .formats import brief, drawable, duration, pretty
+from .grid import cells
 from .health import sign_of, warnings
 from .log import direction, read_metrics
-from .rows import flat
+from .rows import flat, steps_of
 
 MAX_FRAMES = 24  # sample grids embedded in a report; evenly chosen from all that exist
 MAX_PIXELS, MAX_BYTES = 1600, 400_000  # above these an image is embedded as a smaller JPEG
+MAX_COMPARED = 24  # images of teacher and student below the slider
+MAX_TILE, SMALL = (
+    320,
+    160,
+)  # pixels of an image cut out of a grid; those up to the second are kept without loss
 MAX_WARNINGS = 20
+UNREADABLE = (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError)
 
 
 class Picture(NamedTuple):
@@ -47,8 +54,8 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     """Writes `report.html` into a run directory: one file without outside references, for `file://` too.
 
     Everything is optional, and whatever is missing or unreadable is left out: `run.json`, `recipe.yaml`,
-    `metrics.jsonl`, `samples/step_*.png`, `samples/teacher.png`, `samples/final.png`, `eval/table.json`,
-    `export/README.md`. The file is replaced atomically, so it can stay open in a browser during a run.
+    `metrics.jsonl`, `samples/step_*.png`, `samples/teacher.png`, `samples/prompts.json`, `eval/table.json`, `export/`.
+    The file is replaced atomically, so it can stay open in a browser during a run.
 
     Args:
         run_dir: Existing directory of a run.
@@ -65,8 +72,9 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     snippet = _snippet(read_text(folder / "export" / "README.md"))
     sections = [
         _headline(folder, title, run, rows),
-        _tiles(run, rows, records),
-        _section("Evaluation", _table(rows) + _comparison(folder, evaluation, rows)),
+        _tiles(folder, run, rows, records),
+        _section("Prompt by prompt", _by_prompt(folder, evaluation, rows)),
+        _section("Measured", _table(rows) + _notes(evaluation)),
         _section("Samples over time", _film(folder)),
         _section("Health", _health(folder, records)),
         _section(
@@ -89,18 +97,45 @@ def _headline(folder: Path, title: str, run: dict, rows: list[dict]) -> str:
     lead += f" with <b>{method}</b>" if method else ""
     lead += f" into a student of <b>{steps} step{'s' * (steps != '1')}</b>" if steps else ""
     lead = f'<p class="lead">{lead}.</p>' if teacher or method else ""
-    grids = [folder / "samples" / "final.png", _inside(folder / "eval", _best_student(rows).get("grid"))]
-    picture = next(filter(None, map(_load, [*grids, *reversed(_steps(folder).values())])), None)
-    layout = picture.layout if picture else "wide"
     text = f'<div><p class="eyebrow">fewstep run</p><h1>{escape(title)}</h1>{lead}</div>'
-    return f'<header class="{layout}">{text}{_figure(picture, max_height=520)}</header>'
+    if slider := _slider(folder, run, rows):
+        return f'<header class="wide">{text}{slider}</header>'
+    grids = [_inside(folder / "eval", _best_student(rows).get("grid")), *reversed(_steps(folder).values())]
+    picture = next(filter(None, map(_load, grids)), None)
+    layout = picture.layout if picture else "wide"
+    return f'<header class="{layout}">{text}{_figure(picture, "samples", max_height=520)}</header>'
 
 
-def _tiles(run: dict, rows: list[dict], records: list[dict]) -> str:
+def _slider(folder: Path, run: dict, rows: list[dict]) -> str:
+    """Teacher and student of the same prompts and noise on top of each other, and a divide that moves over them."""
+    about = _read_json(folder / "samples" / "prompts.json")
+    prompts = [pretty(p) for p in _list(about, "prompts")][:MAX_COMPARED]
+    newest = next(reversed(_steps(folder).values()), None)
+    sides = {"teacher": folder / "samples" / "teacher.png", "student": newest}
+    names = {kind: _best(rows, kind).get("name", kind) for kind in sides}
+    if not rows and (steps := drawable(run.get("student_steps"))):
+        names["student"] = f"student, {steps_of(int(steps))}"
+    sheets = ""
+    for kind, path in sides.items():
+        tiles = _cut(path, about.get("columns"), len(prompts))
+        if not tiles:
+            return ""
+        figures = "".join(
+            _figure(tile, prompt, alt=f"{kind}: {prompt}") for tile, prompt in zip(tiles, prompts)
+        )
+        sheets += f'<div class="sheet {kind}">{figures}</div>'
+    label = "Divide: the teacher is left of it, the student right"
+    ends = "".join(f'<span class="{kind}">{escape(pretty(name))}</span>' for kind, name in names.items())
+    return (
+        f'<div class="compare"><div class="ends">{ends}</div><div class="sheets">{sheets}'
+        f'<input type="range" min="0" max="100" value="50" aria-label="{label}"></div></div>'
+    )
+
+
+def _tiles(folder: Path, run: dict, rows: list[dict], records: list[dict]) -> str:
     """The numbers to remember: the best student beside the teacher, then what the run cost."""
     student, tiles = _best_student(rows), []
-    teachers = [row for row in rows if row["kind"] == "teacher"]
-    teacher = max(teachers, key=lambda row: drawable(row.get("nfe")) or 0, default={})
+    teacher = _best(rows, "teacher")
     for key in (k for k in _columns(rows) if k == "nfe" or direction(k)):
         value, reference = drawable(student.get(key)), drawable(teacher.get(key))
         if value is None:
@@ -113,6 +148,12 @@ def _tiles(run: dict, rows: list[dict], records: list[dict]) -> str:
     seconds = drawable(run.get("seconds", last.get("seconds")))
     if seconds is not None:
         tiles.append(("training time", duration(seconds), "" if steps is None else f"{pretty(steps)} steps"))
+    memory = run.get("memory")
+    if peak := drawable(memory.get("peak_gb")) if isinstance(memory, dict) else None:
+        tiles.append(("memory while training", f"{pretty(peak)} GB", pretty(memory.get("kind"))))
+    files = (folder / "export").glob("*.safetensors")
+    if size := sum(path.stat().st_size for path in files):
+        tiles.append(("student on disk", f"{size / 1e6:.3g} MB", "safetensors in export/"))
     parameters = run.get("parameters")
     parts = parameters.items() if isinstance(parameters, dict) else ()
     if count := sum(drawable(n) or 0 for name, n in parts if str(name).startswith("student")):
@@ -145,18 +186,33 @@ def _table(rows: list[dict]) -> str:
     return f'<div class="scroll"><table><tr><th></th>{head}</tr>{lines}</table></div>' if rows else ""
 
 
-def _comparison(folder: Path, evaluation: dict, rows: list[dict]) -> str:
-    """Notes, and the rows' grids: teacher, student and floor at a glance, prompts in the same columns."""
+def _notes(evaluation: dict) -> str:
     notes = "".join(f"<li>{escape(pretty(note))}</li>" for note in _list(evaluation, "notes"))
-    notes = f'<ul class="notes">{notes}</ul>' if notes else ""
-    grids = [(row, picture) for row in rows if (picture := _load(_inside(folder / "eval", row.get("grid"))))]
-    if not grids:
-        return notes
-    figures = "".join(_figure(picture, pretty(row.get("name")), row["kind"]) for row, picture in grids)
-    layout = grids[0][1].layout
-    prompts = "".join(f"<span>{escape(pretty(p))}</span>" for p in _list(evaluation, "prompts"))
-    prompts = f'<div class="prompts">{prompts}</div>' if prompts and layout == "wide" else ""
-    return f'{notes}<div class="grids {layout}">{figures}{prompts}</div>'
+    return f'<ul class="notes">{notes}</ul>' if notes else ""
+
+
+def _by_prompt(folder: Path, evaluation: dict, rows: list[dict]) -> str:
+    """A card for each prompt: what teacher, student and floor make of it and of the same noise."""
+    prompts = [pretty(p) for p in _list(evaluation, "prompts")]
+    grids = [(row, _inside(folder / "eval", row.get("grid"))) for row in rows]
+    # A reference, such as the autoencoder's reconstructions, is of other images.
+    asked = [(row, path) for row, path in grids if row["kind"] != "reference"]
+    cut = [(row, _cut(path, evaluation.get("columns"), len(prompts))) for row, path in asked]
+    cut = [(row, tiles) for row, tiles in cut if tiles]
+    if not prompts or not cut:
+        figures = "".join(_figure(_load(path), pretty(row.get("name")), row["kind"]) for row, path in grids)
+        return f'<div class="grids">{figures}</div>' if figures else ""
+    cards = ""
+    for i, prompt in enumerate(prompts):
+        figures = "".join(
+            _figure(tiles[i], name, row["kind"], alt=f"{name}: {prompt}")
+            for row, tiles in cut
+            if (name := pretty(row.get("name")))
+        )
+        cards += (
+            f'<div class="card"><h3 title="{escape(prompt)}">{escape(prompt)}</h3><div>{figures}</div></div>'
+        )
+    return f'<div class="cards">{cards}</div>'
 
 
 def _film(folder: Path) -> str:
@@ -209,7 +265,9 @@ def _code(text: str) -> str:
     return f"<pre>{escape(text.strip())}</pre>" if text.strip() else ""
 
 
-def _figure(picture: Picture | None, caption: str = "", kind: str = "", max_height: int = 10**4) -> str:
+def _figure(
+    picture: Picture | None, caption: str = "", kind: str = "", max_height: int = 10**4, alt: str = ""
+) -> str:
     """An image at up to twice its own size and at most `max_height` pixels high."""
     if picture is None:
         return ""
@@ -217,7 +275,7 @@ def _figure(picture: Picture | None, caption: str = "", kind: str = "", max_heig
     size = f'width="{picture.width}" height="{picture.height}" style="max-width:min(100%,{width}px)"'
     source = f' src="{picture.uri}"' * bool(picture.uri)
     text = f"<figcaption>{escape(caption)}</figcaption>" * bool(caption)
-    return f'<figure class="{kind}">{text}<img {size} alt="{escape(caption)}"{source}></figure>'
+    return f'<figure class="{kind}">{text}<img {size} alt="{escape(alt or caption)}"{source}></figure>'
 
 
 def _details(run: dict) -> str:
@@ -251,6 +309,14 @@ def _columns(rows: list[dict]) -> list[str]:
 def _value(row: dict, key: str) -> str:
     error = drawable(row.get(f"{key} ±"))
     return pretty(row.get(key)) + (f" ± {error:.2g}" if error else "")
+
+
+def _best(rows: list[dict], kind: str) -> dict:
+    """The best student; of other kinds the row that takes most network calls; {} without one."""
+    if kind == "student":
+        return _best_student(rows)
+    found = [row for row in rows if row["kind"] == kind]
+    return max(found, key=lambda row: drawable(row.get("nfe")) or 0, default={})
 
 
 def _best_student(rows: list[dict]) -> dict:
@@ -287,15 +353,36 @@ def _load(path: Path | None) -> Picture | None:
         data = path.read_bytes() if path else b""
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            kind = Image.MIME[image.format]
             if max(image.size) > MAX_PIXELS or len(data) > MAX_BYTES:
-                image.thumbnail((MAX_PIXELS, MAX_PIXELS))
-                buffer = io.BytesIO()
-                image.convert("RGB").save(buffer, "JPEG", quality=90)
-                data, kind = buffer.getvalue(), "image/jpeg"
-            return Picture(f"data:{kind};base64,{base64.b64encode(data).decode()}", *image.size)
-    except (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError):
+                return _embedded(image, MAX_PIXELS)
+            return Picture(_uri(data, Image.MIME[image.format]), *image.size)
+    except UNREADABLE:
         return None
+
+
+def _cut(path: Path | None, columns: Any, count: int) -> list[Picture]:
+    """The first images of a grid, each by itself; none of what is no whole grid with so many."""
+    try:
+        with Image.open(path or "") as image:
+            boxes = cells(image.size, columns if isinstance(columns, int) else 0)[:count]
+            whole = len(boxes) == count
+            return [_embedded(image.crop(box), MAX_TILE) for box in boxes] if whole else []
+    except UNREADABLE:
+        return []
+
+
+def _embedded(image: Image.Image, most: int) -> Picture:
+    """An image of at most so many pixels a side: small ones without loss, large ones as JPEG."""
+    kind = "PNG" if max(image.size) <= min(most, SMALL) else "JPEG"
+    image = image.convert("RGB")
+    image.thumbnail((most, most))
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=90)
+    return Picture(_uri(buffer.getvalue(), Image.MIME[kind]), *image.size)
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

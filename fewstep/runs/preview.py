@@ -15,9 +15,10 @@ from ..diffusion.cond import Cond
 from ..diffusion.rng import Rng
 from ..diffusion.schedules import repeated
 from ..errors import FewstepError
-from ..files import replacing
+from ..files import replacing, write_json
 from ..methods import Method
 from ..recipe import Recipe
+from ..report.bar import Bar
 from ..report.grid import image_grid
 from ..teachers.base import Teacher, to_bytes
 from ..teachers.lengths import unsaid
@@ -88,8 +89,12 @@ class Preview:
         self.settle()
         rng = Rng(self.config.seed, "noise", device=self.teacher.device)
         noise = rng.normal(len(self.prompts), *self.teacher.latent_shape)
+        if write:
+            about = {"prompts": self.prompts, "columns": self.config.columns}
+            write_json(self.folder / "prompts.json", about, durable=False)
         if step == 0 and self.config.teacher_steps:
-            self._save("teacher", self._chunked(self._teach, noise), write)
+            with Bar("drawing the teacher's", len(noise), "images", quiet=not write) as bar:
+                self._save("teacher", self._chunked(self._teach, noise, bar), write)
         with averaged(*self.roles):
             student = self.method.student
             latents = self._chunked(lambda z, cond: student.sample(z, cond, rng.normal_like), noise)
@@ -115,9 +120,16 @@ class Preview:
         steps = self.config.teacher_steps
         return self.teacher.sample(noise, cond, steps, self.guidance)
 
-    def _chunked(self, sample: Callable[[Tensor, Cond], Tensor], noise: Tensor) -> Tensor:
-        starts = range(0, len(noise), CHUNK)
-        return torch.cat([sample(noise[i : i + CHUNK], self.cond.rows(slice(i, i + CHUNK))) for i in starts])
+    def _chunked(
+        self, sample: Callable[[Tensor, Cond], Tensor], noise: Tensor, bar: Bar | None = None
+    ) -> Tensor:
+        made = []
+        for start in range(0, len(noise), CHUNK):
+            rows = slice(start, start + CHUNK)
+            made.append(sample(noise[rows], self.cond.rows(rows)))
+            if bar:
+                bar.update(len(made[-1]))
+        return torch.cat(made)
 
     def _save(
         self, name: str, latents: Tensor, write: bool, folder: Path | None = None, columns: int = 0

@@ -39,7 +39,7 @@ from .checks import check_class, check_data, check_length, check_output, check_s
 from .disk import to_encode
 from .preview import Preview
 from .starts import check_starts
-from .summary import hardware, versions
+from .summary import hardware, memory, versions
 from .trackers import Trackers
 
 
@@ -369,6 +369,7 @@ class Session:
             "seconds": round(self.trainer.seconds, 1),
             "parameters": {n: sum(w.numel() for w in r.weights.values()) for n, r in self.roles.items()},
             "hardware": hardware(self.process),
+            "memory": memory(self.process),
             "arithmetic": {name: getattr(self.recipe.teacher, name) for name in ("autocast", "attention")},
             "versions": versions(),
         }

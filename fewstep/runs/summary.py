@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import torch
 
-from ..device import name_of
+from ..device import name_of, peak, resident_peak
 from ..process import Process
 from ..version import __version__
 
@@ -15,6 +16,13 @@ def hardware(process: Process) -> str:
     if process.device.type == "cpu":
         return f"{process.world} process(es) on CPU, {torch.get_num_threads()} threads each"
     return f"{process.world} x {name_of(process.device)}"
+
+
+def memory(process: Process) -> dict[str, Any]:
+    """The most that this process has held so far, and of what."""
+    most = peak(process.device)
+    kind = "process, high-water mark" if most is None else "device's allocator"
+    return {"peak_gb": round((resident_peak() if most is None else most) / 1e9, 2), "kind": kind}
 
 
 def versions() -> dict[str, str]:

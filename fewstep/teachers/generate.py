@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..errors import FewstepError
+from ..report.bar import Bar
 from .classes import labels_of, num_classes
 from .lengths import unsaid
 from .transformers import text_length
@@ -76,10 +76,12 @@ def generate(
         call: arguments of the pipeline, or a function from the generators of a batch to them (see ``stock_call``).
     """
     images, begin = [], time.perf_counter()
-    for start in tqdm(range(0, len(prompts), batch_size), desc=label, disable=quiet, leave=False):
-        chunk = list(prompts[start : start + batch_size])
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
-        options = call(generators) if callable(call) else call
-        output = call_pipeline(pipe, chunk, generators, output_type="np", **options).images
-        images.append((output * 255).round().astype(np.uint8))
+    with Bar(label, len(prompts), "images", quiet=quiet) as bar:
+        for start in range(0, len(prompts), batch_size):
+            chunk = list(prompts[start : start + batch_size])
+            generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
+            options = call(generators) if callable(call) else call
+            output = call_pipeline(pipe, chunk, generators, output_type="np", **options).images
+            images.append((output * 255).round().astype(np.uint8))
+            bar.update(len(chunk))
     return np.concatenate(images), (time.perf_counter() - begin) / len(prompts)

@@ -1,5 +1,7 @@
 """Report, log, grids and status line, on run directories that are whole, partial or damaged."""
 
+import base64
+import io
 import json
 import math
 import re
@@ -12,12 +14,16 @@ import pytest
 from PIL import Image
 
 from fewstep import files
-from fewstep.report import chart, log, report
+from fewstep.report import bar, chart, log, report
+from fewstep.report.bar import Bar
 from fewstep.report.grid import image_grid
 from fewstep.report.log import MetricsLog, StatusLine, read_metrics
 from fewstep.report.report import write_report
 
 HOSTILE = "<script>alert('x')</script> & \"{{body}}\" <img src=x onerror=alert(1)> \u2028 😀"
+
+
+PROMPTS = ["red apple", "owl", "a prompt so long that no caption has room for all of its words"]
 
 
 class Page(HTMLParser):
@@ -73,7 +79,7 @@ def row(name, nfe, fd, retrieval, **more):
 @pytest.fixture
 def full_run(tmp_path):
     """A run directory with everything in it, and with hostile text wherever text can be."""
-    for name in ("step_000000", "step_000100", "step_001000", "teacher", "final"):
+    for name in ("step_000000", "step_000100", "step_001000", "teacher"):
         save_grid(tmp_path / "samples" / f"{name}.png", seed=len(name))
     for name in ("teacher", "student"):
         save_grid(tmp_path / "eval" / "grids" / f"{name}.png")
@@ -90,13 +96,18 @@ def full_run(tmp_path):
         row(f"student {HOSTILE}", 1, 12.5, 0.8, grid="grids/student.png"),
         row("floor", 1, math.nan, None, grid="../secret.png"),
     ]
-    evaluation = {"rows": rows, "notes": [HOSTILE], "prompts": [HOSTILE, "red apple"]}
+    evaluation = {"rows": rows, "notes": [HOSTILE], "prompts": [HOSTILE, "red apple"], "columns": 8}
+    (tmp_path / "samples" / "prompts.json").write_text(
+        json.dumps({"prompts": [HOSTILE, *PROMPTS], "columns": 8})
+    )
     run = {"name": HOSTILE, "teacher": HOSTILE, "method": "dmd2", "student_steps": 1, "steps": 1000}
+    run |= {"memory": {"peak_gb": 1.31, "kind": HOSTILE}}
     run |= {"seconds": 692.4, "parameters": {"student": 1_234_567}, "versions": {"torch": HOSTILE}}
     (tmp_path / "eval" / "table.json").write_text(json.dumps(evaluation))
     (tmp_path / "run.json").write_text(json.dumps(run))
     (tmp_path / "recipe.yaml").write_text(f"prompts: |\n  {HOSTILE}\n", encoding="utf-8")
     (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "lora.safetensors").write_bytes(bytes(500_000))
     (tmp_path / "export" / "README.md").write_text("# Card\n```python\npipe = load('<a>')\n```\n")
     return tmp_path
 
@@ -208,18 +219,64 @@ class TestReport:
 
     def test_full_directory(self, full_run):
         page = write_page(full_run)
-        for title in ("Evaluation", "Samples over time", "Curves", "Use it", "recipe.yaml"):
+        for title in ("Prompt by prompt", "Measured", "Samples over time", "Curves", "Use it", "recipe.yaml"):
             assert title in page.text
         assert "11 min 32 s" in page.text and "1.23M" in page.text and "pipe = load('<a>')" in page.text
         assert "100× more" in page.text  # evaluations per image of the teacher
         frames = [image["alt"] for image in page.find("img") if "title" in image]
         assert frames == ["step 0", "step 100", "step 1,000"]
+        assert "1.31 GB" in page.text and "0.5 MB" in page.text
+
+    def test_pictures_come_first(self, full_run):
+        html = write_report(full_run).read_text()
+        places = [
+            html.index(f'class="{name}"') for name in ("compare", "tiles", "cards", "scroll", "charts c0")
+        ]
+        assert places == sorted(places)
+
+    def test_teacher_and_student_of_a_prompt_lie_on_each_other(self, full_run):
+        page = write_page(full_run)
+        alts = [image["alt"] for image in page.find("img")]
+        for kind in ("teacher", "student"):
+            mine = [alt for alt in alts if alt.startswith(f"{kind}: ")]
+            assert mine == [f"{kind}: {prompt}" for prompt in (HOSTILE, *PROMPTS)]
+        [slider] = [x for x in page.find("input") if "student" in x["aria-label"]]
+        assert (slider["min"], slider["max"]) == ("0", "100")
+        uris = {image["alt"]: image["src"] for image in page.find("img") if "src" in image}
+        with Image.open(full_run / "samples" / "teacher.png") as grid:
+            expected = np.asarray(grid.crop((12, 2, 20, 10)))
+        data = base64.b64decode(uris["teacher: red apple"].partition("base64,")[2])
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), expected)
+
+    def test_a_grid_that_cannot_be_cut_is_shown_whole(self, full_run):
+        (full_run / "samples" / "prompts.json").unlink()
+        table = json.loads((full_run / "eval" / "table.json").read_text())
+        (full_run / "eval" / "table.json").write_text(json.dumps({**table, "columns": 5}))
+        page = write_page(full_run)
+        assert not [tag for tag in page.find("div") if tag.get("class") in ("compare", "cards")]
+        assert {"teacher, 50 steps", "samples"} <= {image["alt"] for image in page.find("img")}
+
+    def test_every_picture_and_curve_has_a_text(self, full_run):
+        page = write_page(full_run)
+        assert all(image["alt"].strip() for image in page.find("img"))
+        assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.find("svg"))
+
+    def test_healthy_ranges_are_shaded(self, tmp_path):
+        rows = [{"step": i, "health/critic_lag": 0.2 if i else -1.5, "health/grad_norm": 1} for i in range(9)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        page = write_page(tmp_path)
+        [band] = page.find("rect")
+        # The axis goes from -1.5 to 0.5 with 6 % more on both sides, over 132 pixels.
+        assert float(band["height"]) == pytest.approx(132 / (2 * 1.12), abs=0.1)
+        assert float(band["y"]) == pytest.approx(8 + 132 * 0.12 / 2.24, abs=0.1)
+        assert "1 of 9 outside" in page.text
 
     def test_hostile_text_stays_text(self, full_run):
         page = write_page(full_run)
-        # Name (three times), teacher (twice), row (table and grid), note, prompt, version, recipe.
+        # Name (three times), teacher and memory (twice), row (slider, table, two cards), note, prompt (both sides of
+        # the slider, card), version, recipe.
         # The metric's name is cut at its slashes, and covered by what holds for every page.
-        assert page.text.count(HOSTILE) == 11
+        assert page.text.count(HOSTILE) == 17
         assert all("onerror" not in image for image in page.find("img"))
 
     def test_best_values_ignore_references_and_gaps(self, full_run):
@@ -230,7 +287,7 @@ class TestReport:
     def test_files_outside_the_run_are_not_embedded(self, full_run):
         save_grid(full_run.parent / "secret.png", size=(1, 3))
         widths = {int(image["width"]) for image in write_page(full_run).find("img") if "width" in image}
-        assert widths == {8 * 10 + 2}
+        assert widths == {8 * 10 + 2, 8}
 
     def test_curves_stay_small_and_mark_what_is_not_finite(self, tmp_path):
         rows = ({"step": i, "loss": 0.1 + i % 7, "gap": None if i == 5000 else -1} for i in range(20_000))
@@ -276,7 +333,7 @@ class TestReport:
         assert html.count("<i>log</i>") == 1 and "<b>wide</b><i>log</i>" in html
 
     def test_damaged_files_are_left_out(self, full_run):
-        whole = (full_run / "samples" / "final.png").read_bytes()
+        whole = (full_run / "samples" / "teacher.png").read_bytes()
         (full_run / "samples" / "step_000100.png").write_bytes(whole[: len(whole) // 2])
         (full_run / "samples" / "step_001000.png").write_bytes(b"")
         (full_run / "samples" / "step_last.png").write_bytes(b"no image")
@@ -292,14 +349,14 @@ class TestReport:
 
     def test_large_images_shrink_and_frames_are_limited(self, tmp_path):
         (tmp_path / "samples").mkdir()
-        Image.new("RGB", (4000, 1000), "teal").save(tmp_path / "samples" / "final.png")
+        Image.new("RGB", (4000, 1000), "teal").save(tmp_path / "samples" / "step_999999.png")
         for step in range(0, 5000, 100):
             Image.new("RGB", (8, 8)).save(tmp_path / "samples" / f"step_{step:06}.png")
         page = write_page(tmp_path)
         assert page.find("img")[0]["width"] == "1600"
         frames = [image["alt"] for image in page.find("img") if "title" in image]
         assert len(frames) == report.MAX_FRAMES
-        assert (frames[0], frames[-1]) == ("step 0", "step 4,900")
+        assert (frames[0], frames[-1]) == ("step 0", "step 999,999")
 
     def test_failed_write_keeps_the_old_report(self, tmp_path, monkeypatch):
         path = write_report(tmp_path)
@@ -313,16 +370,18 @@ class TestReport:
 
 class TestStatusLine:
     def test_prints_rarely_without_a_terminal(self, capsys, monkeypatch):
-        clock = iter(np.arange(0, 100, 0.5))
+        clock = iter(np.arange(0, 1000, 3))
         monkeypatch.setattr(log.time, "monotonic", lambda: float(next(clock)))
         line = StatusLine(total=160, initial=100)
         for step in range(101, 161):
-            line.update(step, {"critic": 0.12345, "generator": np.float32(2)})
+            losses = {"critic": 0.12345, "generator": np.float32(2)}
+            line.update(step, losses | {"critic/grad_norm": 3, "health/critic_lag_2": 4})
         line.close()
         printed = capsys.readouterr().err.splitlines()
-        assert len(printed) == 3  # at 10 s, at 20 s, and the last step
-        assert printed[0] == "step 120/160  2 it/s  ETA 20 s  critic 0.123  generator 2"
-        assert printed[-1].startswith("step 160/160")
+        assert len(printed) == 3  # after a minute, after two, and the last step
+        line = "fewstep: training: 120/160 steps, 0.333/s, 2 min 00 s left  critic 0.123  generator 2"
+        assert printed[0] == line
+        assert printed[-1].startswith("fewstep: training: 160/160 steps, 0.333/s, 3 min 00 s  critic")
 
     def test_reads_losses_only_when_it_shows_them(self, capsys):
         class Loss:
@@ -347,3 +406,38 @@ class TestStatusLine:
 def test_report_needs_no_torch():
     code = "import sys, fewstep.report.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+class TestBar:
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        monkeypatch.setattr(bar.time, "monotonic", lambda: self.now)
+        self.now = 0.0
+        return self
+
+    def fill(self, seconds, **options):
+        with Bar("drawing", 40, "images", **options) as shown:
+            shown.update(8)
+            self.now += seconds
+            shown.update(32)
+
+    def test_one_line_when_it_is_done(self, capsys, clock):
+        clock.fill(75)
+        clock.fill(0.5)  # what is over at once is not told
+        clock.fill(75, quiet=True)
+        assert capsys.readouterr().err == "fewstep: drawing: 40 images, 1 min 15 s\n"
+
+    def test_a_terminal_gets_a_bar_that_makes_way_for_the_line(self, capsys, clock, monkeypatch):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        clock.fill(2)
+        *bars, line = capsys.readouterr().err.rsplit("\r", 1)
+        assert "fewstep: drawing: " in bars[0] and "/40" in bars[0]
+        assert line.strip() == "fewstep: drawing: 40 images, 2 s"
+
+    def test_nothing_of_what_failed_or_was_not_needed(self, capsys, clock):
+        with pytest.raises(KeyError), Bar("drawing", 40, "images"):
+            clock.now += 9
+            raise KeyError
+        with Bar("drawing", 0, "images"):
+            clock.now += 9
+        assert capsys.readouterr().err == ""
