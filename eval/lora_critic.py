@@ -66,7 +66,12 @@ TRAININGS: dict[str, list[str]] = {
     "full": [],
     "lora-8": ["--critic.kind=lora", "--critic.rank=8", "--critic.alpha=8", "--critic.lr=1e-3"],
     "lora-64": ["--critic.kind=lora", "--critic.rank=64", "--critic.alpha=64", "--critic.lr=5e-4"],
-    "lora-slow": ["--critic.kind=lora", "--critic.rank=64", "--critic.alpha=8", "--critic.lr=5e-5"],  # does not follow
+    "lora-slow": [
+        "--critic.kind=lora",
+        "--critic.rank=64",
+        "--critic.alpha=8",
+        "--critic.lr=5e-5",
+    ],  # does not follow
 }
 FURTHER = 50  # updates
 # By hand, when the numbers were there.

@@ -26,15 +26,19 @@ def curves(records: list[dict]) -> str:
     html = ""
     # Phases in the order of the log, then health, then what belongs to no phase (step time, memory).
     for i, group in enumerate(sorted(groups, key=lambda name: (not name, name == "health"))):
-        charts = ""
-        for key in groups[group]:
-            pairs = [(r["step"], drawable(r[key])) for r in records if key in r]
-            x, y = np.array(pairs, float).T
-            sign = sign_of(key)
-            healthy = (sign.low, sign.high) if sign and math.isfinite(sign.low + sign.high) else None
-            charts += _chart(key.rpartition("/")[2], x, y, last, healthy)  # None becomes NaN
+        charts = "".join(chart_of(key, records, last) for key in groups[group])
         html += f'<h3>{escape(group or "run")}</h3><div class="charts c{i % 4}">{charts}</div>'
     return html
+
+
+def chart_of(metric: str, records: list[dict], last: float | None = None) -> str:
+    """The chart of one logged number with its healthy range, if it has one; ``last`` is the right end of its axis."""
+    x, y = np.array(
+        [(r["step"], drawable(r[metric])) for r in records if metric in r], float
+    ).T  # None becomes NaN
+    sign = sign_of(metric)
+    healthy = (sign.low, sign.high) if sign and math.isfinite(sign.low + sign.high) else None
+    return _chart(metric.rpartition("/")[2], x, y, max(x) if last is None else last, healthy)
 
 
 def _chart(

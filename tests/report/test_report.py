@@ -1,6 +1,7 @@
 """Report, log, grids and status line, on run directories that are whole, partial or damaged."""
 
 import base64
+import importlib.util
 import io
 import json
 import math
@@ -8,6 +9,8 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -441,3 +444,25 @@ class TestBar:
         with Bar("drawing", 0, "images"):
             clock.now += 9
         assert capsys.readouterr().err == ""
+
+
+def test_curves_of_several_runs_side_by_side_are_the_charts_of_their_reports(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("curves", Path(__file__).parents[2] / "eval" / "curves.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for name, lag in (("well", 0.1), ("ill", 2.0)):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": 10 * i, "seconds": i, "health/critic_lag": lag}) for i in range(1, 9)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    runs = [
+        f"{title}={tmp_path / name}" for title, name in (("it <follows>", "well"), ("it does not", "ill"))
+    ]
+    out = tmp_path / "lag.svg"
+    assert script.main(["health/critic_lag", *runs, "--out", str(out)]) == 0
+    tree = ElementTree.fromstring(out.read_text())
+    texts = [node.text for node in tree.iter("{http://www.w3.org/2000/svg}text")]
+    assert "it <follows>" in texts and "it does not" in texts
+    healthy = [n for n in tree.iter("{http://www.w3.org/2000/svg}rect") if n.get("class") == "healthy"]
+    assert len(healthy) == 2 and float(healthy[0].get("height")) > float(healthy[1].get("height"))
+    assert script.main(["health/none", *runs, "--out", str(out)]) == 2
+    assert "there are health/critic_lag" in capsys.readouterr().err
