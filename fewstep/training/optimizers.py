@@ -10,6 +10,17 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from .roles import Role
+from .sharding import shards
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, which works on what this rank holds of sharded weights; its state is sharded as they are."""
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        complex_numbers: bool = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = shards(tensors)
+        return complex_numbers
 
 
 def optimizer_of(role: Role, entries: int = 1) -> torch.optim.Optimizer:
@@ -32,7 +43,7 @@ def optimizer_of(role: Role, entries: int = 1) -> torch.optim.Optimizer:
         "weight_decay": c.weight_decay,
     }
     if c.optimizer == "adamw":
-        return torch.optim.AdamW(weights, **options, fused=True)
+        return AdamW(weights, **options, fused=True)
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..configs import RoleConfig
 from ..diffusion.kernels import checkpoint_blocks
 from ..errors import RecipeError
-from .sharding import assign, settle
+from .sharding import assign, settle, shards
 
 # DMD2's list for SDXL (arXiv 2405.14867, released code): 788 layers of the UNet.
 UNET_TARGETS = [
@@ -121,7 +121,7 @@ class Role:
         theirs: list[Tensor] = list(other.weights.values())
         if other is self and self.average is not None:
             theirs = [value.to(weight.device) for value, weight in zip(self.average.values(), weights)]
-        torch._foreach_lerp_(weights, theirs, 1 - decay)
+        torch._foreach_lerp_(shards(weights), shards(theirs), 1 - decay)
 
     @torch.no_grad()
     def update_average(self, updates: int) -> None:
@@ -131,7 +131,7 @@ class Role:
             weights: list[Tensor] = list(self.weights.values())
             if self.config.ema_device:
                 weights = [weight.to(self.config.ema_device) for weight in weights]
-            torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+            torch._foreach_lerp_(shards(self.average.values()), shards(weights), 1 - decay)
 
     def final_weights(self) -> dict[str, Tensor]:
         """What is exported: the moving average where there is one."""

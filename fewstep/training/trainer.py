@@ -31,7 +31,7 @@ from .divergence import Divergence, Failed, Outcome
 from .means import Means
 from .optimizers import optimizer_of, take_step
 from .roles import Role
-from .sharding import sync_gradients, whole
+from .sharding import clip_gradients, sync_gradients, whole
 from .signals import StopSignal
 
 
@@ -206,8 +206,7 @@ class Trainer:
         Returns:
             The norm of the joint gradient over all ranks, before clipping.
         """
-        norm = torch.nn.utils.clip_grad_norm_(_weights(roles), self.config.clip_norm, foreach=True)
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).detach()
+        norm = clip_gradients(_weights(roles), self.config.clip_norm)
         self.finite[phase.name] = torch.isfinite(norm)
         found_inf = 1 - self.finite[phase.name].float()
         for role in roles:
