@@ -331,7 +331,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         if path.startswith("docs/") or not (ROOT / path).is_file():
             return found[0]  # a page, or what mkdocs warns of
         # As text, for a browser would load a script down and mkdocs make a page of a .md.
-        place = "repository/" + path + ("" if path.endswith((".json", ".png", ".html")) else ".txt")
+        place = "repository/" + path + ("" if path.endswith((".json", ".png", ".html", ".ipynb")) else ".txt")
         if place not in files.src_uris:
             files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
         return f"]({posixpath.relpath(place, posixpath.dirname(here))})"

@@ -28,7 +28,8 @@ DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
 BLOCK = re.compile(r"^(<!-- needs weights -->\n+)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 OUTSIDE = ["README.md", "CONTRIBUTING.md", "recipes/README.md", "recipes/launch/README.md", "eval/README.md"]
-NOTES = {"needs weights", "table of tests/methods/test_support.py", "end of table"}
+TABLES = {f"table of tests/{name}.py" for name in ("methods/test_support", "export/test_readers")}
+NOTES = {"needs weights", *TABLES, "end of table"}
 OF_METHODS = ["about", "options", "recipes", "results"]
 
 
