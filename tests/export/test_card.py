@@ -124,7 +124,7 @@ def test_a_model_whose_card_is_not_here_is_pointed_to():
     assert "licence: [of-the-base-model](https://huggingface.co/a/model)." in text
 
 
-@pytest.mark.parametrize("front", ["license: [", "- a\n- b", "", "tags: x"])
+@pytest.mark.parametrize("front", ["license: [", "- a\n- b", "", "tags: x", "license_name: x"])
 def test_a_card_that_says_nothing_of_it_is_no_error(front, tmp_path):
     try:
         assert card_of(tmp_path, front) == {}
