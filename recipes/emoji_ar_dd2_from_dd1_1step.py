@@ -1,6 +1,6 @@
 """Student of the built-in autoregressive teacher in one step: Distilled Decoding 2 from DD1's, on two CPU cores.
 
-    fewstep pairs emoji_ar_dd1_2step --num 15248     # once, some minutes
+    fewstep pairs emoji_ar_dd1_2step --num 22872     # once, some minutes
     fewstep train emoji_ar_dd1_2step
     fewstep train emoji_ar_dd2_from_dd1_1step
 
@@ -50,7 +50,7 @@ recipe = Recipe(
         "critic": RoleConfig(kind="full", lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, warmup=100),
     },
     train=TrainConfig(
-        steps=800, batch_size=32, clip_norm=1.0, log_every=25, sample_every=0, checkpoint_every=250
+        steps=1200, batch_size=32, clip_norm=1.0, log_every=25, sample_every=0, checkpoint_every=250
     ),
     samples=SampleConfig(count=24, columns=12, scale=2),
     evaluation=EvalConfig(
