@@ -24,6 +24,7 @@ from typing import Any
 from .errors import FewstepError, why
 
 HOST = re.sub(r"\W", "_", platform.node())
+LOCK = ".lock"  # file of a folder in which one process at a time may work
 SHARED = "*"  # record of a folder to which files are added beside those of others
 Record = str | tuple[str, ...] | None  # names of files, of which one says that fewstep made a folder
 
@@ -52,6 +53,33 @@ def all_at_home(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(all_at_home, value))
     return type(value)(at_home(str(value))) if isinstance(value, (str, Path)) else value
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """This process alone works in a folder, until the end of the context or its own, whatever ends it.
+
+    Raises:
+        FewstepError: another process does.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of those it forks
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise FewstepError(
+                f"{folder}: {file.read() or 'another process'} is at work in it; wait for its end, or give another "
+                "folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {platform.node()}")
+        file.flush()
+        yield
 
 
 @contextlib.contextmanager
@@ -122,6 +150,11 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
         save_file({name: value.contiguous() for name, value in tensors.items()}, part)
 
 
+def contents(folder: Path) -> list[str]:
+    """Names in a folder, without those that a kill leaves behind."""
+    return [name for name in os.listdir(folder) if name != LOCK and not name.startswith(".part-")]
+
+
 def check_place(path: Path, folder: bool, record: Record = None, option: str = "") -> None:
     """Refuses to let a file or folder take a place where something of somebody else's would be lost.
 
@@ -138,9 +171,8 @@ def check_place(path: Path, folder: bool, record: Record = None, option: str = "
         if path.exists() and not path.is_file():
             raise FewstepError(f"{name} is a device or a pipe; give the name of a file")
     elif path.is_dir():
-        held = [entry for entry in os.listdir(path) if not entry.startswith(".part-")]
         names = (record,) if isinstance(record, str) else record or ()
-        if held and record != SHARED and not any((path / one).is_file() for one in names):
+        if contents(path) and record != SHARED and not any((path / one).is_file() for one in names):
             known = f", and no {' or '.join(names)} says that fewstep made it" if names else ""
             raise FewstepError(f"{name} is not empty{known}; it is kept as it is: give another place")
     elif path.exists() or path.is_symlink():

@@ -40,8 +40,8 @@ class Bar:
         if not self.quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
-            about = {"desc": f"fewstep: {self.title}", "unit": f" {self.unit}"}
-            self._bar = tqdm(total=self.total, dynamic_ncols=True, leave=False, **about)
+            title, unit = f"fewstep: {self.title}", f" {self.unit}"
+            self._bar = tqdm(total=self.total, desc=title, unit=unit, dynamic_ncols=True, leave=False)
         self._begin = time.monotonic()
         return self
 

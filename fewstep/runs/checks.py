@@ -13,7 +13,7 @@ from ..data.pairs import load_pairs
 from ..data.prompts import load_prompts
 from ..data.texts import column_for, is_table
 from ..errors import FewstepError, RecipeError
-from ..files import Need, check_room, check_writable
+from ..files import Need, check_room, check_writable, contents
 from ..methods.base import Method, Progress
 from ..recipe import Recipe
 from ..teachers import adapters, pipeline_class_of, resolve
@@ -24,7 +24,7 @@ from .trackers import check_trackers
 
 
 def check_output(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and contents(folder):
         if (folder / "recipe.yaml").exists():
             raise RecipeError(
                 f"output: {folder} holds a run already; continue it with `fewstep resume {folder}`, or give another "

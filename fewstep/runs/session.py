@@ -23,7 +23,7 @@ from ..data.pairs import Pairs
 from ..device import choose, keep_freed
 from ..diffusion import kernels
 from ..errors import FewstepError, LostProcess, RecipeError, TrainingError, tell
-from ..files import WriteError, check_room, check_writable, write, write_json
+from ..files import WriteError, check_room, check_writable, held, write, write_json
 from ..process import Process, start
 from ..recipe import Recipe
 from ..report.report import write_report
@@ -100,7 +100,8 @@ def reexport(folder: str | Path, arguments: Sequence[str] = (), step: str = "new
         raise FewstepError(f"{folder}: no checkpoint to export; train it first")
     if step != "newest":
         session.trainer.restore(checkpoint.at(folder / "checkpoints", step, session.trainer.best))
-    session.export()
+    with held(folder):
+        session.export()
     return folder / "export"
 
 
@@ -157,40 +158,49 @@ def execute(recipe: Recipe, resuming: bool = False, meant: Collection[str] = ())
         check_starts(recipe)
     process = start(recipe.train.device, recipe.train.shard)
     session = Session(recipe, prompts, images, process, begun, meant)
-    recipe = session.recipe
-    if process.main:
-        if note := kernels.doubt(recipe.teacher.autocast, process.device):
-            print(f"fewstep: note: {note}", file=sys.stderr)
-        _claim(folder, recipe, session)
-    process.barrier()
-    try:
-        session.train(resuming)
-        session.export()
-    except RuntimeError as error:  # gloo has no class of its own for a connection that broke
-        if process.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        raise LostProcess(
-            f"another of the {process.world} processes has ended or cannot be reached; its own message says why. "
-            f"Continue from the last checkpoint with: torchrun ... -m fewstep resume {folder}"
-        ) from error
-    if process.main:
-        if recipe.evaluation.num:
-            from ..evaluation.of_run import evaluate_run
+    if process.main and (note := kernels.doubt(session.recipe.teacher.autocast, process.device)):
+        print(f"fewstep: note: {note}", file=sys.stderr)
+    with held(folder) if process.main else contextlib.nullcontext():
+        if process.main:
+            if not resuming:
+                check_output(folder)  # which another may have made meanwhile
+            _claim(folder, session)
+        process.barrier()
+        _work(session, resuming)
+        if process.main:
+            if recipe.evaluation.num:
+                from ..evaluation.of_run import evaluate_run
 
-            evaluate_run(recipe, folder, session.teacher, prompts, images)
-        print(f"fewstep: report {write_report(folder)}")
+                evaluate_run(session.recipe, folder, session.teacher, prompts, images)
+            print(f"fewstep: report {write_report(folder)}")
     process.barrier()
     return folder
 
 
-def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
+def _claim(folder: Path, session: Session) -> None:
     """The run directory comes into being when everything is known to fit together."""
+    recipe = session.recipe
     named = [getattr(recipe.method, "reward", None) or "", recipe.evaluation.extractor]
     used = [type(session.teacher), recipe.method_class]
     extensions.keep(folder / "code", used, [name.partition(":")[0] for name in named])
     write(folder / "recipe.yaml", recipes.dump(recipe))
     inputs.keep(folder, session.inputs)
     session.write_summary(report=False)
+
+
+def _work(session: Session, resuming: bool) -> None:
+    """Trains and exports."""
+    world = session.process.world
+    try:
+        session.train(resuming)
+        session.export()
+    except RuntimeError as error:  # gloo has no class of its own for a connection that broke
+        if world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise LostProcess(
+            f"another of the {world} processes has ended or cannot be reached; its own message says why. "
+            f"Continue from the last checkpoint with: torchrun ... -m fewstep resume {session.folder}"
+        ) from error
 
 
 def settled(recipe: Recipe, teacher: Teacher, process: Process) -> Recipe:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import textwrap
+import time
 from copy import copy
 from dataclasses import replace
 from importlib.metadata import version
@@ -12,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 import standin
 import torch
-from processes import without_fewstep
+from processes import Fork, without_fewstep
 from safetensors.torch import load_file
 
+from fewstep import files
 from fewstep import recipe as recipes
 from fewstep.cli import main
 from fewstep.data.cache import cache_root
@@ -273,6 +275,44 @@ def test_an_exported_student_is_sampled_from_the_command_line(sdxl_run, tmp_path
     assert main(["sample", str(folder), "--prompt", "a cat", "--num", "2", "--out", str(out)]) == 0
     assert out.stat().st_size > 0
     assert main(["sample", str(folder), "--prompt", "a cat", "--steps", "1", "--out", str(out)]) == 2
+
+
+def test_one_process_at_a_time_works_on_a_run(sdxl_run, tmp_path):
+    folder, _ = sdxl_run
+
+    def work():
+        with files.held(folder):
+            (tmp_path / "begun").touch()
+            time.sleep(600)
+
+    other = Fork(work, tmp_path / "said.txt")
+    try:
+        while not (tmp_path / "begun").exists():
+            assert other.poll() is None
+            time.sleep(0.01)
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(FewstepError, match=f"process {other.pid} of .* is at work"):
+            resume(folder)
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+    finally:
+        other.kill()
+        other.wait()
+    with files.held(folder):  # let go by the system
+        pass
+
+
+def test_a_run_that_another_has_begun_meanwhile_is_left_alone(tiny_sdxl, tmp_path, monkeypatch):
+    recipe, load = tiny("sdxl_dmd2_4step_24gb", tiny_sdxl, tmp_path), Session.__init__
+
+    def slow(self, *args, **options):
+        load(self, *args, **options)
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "recipe.yaml").write_text("another's")
+
+    monkeypatch.setattr(Session, "__init__", slow)
+    with pytest.raises(FewstepError, match="holds a run already"):
+        execute(recipe)
+    assert (Path(recipe.output) / "recipe.yaml").read_text() == "another's"
 
 
 def test_a_picture_of_teacher_and_student_counts_their_network_calls(
