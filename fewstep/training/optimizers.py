@@ -17,7 +17,8 @@ class AdamW(torch.optim.AdamW):
     """torch's, which works on what this rank holds of sharded weights; its state is sharded as they are."""
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
-        complex_numbers: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        base: Any = super()
+        complex_numbers: bool = base._init_group(group, *lists)
         for tensors in lists:
             tensors[:] = shards(tensors)
         return complex_numbers

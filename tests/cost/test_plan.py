@@ -199,36 +199,28 @@ def test_a_recipe_that_cannot_fit_is_named_with_what_would_make_it_fit(planned, 
     assert "even --train.batch_size=1" in remedy(made, "toy") and "h100-80gb" in remedy(made, "toy")
 
 
-@pytest.mark.slow
 def test_the_command_counts_a_full_copy_split_over_two_cards(tmp_path, capsys):
-    teacher = write_tiny_pipeline("StableDiffusionPipeline", tmp_path / "sd")
+    """Of a network that calls a part of its first block by itself."""
+    teacher = write_tiny_pipeline("DiTPipeline", tmp_path / "dit")
     words = [
-        "--method.gan_weight=0",
-        "--method.num_steps=1",
-        "--teacher.pipeline_class=null",
+        "--teacher",
+        str(teacher),
+        "--teacher.resolution=null",
         "--train.shard=2",
+        "--train.batch_size=2",
     ]
-    kinds = ["--student.kind=full", "--critic.kind=lora"]
+    words += ["--steps=4", "--student.kind=full", "--critic.kind=lora", "--critic.rank=4"]
     path = tmp_path / "recipe.yaml"
-    path.write_text(recipes.dump(small(teacher, *words, *kinds)))
+    path.write_text(recipes.dump(recipes.override(load_recipe("dit_sid_1step"), words)))
     assert main(["plan", str(path), "--processes", "2", "--json"]) == 0
     counted = json.loads(capsys.readouterr().out)
     parts, student = counted["parts"], counted["parts"]["student"]
     assert 0 < counted["gb_per_sample"] < counted["iteration_gb"]
-    assert student["parameters"] == student["trained"]
+    assert student["parameters"] == student["trained"] == parts["teacher"]["parameters"]
     assert student["weights"] == pytest.approx(
         4 * student["parameters"] / 2, rel=0.02
     )  # uneven rows are padded
-    assert parts["critic"]["trained"] < student["trained"]
-
-
-def test_a_network_that_calls_a_part_of_its_first_block_by_itself_is_split(tmp_path):
-    teacher = write_tiny_pipeline("DiTPipeline", tmp_path / "dit")
-    words = ["--teacher.resolution=null", "--train.shard=2", "--train.batch_size=2", "--steps=4"]
-    made = plan(recipes.override(load_recipe("dit_sid_1step"), ["--teacher", str(teacher), *words]), 2)
-    whole, split = made.parts[0], made.parts[1]
-    assert split.name == "student" and split.trained == whole.parameters
-    assert split.weights == pytest.approx(4 * whole.parameters / 2, rel=0.02)
+    assert 0 < parts["critic"]["trained"] < student["trained"]
 
 
 def test_bad_words_are_refused_before_anything_is_counted(capsys):

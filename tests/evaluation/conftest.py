@@ -1,14 +1,12 @@
 """Shared by the tests of the evaluator: a private cache, and a tiny extractor of known features."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import launch
 
 from fewstep.vision.extractor import Extractor
 
@@ -74,14 +72,15 @@ LAUNCHERS = {
 
 
 @pytest.fixture
-def launch_two():
-    """Runs `fewstep` with some arguments as two processes of a real launcher; they must succeed."""
+def launch_two(tmp_path):
+    """What `fewstep` with some arguments prints as two processes of a launcher; they must succeed."""
 
-    def launch(launcher, words):
-        command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), "fewstep", *words]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done
+    def launched(launcher, words):
+        said = tmp_path / "said.txt"
+        said.unlink(missing_ok=True)
+        code = launch([*LAUNCHERS[launcher].split(), "fewstep", *words], said).wait()
+        said = said.read_text()
+        assert code == 0, said[-3000:]
+        return said
 
-    return launch
+    return launched

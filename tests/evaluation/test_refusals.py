@@ -273,8 +273,7 @@ def test_two_processes_write_the_statistics_of_one(sets, pictures, launch_two, l
         Image.fromarray(pictures[i % 120] // (1 + i // 120)).save(sets / "real" / f"{i:03d}.png")
     words = ["eval", "stats", str(sets / "real"), "--extractor", "effnet-lite0@64", "--device", "cpu", "-o"]
     assert cli.main([*words, str(sets / "one.npz")]) == 0
-    done = launch_two(launcher, [*words, str(sets / "two.npz")])
-    assert "by 2 processes" in done.stdout
+    assert "by 2 processes" in launch_two(launcher, [*words, str(sets / "two.npz")])
     one, two = (Statistics.load(sets / f"{name}.npz") for name in ("one", "two"))
     assert one.n == two.n == 150 and one.meta == two.meta
     assert (one.mu - two.mu).abs().max() < 1e-9 and (one.sigma - two.sigma).abs().max() < 1e-9
@@ -338,8 +337,8 @@ def test_two_processes_measure_what_one_measures(sets, pictures, launch_two, mon
     for name in ("fresh", "kept"):  # without the cache of the first run, then with that of the second
         if name == "fresh":
             monkeypatch.setenv("FEWSTEP_CACHE", str(sets / "cache"))
-        done = launch_two("torchrun", [*words, str(sets / f"{name}.json")])
-        assert done.stdout.count("| FD(effnet-lite0@64)") == 1
+        said = launch_two("torchrun", [*words, str(sets / f"{name}.json")])
+        assert said.count("| FD(effnet-lite0@64)") == 1
         results.append(json.loads((sets / f"{name}.json").read_text()))
     assert len(list((sets / "cache" / "features").iterdir())) == 1
     assert len(results[0]["metrics"]) == 7

@@ -456,8 +456,7 @@ def test_accelerate_launch_makes_the_files_of_one_process(tiny_sd15, tmp_path, l
     words = ["eval", "generate", str(tiny_sd15), "--steps", "2", "--solver", "lcm", "--guidance", "1"]
     words += ["--prompts", str(tmp_path / "p.txt"), "--speed-runs", "0", "--batch-size", "1"]
     words += ["--device", "cpu", "--out"]
-    done = launch_two("accelerate", [*words, str(tmp_path / "two")])
-    assert "(process 1)" in done.stdout
+    assert "(process 1)" in launch_two("accelerate", [*words, str(tmp_path / "two")])
     assert main([*words, str(tmp_path / "one")]) == 0
     one, two = (files(tmp_path / name / "2-steps") for name in ("one", "two"))
     assert one == two and len(one) == len(TEXTS)

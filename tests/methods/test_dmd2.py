@@ -44,10 +44,10 @@ def toy(teacher, net, steps=1000, batch_size=BATCH, real=None, accumulate=1, **o
 
 # ---------------------------------------------------------------------------------------------------- distributions
 def test_one_step_dmd2_reaches_the_ring(ring, fitted):
-    trainer = toy(ring, fitted, steps=700)
+    trainer = toy(ring, fitted, steps=350, batch_size=256)
     assert distance(trainer, ring) > 1.0  # the student starts as the teacher's network at one step
     trainer.train()
-    assert distance(trainer, ring) < 0.03
+    assert distance(trainer, ring) < 0.05
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -346,16 +346,16 @@ def test_each_turn_has_gradients_in_its_own_role_only(ring, fitted, method):
 
 # -------------------------------------------------------------------------------------------------- distributions
 def test_diff_instruct_reaches_the_ring(ring, fitted):
-    trainer = toy(DiffInstruct, DiffInstruct.Config(), ring, fitted, steps=600)
+    trainer = toy(DiffInstruct, DiffInstruct.Config(), ring, fitted, steps=350, batch_size=256)
     assert distance(trainer, ring) > 1.0
     trainer.train()
-    assert distance(trainer, ring) < 0.03
+    assert distance(trainer, ring) < 0.05
 
 
 def test_swiftbrush_reaches_the_ring(ring, fitted):
-    trainer = toy(SwiftBrush, SwiftBrush.Config(**PLAIN), ring, fitted, steps=1000)
+    trainer = toy(SwiftBrush, SwiftBrush.Config(**PLAIN), ring, fitted, steps=500, batch_size=256)
     trainer.train()
-    assert distance(trainer, ring) < 0.03
+    assert distance(trainer, ring) < 0.04
 
 
 @pytest.mark.slow
@@ -547,9 +547,9 @@ def test_h_sends_no_gradient_anywhere(ring, fitted):
 @pytest.mark.parametrize("kind", ["js", "kl"])
 def test_f_distill_reaches_the_ring(ring, fitted, kind):
     config = FDistill.Config(**{**SHARED, "critic_steps": 1}, divergence=kind)
-    trainer = with_gan(FDistill, config, ring, fitted, steps=500, batch_size=512)
+    trainer = with_gan(FDistill, config, ring, fitted, steps=300, batch_size=256)
     trainer.train()
-    assert distance(trainer, ring) < 0.03
+    assert distance(trainer, ring) < 0.05
 
 
 # --------------------------------------------------------------------------------------------------------- DisBack

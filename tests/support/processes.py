@@ -4,6 +4,7 @@ seconds are saved on each. Those that must not have fewstep are forks of an inte
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -63,6 +64,8 @@ class Fork:
             os.dup2(file, 1), os.dup2(file, 2)
             sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
         os.environ.update(env)
         tempfile.tempdir = None
 
@@ -98,6 +101,22 @@ def command(words: list[str], **options) -> Fork:
     from fewstep.cli import main
 
     return Fork(lambda: main([str(word) for word in words]), **options)
+
+
+def launch(words: list[str], said: Path) -> Fork:
+    """``python -m LAUNCHER ... -m fewstep WORDS`` in a fork; what the launcher starts are forks of it in turn."""
+
+    def begin():
+        from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+        def fork(_handler, args, env):
+            return command(args[args.index("fewstep") + 1 :], env=env, start_new_session=True)
+
+        subprocess_handler.SubprocessHandler._popen = fork
+        sys.argv[:] = words
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+    return Fork(begin, said, {"OMP_NUM_THREADS": "1"})
 
 
 @contextmanager
