@@ -55,15 +55,15 @@ def replay(args: argparse.Namespace) -> int:
     argument("--steps", type=count, help="of the student, where it has several (default: its own)"),
     argument("--num", type=count, default=1, help="images per prompt"),
     argument("--seed", type=int, default=0, help="of the noise"),
-    argument("--scale", type=count, default=1, help="integer enlargement"),
+    argument("--scale", type=count, help="integer enlargement (default: to 192 pixels at least)"),
     DEVICE,
-    output("--out", suffixes=PICTURES, default=Path("sample.png"), help="the picture, all images in it"),
+    output("--out", suffixes=PICTURES, default=Path("sample.png"), help="the sheet, all images in it"),
 )
 def sample(args: argparse.Namespace) -> int:
     from PIL import Image
 
     from ..export import at_steps, load_exported, stock_call
-    from ..report.grid import image_grid
+    from ..report.grid import sheet
     from ..teachers.generate import generate
 
     if not args.prompt:
@@ -77,7 +77,7 @@ def sample(args: argparse.Namespace) -> int:
     signed = Image.Exif()
     signed[SOFTWARE] = MAKER
     with replacing(args.out) as part:
-        image_grid(images, min(8, len(images)), scale=args.scale).save(part, exif=signed)
+        sheet(images, args.prompt, args.scale).save(part, exif=signed)
     print(args.out)
     return 0
 

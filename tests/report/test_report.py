@@ -19,7 +19,7 @@ from PIL import Image
 from fewstep import files
 from fewstep.report import bar, chart, log, report
 from fewstep.report.bar import Bar
-from fewstep.report.grid import image_grid
+from fewstep.report.grid import image_grid, sheet
 from fewstep.report.log import MetricsLog, StatusLine, read_metrics
 from fewstep.report.report import write_report
 
@@ -159,6 +159,48 @@ class TestImageGrid:
     def test_refuses(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             image_grid(**{"images": np.zeros((2, 4, 4, 3), np.uint8), "columns": 2} | arguments)
+
+
+class TestSheet:
+    images = np.arange(6 * 6 * 4 * 3, dtype=np.uint8).reshape(6, 6, 4, 3)
+
+    def test_the_images_of_a_prompt_stand_together(self):
+        page = np.asarray(sheet(self.images, ["red apple", "owl", "pizza"], scale=10))
+        corners = {}
+        for i, image in enumerate(self.images):
+            wanted = image.repeat(10, 0).repeat(10, 1)
+            found = [
+                (y, x)
+                for y, x in zip(*np.nonzero((page[:-60, :-40] == wanted[0, 0]).all(-1)))
+                if np.array_equal(page[y : y + 60, x : x + 40], wanted)
+            ]
+            assert len(found) == 1
+            corners[i] = found[0]
+        beside = 40 + 8
+        assert all(corners[i + 3] == (corners[i][0], corners[i][1] + beside) for i in range(3))
+        assert min(corners.values()) == (24, 24)  # the margin
+
+    @pytest.mark.parametrize(
+        ("count", "side", "width"), [(1, 64, 192), (3, 64, 3 * 192), (8, 200, 8 * 200), (5, 512, 3 * 512)]
+    )
+    def test_small_images_are_enlarged_and_rows_are_even(self, count, side, width):
+        page = sheet(np.zeros((count, side, side, 3), np.uint8), ["a"] * count)
+        black = (np.asarray(page) == 0).all(-1).sum(1).max()
+        assert black == width
+
+    def test_prompts_stand_below_their_images_and_are_shortened(self):
+        black = np.zeros((2, 64, 64, 3), np.uint8)
+        plain, said = (sheet(black, ["", text]) for text in ("", "no caption has room for these words " * 9))
+        assert said.width == plain.width and said.height > plain.height + 20
+        below = np.asarray(said)[24 + 192 + 1 :]
+        left, right = np.array_split(below[:-24] < 128, 2, axis=1)
+        assert not left.any() and right.any()
+
+    def test_refuses(self):
+        with pytest.raises(ValueError, match="a divisor of 6 images, got 4"):
+            sheet(self.images, list("abcd"))
+        with pytest.raises(ValueError, match="uint8"):
+            sheet(np.zeros((2, 4, 4, 3)), ["a"])
 
 
 class TestMetricsLog:
