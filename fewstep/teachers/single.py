@@ -196,17 +196,20 @@ def load_single(origin: Origin, kind: str, options: Mapping[str, Any]) -> Any:
         )
     if plan.borrowed:
         say(f"teacher.path: {origin.path} holds no {', '.join(plan.borrowed)}: taken from {plan.folder}")
-    pipe = getattr(diffusers, kind).from_single_file(
-        at_home(origin.path),
-        config=str(plan.folder),
-        local_files_only=True,
-        **{**plan.without, **parts, **options},
-    )
-    for name, part in pipe.components.items():
-        weights = part.state_dict() if isinstance(part, torch.nn.Module) else {}
-        if lost := [key for key, value in weights.items() if value.is_meta]:
-            raise FewstepError(
-                f"teacher.path: {origin.path}: lacks weights of {name}, e.g. {', '.join(lost[:2])}; expected a whole "
-                f"{kind}, and a teacher.config of its size"
-            )
+    try:
+        pipe = getattr(diffusers, kind).from_single_file(
+            at_home(origin.path),
+            config=str(plan.folder),
+            local_files_only=True,
+            **{**plan.without, **parts, **options},
+        )
+        held = [part.state_dict() for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        lost = any(value.is_meta for state in held for value in state.values())
+    except NotImplementedError:  # what is still on the meta device cannot be moved
+        lost = True
+    if lost:
+        raise FewstepError(
+            f"teacher.path: {origin.path}: lacks weights of a {kind} of the size that {plan.folder} says; expected a "
+            "whole one, and a teacher.config of its kind"
+        )
     return pipe
