@@ -58,13 +58,15 @@ def adapters() -> dict[str, type[Teacher]]:
 
 
 def pipeline_type(name: str):
-    """The class of a pipeline: one of ours by name, or diffusers' loader, which finds the class itself."""
-    from diffusers import DDPMPipeline, DiffusionPipeline
+    """The class of a pipeline: one of ours or of diffusers by name, or its loader, which finds the class itself."""
+    import diffusers
 
     from .ar import PIPELINES
 
     # DDIMPipeline makes DDIM's of any scheduler, and holds the same parts.
-    return {"DDIMPipeline": DDPMPipeline, **PIPELINES}.get(name, DiffusionPipeline)
+    own = {"DDIMPipeline": diffusers.DDPMPipeline, **PIPELINES}
+    # The loader would not take null for a part that its class can do without.
+    return own.get(name) or getattr(diffusers, name, diffusers.DiffusionPipeline)
 
 
 def resolve(source: str) -> str:
@@ -179,6 +181,7 @@ def load_pipeline(source: str | Origin, dtype: str = "float32"):
 
     origin = _origin(source)
     name = _class_name(origin)
+    check_loras(origin.loras, name)
     usual: dict[str, dict[str, Any]] = {
         # A safety checker is no part of distillation, and most folders lack it.
         "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},

@@ -122,9 +122,6 @@ def test_the_third_encoder_of_stable_diffusion_3(tmp_path, teachers, refused, ca
     tokenizer = {"tokenizer_3": ["transformers", "T5TokenizerFast"]}
     image = {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
     path.write_text(json.dumps({**index, **encoder, **tokenizer, **image}))
-    from fewstep.teachers.folders import absent_parts
-    from diffusers import DiffusionPipeline
-    print(DiffusionPipeline.load_config(folder), absent_parts("x", DiffusionPipeline.load_config(folder), folder))
     for _ in range(2):
         teacher = load_teacher(str(folder))
     assert teacher.encoders == ("text_encoder", "text_encoder_2") and teacher.pipe.tokenizer_3 is None
