@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from .device import check_name
@@ -10,12 +11,35 @@ from .errors import RecipeError
 
 
 @dataclass
+class TeacherLora:
+    """A LoRA that is merged into the teacher before anything else is done with it.
+
+    Attributes:
+        path: ``.safetensors`` file, folder that holds one, or ``owner/name/file.safetensors`` of the hub.
+        weight: its strength, beside the alpha that the file itself says.
+    """
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.weight or not math.isfinite(self.weight):
+            raise RecipeError(
+                f"teacher.loras: {self.path}: weight {self.weight}: expected a number that is not 0"
+            )
+
+
+@dataclass
 class TeacherConfig:
     """Which pipeline is distilled.
 
     Attributes:
-        path: folder of ``save_pretrained``, hub id, or ``builtin:emoji-xl``.
+        path: folder of ``save_pretrained``, hub id, ``.safetensors`` file of a whole model, or ``builtin:emoji-xl``.
         pipeline_class: what the recipe was written for; another class is refused.
+        variant: of a folder's weights: ``fp16`` for files like ``model.fp16.safetensors``; null for those without.
+        config: of a ``.safetensors`` file: folder or hub id of a pipeline of its class, with tokenizers, whose parts
+            stand in for those that the file lacks; null is that of the model's first publisher, of the hub's cache.
+        loras: merged into the teacher one after another, ``[{path: style.safetensors, weight: 0.8}]``.
         dtype: of the frozen weights.
         autocast: of the networks' arithmetic, or null; auto is bfloat16 where the device has units for it, else null.
         attention: kernel: sdpa (torch chooses), math, flash, efficient or cudnn of torch's own attention, xformers, or
@@ -28,6 +52,9 @@ class TeacherConfig:
 
     path: str
     pipeline_class: str | None = None
+    variant: str | None = None
+    config: str | None = None
+    loras: list[TeacherLora] = field(default_factory=list)
     dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: Literal["auto", "bfloat16"] | None = None
     attention: str = "auto"
@@ -38,7 +65,13 @@ class TeacherConfig:
 
     def options(self) -> dict[str, Any]:
         """What :func:`~fewstep.teachers.load_teacher` takes beside the path."""
-        return {name: getattr(self, name) for name in ("dtype", "resolution", "autocast", "attention")}
+        names = ("dtype", "resolution", "autocast", "attention")
+        return {**{name: getattr(self, name) for name in names}, **self.weights()}
+
+    def weights(self) -> dict[str, Any]:
+        """What decides its weights beside the path, as far as it is said."""
+        said = {"variant": self.variant, "config": self.config, "loras": [asdict(one) for one in self.loras]}
+        return {name: value for name, value in said.items() if value}
 
 
 @dataclass

@@ -23,6 +23,7 @@ from .configs import (
     RoleConfig,
     SampleConfig,
     TeacherConfig,
+    TeacherLora,
     TrainConfig,
 )
 from .errors import RecipeError
@@ -37,6 +38,7 @@ __all__ = [
     "RoleConfig",
     "SampleConfig",
     "TeacherConfig",
+    "TeacherLora",
     "TrainConfig",
     "digest",
     "dump",
@@ -85,6 +87,7 @@ def family(name: str) -> str:
 _FORBID = ConfigDict(extra="forbid")
 for _cls in (
     TeacherConfig,
+    TeacherLora,
     DataConfig,
     SampleConfig,
     ExportConfig,
@@ -142,15 +145,16 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
 
 
 def _at_home(data: Mapping[str, Any]) -> dict[str, Any]:
-    """With the user's folder for ``~``, in whichever field holds a path."""
-    return {
-        name: _at_home(value)
-        if isinstance(value, Mapping)
-        else at_home(value)
-        if isinstance(value, str)
-        else value
-        for name, value in data.items()
-    }
+    """With the user's folder for ``~``, in whichever field holds a path; texts in lists are none."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return _at_home(value)
+        if isinstance(value, list):
+            return [_at_home(one) if isinstance(one, Mapping) else one for one in value]
+        return at_home(value) if isinstance(value, str) else value
+
+    return {name: of(value) for name, value in data.items()}
 
 
 def _present(method: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,7 +251,7 @@ def _fields_at(cls: type, location: Sequence[Any]) -> list[str]:
         inner = hints.get(part, cls)
         if get_origin(inner) in (Union, types.UnionType):
             inner = next((a for a in get_args(inner) if dataclasses.is_dataclass(a)), inner)
-        cls = get_args(inner)[1] if get_origin(inner) is dict else inner
+        cls = get_args(inner)[-1] if get_origin(inner) in (dict, list) else inner
     return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
 
 
@@ -277,9 +281,10 @@ def digest(recipe: Recipe) -> str:
     # An option that came later leaves the hashes of what does without it alone.
     for part, name in [
         (plain["data"], "column"),
+        *((plain["teacher"], name) for name in ("variant", "config", "loras")),
         *((role, "start_from") for role in plain["roles"].values()),
     ]:
-        if part[name] is None:
+        if not part[name]:
             del part[name]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 

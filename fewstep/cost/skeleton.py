@@ -10,23 +10,30 @@ from typing import Any
 import torch
 
 from ..errors import FewstepError
+from ..files import at_home
 from ..teachers import adapters, pipeline_class_of, resolve
 from ..teachers.ar import PIPELINES
 from ..teachers.base import Teacher
 from ..teachers.load import ASSETS, with_arithmetic
+from ..teachers.origin import Origin
 from ..teachers.pipelines import hushed
+from ..teachers.single import header, publisher
 from ..tokens.pipeline import AutoregressivePipeline
 
 PUBLISHED = ASSETS / "published"  # configurations of published models, so that planning needs no network
 
 
-def configs_of(source: str) -> str:
-    """Where the configurations of a teacher are: shipped with fewstep, a folder, or the hub."""
+def configs_of(source: str, config: str | None = None) -> str:
+    """Where the configurations of a teacher are: shipped with fewstep, a folder, or the hub; of a single file those of
+    its first publisher, unless ``config`` names others."""
+    if Origin(source).single:
+        file = Path(at_home(source))
+        source = at_home(config) if config else publisher(header(file), file)
     shipped = PUBLISHED / source.replace("/", "--")
     return str(shipped) if not Path(source).exists() and shipped.is_dir() else resolve(source)
 
 
-def skeleton_pipeline(source: str, network: str, dtype: torch.dtype):
+def skeleton_pipeline(source: str, network: str, dtype: torch.dtype, config: str | None = None):
     """The stock pipeline with the network in ``dtype``, the VAE in fp32, text encoders on the meta device, and no
     tokenizers.
 
@@ -37,7 +44,7 @@ def skeleton_pipeline(source: str, network: str, dtype: torch.dtype):
     """
     import diffusers
 
-    path = configs_of(source)
+    path = configs_of(source, config)
     components: dict[str, Any] = {}
     try:
         with hushed():
@@ -88,10 +95,12 @@ def skeleton_teacher(
     autocast: str | None = None,
     attention: str = "auto",
     device: torch.device | str = "cpu",
+    config: str | None = None,
+    **_weights: Any,
 ) -> Teacher:
     """A teacher that knows every shape and no number; arguments as of :func:`~fewstep.teachers.load_teacher`."""
-    cls = adapters()[pipeline_class_of(configs_of(source))]
-    pipe = skeleton_pipeline(source, cls.network, getattr(torch, dtype))
+    cls = adapters()[pipeline_class_of(configs_of(source, config))]
+    pipe = skeleton_pipeline(source, cls.network, getattr(torch, dtype), config)
     methods: dict[str, Any] = {"encode": lambda self, prompts: self.blank(len(prompts))}
     if cls.encoders:  # others know it without
         methods["null"] = lambda self: self.blank(1)

@@ -23,6 +23,7 @@ from ..files import Need, ReadError, sweep, write_tensors
 from ..report.bar import Bar
 from ..teachers.base import Teacher
 from ..teachers.lengths import too_long, unsaid
+from ..teachers.origin import lora_file
 from .images import CaptionedImages
 
 SHARD = 1024  # rows of one file
@@ -192,20 +193,33 @@ def latent_bytes(teacher: Teacher) -> int:
 
 
 def identity(teacher: Teacher) -> list[str]:
-    """What tells one teacher from another: its source and, for a folder, the size and time of every file."""
+    """What tells one teacher from another: its source, the size and time of every file, and what is merged into it."""
     from ..teachers import resolve
 
-    folder = Path(resolve(teacher.source))
-    files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
-    return [
-        teacher.source,
-        *(f"{p.relative_to(folder)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files),
-    ]
+    origin = teacher.origin
+    stats = _stats(Path(resolve(teacher.source)))
+    if origin.variant:
+        stats.append(f"variant:{origin.variant}")
+    if origin.config:
+        stats += [f"config:{origin.config}", *_stats(Path(origin.config))]
+    loras = [f"lora:{_stat(lora_file(one.path))}:{one.weight}" for one in origin.loras]
+    return [teacher.source, *stats, *loras]
+
+
+def _stats(place: Path) -> list[str]:
+    """Of a file, or of every file in a folder; of the hub nothing."""
+    if place.is_file():
+        return [f"{place.name}:{_stat(place)}"]
+    return [f"{p.relative_to(place)}:{_stat(p)}" for p in sorted(place.rglob("*")) if p.is_file()]
+
+
+def _stat(path: Path) -> str:
+    return f"{path.stat().st_size}:{path.stat().st_mtime_ns}"
 
 
 def _fingerprint(images: CaptionedImages) -> list[str]:
     if isinstance(images.files, Sequence):
-        return [f"{p}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in images.files]
+        return [f"{p}:{_stat(p)}" for p in images.files]
     return [hashlib.sha256(images.files.tobytes()).hexdigest()]
 
 

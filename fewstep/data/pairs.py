@@ -25,7 +25,8 @@ from ..files import Need, check_room, sweep, write, write_json, write_tensors
 from ..process import Process
 from ..report.bar import Bar
 from ..teachers.base import Teacher
-from ..teachers.fingerprint import of_network
+from ..teachers.fingerprint import of_file, of_network
+from ..teachers.origin import lora_file
 from .cache import PLACE, Store, encode_prompts, identity, is_whole, need_of_prompts, rows_to_make, shard_path
 
 SHARD = 256  # rows of one file
@@ -92,8 +93,15 @@ def made_by(teacher: Teacher, guidance: float) -> dict[str, Any]:
         "guidance_scale": guidance,
         "latent_shape": list(teacher.latent_shape),
         "network": of_network(teacher.net),
+        **_merged(teacher),
         **teacher.law,
     }
+
+
+def _merged(teacher: Teacher) -> dict[str, Any]:
+    """LoRAs in the teacher, which may be of its text encoders alone."""
+    loras = [f"{of_file(lora_file(one.path))} x {one.weight:g}" for one in teacher.origin.loras]
+    return {"loras": loras} if loras else {}
 
 
 def check_pairs(pairs: Pairs, teacher: Teacher, guidance: float, quiet: bool = False) -> None:

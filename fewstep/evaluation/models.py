@@ -15,6 +15,7 @@ import torch
 from fewstep.errors import FewstepError
 from fewstep.evaluation.stock import RECORD, floor_sampler, free_u
 from fewstep.teachers import load_pipeline
+from fewstep.teachers.origin import Origin
 from fewstep.teachers.pipelines import fix_shift, hands_sigmas, network_of, size_options, takes
 from fewstep.teachers.schedulers import is_flow
 
@@ -198,7 +199,7 @@ def _check_timesteps(scheduler: Any, timesteps: Sequence[int]) -> None:
 
 
 def open_model(
-    pipeline: str,
+    pipeline: str | Origin,
     lora: str | None = None,
     network: str | None = None,
     dtype: str = "float32",
@@ -208,7 +209,8 @@ def open_model(
     """Loads what is to be measured, by stock diffusers.
 
     Args:
-        pipeline: folder or hub id of a diffusers pipeline, "builtin:..." or the export of a fully trained student.
+        pipeline: folder, hub id or file of a diffusers pipeline, "builtin:..." or the export of a fully trained
+            student; an :class:`Origin` has LoRAs merged into it too.
         lora: an export of fewstep (or the run that holds one), or a LoRA file in diffusers' format.
         network: safetensors file (or a .bin that is read as weights only) with another state dict of the
             denoiser, as DMD2 publishes.
@@ -217,8 +219,10 @@ def open_model(
     Raises:
         FewstepError: nothing there, not loadable, or weights that do not fit.
     """
+    base = pipeline if isinstance(pipeline, Origin) else Origin(pipeline)
+    pipeline = base.path
     check_model(pipeline, lora, network)
-    about = {"pipeline": pipeline}
+    about = {"pipeline": pipeline, **{name: str(value) for name, value in base.said().items()}}
     record = None
     if lora and _export(lora):
         record, pipe = _load_export(_export(lora), pipeline, dtype)
@@ -226,7 +230,7 @@ def open_model(
     elif not lora and _export(pipeline):
         record, pipe = _load_export(_export(pipeline), None, dtype)
     else:
-        pipe = load_pipeline(pipeline, dtype)
+        pipe = load_pipeline(base, dtype)
         if lora:
             about["lora"] = str(lora)
             _attach_lora(pipe, Path(lora))
@@ -244,7 +248,7 @@ def check_model(pipeline: str, lora: str | None = None, network: str | None = No
         FewstepError: which is not.
     """
     place = Path(pipeline)
-    local = (place.is_absolute() or place.is_dir()) and not _export(pipeline)
+    local = (place.is_absolute() or place.is_dir()) and not _export(pipeline) and not Origin(pipeline).single
     if local and not (place / "model_index.json").is_file():
         raise FewstepError(
             f"{pipeline}: expected the folder of a pipeline, with a model_index.json, or an export"

@@ -96,10 +96,11 @@ def _asked(recipe, prompts: list[str], images: CaptionedImages | None) -> list[d
 def _entries(
     recipe, folder: Path, teacher: Teacher, images: CaptionedImages | None, asked: list[dict[str, Any]]
 ) -> Iterator[Entry]:
-    config, path = recipe.evaluation, recipe.teacher.path
+    config, path, weights = recipe.evaluation, recipe.teacher.path, recipe.teacher.weights()
     guidance = (config.teacher_guidance,)
     if config.teacher_steps:
-        yield Entry("teacher", path, kind="teacher", steps=(config.teacher_steps,), guidance=guidance)
+        many = (config.teacher_steps,)
+        yield Entry("teacher", path, kind="teacher", steps=many, guidance=guidance, **weights)
         if images is not None and images.captions is not None and teacher.autoencoder is not None:
             _reconstruct(teacher, images, asked, config.seed, folder / "eval" / "ceiling")
             yield Entry(CEILING, images=str(folder / "eval" / "ceiling"), kind="reference")
@@ -113,7 +114,7 @@ def _entries(
             write_floor(found, teacher.pipe.scheduler, _search(recipe, teacher, asked))
         solvers = tuple(str(found) if name == "search" else name for name in config.floor_solvers)
         steps = tuple(config.floor_steps)
-        yield Entry("floor", path, kind="floor", steps=steps, solver=solvers, guidance=guidance)
+        yield Entry("floor", path, kind="floor", steps=steps, solver=solvers, guidance=guidance, **weights)
 
 
 def _search(recipe, teacher: Teacher, asked: list[dict[str, Any]]) -> dict[str, Any]:

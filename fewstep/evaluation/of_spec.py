@@ -136,7 +136,7 @@ def _made(
             continue
         if loaded is not row.entry:
             model, loaded = None, row.entry  # frees the one before
-            about = (loaded.pipeline, loaded.lora, loaded.network)
+            about = (loaded.base, loaded.lora, loaded.network)
             model = open_model(*about, spec.dtype, device, spec.size)
         manifest = sample_folder(
             model,

@@ -11,6 +11,7 @@ from fewstep.errors import FewstepError
 from fewstep.evaluation.images import ImageSource
 from fewstep.evaluation.models import check_solver
 from fewstep.files import all_at_home
+from fewstep.teachers.origin import Origin
 
 WITHOUT_REAL = ("vendi", "diversity", "is")  # measures that need no real images
 DTYPES = ("float32", "float16", "bfloat16")
@@ -22,7 +23,7 @@ class Entry:
     """One pipeline or student, or images that were made elsewhere.
 
     Attributes:
-        name: of its rows. pipeline, lora, network: see `open_model`.
+        name: of its rows. pipeline, lora, network, variant, config, loras: see `open_model`.
         images: folder, zip or npz file instead of a pipeline, in the order of the prompts: one row.
         kind: "teacher", "student", "floor", "reference" (which no sampler can reach) or "model".
         steps, solver, guidance: every combination is a row; a guidance of None is the model's own.
@@ -32,6 +33,9 @@ class Entry:
     pipeline: str | None = None
     lora: str | None = None
     network: str | None = None
+    variant: str | None = None
+    config: str | None = None
+    loras: tuple[dict, ...] = ()
     images: str | None = None
     kind: str = "model"
     steps: tuple[int, ...] = (1, 2, 4, 8)
@@ -40,6 +44,8 @@ class Entry:
 
     def __post_init__(self):
         _check(bool(self.name), f"models.name is {self.name!r}", "a text")
+        known = all(set(one) <= {"path", "weight"} and isinstance(one.get("path"), str) for one in self.loras)
+        _check(known, f"models.{self.name}.loras is {list(self.loras)}", "mappings of path and weight")
         given = [n for n in ("pipeline", "images") if getattr(self, n)]
         _check(
             len(given) == 1,
@@ -57,6 +63,11 @@ class Entry:
             f"models.{self.name}.guidance is {list(self.guidance)}",
             "numbers, or null for the model's own",
         )
+
+    @property
+    def base(self) -> Origin | None:
+        """What is measured, or the LoRA's and the network's base."""
+        return Origin.of(self.pipeline, self.variant, self.config, self.loras) if self.pipeline else None
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,7 @@ ITEMS = {
     int: ("whole numbers", (int,)),
     float | None: ("numbers, or null for the model's own", (int, float, NoneType)),
     Entry: ("mappings of fields", (dict,)),
+    dict: ("mappings of path and weight", (dict,)),
 }
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ..teachers.origin import RECORD
 from . import comfyui
 from .weights import LORA_FILE, adapters
 
@@ -14,10 +15,10 @@ UNPROMPTED = "DDPMPipeline"  # hands on no labels
 ENCODED = {"pooled": "encoded[2][0]", "embeds": "encoded[0][0].mean(0)"}
 # A program for each kind of export, of parts that some share; the words in braces are those of `_words`.
 ADAPTED = """\
-{imports}from diffusers import DiffusionPipeline, {scheduler}
+{imports}from diffusers import {loader}, {scheduler}
 {resolve}{load_file}
-pipe = DiffusionPipeline.from_pretrained({teacher}{without})
-{adapters}
+pipe = {loader}.{load}({teacher}{options}{without})
+{merged}{adapters}
 pipe.scheduler = {scheduler}.from_pretrained({folder!r}, subfolder='scheduler')
 {extras}"""
 WHOLE = """\
@@ -32,6 +33,15 @@ TOKENS = """\
 from fewstep.tokens.pipeline import {pipeline_class}
 
 pipe = {pipeline_class}.from_pretrained({pipeline!r})
+"""
+MERGED = """\
+loras = {loras}
+for k, lora in enumerate(loras):  # merged into the teacher, as before it was distilled
+    place, name = os.path.split(lora['path'])
+    pipe.load_lora_weights(place, weight_name=name, adapter_name=f'teacher_{{k}}')
+pipe.set_adapters([f'teacher_{{k}}' for k in range(len(loras))], [lora['weight'] for lora in loras])
+pipe.fuse_lora(components=list(pipe.get_list_adapters()))
+pipe.unload_lora_weights()
 """
 EXPERTS = """
 experts = {experts}  # of each step
@@ -106,17 +116,12 @@ def _program(record: Mapping[str, Any]) -> str:
 def _words(record: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """What stands in the braces of the programs."""
     prompt, parts = _prompt(record), record.get("parts", [])
-    teacher = repr(record["teacher"])
-    builtin = str(record["teacher"]).startswith("builtin:")
-    if _lies_here(record):  # whose path is told to nobody who is given the card
-        teacher = f"json.load(open({os.path.join(folder, 'fewstep.json')!r}))['teacher']"
     return {
         **record,
         **_extras(record),
+        **_base(record, folder),
         "folder": folder,
         "pipeline": os.path.join(folder, *parts[:1], "pipeline"),
-        "teacher": f"resolve({teacher})" if builtin else teacher,
-        "resolve": RESOLVE if builtin else "",
         "without": "".join(f", {name}=None" for name in record.get("absent", [])),
         "adapters": "\n".join(_load(name, folder) for name in adapters(record)),
         "load_file": "from safetensors.torch import load_file\n" if parts else "",
@@ -125,6 +130,35 @@ def _words(record: Mapping[str, Any], folder: str) -> dict[str, Any]:
         "encoded": ENCODED.get(record.get("routed_on", "")),
         "asked": prompt,
         "prompt": "prompt" if parts else prompt,
+    }
+
+
+def _base(record: Mapping[str, Any], folder: str) -> dict[str, str]:
+    """How the teacher is loaded: from a folder, the hub or a file, with its variant, and its LoRAs merged."""
+    weights, builtin = record.get(RECORD, {}), str(record["teacher"]).startswith("builtin:")
+
+    def told(value: Any, *keys: str) -> str:
+        """What lies on the machine that trained is told to nobody who is given the card."""
+        if not _local(value):
+            return repr(value)
+        return "".join(
+            [f"json.load(open({os.path.join(folder, 'fewstep.json')!r}))", *(f"[{k!r}]" for k in keys)]
+        )
+
+    teacher, config = told(record["teacher"], "teacher"), told(weights.get("config"), RECORD, "config")
+    single = str(record["teacher"]).endswith(".safetensors")
+    options = f", config={config}" if single else ""
+    options += f", variant={weights['variant']!r}" if "variant" in weights else ""
+    for name, kind in record.get("teacher_parts", {}).items():
+        options += f", {name}={kind}.from_pretrained({config}, subfolder={name!r})"
+    loras = told(weights.get("loras"), RECORD, "loras")
+    return {
+        "teacher": f"resolve({teacher})" if builtin else teacher,
+        "resolve": RESOLVE if builtin else "",
+        "loader": record["pipeline_class"] if single else "DiffusionPipeline",
+        "load": "from_single_file" if single else "from_pretrained",
+        "options": options,
+        "merged": MERGED.format(loras=loras) if "loras" in weights else "",
     }
 
 
@@ -142,14 +176,35 @@ def _extras(record: Mapping[str, Any]) -> dict[str, str]:
             "from functools import partial\n\nimport torch\n",
             lines + LABELLED.format(label=_label(record)),
         )
-    if _lies_here(record) and "parts" not in record and record["kind"] == "lora":
-        imports = "import json\n\n" + imports
+    if record["kind"] == "lora":
+        imports = _imports(record) + imports
     return {"imports": imports, "extras": lines, "call": ", ".join(call)}
 
 
+def _imports(record: Mapping[str, Any]) -> str:
+    """What loading the teacher takes beside diffusers' loader."""
+    needs = {"json": _lies_here(record) and "parts" not in record, "os": "loras" in record.get(RECORD, {})}
+    lines = [f"import {name}\n" for name, needed in needs.items() if needed]
+    parts = sorted({*record.get("teacher_parts", {}).values()})
+    text = "".join(lines) + ("\n" if lines else "")
+    if own := [kind for kind in parts if kind.startswith("Autoencoder")]:
+        text += f"from diffusers import {', '.join(own)}\n"
+    if other := [kind for kind in parts if kind not in own]:
+        text += f"from transformers import {', '.join(other)}\n"
+    return text
+
+
 def _lies_here(record: Mapping[str, Any]) -> bool:
-    """Whether the teacher is a folder of the machine that trained, rather than of the hub or built in."""
-    return os.path.isabs(str(record["teacher"]))
+    """Whether the teacher, or something of it, is on the machine that trained, rather than of the hub or built in."""
+    weights = record.get(RECORD, {})
+    return any(map(_local, (record["teacher"], weights.get("config"), weights.get("loras"))))
+
+
+def _local(value: Any) -> bool:
+    """Of a path, or of LoRAs."""
+    if isinstance(value, list):
+        return any(_local(one["path"]) for one in value)
+    return os.path.isabs(str(value))
 
 
 def _load(name: str, folder: str) -> str:
@@ -251,8 +306,13 @@ def _made(record: Mapping[str, Any], teacher: str) -> str:
             f"A {steps}-step student of {teacher}, distilled with {record['method']} by its authors, released as "
             f"`{record['released']}`; {fewstep} converted that file."
         )
+    loras = [
+        f"`{os.path.basename(one['path'])}` at {one['weight']:g}"
+        for one in record.get(RECORD, {}).get("loras", [])
+    ]
+    merged = f" with {' and '.join(loras)} merged into it" if loras else ""
     return (
-        f"A {steps}-step student of `{teacher}`, distilled with {record['method']} by {fewstep} (recipe "
+        f"A {steps}-step student of `{teacher}`{merged}, distilled with {record['method']} by {fewstep} (recipe "
         f"{record.get('recipe', 'unknown')})."
     )
 
@@ -262,7 +322,7 @@ def _front(record: Mapping[str, Any], measured: Mapping[str, Any] | None) -> lis
     teacher, lora = str(record["teacher"]), record["kind"] == "lora"
     front: dict[str, Any] = dict(record.get("licence", {}))
     # A teacher of the hub by its id; one that others released, or that lies on this machine, is none there.
-    if not ("released" in record or _lies_here(record) or teacher.startswith("builtin:")):
+    if not ("released" in record or _local(teacher) or teacher.startswith("builtin:")):
         front |= {"base_model": teacher, "base_model_relation": "adapter" if lora else "finetune"}
     task, steps = _task(record), record["num_steps"]
     words = [task, "fewstep", str(record["method"]), "distillation", "few-step", f"{steps}-step"]
@@ -327,8 +387,9 @@ def model_card(record: Mapping[str, Any], measured: Mapping[str, Any] | None = N
         else []
     )
     teacher, run = str(record["teacher"]), "Run in this folder:"
-    if _lies_here(record):
+    if _local(record["teacher"]):
         teacher = os.path.basename(teacher)
+    if _lies_here(record):
         run = "Run in this folder; `fewstep.json` says where the teacher is:"
     return "\n".join(
         [

@@ -10,6 +10,7 @@ from typing import Any
 from ..diffusion.schedules import VP, Flow
 from ..diffusion.student import Sampler
 from ..teachers.base import Teacher
+from ..teachers.origin import RECORD
 
 # Levels of its own table, of which its scheduler `simple` takes every (TABLE / K)-th from the noisiest down.
 TABLE = 1000
@@ -74,11 +75,18 @@ def _file(record: Mapping[str, Any]) -> str:
         return f"`{source}`, where it is one file, goes to `models/diffusion_models` as `{name}`."
     placed = ", ".join(f"`{source}` as `{name}`" for source, name in names.items())
     if told["read"]:
-        return f"To `models/loras` go {placed}; strength 1.0."
+        return f"To `models/loras` go {placed}; strength 1.0.{_beside(record)}"
     return (
         "Names of layers in this LoRA are those of diffusers, most of which it does not read: `fewstep export RUN "
-        f"--kohya` writes, with its names, what goes to `models/loras`: {placed}; strength 1.0."
+        f"--kohya` writes, with its names, what goes to `models/loras`: {placed}; strength 1.0.{_beside(record)}"
     )
+
+
+def _beside(record: Mapping[str, Any]) -> str:
+    """LoRAs that were merged into the teacher, and are loaded with it."""
+    loras = record.get(RECORD, {}).get("loras", [])
+    names = [f"`{one['path'].rpartition('/')[2]}` at strength {one['weight']:g}" for one in loras]
+    return f" Before it, on the checkpoint, those of its teacher: {', '.join(names)}." if names else ""
 
 
 def _shift(pipeline_class: str, shift: float) -> str:

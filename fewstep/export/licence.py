@@ -15,7 +15,7 @@ def licence_of(place: str) -> dict[str, str]:
     """The licence of a teacher, as its own model card has it.
 
     Args:
-        place: folder of a pipeline, hub id, or ``builtin:NAME``.
+        place: folder of a pipeline, file, hub id, or ``builtin:NAME``.
 
     Returns:
         Fields of a card's front matter; nothing where a folder has no card that says it. Of a hub id whose card is not
@@ -23,7 +23,7 @@ def licence_of(place: str) -> dict[str, str]:
     """
     if place.startswith("builtin:"):
         return {"license": "apache-2.0"}
-    folder = os.path.isdir(place)
+    folder = os.path.exists(place)  # or a file, which has no card
     said = _front(Path(place, "README.md") if folder else _cached(place))
     found = {name: str(said[name]) for name in FIELDS if said.get(name)}
     if folder:

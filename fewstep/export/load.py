@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..errors import FewstepError
 from ..methods.router import Router
 from ..teachers import load_pipeline
 from ..teachers.load import pipeline_type
+from ..teachers.origin import Origin
 from ..teachers.pipelines import hushed, network_of, takes
 from .routed import PartNetworks, RoutedPipeline
 from .weights import LORA_FILE, adapters
@@ -25,7 +27,8 @@ def load_exported(
     """The stock pipeline of an export, exactly as the model card's snippet loads it, and its ``fewstep.json``.
 
     Args:
-        teacher: the base pipeline, if it moved. dtype: weights are rounded to. upcast: compute in fp32 all the same.
+        teacher: the base pipeline, if it moved; LoRAs that are merged into it are those of the record.
+        dtype: weights are rounded to. upcast: compute in fp32 all the same.
 
     Raises:
         FewstepError: no export there, or a damaged one.
@@ -78,7 +81,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 def _load(folder: Path, record: dict[str, Any], teacher: str | None, dtype: str, upcast: bool):
     with hushed():
         if record["kind"] == "lora":
-            pipe = load_pipeline(teacher or record["teacher"], dtype)
+            origin = Origin.recorded(record)
+            pipe = load_pipeline(replace(origin, path=teacher or origin.path), dtype)
         else:
             pipe = _whole(folder, record, dtype)
         if upcast:

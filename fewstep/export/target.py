@@ -21,6 +21,7 @@ from ..files import write, write_json
 from ..teachers.base import Teacher
 from ..teachers.classes import num_classes
 from ..teachers.pipelines import hands_sigmas, size_options, takes
+from ..teachers.single import recorded
 from ..version import __version__
 from . import comfyui
 from .card import model_card
@@ -111,7 +112,7 @@ class Target:
         return {
             "fewstep": __version__,
             **edition.about,
-            "teacher": teacher.place,
+            **recorded(teacher.origin),
             "licence": licence_of(teacher.place),
             "pipeline_class": teacher.pipeline_class,
             "kind": self.kind,

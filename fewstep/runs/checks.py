@@ -16,9 +16,10 @@ from ..errors import FewstepError, RecipeError
 from ..files import Need, check_room, check_writable, contents
 from ..methods.base import Method, Progress
 from ..recipe import Recipe
-from ..teachers import adapters, pipeline_class_of, resolve
+from ..teachers import adapters, pipeline_class_of
 from ..teachers.base import Teacher
-from ..teachers.folders import check_parts
+from ..teachers.load import check_origin
+from ..teachers.origin import Origin
 from ..training.roles import Role
 from .trackers import check_trackers
 
@@ -120,13 +121,14 @@ def _check_distance(recipe: Recipe) -> None:
 
 
 def check_class(recipe: Recipe) -> None:
-    found, expected = pipeline_class_of(recipe.teacher.path), recipe.teacher.pipeline_class
+    origin = Origin.of(recipe.teacher.path, **recipe.teacher.weights())
+    found, expected = pipeline_class_of(origin), recipe.teacher.pipeline_class
     if expected and found != expected:
         raise RecipeError(
             f"teacher.path: {recipe.teacher.path} is a {found}, but this recipe was written for a {expected}; choose "
             "another recipe, or set teacher.pipeline_class null"
         )
-    check_parts(recipe.teacher.path, resolve(recipe.teacher.path))
+    check_origin(origin)
     adapter, wanted = adapters()[found], recipe.method_class.teacher_kind
     if adapter.kind != wanted:
         raise RecipeError(

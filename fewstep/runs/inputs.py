@@ -23,11 +23,13 @@ from ..data.prompts import load_prompts
 from ..data.texts import column_for
 from ..errors import RecipeError
 from ..files import sketch, write_json
-from ..recipe import Recipe
+from ..recipe import Recipe, to_dict
 from ..teachers.base import Teacher
-from ..teachers.fingerprint import hash_of, of_tensors
+from ..teachers.fingerprint import hash_of, of_file, of_tensors
+from ..teachers.origin import lora_file
 
 FILE = "inputs.json"  # in a run directory
+PLACES = "places"  # in it: whole paths and ids of the hub
 LOOSE = (
     "_diffusers_version",
     "_name_or_path",
@@ -40,7 +42,10 @@ def inputs_of(
 ) -> dict[str, str]:
     """Field of the recipe -> hash of what it names."""
     needs, measured = recipe.method_class.needs(recipe.method), recipe.evaluation.prompts
-    found = {"teacher.path": of_teacher(teacher), "data.prompts": hash_of(prompts)}
+    found = {}
+    if loras := teacher.origin.loras:  # before the teacher, whose weights they change
+        found["teacher.loras"] = hash_of(f"{of_file(lora_file(one.path))} {one.weight}" for one in loras)
+    found |= {"teacher.path": of_teacher(teacher), "data.prompts": hash_of(prompts)}
     if images is not None:
         found["data.images"] = _of_images(images)
     if "pairs" in needs and recipe.data.pairs:
@@ -80,8 +85,9 @@ def _of_paths(names: Iterable[str]) -> Iterable[str]:
 
 
 # --------------------------------------------------------------------------------------------------------------- a run
-def keep(folder: Path, inputs: Mapping[str, str]) -> None:
-    write_json(folder / FILE, dict(inputs))
+def keep(folder: Path, inputs: Mapping[str, str], teacher: Teacher) -> None:
+    """Beside the hashes it is said where the teacher lay, which nothing is compared with."""
+    write_json(folder / FILE, {**inputs, PLACES: teacher.origin.record()})
 
 
 def check_inputs(folder: Path, inputs: Mapping[str, str], recipe: Recipe, meant: Collection[str]) -> None:
@@ -101,10 +107,11 @@ def check_inputs(folder: Path, inputs: Mapping[str, str], recipe: Recipe, meant:
         if found == before.get(field, found) or any(_touches(name, field) for name in meant):
             continue
         part, _, name = field.partition(".")
-        value = getattr(getattr(recipe, part), name)
+        value = to_dict(recipe)[part][name]
+        value = value if isinstance(value, str) else json.dumps(value)
         raise RecipeError(
             f"{field}: {value}: holds something else than when this run began; put that back, or say that you mean "
-            f"it: fewstep resume {folder} --{field} {shlex.quote(str(value))}"
+            f"it: fewstep resume {folder} --{field} {shlex.quote(value)}"
         )
 
 

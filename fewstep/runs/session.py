@@ -184,7 +184,7 @@ def _claim(folder: Path, session: Session) -> None:
     used = [type(session.teacher), recipe.method_class]
     extensions.keep(folder / "code", used, [name.partition(":")[0] for name in named])
     write(folder / "recipe.yaml", recipes.dump(recipe))
-    inputs.keep(folder, session.inputs)
+    inputs.keep(folder, session.inputs, session.teacher)
     session.write_summary(report=False)
 
 

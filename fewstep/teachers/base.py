@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +16,7 @@ from ..diffusion.cond import Cond
 from ..diffusion.denoiser import NetDenoiser
 from ..diffusion.solvers import ddim
 from ..errors import FewstepError
-from ..files import at_home
+from .origin import Origin
 from .pipelines import fix_shift, native_resolution, pixels_per_latent, size_options, takes
 from .schedulers import FLOOR, PREDICTIONS, is_flow, schedule_of, scheduler_sample
 
@@ -214,11 +213,15 @@ class Teacher:
         self.denoiser.example = self.denoiser.example.to(device)
         return self
 
+    @cached_property
+    def origin(self) -> Origin:
+        """What its weights are made of; one that was loaded knows more than its source."""
+        return Origin(self.source)
+
     @property
     def place(self) -> str:
-        """Its source for those who read it elsewhere: of a folder the whole path."""
-        path = at_home(self.source)
-        return os.path.abspath(path) if os.path.isdir(path) else self.source
+        """Its source for those who read it elsewhere: of a folder or file the whole path."""
+        return Origin(self.source).placed().path
 
     @property
     def positions(self) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 NUMBERS = 64  # of each tensor
@@ -34,8 +36,16 @@ def of_network(module: nn.Module) -> str:
     return hash_of(sorted(of_tensors(module, rounded=True)))
 
 
+def of_file(path: Path) -> str:
+    """Of a LoRA: names and tensors, each as a whole; where it lies and what else it says does not matter."""
+    with safe_open(path, "pt") as held:
+        names = sorted(held.keys())
+        return hash_of(f"{name} {_of_tensor(held.get_tensor(name), whole=True)}" for name in names)
+
+
 @torch.no_grad()
-def _of_tensor(tensor: Tensor) -> str:
-    some = tensor.flatten()[:: max(1, tensor.numel() // NUMBERS)][:NUMBERS]
+def _of_tensor(tensor: Tensor, whole: bool = False) -> str:
+    every = tensor.flatten()
+    some = every if whole else every[:: max(1, tensor.numel() // NUMBERS)][:NUMBERS]
     data = some.cpu().double().numpy().tobytes()
     return hashlib.sha256(repr(tuple(tensor.shape)).encode() + data).hexdigest()

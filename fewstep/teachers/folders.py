@@ -3,47 +3,69 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import FewstepError
+from .origin import to_safetensors
 
-SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+SINGLE = (".safetensors", ".gguf", *PICKLED)
 WEIGHTS = "*.safetensors"
 WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "Processor", "Extractor")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that a distillation runs without
+OPTIONAL = {
+    "text_encoder_3": "tokenizer_3"
+}  # encoders without which a pipeline runs as well, and what goes with them
 RESAVE = (
     'python -c "from diffusers import DiffusionPipeline as P; P.from_pretrained({folder!r}, {how})'
     ".save_pretrained('NEW')\""
 )
 
 
-def check_pipeline_folder(source: str) -> None:
-    """Refuses a local path that holds no pipeline, before anything is loaded.
+def check_pipeline_folder(source: str, field: str = "teacher.path") -> None:
+    """Refuses a local path that holds no pipeline, before anything is loaded; a ``.safetensors`` file may be one.
 
     Raises:
         FewstepError: with what would make one of it.
     """
     path = Path(source)
+    if path.is_file() and path.suffix == ".safetensors" and field == "teacher.path":
+        return
     if singles := _singles(path):
-        raise FewstepError(
-            f"teacher.path: {source} is {'a single file' if path.is_file() else 'a folder of single files'}; expected "
-            "a folder written by save_pretrained. Make one of it: "
-            f"StableDiffusionXLPipeline.from_single_file({str(singles[0])!r}).save_pretrained('NEW'), with the class "
-            "of your model, then give NEW"
-        )
+        raise FewstepError(f"{field}: {source} {_not_this(path, singles[0])}")
     if path.exists() and not (path / "model_index.json").is_file():
         near = [p for p in (path.parent, *sorted(path.glob("*/"))) if (p / "model_index.json").is_file()]
         hint = f"; there is one in {near[0]}" if near else ""
         raise FewstepError(
-            f"teacher.path: {source} is no diffusers pipeline (no model_index.json in it){hint}; give a folder written "
+            f"{field}: {source} is no diffusers pipeline (no model_index.json in it){hint}; give a folder written "
             "by save_pretrained, a hub id, or builtin:emoji-xl"
         )
     if not path.exists() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1):
         raise FewstepError(
-            f"teacher.path: {source} does not exist; give a folder written by save_pretrained, a hub id such as "
+            f"{field}: {source} does not exist; give a folder written by save_pretrained, a hub id such as "
             "stabilityai/stable-diffusion-xl-base-1.0, or builtin:emoji-xl"
         )
+
+
+def _not_this(path: Path, single: Path) -> str:
+    """What is wrong with a file, or with a folder that holds such files only, and what would do."""
+    if path.is_dir():
+        if single.suffix == ".safetensors":
+            return f"is a folder of single files; name the file: {single}"
+        return f"is a folder of single files; {single.name} {_not_this(single, single)}"
+    if single.suffix in PICKLED:
+        return (
+            "is a pickled file, which can run code as it is read; expected .safetensors. Make one of its tensors: "
+            f"{to_safetensors(str(single))}"
+        )
+    return (
+        f"is a {single.suffix} file, which is no pipeline or is quantised; expected a whole model as .safetensors, or "
+        "a folder written by save_pretrained"
+    )
 
 
 def _singles(path: Path) -> list[Path]:
@@ -55,38 +77,80 @@ def _singles(path: Path) -> list[Path]:
     return sorted(p for p in path.glob("*") if p.suffix in SINGLE)
 
 
-def check_parts(source: str, folder: str | Path) -> None:
+def check_parts(source: str, folder: str | Path, variant: str | None = None) -> None:
     """Refuses a folder without the files of a part that it lists, or with weights of another form.
 
     Args:
         source: what errors name. folder: where it lies; an id of the hub is not looked at.
+        variant: of its weights, where they have one; parts that have none are taken without, as diffusers does.
 
     Raises:
         FewstepError: with the part and the remedy.
     """
     folder = Path(folder)
-    index = _index(folder / "model_index.json")
-    listed = {
-        n: v for n, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1] and n not in UNUSED
-    }
-    for name, (_, kind) in listed.items():
-        place = folder / name
-        if not place.is_dir() or not any(place.iterdir()):
-            others = [
-                n
-                for n in listed
-                if n != name and n.replace("tokenizer", "") == name.replace("text_encoder", "")
-            ]
-            null = " and ".join(f'"{n}": [null, null]' for n in (name, *others))
-            optional = (
-                f", or {null} in model_index.json to run without it" if name == "text_encoder_3" else ""
-            )
+    listed = listed_parts(_index(folder / "model_index.json"))
+    weighed = [name for name, kind in listed.items() if not any(word in kind for word in WITHOUT_WEIGHTS)]
+    known = {one for name in weighed for one in _variants(folder / name)} - {""}
+    if variant and listed and variant not in known:
+        raise FewstepError(
+            f"teacher.variant: {variant}: no weights of {source} are of it; expected "
+            f"{' or '.join([*sorted(known), 'null'])}"
+        )
+    lacking = missing(listed, folder)
+    for name, kind in listed.items():
+        if name in lacking and name not in may_lack(lacking):
             raise FewstepError(
-                f"teacher.path: {source} lists {name} ({kind}), and the folder {place} is missing; put it there"
-                f"{optional}"
+                f"teacher.path: {source} lists {name} ({kind}), and the folder {folder / name} is missing; put it there"
             )
-        if not any(word in str(kind) for word in WITHOUT_WEIGHTS):
-            _check_weights(source, folder, name)
+        if name in weighed and name not in lacking:
+            _check_weights(source, folder, name, variant)
+
+
+def listed_parts(index: Mapping[str, Any]) -> dict[str, str]:
+    """Part -> class, of a ``model_index.json``, without what a distillation does not use."""
+    pairs = {n: v for n, v in index.items() if isinstance(v, (list, tuple)) and len(v) == 2}
+    return {n: str(v[1]) for n, v in pairs.items() if v[1] and n not in UNUSED}
+
+
+def missing(parts: Iterable[str], folder: Path) -> list[str]:
+    """Parts of which a folder has no file; of the hub, where nothing is looked at, none."""
+    there = folder.is_dir()
+    return [n for n in parts if there and not ((folder / n).is_dir() and any((folder / n).iterdir()))]
+
+
+def may_lack(missing: list[str]) -> list[str]:
+    """Those of the missing parts without which the pipeline runs: a third encoder, and its tokenizer with it."""
+    encoders = [name for name in OPTIONAL if name in missing]
+    return [*encoders, *(OPTIONAL[name] for name in encoders if OPTIONAL[name] in missing)]
+
+
+def null_parts(index: Mapping[str, Any], folder: Path) -> dict[str, None]:
+    """Parts that a pipeline was saved without, and those that are listed, of no use here, and not there.
+
+    Its class may want them named all the same when it is loaded.
+    """
+    pairs = {n: list(v) for n, v in index.items() if isinstance(v, (list, tuple)) and len(v) == 2}
+    null = [name for name, value in pairs.items() if value == [None, None]]
+    unused = [name for name, value in pairs.items() if name in UNUSED and value[1]]
+    return dict.fromkeys([*null, *missing(unused, folder)])
+
+
+def absent_parts(source: str, index: Mapping[str, Any], folder: Path) -> dict[str, None]:
+    """Parts that a pipeline runs without: saved as null, or listed and not there, which is said.
+
+    Args:
+        index: its ``model_index.json``. folder: where its parts would be.
+    """
+    lacking = may_lack(missing(listed_parts(index), folder))
+    if lacking:
+        say(f"teacher.path: {source} lists {', '.join(lacking)}, and has no such folder: it runs without")
+    return {**null_parts(index, folder), **dict.fromkeys(lacking)}
+
+
+@cache
+def say(text: str) -> None:
+    """Once in a process, which may load a teacher several times."""
+    print(f"fewstep: note: {text}", file=sys.stderr)
 
 
 def _index(path: Path) -> dict[str, Any]:
@@ -98,18 +162,22 @@ def _index(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _check_weights(source: str, folder: Path, name: str) -> None:
-    """A part's own files of safetensors, not those of a variant (``model.fp16.safetensors``)."""
-    files = [p.name for p in (folder / name).glob(WEIGHTS)]
-    variants = {file.split(".")[1].split("-")[0] for file in files if file.count(".") > 1}
-    if len(files) > sum(file.count(".") > 1 for file in files):
+def _variants(place: Path) -> set[str]:
+    """Of the safetensors files of a part: ``fp16`` for model.fp16.safetensors, "" for one without."""
+    names = [path.name.split(".") for path in place.glob(WEIGHTS)]
+    return {words[1].split("-")[0] if len(words) > 2 else "" for words in names}
+
+
+def _check_weights(source: str, folder: Path, name: str, variant: str | None) -> None:
+    """A part's files of safetensors, of this variant or of none."""
+    there = _variants(folder / name)
+    if there & {variant, ""}:
         return
-    if variants:
-        variant = min(variants)
+    if there:
+        only = min(there)
         raise FewstepError(
-            f"teacher.path: {source}: the weights of {name} are there as variant {variant} only; save it without: "
-            + RESAVE.format(folder=str(folder), how=f"variant={variant!r}")
-            + ", then give NEW"
+            f"teacher.path: {source}: the weights of {name} are there as variant {only} only; set "
+            f"teacher.variant {only}"
         )
     if any((folder / name).glob("*.bin")):
         raise FewstepError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -16,8 +15,10 @@ from ..errors import FewstepError, in_line
 from ..extensions import plugins
 from ..files import at_home
 from .base import Teacher
-from .folders import check_parts, check_pipeline_folder
-from .pipelines import hushed
+from .folders import absent_parts, check_parts, check_pipeline_folder
+from .origin import Origin, check_loras, merge_loras
+from .pipelines import heard, hushed
+from .single import check_single, config_of, load_single
 
 if TYPE_CHECKING:
     import torch
@@ -57,17 +58,19 @@ def adapters() -> dict[str, type[Teacher]]:
 
 
 def pipeline_type(name: str):
-    """The class of a pipeline: one of ours by name, or diffusers' loader, which finds the class itself."""
-    from diffusers import DDPMPipeline, DiffusionPipeline
+    """The class of a pipeline: one of ours or of diffusers by name, or its loader, which finds the class itself."""
+    import diffusers
 
     from .ar import PIPELINES
 
     # DDIMPipeline makes DDIM's of any scheduler, and holds the same parts.
-    return {"DDIMPipeline": DDPMPipeline, **PIPELINES}.get(name, DiffusionPipeline)
+    own = {"DDIMPipeline": diffusers.DDPMPipeline, **PIPELINES}
+    # The loader would not take null for a part that its class can do without.
+    return own.get(name) or getattr(diffusers, name, diffusers.DiffusionPipeline)
 
 
 def resolve(source: str) -> str:
-    """The folder of a built-in teacher, or the path or hub id as given.
+    """The folder of a built-in teacher, or the path of a folder or file, or hub id, as given.
 
     Raises:
         FewstepError: unknown built-in or one that is not installed, or a local path that is no pipeline.
@@ -105,29 +108,46 @@ def _check_transformers(source: str) -> None:
         )
 
 
-def _class_name(source: str) -> str:
+def _class_name(origin: Origin) -> str:
     from diffusers import DiffusionPipeline
 
-    path = resolve(source)
+    place = config_of(origin) if origin.single else resolve(origin.path)
     try:
-        return str(DiffusionPipeline.load_config(path)["_class_name"])
+        return str(DiffusionPipeline.load_config(place)["_class_name"])
     except Exception as error:  # the hub client raises a dozen kinds
-        raise FewstepError(f"teacher.path: cannot read the pipeline {source}: {in_line(error)}") from error
+        raise FewstepError(
+            f"teacher.path: cannot read the pipeline {origin.path}: {in_line(error)}"
+        ) from error
 
 
-def pipeline_class_of(source: str) -> str:
+def pipeline_class_of(source: str | Origin) -> str:
     """Class of a pipeline without loading its weights; one clear error if fewstep has no adapter for it."""
-    name = _class_name(source)
+    origin = _origin(source)
+    name = _class_name(origin)
     if name not in adapters():
         plugins()
     if name not in adapters():
         raise FewstepError(
-            f"teacher.path: {source} is a {name}; fewstep has adapters for {', '.join(adapters())}. If it only "
+            f"teacher.path: {origin.path} is a {name}; fewstep has adapters for {', '.join(adapters())}. If it only "
             "wraps the parts of one of these, save them as that class (its from_pipe, then save_pretrained). Else "
             "subclass fewstep.teachers.base.Teacher (encode, call) under @fewstep.teachers.register in your recipe, as "
             "in fewstep/teachers/sd.py"
         )
     return name
+
+
+def check_origin(origin: Origin) -> None:
+    """What can be known before anything is loaded: every part's files are there, and LoRAs that its class reads.
+
+    Raises:
+        FewstepError: with the field and the remedy.
+    """
+    name = _class_name(origin)
+    if origin.single:
+        check_single(origin, name)
+    else:
+        check_parts(origin.path, resolve(origin.path), origin.variant)
+    check_loras(origin.loras, name)
 
 
 @contextmanager
@@ -137,20 +157,8 @@ def nothing_made_up(source: str) -> Iterator[None]:
     Raises:
         FewstepError: with what the library says.
     """
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]  # of this one handler
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    before = [(logger, logger.handlers, logger.level) for logger in loggers]
-    for logger in loggers:
-        logger.handlers = [handler]
-        logger.setLevel(logging.WARNING)
-    try:
+    with heard("diffusers", "transformers") as said:
         yield
-    finally:
-        for logger, handlers, level in before:
-            logger.handlers = handlers
-            logger.setLevel(level)
     made_up = [text for text in said if "newly initialized" in text]
     if made_up:
         text = " ".join(re.sub(r"\x1b\[[\d;]*m", "", made_up[0]).split())
@@ -160,44 +168,53 @@ def nothing_made_up(source: str) -> Iterator[None]:
         )
 
 
-def absent_parts(path: str | Path) -> dict[str, None]:
-    """Parts that a pipeline was saved without, e.g. the third encoder of Stable Diffusion 3.
+def load_pipeline(source: str | Origin, dtype: str = "float32"):
+    """The stock pipeline of a path, hub id or built-in name, of any class; weights from safetensors only.
 
-    Its class may want them named all the same when it is loaded.
+    Args:
+        source: of an :class:`Origin` the file or variant that it names too, with its LoRAs merged.
+
+    Raises:
+        FewstepError: no pipeline there, one that cannot be loaded, or a LoRA that does not fit.
     """
-    from diffusers import DiffusionPipeline
-
-    config = DiffusionPipeline.load_config(path)
-    return {
-        name: None
-        for name, value in config.items()
-        if isinstance(value, (list, tuple)) and list(value) == [None, None]
-    }
-
-
-def load_pipeline(source: str, dtype: str = "float32"):
-    """The stock pipeline of a path, hub id or built-in name, of any class; weights from safetensors only."""
     import torch
 
-    pipeline_class = _class_name(source)
+    origin = _origin(source)
+    name = _class_name(origin)
+    check_loras(origin.loras, name)
     usual: dict[str, dict[str, Any]] = {
         # A safety checker is no part of distillation, and most folders lack it.
         "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
         "StableDiffusionXLPipeline": {"add_watermarker": False},
     }
-    check_parts(source, resolve(source))
-    extra = absent_parts(resolve(source)) | usual.get(pipeline_class, {})
+    options: dict[str, Any] = {**usual.get(name, {}), "torch_dtype": getattr(torch, dtype)}
     try:
-        with hushed(), nothing_made_up(source):
-            pipe = pipeline_type(pipeline_class).from_pretrained(
-                resolve(source), torch_dtype=getattr(torch, dtype), use_safetensors=True, **extra
-            )
+        with hushed(), nothing_made_up(origin.path):
+            pipe = (load_single if origin.single else _load_folder)(origin, name, options)
+            merge_loras(pipe, origin.loras)
     except FewstepError:
         raise
     except Exception as error:  # a file missing or damaged: each loader raises its own kinds
-        raise FewstepError(f"teacher.path: cannot load the pipeline {source}: {in_line(error)}") from error
+        raise FewstepError(
+            f"teacher.path: cannot load the pipeline {origin.path}: {in_line(error)}"
+        ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _load_folder(origin: Origin, name: str, options: dict[str, Any]):
+    from diffusers import DiffusionPipeline
+
+    place = resolve(origin.path)
+    check_parts(origin.path, place, origin.variant)
+    absent = absent_parts(origin.path, DiffusionPipeline.load_config(place), Path(place))
+    if origin.variant:
+        options = {**options, "variant": origin.variant}
+    return pipeline_type(name).from_pretrained(place, use_safetensors=True, **{**absent, **options})
+
+
+def _origin(source: str | Origin) -> Origin:
+    return source if isinstance(source, Origin) else Origin(source)
 
 
 def load_teacher(
@@ -208,27 +225,31 @@ def load_teacher(
     autocast: str | None = None,
     attention: str = "auto",
     device: torch.device | str = "cpu",
+    **weights: Any,
 ) -> Teacher:
-    """A pipeline folder, hub id or ``builtin:`` name as a teacher.
+    """A pipeline folder, hub id, file or ``builtin:`` name as a teacher.
 
     Args:
-        source: what ``DiffusionPipeline.from_pretrained`` takes, or ``builtin:emoji-xl``.
+        source: what ``DiffusionPipeline.from_pretrained`` takes, a ``.safetensors`` file, or ``builtin:emoji-xl``.
         dtype: of the frozen weights, "float32" or "bfloat16"; the VAE stays in float32.
         resolution: pixels; default the pipeline's own. autocast: dtype of the networks' arithmetic, "auto" or None.
         attention: kernel, see :class:`~fewstep.recipe.TeacherConfig`. device: where it will be, for which ``auto`` is
             decided.
+        weights: variant, config and loras, see :class:`~fewstep.recipe.TeacherConfig`.
 
     Raises:
         FewstepError: no pipeline there, or no adapter for its class.
     """
     import torch
 
-    cls = adapters()[pipeline_class_of(source)]
-    pipe = load_pipeline(source, dtype)
+    origin = Origin.of(source, **weights)
+    cls = adapters()[pipeline_class_of(origin)]
+    pipe = load_pipeline(origin, dtype)
     if cls.autoencoder:
         with hushed():
             getattr(pipe, cls.autoencoder).to(torch.float32)
     teacher = with_arithmetic(partial(cls, pipe, source, resolution), autocast, attention, device)
+    teacher.origin = origin
     return teacher.to(device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -113,3 +114,22 @@ def hushed() -> Iterator[None]:
         for library, level in zip(libraries, levels):
             library.set_verbosity(level)
             library.enable_progress_bar()
+
+
+@contextmanager
+def heard(*libraries: str) -> Iterator[list[str]]:
+    """What these libraries warn of meanwhile, instead of it being printed."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]  # of this one handler
+    loggers = [logging.getLogger(name) for name in libraries]
+    before = [(logger, logger.handlers, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.handlers = [handler]
+        logger.setLevel(logging.WARNING)
+    try:
+        yield said
+    finally:
+        for logger, handlers, level in before:
+            logger.handlers = handlers
+            logger.setLevel(level)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fewstep import recipe as recipes
 from fewstep.cli import main
@@ -70,22 +70,39 @@ def as_bin(path):
 
 
 @pytest.mark.parametrize("parts", ["**", "unet"])
-@pytest.mark.parametrize("change, word", [(as_variant, "variant fp16"), (as_bin, ".bin files")])
-def test_weights_of_another_form_and_the_command_that_mends_them(
-    folder, refused, tmp_path, change, word, parts
-):
+def test_weights_of_a_variant_are_asked_for_by_its_name(folder, refused, tally, parts):
+    whole = load_teacher(str(folder)).net.state_dict()
     for path in list(folder.glob(f"{parts}/*.safetensors")):
-        change(path)
-    message = refused(folder, word)
-    if change is as_bin and parts == "unet":
-        return  # diffusers takes one form of file for all parts
-    assert load_teacher(str(follow(message, tmp_path))).latent_shape == (4, 16, 16)
+        as_variant(path)
+    refused(folder, "as variant fp16 only; set teacher.variant fp16")
+    found = load_teacher(str(folder), variant="fp16")
+    assert all(torch.equal(value, whole[name]) for name, value in found.net.state_dict().items())
+    assert found.origin.record()["teacher_weights"] == {"variant": "fp16"}
+    tally("inputs tried", 1)
+    with pytest.raises(
+        FewstepError, match=r"^teacher.variant: bf16: no weights of .* expected fp16 or null$"
+    ):
+        load_teacher(str(folder), variant="bf16")
+    tally("refused with a clear error", 1)
 
 
-def test_a_variant_beside_the_weights_is_passed_over(folder):
-    for path in list(folder.rglob("*.safetensors")):
-        shutil.copy(path, path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
-    load_teacher(str(folder))
+@pytest.mark.parametrize("parts", ["**", "unet"])
+def test_pickled_weights_and_the_command_that_mends_them(folder, refused, tmp_path, parts):
+    for path in list(folder.glob(f"{parts}/*.safetensors")):
+        as_bin(path)
+    message = refused(folder, ".bin files")
+    if parts == "**":  # diffusers takes one form of file for all parts
+        assert load_teacher(str(follow(message, tmp_path))).latent_shape == (4, 16, 16)
+
+
+def test_a_variant_beside_the_weights_is_taken_where_it_is_named(folder):
+    for path in list((folder / "unet").glob("*.safetensors")):
+        half = {name: value * 0.5 for name, value in load_file(path).items()}
+        save_file(
+            half, path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")), {"format": "pt"}
+        )
+    plain, half = (load_teacher(str(folder), variant=v).net.conv_in.weight for v in (None, "fp16"))
+    assert torch.equal(half, plain * 0.5)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder_2", "tokenizer", "scheduler"])
@@ -97,33 +114,57 @@ def test_a_part_that_is_listed_and_missing(folder, refused, part, empty):
     refused(folder, f"lists {part} (", str(folder / part), "put it there")
 
 
-def test_the_third_encoder_of_stable_diffusion_3(tmp_path, teachers, refused):
+def test_the_third_encoder_of_stable_diffusion_3(tmp_path, teachers, refused, capsys):
     folder = shutil.copytree(teachers("SD 3").source, tmp_path / "sd3")
     path = folder / "model_index.json"
     index = json.loads(path.read_text())
-    listed = {
-        "text_encoder_3": ["transformers", "T5EncoderModel"],
-        "tokenizer_3": ["transformers", "T5TokenizerFast"],
-    }
-    path.write_text(json.dumps({**index, **listed}))
-    advice = refused(folder, "lists text_encoder_3 (T5EncoderModel)")
-    named = re.findall(r'"(\w+)": \[null, null\]', advice)
-    path.write_text(json.dumps({**index, **listed, **{name: [None, None] for name in named}}))
-    assert load_teacher(str(folder)).encoders == ("text_encoder", "text_encoder_2")
+    encoder = {"text_encoder_3": ["transformers", "T5EncoderModel"]}
+    tokenizer = {"tokenizer_3": ["transformers", "T5TokenizerFast"]}
+    image = {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    path.write_text(json.dumps({**index, **encoder, **tokenizer, **image}))
+    for _ in range(2):
+        teacher = load_teacher(str(folder))
+    assert teacher.encoders == ("text_encoder", "text_encoder_2") and teacher.pipe.tokenizer_3 is None
+    said = (
+        f"teacher.path: {folder} lists text_encoder_3, tokenizer_3, and has no such folder: it runs without"
+    )
+    assert capsys.readouterr().err.count(said) == 1
+    # A tokenizer alone is missing by mistake.
+    (folder / "text_encoder_3").mkdir()
+    (folder / "text_encoder_3" / "model.safetensors").write_bytes(b"")
+    refused(folder, "lists tokenizer_3 (T5TokenizerFast)", "put it there")
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pth"])
-def test_single_files(tmp_path, folder, refused, suffix):
-    path = tmp_path / f"sdxl{suffix}"
-    path.write_bytes((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
-    refused(path, "is a single file", f"from_single_file('{path}')")
+def test_pickled_single_files_and_the_command_that_reads_them_without_code(tmp_path, folder, refused):
+    path = tmp_path / "sdxl.ckpt"
+    weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    torch.save({"state_dict": {**weights, "same": weights["conv_in.bias"]}, "epoch": 3}, path)
+    message = refused(path, "pickled", "weights_only=True")
+    follow(message, tmp_path)
+    found = load_file(tmp_path / "sdxl.safetensors")
+    assert found.keys() == {*weights, "same"} and torch.equal(found["same"], weights["conv_in.bias"])
+    (tmp_path / "models").mkdir()
+    shutil.move(path, tmp_path / "models" / path.name)
+    refused(tmp_path / "models", "is a folder of single files", "weights_only=True")
+
+
+def test_single_files_that_are_no_model(tmp_path, folder, refused):
+    path = tmp_path / "unet.safetensors"
+    shutil.copy(folder / "unet" / "diffusion_pytorch_model.safetensors", path)
+    refused(path, "is no whole model that is known", "give teacher.config")
+    save_file({"unet.a.lora_A.weight": torch.ones(1)}, path)
+    refused(path, "a LoRA goes to teacher.loras")
+    path.write_bytes(b"{")
+    refused(path, "is damaged")
     (tmp_path / "models").mkdir()
     shutil.move(path, tmp_path / "models" / path.name)
     refused(
         tmp_path / "models",
         "is a folder of single files",
-        f"from_single_file('{tmp_path / 'models' / path.name}')",
+        f"name the file: {tmp_path / 'models' / path.name}",
     )
+    (tmp_path / "flux.gguf").write_bytes(b"GGUF")
+    refused(tmp_path / "flux.gguf", "quantised")
 
 
 def test_a_folder_beside_the_right_one(tmp_path, folder, refused):
