@@ -148,7 +148,7 @@ def _tiles(folder: Path, run: dict, rows: list[dict], records: list[dict]) -> st
     seconds = drawable(run.get("seconds", last.get("seconds")))
     if seconds is not None:
         tiles.append(("training time", duration(seconds), "" if steps is None else f"{pretty(steps)} steps"))
-    memory = run.get("memory")
+    memory: Any = run.get("memory")
     if peak := drawable(memory.get("peak_gb")) if isinstance(memory, dict) else None:
         tiles.append(("memory while training", f"{pretty(peak)} GB", pretty(memory.get("kind"))))
     files = (folder / "export").glob("*.safetensors")
