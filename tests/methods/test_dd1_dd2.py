@@ -760,9 +760,9 @@ def test_a_generator_of_codes_comes_nearer_to_the_joint(teacher):
 @pytest.mark.slow
 def test_dd1_learns_the_joint_in_one_step_and_in_two(teacher):
     pairs, joint = known_pairs(teacher, 60_000), teacher.denoiser.net
-    student = RoleConfig(lr=3e-3, ema=0.99, warmup=20, decay=900, **FULL)
+    student = RoleConfig(lr=3e-3, ema=0.98, warmup=20, decay=450, **FULL)
     trainer = token_toy(
-        DD1, DD1.Config(split=TOKENS, entries=[0, 2]), teacher, 900, 128, pairs, student=student
+        DD1, DD1.Config(split=TOKENS, entries=[0, 2]), teacher, 450, 128, pairs, student=student
     )
     trainer.train()
     two = joint.total_variation(student_tokens(trainer, teacher))
@@ -771,4 +771,4 @@ def test_dd1_learns_the_joint_in_one_step_and_in_two(teacher):
         trainer.method.student.denoisers[:1],
     )
     one = joint.total_variation(student_tokens(trainer, teacher))
-    assert one < 0.1 and two < 0.05
+    assert two < one < 0.11 and two < 0.07

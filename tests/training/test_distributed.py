@@ -16,7 +16,11 @@ from fewstep import recipe as recipes
 from fewstep.errors import RecipeError
 from fewstep.files import WriteError
 from fewstep.process import Process, start
+from fewstep.recipe import RoleConfig
 from fewstep.training.checkpoint import _write
+from fewstep.training.optimizers import optimizer_of, take_step
+from fewstep.training.roles import Role
+from fewstep.training.sharding import clip_gradients, distribute, whole
 
 KINDS = {  # how weights are trained, and over how many of two processes, and of three, they are split
     "replicas of a LoRA": ("lora", 1, 1),
@@ -135,6 +139,32 @@ def test_each_process_writes_what_it_holds(trained):
 def test_sharded_weights_are_exported_whole(trained):
     """Stock diffusers made the trainer's own sample of it, or the run would have ended with an error."""
     assert (trained["all sharded"]["two"] / "export" / "pipeline" / "model_index.json").is_file()
+
+
+def clipped(process=None):
+    """A norm, the gradients that were clipped to a tenth, and the weights after a step and their average."""
+    torch.manual_seed(0)
+    role = Role("x", torch.nn.Linear(4, 3), RoleConfig(kind="full", ema=0.5))  # rows that two do not divide
+    if process:
+        distribute(role.module, process)
+        role.collect()
+    role.module(torch.arange(8.0).view(2, 4)).square().sum().backward()
+    norm = clip_gradients(role.weights.values(), 0.1)
+    gradients = [w.grad for w in role.weights.values()]
+    take_step(optimizer_of(role), 0.01, torch.zeros(()))
+    role.update_average(0)
+    parts = [*gradients, *role.weights.values(), *role.average.values()]
+    return [norm.item(), *[whole(part).tolist() for part in parts]]
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_an_update_of_shards_is_that_of_the_whole(shard, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "start", lambda device: start(device, shard=shard))
+    alone = clipped()
+    assert alone[0] > 1 and torch.tensor(alone[1]).norm() < 0.1
+    for several in processes.together(2, clipped, tmp_path):
+        for one, other in zip(alone, several, strict=True):
+            torch.testing.assert_close(torch.tensor(other), torch.tensor(one))
 
 
 def test_a_number_of_processes_that_the_shards_do_not_divide_is_refused(monkeypatch):
