@@ -336,7 +336,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
         return f"]({posixpath.relpath(place, posixpath.dirname(here))})"
 
-    return LINK.sub(local, fill(markdown, here))
+    return LINK.sub(local, fill(markdown, here)).replace(" ± ", "\u00a0±\u00a0")
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:

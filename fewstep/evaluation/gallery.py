@@ -54,7 +54,7 @@ def _gallery_of(results: Mapping[str, dict[str, Any]]) -> str:
             label = f"`{name}`" if len(students) == 1 else f"`{name}`, {steps_of(row['steps'])}"
             rows[label] = {**flat(row), "name": label, "distilled in s": float(result["seconds"])}
     ordered = sorted(rows.values(), key=lambda r: (RANK[r["kind"]], r.get("nfe", 0), r["name"]))
-    apart = ("seconds per image", "same-noise distance")  # of one run only
+    apart = ("seconds per image", "speed-up", "same-noise distance")  # of one run only
     return _table([{k: v for k, v in row.items() if not k.startswith(apart)} for row in ordered])
 
 

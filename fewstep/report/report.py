@@ -144,8 +144,10 @@ def _tiles(folder: Path, run: dict, rows: list[dict], records: list[dict]) -> st
         note += f", {reference / value:.3g}× more" if reference and 0 < 2 * value <= reference else ""
         tiles.append(("evaluations per image" if key == "nfe" else key, pretty(value), note))
     last = records[-1] if records else {}
-    steps = drawable(run.get("steps", last.get("step")))
-    seconds = drawable(run.get("seconds", last.get("seconds")))
+    steps, seconds = (
+        max((n for n in map(drawable, values) if n is not None), default=None)
+        for values in ((run.get("steps"), last.get("step")), (run.get("seconds"), last.get("seconds")))
+    )
     if seconds is not None:
         tiles.append(("training time", duration(seconds), "" if steps is None else f"{pretty(steps)} steps"))
     memory: Any = run.get("memory")

@@ -146,6 +146,10 @@ class Preview:
         with replacing(path) as part:
             grid.save(part)
 
+    def then(self, job: Callable[[], None]) -> None:
+        """Does something when the grids so far are on the disk; training does not wait for it either."""
+        self.writing.append(self.writer.submit(job))
+
     def settle(self) -> None:
         """Waits until all grids are on the disk.
 

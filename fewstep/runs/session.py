@@ -270,7 +270,7 @@ class Session:
             recipe.train,
             folder=self.folder,
             process=process,
-            on_sample=lambda step: self.preview.draw(step, process.main),
+            on_sample=self._sample,
             on_save=self.preview.settle,
         )
 
@@ -303,6 +303,11 @@ class Session:
                 file=sys.stderr,  # a bench's output is its result
             )
 
+    def _sample(self, step: int) -> dict[str, float]:
+        measured = self.preview.draw(step, self.process.main)
+        self.preview.then(self.write_summary)  # so that the report can be looked at while it trains
+        return measured
+
     def train(self, resuming: bool) -> None:
         if resuming:
             found, main = self.trainer.restore(), self.process.main
@@ -318,6 +323,7 @@ class Session:
             self.preview.settle()
         except BaseException:
             with contextlib.suppress(WriteError):  # the first fault is the one to tell
+                self.preview.settle()
                 self.write_summary()
             raise
         self.write_summary()

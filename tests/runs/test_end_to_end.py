@@ -24,6 +24,8 @@ from fewstep.diffusion import kernels
 from fewstep.errors import FewstepError
 from fewstep.export import load_exported, stock_sample
 from fewstep.report.grid import image_grid
+from fewstep.report.report import write_report
+from fewstep.runs import session
 from fewstep.runs.library import load_recipe, recipe_files
 from fewstep.runs.session import Session, execute, resume, settled
 from fewstep.teachers import load_teacher
@@ -72,7 +74,15 @@ def sdxl_run(tiny_sdxl, tmp_path_factory):
     if importlib.util.find_spec("torchmetrics"):
         words += ["--samples.distance", "3", "--evaluation.extractor", "effnet-lite0@32"]
     recipe = tiny("sdxl_dmd2_4step_24gb", tiny_sdxl, folder, *words)
-    return execute(recipe), recipe
+
+    def noted(run):
+        with (folder / "reports.txt").open("a") as stream:
+            print(len(list((run / "samples").glob("step_*.png"))), file=stream)
+        return write_report(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "write_report", noted)
+        return execute(recipe), recipe
 
 
 def test_a_run_directory_holds_everything(sdxl_run):
@@ -84,6 +94,12 @@ def test_a_run_directory_holds_everything(sdxl_run):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "samples/FD(effnet-lite0@32)" not in r] == [1, 2, 3, 4]
     assert not list(folder.rglob(".part-*")) and not list(folder.parent.rglob("*pwned*"))
+
+
+def test_the_report_is_written_after_every_grid_and_at_the_end(sdxl_run):
+    folder, _ = sdxl_run
+    grids = [int(line) for line in (folder.parent / "reports.txt").read_text().split()]
+    assert grids == [1, 2, 3, 3, 3]  # after three grids, after training, after the export
 
 
 def test_the_distance_to_real_images_is_logged_beside_the_grids(sdxl_run):
