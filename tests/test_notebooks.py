@@ -88,7 +88,7 @@ def test_stored_outputs_are_those_of_the_cells_and_fit_to_be_read(name):
     ],
 )
 def test_what_is_not_fit_is_found(output):
-    cell = nbformat.v4.new_code_cell("1", execution_count=1, outputs=[output])
+    cell = nbformat.v4.new_code_cell("1", execution_count=1, outputs=[nbformat.from_dict(output)])
     notebook = nbformat.v4.new_notebook(cells=[cell])
     notebook.metadata["executed"] = script.digest(notebook)
     assert len(faults(notebook)) == 1
