@@ -212,23 +212,21 @@ def floor(args: argparse.Namespace) -> int:
 
 
 def _searched_floor(args: argparse.Namespace) -> int:
-    import inspect
-
     from ..data.prompts import load_prompts
     from ..evaluation.floor import FAMILIES, calibrate
     from ..evaluation.statistics import table
     from ..evaluation.stock import write_floor
     from ..teachers import load_teacher
+    from ..teachers.pipelines import own_guidance
 
     prompts = load_prompts(args.prompts, "--prompts", args.column)
     options = {"dtype": args.dtype, "resolution": args.size, "device": args.device}
     teacher = load_teacher(args.teacher, **options)
-    own = inspect.signature(teacher.pipe.__call__).parameters.get("guidance_scale")
     record = calibrate(
         teacher,
         prompts,
         args.steps,
-        guidance=(own.default if own else 1.0) if args.guidance is None else args.guidance,
+        guidance=own_guidance(teacher.pipe) if args.guidance is None else args.guidance,
         num=args.num,
         reference_steps=args.reference_steps,
         solver=args.solver,

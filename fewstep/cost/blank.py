@@ -40,7 +40,7 @@ class Blank:
 
         def cond() -> Cond:
             one = self.teacher.blank(1)  # seen as many rows, which takes no memory
-            return one.map(lambda value: noise(value.expand(self.shape[0], *value.shape[1:])))
+            return one.expand(self.shape[0]).moved(noise)
 
         more: dict[str, Any] = {}
         if "images" in self.needs:

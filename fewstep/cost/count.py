@@ -220,5 +220,5 @@ def _preview(teacher: Teacher, images: int) -> int:
     if vae is None:
         return 0
     with Meter() as meter:
-        vae.decode(torch.empty(min(images, teacher._at_once()), *teacher.latent_shape), return_dict=False)
+        teacher.vae_decode(torch.empty(min(images, teacher._at_once()), *teacher.latent_shape))
     return storage_bytes(vae.parameters()) + meter.peak

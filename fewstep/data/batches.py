@@ -91,7 +91,7 @@ class Batches:
         return {name: upload(value, self.device) for name, value in rows.items()}
 
     def _moved(self, cond: Cond) -> Cond:
-        return Cond(self._upload(cond.tensors))
+        return cond.moved(lambda value: upload(value, self.device))
 
     def _index(self, stream: str, position: int, length: int) -> Tensor:
         end = position + self.shape[0]

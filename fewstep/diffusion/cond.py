@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HOST = (
+    "lengths",
+)  # names of what a call reads as numbers: it stays on the host, which would wait for a device
+
 
 @dataclass(frozen=True)
 class Cond:
@@ -30,11 +34,21 @@ class Cond:
 
     def rows(self, index: Tensor | slice) -> Cond:
         """Rows by slice or index tensor."""
-        return self.map(lambda value: value[index])
+
+        def some(value: Tensor) -> Tensor:
+            if isinstance(index, Tensor) and value.device.type == "cpu":
+                return value[index.to(value.device)]
+            return value[index]
+
+        return self.map(some)
 
     def expand(self, batch_size: int) -> Cond:
         """One row -> ``batch_size`` equal rows (a view)."""
         return self.map(lambda value: value.expand(batch_size, *value.shape[1:]))
+
+    def moved(self, function: Callable[[Tensor], Tensor]) -> Cond:
+        """As :meth:`map`, of what does not stay on the host."""
+        return Cond({n: value if n in HOST else function(value) for n, value in self.tensors.items()})
 
     def to(self, *args: Any, **kwargs: Any) -> Cond:
         """Like ``Tensor.to``; a dtype is applied to floating-point tensors only."""
@@ -47,7 +61,7 @@ class Cond:
             to: Callable[..., Tensor] = value.to
             return to(*places, **device_only, **only)
 
-        return self.map(move)
+        return self.moved(move)
 
     @staticmethod
     def cat(*parts: Cond) -> Cond:

@@ -37,6 +37,13 @@ class Denoiser(Protocol):
 EMBEDDED = "embedded_guidance"  # name of the scale (B,) in the condition of a guidance-distilled network
 
 NetCall = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
+Guide = Callable[[Tensor, Tensor, Guidance], Tensor]
+
+
+def plainly(unconditional: Tensor, conditional: Tensor, guidance: Guidance) -> Tensor:
+    """``u + g (c - u)`` of two predictions."""
+    scale = expand(guidance, conditional) if isinstance(guidance, Tensor) else guidance
+    return torch.lerp(unconditional, conditional, scale)
 
 
 class Scalar(NamedTuple):
@@ -56,6 +63,8 @@ class NetDenoiser:
         call: ``call(net, x_t, time, cond) -> prediction`` spells the class's keyword arguments.
         null: one row of the null condition, for classifier-free guidance; None where there is none.
         example: one row of any condition, for a trial call; by default the null one.
+        guide: how the two predictions of guidance become one, where the stock pipeline does more than :func:`plainly`.
+        tokens: how many of the tokens that a block gives are the image's, the first ones; None for all.
         embeds_guidance: a network distilled from a guided one, which is told the scale as ``cond[EMBEDDED]``: the
             guidance it is called with, or ``embedded`` where that is 1, as students and critics are called.
         autocast: dtype of the network's arithmetic, or None for the weights' own. x_t and x0 stay fp32.
@@ -74,11 +83,14 @@ class NetDenoiser:
         attention: str = "auto",
         example: Cond | None = None,
         embeds_guidance: bool = False,
+        guide: Guide = plainly,
+        tokens: int | None = None,
     ):
         self.net, self.schedule, self.prediction = net, schedule, prediction
         self.call, self.null, self.autocast, self.attention = call, null, autocast, attention
         self.example = example or null or Cond({})
         self.embeds_guidance, self.embedded = embeds_guidance, 1.0
+        self.guide, self.tokens = guide, tokens
         self.products: Callable[[], AbstractContextManager[None]] = (
             nullcontext  # how fp32 ones are made, see fewstep.diffusion.kernels
         )
@@ -111,9 +123,7 @@ class NetDenoiser:
             return self._forward(x_t, t, self._told(null, 1.0, x_t) if self.embeds_guidance else null)
         both = self._forward(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat(null, cond))
         unconditional, conditional = both.chunk(2)
-        return torch.lerp(
-            unconditional, conditional, expand(guidance, x_t) if isinstance(guidance, Tensor) else guidance
-        )
+        return self.guide(unconditional, conditional, guidance)
 
     def exact(self) -> NetDenoiser:
         """The same network without autocast and with the attention kernel that has forward-mode derivatives."""

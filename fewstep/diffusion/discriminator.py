@@ -31,14 +31,16 @@ def _image_of(output) -> Tensor:
 
 
 @contextmanager
-def _taps(net: nn.Module, names: Sequence[str], stop: bool) -> Iterator[dict[str, Tensor]]:
+def _taps(
+    net: nn.Module, names: Sequence[str], stop: bool, tokens: int | None = None
+) -> Iterator[dict[str, Tensor]]:
     """Features by name. After the last one the forward stops, or goes on without a graph, which nothing would use."""
     features: dict[str, Tensor] = {}
     grad = torch.is_grad_enabled()
 
     def keep(name: str):
         def hook(_module, _inputs, output):
-            features[name] = _image_of(output).float()
+            features[name] = _image_of(output)[:, :tokens].float()
             if len(features) == len(names):
                 if stop:
                     raise _LastTap
@@ -72,7 +74,7 @@ def tap_features(
     """Features of the named blocks in fp32, in the order of ``names``; gradient reaches x_t."""
     # A sharded module frees its gathered weights in a hook after its forward, so it has to finish.
     stop = not hasattr(denoiser.net, "unshard")
-    with _taps(denoiser.net, names, stop) as features, suppress(_LastTap):
+    with _taps(denoiser.net, names, stop, denoiser.tokens) as features, suppress(_LastTap):
         denoiser.predict(x_t, t, cond)
     return [features[name] for name in names]
 
@@ -275,14 +277,15 @@ class Discriminator(nn.Module):
         self, denoiser: NetDenoiser, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Logits as of :meth:`logits` and x0 without gradient, by one forward; guidance takes one of the null too."""
-        with _taps(denoiser.net, self.taps, False) as features:
-            x0 = denoiser.x0(x_t, t, cond).detach()
+        with _taps(denoiser.net, self.taps, False, denoiser.tokens) as features:
+            made = denoiser.predict(x_t, t, cond).detach()
         if guidance != 1.0:
             with torch.no_grad():
-                if getattr(denoiser, "embeds_guidance", False):  # its features are those of another scale
-                    x0 = denoiser.x0(x_t, t, cond, guidance=guidance)
+                if denoiser.embeds_guidance:  # its features are those of another scale
+                    made = denoiser.predict(x_t, t, cond, guidance=guidance)
                 else:
-                    x0 = torch.lerp(denoiser.x0(x_t, t, cond, guidance=0.0), x0, guidance)
+                    made = denoiser.guide(denoiser.predict(x_t, t, cond, guidance=0.0), made, guidance)
+        x0 = denoiser.schedule.convert(made, x_t.detach(), t, denoiser.prediction, "x0")
         return self([features[name] for name in self.taps], self._told(denoiser, t, cond)), x0
 
     def _told(self, denoiser: NetDenoiser, t: Tensor, cond: Cond) -> Tensor | None:

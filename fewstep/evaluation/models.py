@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,14 @@ from fewstep.errors import FewstepError
 from fewstep.evaluation.stock import RECORD, floor_sampler, free_u
 from fewstep.teachers import load_pipeline
 from fewstep.teachers.origin import Origin
-from fewstep.teachers.pipelines import fix_shift, hands_sigmas, network_of, size_options, takes
+from fewstep.teachers.pipelines import (
+    fix_shift,
+    hands_sigmas,
+    network_of,
+    own_guidance,
+    size_options,
+    takes,
+)
 from fewstep.teachers.schedulers import is_flow
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -115,8 +121,7 @@ class Model:
             call.pop("num_inference_steps", None)
         if scheduler is not None:
             self.pipe.scheduler = scheduler
-        own = inspect.signature(self.pipe.__call__).parameters.get("guidance_scale")
-        call.setdefault("guidance_scale", own.default if own else 1.0)
+        call.setdefault("guidance_scale", 1.0 if "true_cfg_scale" in call else own_guidance(self.pipe))
         return call if guidance is None else {**call, "guidance_scale": guidance}
 
     def _student(self, steps: int) -> tuple[Any, dict[str, Any]]:

@@ -24,7 +24,8 @@ def counted(network: nn.Module) -> Iterator[Rows]:
     rows = Rows()
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], _output: Any) -> None:
-        batch = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim > 1)
+        given = (*args, *kwargs.values())  # Z-Image's is a list of samples
+        batch = next(x for x in given if isinstance(x, list) or (isinstance(x, torch.Tensor) and x.ndim > 1))
         rows.count += len(batch)
 
     handle = network.register_forward_hook(hook, with_kwargs=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ..diffusion.schedules import Flow, Schedule, noise_table
 from ..diffusion.walks import Walk, noise_at
 from ..errors import FewstepError
 from ..files import replacing, write_json
-from ..teachers.pipelines import network_of
+from ..teachers.pipelines import class_of, hands_sigmas, network_of
 from ..teachers.schedulers import FLOOR, is_flow, schedule_of
 
 AYS = {"StableDiffusionPipeline": "StableDiffusion", "StableDiffusionXLPipeline": "StableDiffusionXL"}
@@ -126,8 +127,8 @@ def floor_sampler(solver: str, pipe: Any, scheduler: Any, num_steps: int) -> tup
 
     if solver in FLOOR:
         made = FLOOR[solver](scheduler)
-        if type(pipe).__name__ == "FluxPipeline":
-            made = _for_flux(made, solver)
+        if hands_sigmas(pipe):
+            made = _handed(made, solver, class_of(pipe))
         return made, {"num_inference_steps": num_steps}
     if solver == "ays":
         times = ays_times(type(pipe).__name__, schedule_of(scheduler), num_steps)
@@ -145,17 +146,18 @@ def floor_sampler(solver: str, pipe: Any, scheduler: Any, num_steps: int) -> tup
     return getattr(diffusers, config["_class_name"]).from_pretrained(place), dict(found["call"])
 
 
-def _for_flux(scheduler: Any, solver: str) -> Any:
-    """Its pipeline gives every scheduler a shift, and one of flows a grid that is even before it."""
+def _handed(scheduler: Any, solver: str, pipeline: str) -> Any:
+    """For a pipeline that gives every scheduler a shift, and a grid that is even before it."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     config = scheduler.config
-    if config.get("use_flow_sigmas"):  # takes the pipeline's shift only where it has none of its own
+    if config.get("use_flow_sigmas") and pipeline == "FluxPipeline":
+        # Which hands this one no grid. It takes the pipeline's shift only where it has none of its own.
         return type(scheduler).from_config(config, use_dynamic_shifting=True, time_shift_type="exponential")
-    if solver == "heun":
+    if config.get("use_flow_sigmas") or "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise FewstepError(
-            f"solver heun: {type(scheduler).__name__} takes no sigmas and no shift from a FluxPipeline; use another of "
-            f"{', '.join(FLOOR)}"
+            f"solver {solver}: {type(scheduler).__name__} takes no sigmas and no shift from a {pipeline}; use another "
+            f"of {', '.join(FLOOR)}"
         )
     return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.shift)
 

@@ -14,6 +14,10 @@ from ..teachers.origin import RECORD
 
 # Levels of its own table, of which its scheduler `simple` takes every (TABLE / K)-th from the noisiest down.
 TABLE = 1000
+FRACTIONS = (
+    "QwenImagePipeline",
+    "ZImagePipeline",
+)  # whose networks it gives times in 0..1, so another node shifts them
 
 
 def file_name(about: Mapping[str, Any], part: str = "") -> str:
@@ -96,4 +100,5 @@ def _shift(pipeline_class: str, shift: float) -> str:
             f"ModelSamplingFlux before it: max_shift and base_shift both {mu}, for its shift is {shift:.4g} whatever "
             "the size. FluxGuidance: 1.0."
         )
-    return f"ModelSamplingSD3 before it: shift {shift:.4g}."
+    node = "ModelSamplingAuraFlow" if pipeline_class in FRACTIONS else "ModelSamplingSD3"
+    return f"{node} before it: shift {shift:.4g}."

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from ..configs import RoleConfig
 from ..diffusion.cond import Cond
 from ..diffusion.student import Sampler
+from ..errors import RecipeError
 from ..methods.router import RoutedStudent, Router
 from ..teachers.base import Teacher
+from ..teachers.ragged import Ragged
 from .lora import Lora, Merged, check_shared
 from .target import Edition, Target, Weights
 from .whole import Whole
@@ -54,6 +56,11 @@ class Routed(Target):
 
     def check_role(self, role: RoleConfig) -> None:
         check_shared(self.teacher)
+        if isinstance(self.teacher, Ragged):
+            raise RecipeError(
+                f"method.name: multi_student: a {self.teacher.pipeline_class} gives each text a number of tokens of "
+                "its own, by whose mean a prompt would be routed otherwise than in training; use dmd2"
+            )
 
     def write(self, folder: Path, weights: Weights, edition: Edition) -> None:
         title = edition.about.get("title", "student")

@@ -20,7 +20,7 @@ from ..errors import RecipeError
 from ..files import write, write_json
 from ..teachers.base import Teacher
 from ..teachers.classes import num_classes
-from ..teachers.pipelines import hands_sigmas, size_options, takes
+from ..teachers.pipelines import guided, hands_sigmas, size_options, takes
 from ..teachers.single import recorded
 from ..version import __version__
 from . import comfyui
@@ -172,8 +172,9 @@ class Stock(Target):
         for _, call in samplers.values():
             if self.teacher.denoiser.embeds_guidance:
                 call["guidance_scale"] = getattr(student.denoisers[0], "embedded", 1.0)
-            if not takes(pipe, "guidance_scale"):
-                call.pop("guidance_scale", None)
+            scale = call.pop("guidance_scale", None)
+            if scale is not None and takes(pipe, "guidance_scale"):
+                call |= guided(pipe, scale)
             if odd := [name for name in ("timesteps", "sigmas") if name in call and not takes(pipe, name)]:
                 raise RecipeError(
                     f"method.times: {student.times}: a {kind} makes steps on an even grid only (its call has no "

@@ -22,6 +22,8 @@ class Whole(Stock):
         return role.kind == "full"
 
     def files(self, edition: Edition) -> dict[str, str]:
+        if not self.teacher.comfyui_whole:
+            return {}
         return {
             f"pipeline/{self.teacher.network}/diffusion_pytorch_model.safetensors": file_name(edition.about)
         }

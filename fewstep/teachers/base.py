@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..device import upload
 from ..diffusion.cond import Cond
-from ..diffusion.denoiser import NetDenoiser
+from ..diffusion.denoiser import Guidance, NetDenoiser, plainly
 from ..diffusion.solvers import ddim
 from ..errors import FewstepError
 from .origin import Origin
@@ -36,17 +37,25 @@ class Teacher:
             solvers that sample it in few steps without training.
         pipe: the stock pipeline, frozen. denoiser: its network as a :class:`~fewstep.diffusion.denoiser.NetDenoiser`.
         latent_shape: (C, H, W) of one sample. packing: latents along the side of what a network takes as one token
-            already packed (Flux). shifts_latents: whether the stock pipeline reads the VAE's ``shift_factor``.
+            already packed (Flux). patch: the same, of what it packs itself. shifts_latents: whether the stock pipeline
+            reads the VAE's ``shift_factor``. normalises: whether it reads ``latents_mean`` and ``latents_std`` of each
+            channel, where the VAE has both. films: whether the VAE is one of films, to which an image is one frame.
+            needs: the oldest version of each library that has the class.
             comfyui: what ComfyUI's names for this network's adapters begin with, the layer's path behind it; None where
-            it reads none.
+            it reads none. comfyui_whole: whether it reads the whole network as diffusers keeps it.
     """
 
     pipeline_class: str
     network: ClassVar[str] = "unet"
     autoencoder: ClassVar[str | None] = "vae"
     packing: ClassVar[int] = 1
+    patch: ClassVar[int] = 1
     shifts_latents: ClassVar[bool] = False
+    normalises: ClassVar[bool] = False
+    films: ClassVar[bool] = False
+    needs: ClassVar[dict[str, str]] = {}
     comfyui: ClassVar[str | None] = None
+    comfyui_whole: ClassVar[bool] = True
     kind: ClassVar[str] = "diffusion"
     solver: ClassVar[tuple[str, int]] = ("ddim", 50)
     floor: ClassVar[bool] = True
@@ -69,7 +78,7 @@ class Teacher:
         self.net: Any = getattr(pipe, self.network)  # with its `config`, `dtype` and the like
         _without_dropout(self.net)
         native, factor = native_resolution(pipe), pixels_per_latent(pipe)
-        size, unit = resolution or native, factor * self.packing
+        size, unit = resolution or native, factor * self.packing * self.patch
         if size % unit:
             raise FewstepError(f"teacher.resolution: {size}: expected a multiple of {unit} for this pipeline")
         if size != native and not size_options(pipe):
@@ -98,6 +107,8 @@ class Teacher:
             attention,
             self.example(),
             bool(self.net.config.get("guidance_embeds")),
+            type(self).guide,
+            self.image_tokens,
         )
 
     # ------------------------------------------------------------------------------ what differs between pipelines
@@ -137,6 +148,16 @@ class Teacher:
         raise NotImplementedError
 
     @staticmethod
+    def guide(unconditional: Tensor, conditional: Tensor, guidance: Guidance) -> Tensor:
+        """The prediction with guidance ``u + g (c - u)``, and what the stock pipeline makes of it."""
+        return plainly(unconditional, conditional, guidance)
+
+    @property
+    def image_tokens(self) -> int | None:
+        """Tokens of the image in what a block gives, where the text's come behind them; None where there are none."""
+        return None
+
+    @staticmethod
     def pack(latents: Tensor) -> Tensor:
         """(B, C, h, w) -> what the stock pipeline holds while it samples: the same, or its packed tokens."""
         return latents
@@ -151,13 +172,15 @@ class Teacher:
         """uint8 images (B, H, W, 3) -> scaled latents (B, C, h, w): a draw of the VAE's posterior, if it has one."""
         vae = self.pipe.vae
         pixels = images.to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
+        pixels = pixels[:, :, None] if self.films else pixels
         encoded = [vae.encode(p) for p in pixels.split(self._at_once())]
         parts = [
             e.latent_dist.sample(generator=generator) if hasattr(e, "latent_dist") else e.latent
             for e in encoded
         ]
         shift, factor = self.latent_scale()
-        scaled: Tensor = (torch.cat(parts) - shift) * factor
+        z = torch.cat(parts)
+        scaled: Tensor = ((z[:, :, 0] if self.films else z) - shift) * factor
         return scaled
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -172,18 +195,26 @@ class Teacher:
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """The same where the VAE is, differentiable."""
-        vae = self.pipe.vae
         shift, factor = self.latent_scale()
-        decoded: Tensor = vae.decode(latents.to(vae.dtype) / factor + shift, return_dict=False)[0]
-        return decoded.float().clamp(-1, 1)
+        return self.vae_decode(latents.to(self.pipe.vae.dtype) / factor + shift).float().clamp(-1, 1)
+
+    def vae_decode(self, z: Tensor) -> Tensor:
+        """The VAE's own z (B, C, h, w) -> what it makes of it, (B, 3, H, W)."""
+        decoded: Tensor = self.pipe.vae.decode(z[:, :, None] if self.films else z, return_dict=False)[0]
+        return decoded[:, :, 0] if self.films else decoded
 
     def latent_scale(self) -> tuple[Any, Any]:
         """(shift, factor), numbers or (C, 1, 1): latents are ``(z - shift) * factor`` of the VAE's own z.
 
         By the rule of the stock pipeline, which may read less than the VAE's configuration holds.
         """
-        c = self.pipe.vae.config
-        return (c.get("shift_factor") or 0.0) if self.shifts_latents else 0.0, c.scaling_factor
+        vae = self.pipe.vae
+        c, scale = vae.config, vae.config.get("scaling_factor", 1.0)
+        mean, std = c.get("latents_mean"), c.get("latents_std")
+        if not self.normalises or mean is None or std is None:
+            return (c.get("shift_factor") or 0.0) if self.shifts_latents else 0.0, scale
+        mean, std = (upload(torch.tensor(v, dtype=vae.dtype), vae.device)[:, None, None] for v in (mean, std))
+        return mean, scale / std
 
     def _at_once(self) -> int:
         """Images that the VAE takes at a time: one of 1024 px needs some 4 GB in fp32."""

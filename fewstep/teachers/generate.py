@@ -15,7 +15,13 @@ from ..errors import FewstepError
 from ..report.bar import Bar
 from .classes import labels_of, num_classes
 from .lengths import unsaid
+from .pipelines import GUIDING, class_of, guided
 from .transformers import text_length
+
+FORGET = (
+    *("StableDiffusion3Pipeline", "FluxPipeline", "DiTPipeline"),
+    *("QwenImagePipeline", "ZImagePipeline"),
+)
 
 
 @unsaid()
@@ -25,7 +31,8 @@ def call_pipeline(
     """One ordinary call of a stock pipeline with texts, with class labels (DiT, UNet2DModel) or with neither.
 
     Args:
-        generator: one, or one per prompt; all noise is drawn from it.
+        generator: one, or one per prompt; all noise is drawn from it. options: of its call; ``guidance_scale`` is g of
+            ``u + g (c - u)`` whatever the pipeline calls it.
 
     Raises:
         FewstepError: a guidance scale for a pipeline without any, or a prompt that is no class of the network.
@@ -36,6 +43,8 @@ def call_pipeline(
         return pipe(labels_of(pipe, prompts), generator=generator, **options)
     if name in ("SanaPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline"):
         options.setdefault("max_sequence_length", text_length(pipe))
+    if class_of(pipe) in GUIDING and "guidance_scale" in options:
+        options |= guided(pipe, options.pop("guidance_scale"), len(prompts))
     if name != "DDPMPipeline":
         return pipe(prompts, generator=generator, **options)
     scale = options.pop("guidance_scale", 1.0)
@@ -50,9 +59,9 @@ def call_pipeline(
 def _bind_noise(pipe, generator: torch.Generator | Sequence[torch.Generator]) -> None:
     """Lets a pipeline draw the noise of its steps from the generator of its call.
 
-    Those of Stable Diffusion 3, Flux and DiT do not hand it to their scheduler, which then draws from torch's own.
+    Those of :data:`FORGET` do not hand it to their scheduler, which then draws from torch's own.
     """
-    if type(pipe).__name__ not in ("StableDiffusion3Pipeline", "FluxPipeline", "DiTPipeline"):
+    if type(pipe).__name__ not in FORGET:
         return
     step = type(pipe.scheduler).step
     if "generator" in inspect.signature(step).parameters:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .pipelines import hushed
+from .pipelines import class_of, hushed
 
 PIECE = 1024  # prompts that are split into tokens at a time
 SAID = ("part of your input was truncated", "Token indices sequence length is longer")
@@ -26,7 +26,20 @@ def limits(pipe: Any) -> dict[str, int]:
             if hasattr(pipe, "backbone"):  # of tokens
                 asked = pipe.backbone.config.cls_token_num
             found[name] = min(tokenizer.model_max_length, asked or tokenizer.model_max_length)
+            found[name] -= _around(pipe, tokenizer)
     return found
+
+
+def _around(pipe: Any, tokenizer: Any) -> int:
+    """Tokens that a stock pipeline puts around each text, of those that it reads in all."""
+    if class_of(pipe) == "ZImagePipeline":
+        empty = [{"role": "user", "content": ""}]
+        options = {"add_generation_prompt": True, "enable_thinking": True}
+        return len(tokenizer(tokenizer.apply_chat_template(empty, tokenize=False, **options))["input_ids"])
+    if class_of(pipe) == "QwenImagePipeline":  # which leaves out what stands before the text
+        empty = tokenizer(pipe.prompt_template_encode.format(""))["input_ids"]
+        return len(empty) - pipe.prompt_template_encode_start_idx
+    return 0
 
 
 def too_long(pipe: Any, prompts: Sequence[str]) -> str | None:

@@ -41,12 +41,14 @@ def adapters() -> dict[str, type[Teacher]]:
     from .ar import PIPELINES, Autoregressive
     from .classes import DDPM, DiT
     from .flux import Flux
+    from .qwen_image import QwenImage
     from .sd import StableDiffusion, StableDiffusionXL
     from .transformers import PixArtAlpha, PixArtSigma, Sana, StableDiffusion3
+    from .z_image import ZImage
 
     known = (
         *(StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Sana, PixArtAlpha, PixArtSigma),
-        *(DiT, DDPM),
+        *(QwenImage, ZImage, DiT, DDPM),
     )
     stock = {cls.pipeline_class: cls for cls in known}
     return {
@@ -133,7 +135,22 @@ def pipeline_class_of(source: str | Origin) -> str:
             "subclass fewstep.teachers.base.Teacher (encode, call) under @fewstep.teachers.register in your recipe, as "
             "in fewstep/teachers/sd.py"
         )
+    _check_versions(origin.path, name)
     return name
+
+
+def _check_versions(source: str, name: str) -> None:
+    """Refuses a pipeline that an installed library is too old for."""
+    from importlib.metadata import version
+
+    from packaging.version import Version
+
+    for library, oldest in adapters()[name].needs.items():
+        if Version(version(library)) < Version(oldest):
+            raise FewstepError(
+                f"teacher.path: {source} is a {name}, for which {library} {version(library)} is too old; expected "
+                f"{oldest} or newer: pip install -U {library}"
+            )
 
 
 def check_origin(origin: Origin) -> None:

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import FewstepError
 
@@ -27,12 +27,17 @@ def pixels_per_latent(pipe: Any) -> int:
     return factor
 
 
+NATIVE = {"ZImagePipeline": 1024}  # which is said in the code of its call alone
+
+
 def native_resolution(pipe: Any) -> int:
     """Pixels along a side of what the stock pipeline makes by default.
 
     Raises:
         FewstepError: its images are not square.
     """
+    if type(pipe).__name__ in NATIVE:
+        return NATIVE[type(pipe).__name__]
     size: Any = getattr(pipe, "default_sample_size", None) or network_of(pipe).config.sample_size
     if not isinstance(size, int):
         if len(set(size)) > 1:
@@ -64,9 +69,48 @@ def takes(pipe: Any, argument: str) -> bool:
     return argument in inspect.signature(routed.__call__).parameters
 
 
+def class_of(pipe: Any) -> str:
+    """Name of a stock pipeline's class, a router's around it left aside."""
+    return type(getattr(pipe, "pipe", pipe)).__name__
+
+
+HANDS_SIGMAS = ("FluxPipeline", "QwenImagePipeline", "ZImagePipeline")
+
+
 def hands_sigmas(pipe: Any) -> bool:
     """Whether the stock pipeline hands its scheduler an even grid from 1 to 1 / K for K steps, instead of K alone."""
-    return type(getattr(pipe, "pipe", pipe)).__name__ == "FluxPipeline"
+    return class_of(pipe) in HANDS_SIGMAS
+
+
+class Guiding(NamedTuple):
+    """How a stock call is told guidance ``u + g (c - u)``: the argument, what it is beside g, and the text of u."""
+
+    argument: str = "guidance_scale"
+    beside: float = 0.0
+    negative: str | None = None  # that has to be given; others know it
+
+
+GUIDING = {
+    "QwenImagePipeline": Guiding("true_cfg_scale", negative=" "),  # as its model card calls it
+    "ZImagePipeline": Guiding(beside=-1.0),  # c + scale (c - u)
+}
+
+
+def guided(pipe: Any, scale: float, rows: int = 1) -> dict[str, Any]:
+    """Arguments of the stock call of so many prompts for guidance g; 0 and 1 are none."""
+    how = GUIDING.get(class_of(pipe), Guiding())
+    if how.negative is not None and scale <= 1:
+        return {how.argument: 1.0}
+    told = {how.argument: max(scale + how.beside, 0.0) if how.beside else scale}
+    return told if how.negative is None else {**told, "negative_prompt": [how.negative] * rows}
+
+
+def own_guidance(pipe: Any) -> float:
+    """g of the stock call by default, 1 where it has none."""
+    how = GUIDING.get(class_of(pipe), Guiding())
+    found = inspect.signature(pipe.__call__).parameters.get(how.argument)
+    default: float = 1.0 if found is None else found.default
+    return default - how.beside if how.beside else default
 
 
 def check_size(pipe: Any, size: int) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..device import upload
 from ..diffusion.cond import Cond
 from .base import Teacher
 
@@ -39,6 +37,7 @@ class StableDiffusionXL(Teacher):
     pipeline_class = "StableDiffusionXLPipeline"
     comfyui = "lora_unet_"
     encoders = ("text_encoder", "text_encoder_2")
+    normalises = True
 
     def time_ids(self, rows: int) -> Tensor:
         size = float(self.resolution)
@@ -60,15 +59,6 @@ class StableDiffusionXL(Teacher):
         pooled = c.projection_class_embeddings_input_dim - ids.shape[1] * c.addition_time_embed_dim
         embeds = torch.zeros(rows, 77, c.cross_attention_dim)
         return Cond({"embeds": embeds, "pooled": torch.zeros(rows, pooled), "time_ids": ids})
-
-    def latent_scale(self) -> tuple[Any, Any]:
-        """With the statistics of each channel, where the VAE has both."""
-        vae = self.pipe.vae
-        mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
-        if mean is None or std is None:
-            return super().latent_scale()
-        mean, std = (upload(torch.tensor(v, dtype=vae.dtype), vae.device)[:, None, None] for v in (mean, std))
-        return mean, vae.config.scaling_factor / std
 
     def null(self) -> Cond:
         encoded = self.encode([""])

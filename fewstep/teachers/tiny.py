@@ -13,7 +13,7 @@ from ..errors import FewstepError
 
 TOKENS = ("LlamaGenPipeline", "VARPipeline")
 # Pixels for tiny networks, where the class of the pipeline has a size of its own.
-RESOLUTION = {"FluxPipeline": 32}
+RESOLUTION = {"FluxPipeline": 32, "QwenImagePipeline": 32, "ZImagePipeline": 32}
 SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
 
@@ -34,6 +34,8 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "PixArtAlphaPipeline": _pixart,
         "PixArtSigmaPipeline": _pixart,
         "FluxPipeline": _flux,
+        "QwenImagePipeline": _qwen_image,
+        "ZImagePipeline": _z_image,
         "DiTPipeline": _dit,
         "DDPMPipeline": _unet2d,
         "DDIMPipeline": _unet2d,
@@ -45,7 +47,9 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = builders[pipeline_class](_tokenizer(folder / "tokenizer_files"), pipeline_class, options)
+        files = folder / "tokenizer_files"
+        tokenizer = (_qwen_tokenizer if builders[pipeline_class] in QWEN else _tokenizer)(files)
+        pipe = builders[pipeline_class](tokenizer, pipeline_class, options)
     from .pipelines import hushed
 
     with hushed():
@@ -67,6 +71,135 @@ def _tokenizer(folder: Path):
         json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
     )
     return CLIPTokenizer.from_pretrained(folder)
+
+
+# What the published tokenizers have as one token of Qwen-Image's instruction, which is cut off by their number.
+WORDS = (
+    *(
+        "<|im_start|>",
+        "system",
+        "Describe",
+        " the",
+        " image",
+        " by",
+        " detailing",
+        " color",
+        " shape",
+        " size",
+    ),
+    *(
+        " texture",
+        " quantity",
+        " text",
+        " spatial",
+        " relationships",
+        " of",
+        " objects",
+        " and",
+        " background",
+    ),
+    *("<|im_end|>", "user", "assistant"),
+)
+CHAT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\\n' }}"
+)
+
+
+def _qwen_tokenizer(folder: Path):
+    """Character level but for the words of an instruction."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    vocab = {s: i for i, s in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    options = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 1100, "chat_template": CHAT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(list(WORDS), special_tokens=True)
+    return tokenizer
+
+
+def _language_model(tokenizer) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.pad_token_id),
+    }
+
+
+def _qwen_image(tokenizer, _pipeline_class, options):
+    import diffusers
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    texts = {**_language_model(tokenizer), "rope_scaling": rope}
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=texts, vision_config=vision))
+    network = {
+        "in_channels": 16,  # four latents of four channels
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "axes_dims_rope": (8, 4, 4),
+    }
+    return diffusers.QwenImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
+        ),
+        vae=diffusers.AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True],
+            latents_mean=[-0.7571, 0.1075, 1.5508, 0.2503],
+            latents_std=[2.8184, 1.2196, 0.5, 1.916],
+        ),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=diffusers.QwenImageTransformer2DModel(**{**network, **options}),
+    )
+
+
+def _z_image(tokenizer, _pipeline_class, options):
+    import diffusers
+    import torch
+    from transformers import Qwen3Config, Qwen3Model
+
+    network = {
+        "in_channels": 4,
+        "dim": 32,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": 16,
+        "axes_dims": [8, 4, 4],
+        "axes_lens": [1024, 64, 64],
+    }
+    transformer = diffusers.ZImageTransformer2DModel(**{**network, **options})
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=Qwen3Model(Qwen3Config(**_language_model(tokenizer), head_dim=8)),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+QWEN = (_qwen_image, _z_image)  # whose texts a tokenizer of Qwen's reads
 
 
 def _text_config(tokenizer, width: int = 16, **options):

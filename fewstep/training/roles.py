@@ -54,6 +54,8 @@ TRANSFORMER_TARGETS = [
     "ff_context.net.2",
     "ff.conv_inverted",
     "ff.conv_point",
+    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),  # Qwen-Image
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),  # Z-Image
 ]
 
 

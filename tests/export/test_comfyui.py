@@ -26,6 +26,8 @@ FAMILIES = {  # the published configuration, and what stands in for it
     "sdxl": ("stabilityai--stable-diffusion-xl-base-1.0", "unet", "SDXL"),
     "sd3": ("stabilityai--stable-diffusion-3-medium-diffusers", "transformer", "SD 3"),
     "flux1": ("black-forest-labs--FLUX.1-dev", "transformer", "FLUX.1-dev"),
+    "qwen_image": ("Qwen--Qwen-Image", "transformer", "Qwen-Image"),
+    "z_image": ("Tongyi-MAI--Z-Image", "transformer", "Z-Image"),
 }
 TITLE = "my run/1"  # no name of a file
 SAFE = "my_run_1"
@@ -92,7 +94,7 @@ def test_the_written_file_holds_accepted_names_and_the_same_update(family, teach
     for name in held:
         layer, dot, suffix = name.partition(".")
         assert shape(layer) in known and dot + suffix in suffixes
-    prefix = "lora_unet_" if FAMILIES[family][1] == "unet" else "lora_transformer_"
+    prefix = teacher.comfyui
     for layer in layers:
         down, up, alpha = (
             held[f"{prefix}{layer.replace('.', '_')}.{end}"]
@@ -155,7 +157,7 @@ def simple(table, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("name", ["SDXL", "SD 3", "FLUX.1-dev"])
+@pytest.mark.parametrize("name", ["SDXL", "SD 3", "FLUX.1-dev", "Qwen-Image"])
 def test_the_settings_call_the_network_where_it_was_trained(name, steps, teachers, tmp_path):
     teacher, flow = teachers(name), name != "SDXL"
     start = None if flow or 1000 % steps == 0 else 998
@@ -171,7 +173,8 @@ def test_the_settings_call_the_network_where_it_was_trained(name, steps, teacher
         mu = float(re.search(r"max_shift and base_shift both (-?[\d.]+)", card)[1])
         shift = torch.tensor(mu).exp().item()
     else:
-        shift = float(re.search(r"ModelSamplingSD3 before it: shift ([\d.]+)\.", card)[1])
+        node = "AuraFlow" if name == "Qwen-Image" else "SD3"
+        shift = float(re.search(rf"ModelSampling{node} before it: shift ([\d.]+)\.", card)[1])
     table = [shift * u / (1 + (shift - 1) * u) for u in (k / 1000 for k in range(1, 1001))]
     assert simple(table, steps) == pytest.approx(times, abs=2e-3)
 

@@ -31,6 +31,10 @@ ZOO = {
     "SD 3": Kind("StableDiffusion3Pipeline"),
     "FLUX.1-dev": Kind("FluxPipeline", resolution=RESOLUTION["FluxPipeline"]),
     "FLUX.1-schnell": Kind("FluxPipeline", {"guidance_embeds": False}, RESOLUTION["FluxPipeline"]),
+    "Qwen-Image": Kind("QwenImagePipeline", resolution=RESOLUTION["QwenImagePipeline"]),
+    "Z-Image": Kind(
+        "ZImagePipeline", resolution=RESOLUTION["ZImagePipeline"], taps=("noise_refiner.0", "layers.1")
+    ),
     "SANA": Kind("SanaPipeline"),
     "PixArt-alpha": Kind("PixArtAlphaPipeline"),
     "PixArt-Sigma": Kind("PixArtSigmaPipeline"),

@@ -10,7 +10,6 @@ from fewstep.errors import FewstepError
 from fewstep.export import ExportError, export_student, rehearse_export, trainer_sample, verify
 from fewstep.recipe import RoleConfig
 from fewstep.teachers import load_teacher
-from fewstep.teachers.base import Teacher
 from fewstep.teachers.sd import StableDiffusionXL
 from fewstep.teachers.tiny import write_tiny_pipeline
 from fewstep.training.roles import build_role
@@ -93,7 +92,7 @@ SWAPPED = {"latents_mean": STATISTICS["latents_std"], "latents_std": STATISTICS[
 
 
 def ignored(self):
-    return Teacher.latent_scale(self)
+    return 0.0, self.pipe.vae.config.scaling_factor
 
 
 def swapped(self):

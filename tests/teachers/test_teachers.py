@@ -1,17 +1,21 @@
 """Every teacher: a tiny pipeline of its class against the stock pipeline itself."""
 
+import importlib.metadata
 import inspect
 import math
+import re
 import shutil
 from copy import copy, deepcopy
 from functools import wraps
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from zoo import ZOO
 
 from fewstep.cli import main
+from fewstep.diffusion.cond import Cond
 from fewstep.diffusion.discriminator import Discriminator
 from fewstep.diffusion.few_steps import sample
 from fewstep.diffusion.schedules import VP, Flow
@@ -40,7 +44,11 @@ from fewstep.teachers.sd import StableDiffusion
 from fewstep.training.roles import build_role, lora_targets
 
 TWO_SHIFTS = ("SD 3", "SANA")
-FLOWS = (*TWO_SHIFTS, "FLUX.1-dev", "FLUX.1-schnell")
+RAGGED = ("Qwen-Image", "Z-Image")
+HANDED = ("FLUX.1-dev", "FLUX.1-schnell", *RAGGED)  # whose stock call's grid is not the scheduler's
+FLOWS = (*TWO_SHIFTS, *HANDED)
+BY_SIZE = {name: math.exp(0.5 + 0.65 * (64 - 256) / (4096 - 256)) for name in HANDED[:2]}
+SHIFTS = {**BY_SIZE, "Qwen-Image": math.exp(0.5 + 0.4 * (16 - 256) / (8192 - 256)), "Z-Image": 6.0}
 TRANSFORMERS = (*FLOWS, "PixArt-alpha", "PixArt-Sigma", "DiT")
 IN_PIXELS = ("DiT", "UNet2D", "UNet2D by class")  # their pipelines give no latents
 PROMPTS = list(ZOO["SDXL"].prompts)
@@ -85,8 +93,10 @@ def test_schedule_and_prediction_are_the_schedulers(name, teachers):
     denoiser = teachers(name).denoiser
     if name in FLOWS:  # SANA's DPM-Solver holds a table of alphas too, which means nothing
         assert isinstance(denoiser.schedule, Flow) and denoiser.prediction == "flow"
-        shift = 3.0 if name in TWO_SHIFTS else math.exp(0.5 + 0.65 * (64 - 256) / (4096 - 256))
-        assert denoiser.schedule.shift == pytest.approx(shift) and denoiser.schedule.time_scale == 1000
+        assert (
+            denoiser.schedule.shift == pytest.approx(SHIFTS.get(name, 3.0))
+            and denoiser.schedule.time_scale == 1000
+        )
     else:
         assert isinstance(denoiser.schedule, VP)
         assert denoiser.prediction == ("v" if name == "SD 2.1, v" else "eps")
@@ -124,9 +134,8 @@ def test_x0_is_the_stock_pipelines_own_prediction(name, guidance, teachers, with
 
 # A pipeline's own scheduler, where it is deterministic and walks its own grid in our sampler too.
 OWN = ("SD 1.5", "SD 2.1, v", "SDXL", "SANA", "PixArt-alpha", "PixArt-Sigma", "DiT")
-RUNS = [(n, s) for n in ZOO for s in FLOOR if s in ("ddim", "dpm++") or n in TWO_SHIFTS] + [
-    (n, "own") for n in OWN
-]
+RUNS = [(n, s) for n in ZOO for s in FLOOR if s in ("ddim", "dpm++") or n in TWO_SHIFTS]
+RUNS = [(n, s) for n, s in RUNS if n not in RAGGED or s == "ddim"] + [(n, "own") for n in OWN]
 
 
 @pytest.mark.parametrize("name, solver", RUNS)
@@ -138,7 +147,7 @@ def test_our_sampler_reproduces_stock_sampling_with_the_same_scheduler(
     scheduler = deepcopy(before) if solver == "own" else floor_sampler(solver, teacher.pipe, before, 3)[0]
     guidance = 2.0 if ZOO[name].guided and name != "FLUX.1-schnell" else 1.0
     own = scheduler_sample(teacher.denoiser, deepcopy(scheduler), noise, cond, 3, guidance=guidance)
-    if name.startswith("FLUX") and solver == "ddim":  # the stock call's grid is not the scheduler's
+    if name in HANDED and solver == "ddim":
         own = ddim(teacher.denoiser, noise, cond, 3, guidance=guidance)
     expected = stock(
         with_scheduler(teacher, scheduler), prompts, num_inference_steps=3, guidance_scale=guidance
@@ -165,10 +174,61 @@ def test_the_fixed_shift_is_that_of_the_stock_call(kind, teachers, with_schedule
     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_flux_has_no_heun(teachers):
-    pipe = teachers("FLUX.1-dev").pipe
-    with pytest.raises(FewstepError, match=r"solver heun: .* takes no sigmas and no shift"):
-        floor_sampler("heun", pipe, pipe.scheduler, 3)
+@pytest.mark.parametrize(
+    "name, solver", [("FLUX.1-dev", "heun"), *((n, s) for n in RAGGED for s in ("heun", "unipc"))]
+)
+def test_a_solver_that_takes_no_grid_is_refused(name, solver, teachers):
+    pipe = teachers(name).pipe
+    with pytest.raises(FewstepError, match=rf"solver {solver}: .* takes no sigmas and no shift"):
+        floor_sampler(solver, pipe, pipe.scheduler, 3)
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_every_step_of_a_guided_stock_call_is_ours(name, teachers, with_scheduler, tmp_path):
+    """With the scheduler of its files: its prediction at each step, and where our own steps with it end."""
+    teacher, prompts, seen, grid = teachers(name), ZOO[name].prompts, [], np.linspace(1, 1 / 4, 4)
+    kind = type(teacher.pipe.scheduler)
+    published = kind.from_pretrained(teacher.source, subfolder="scheduler")
+    step, cond, x = kind.step, teacher.encode(prompts), noise_for(teacher)
+    with_scheduler(teacher, published)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "step", lambda self, *a, **k: seen.append(a) or step(self, *a, **k))
+        expected = stock(teacher, prompts, num_inference_steps=4, guidance_scale=4.0)
+    fix_shift(teacher.pipe, teacher.resolution)
+    scheduler, moved = teacher.pipe.scheduler, 0.0
+    scheduler.set_timesteps(sigmas=grid)
+    assert len(seen) == 4 and scheduler.timesteps.tolist() == pytest.approx([float(t) for _, t, _ in seen])
+    for (theirs, t, held), time in zip(seen, scheduler.timesteps):
+        given = (teacher.unpack(held), torch.full((2,), float(t) / 1000), cond)
+        with torch.no_grad():
+            ours = teacher.denoiser.predict(*given, guidance=4.0)
+            moved = max(moved, (ours - teacher.denoiser.predict(*given)).abs().max().item())
+        torch.testing.assert_close(ours, teacher.unpack(theirs), rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            own = teacher.denoiser.predict(x, given[1], cond, guidance=torch.tensor([4.0, 4.0]))
+        x = scheduler.step(own, time, x, return_dict=False)[0]
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+    assert moved > 1e-2
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_a_text_is_read_as_it_is_alone_whatever_the_padding(name, teachers):
+    """Garbage in the padding changes nothing; without the mask, or with another, everything changes."""
+    teacher = teachers(name)
+    cond = teacher.encode(ZOO[name].prompts)
+    x, t = noise_for(teacher), torch.full((2,), 0.5)
+    dirty = torch.where(cond["mask"].bool()[..., None], cond["embeds"], 7.0)
+    shorter, ends = cond["mask"].clone(), cond["lengths"].clone()
+    shorter[0, int(ends[0]) - 1] = 0
+    ends[0] -= 1
+    with torch.no_grad():
+        both = teacher.denoiser.predict(x, t, cond)
+        alone = teacher.denoiser.predict(x[:1], t[:1], teacher.encode(ZOO[name].prompts[:1]))
+        same = teacher.denoiser.predict(x, t, Cond({**cond.tensors, "embeds": dirty}))
+        other = teacher.denoiser.predict(x, t, Cond({**cond.tensors, "mask": shorter, "lengths": ends}))
+    torch.testing.assert_close(both[:1], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both, same, rtol=1e-4, atol=1e-5)
+    assert (both - other)[0].abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", [*TWO_SHIFTS, "FLUX.1-dev"])
@@ -259,7 +319,8 @@ def test_labels_are_numbers_or_the_pipelines_names(teachers, monkeypatch):
 
 def test_packing_is_the_stock_pipelines(teachers):
     latents, pipe = noise_for(teachers("FLUX.1-dev")), teachers("FLUX.1-dev").pipe
-    assert torch.equal(pack(latents), pipe._pack_latents(latents, 2, 4, 16, 16))
+    for one in (pipe, teachers("Qwen-Image").pipe):
+        assert torch.equal(pack(latents), one._pack_latents(latents, 2, 4, 16, 16))
     assert torch.equal(unpack(pack(latents), 16, 16), latents)
 
 
@@ -285,9 +346,13 @@ def test_images_go_to_scaled_latents_and_back(name, teachers):
             latents.min() == -1 and latents.max() == 1 and (teacher.decode(latents) == images.numpy()).all()
         )
         return
-    vae, factor = teacher.pipe.vae, teacher.pipe.vae.config.scaling_factor
+    vae, factor = teacher.pipe.vae, teacher.pipe.vae.config.get("scaling_factor", 1.0)
     shift = vae.config.get("shift_factor") or 0.0
     pixels = images.permute(0, 3, 1, 2) / 127.5 - 1
+    if name == "Qwen-Image":  # a VAE of films, whose published statistics are the only scale
+        pixels, latents = pixels[:, :, None], latents[:, :, None]
+        shift = torch.tensor([-0.7571, 0.1075, 1.5508, 0.2503])[:, None, None, None]
+        factor = 1 / torch.tensor([2.8184, 1.2196, 0.5, 1.916])[:, None, None, None]
     with torch.no_grad():
         code = vae.encode(pixels)
         raw = (
@@ -297,6 +362,8 @@ def test_images_go_to_scaled_latents_and_back(name, teachers):
         )
         torch.testing.assert_close(latents, (raw - shift) * factor)
         decoded = vae.decode(latents / factor + shift, return_dict=False)[0]
+    if name == "Qwen-Image":
+        decoded, latents = decoded[:, :, 0], latents[:, :, 0]
     assert teacher.decode(latents).shape == (2, 32, 32, 3)
     expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
     assert (torch.tensor(teacher.decode(latents)).float() - expected).abs().max() <= 1
@@ -309,8 +376,10 @@ def test_lora_adapts_attention_and_feed_forward_of_every_block(name, teachers):
     role = build_role("student", net, RoleConfig(rank=2))
     layers = set(lora_targets(net, role.config.targets))
     for index in range(2):
-        inside = {n.split(f"transformer_blocks.{index}.")[1] for n in layers if f"blocks.{index}." in n}
-        assert any(n.endswith("to_q") for n in inside) and any(n.startswith("ff.") for n in inside)
+        block = "layers" if name == "Z-Image" else "transformer_blocks"
+        inside = {n.split(f"{block}.{index}.")[1] for n in layers if f"{block}.{index}." in n}
+        forward = ("ff.", "feed_forward.", "img_mlp.")
+        assert any(n.endswith("to_q") for n in inside) and any(n.startswith(forward) for n in inside)
     assert not [n for n in layers if "proj_out" in n or "embed" in n]  # narrower than a usual rank
 
 
@@ -342,7 +411,11 @@ def test_shells_and_checkpointing_give_the_plain_gradient(name, teachers):
         denoiser.x0(x, t, teacher.encode(ZOO[name].prompts)).square().mean().backward()
         gradients.append({n: w.grad for n, w in role.weights.items()})
         assert all(p.grad is None for p in teacher.net.parameters())
-    assert all(g is not None for g in gradients[0].values())
+    silent = [n for n, g in gradients[0].items() if g is None]
+    if name == "Qwen-Image":  # of its last block's text nothing is made
+        assert silent and all(re.search(r"blocks\.1\..*(add_q|to_add_out|txt_mlp)", n) for n in silent)
+    else:
+        assert not silent
     for name_, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name_], gradient, rtol=1e-3, atol=1e-5)
 
@@ -369,9 +442,13 @@ def student_of(teacher, times, noise="fresh", kind="lora"):
     return role, Student(teacher.denoiser.with_net(role.module), times, noise)
 
 
-@pytest.mark.parametrize("noise", ["fresh", "ddim", "fixed"])
-@pytest.mark.parametrize("steps", [1, 2, 4])
-@pytest.mark.parametrize("name", [*TWO_SHIFTS, "FLUX.1-dev"])
+STUDENTS = [
+    (n, k, s) for n in (*TWO_SHIFTS, "FLUX.1-dev") for k in (1, 2, 4) for s in ("fresh", "ddim", "fixed")
+]
+STUDENTS += [(n, *case) for n in RAGGED for case in ((4, "fresh"), (2, "ddim"), (2, "fixed"))]
+
+
+@pytest.mark.parametrize("name, steps, noise", STUDENTS)
 def test_stock_diffusers_samples_a_flow_student(name, steps, noise, teachers, tmp_path):
     teacher = teachers(name)
     times = even_times(teacher.denoiser.schedule, steps)
@@ -486,7 +563,7 @@ def test_the_names_of_dits_classes_are_exported(teachers, tmp_path, monkeypatch)
     assert load_exported(tmp_path / "e")[0].get_label_ids(["Carassius auratus", "tench"]) == [1, 0]
 
 
-@pytest.mark.parametrize("name", [*TWO_SHIFTS, "FLUX.1-dev", *IN_PIXELS])
+@pytest.mark.parametrize("name", [*TWO_SHIFTS, "FLUX.1-dev", *RAGGED, *IN_PIXELS])
 def test_a_sample_is_the_same_in_any_batch(name, teachers, tmp_path):
     """Some pipelines keep their generator from the scheduler; fresh noise would depend on the batch."""
     teacher, prompts = teachers(name), list(ZOO[name].prompts)
@@ -510,6 +587,18 @@ def test_a_shift_that_depends_on_the_size_is_refused():
     with pytest.raises(FewstepError, match="use_dynamic_shifting"):
         schedule_of(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
     assert isinstance(schedule_of(DDIMScheduler()), VP)
+
+
+@pytest.mark.parametrize(
+    "name, library, old", [("Qwen-Image", "diffusers", "0.34.0"), ("Z-Image", "transformers", "4.50.3")]
+)
+def test_a_library_without_the_class_is_refused_by_version(name, library, old, teachers, monkeypatch):
+    source, version = teachers(name).source, importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda of: old if of == library else version(of))
+    with pytest.raises(
+        FewstepError, match=rf"is a {ZOO[name].pipeline_class}, .* {old} is too old; .*-U {library}"
+    ):
+        load_teacher(source)
 
 
 def test_a_class_without_an_adapter_says_what_to_do_and_takes_one_of_your_own(
