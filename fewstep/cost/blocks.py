@@ -119,7 +119,9 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx, checkpoint, repeated, key, count, *given):
         cast = partial(torch.autocast, "cpu", key[4][1], enabled=key[4][0], cache_enabled=False)
         ctx.around = cast, partial(sdpa_kernel, _cur_sdpa_kernel_backends())
-        ctx.set_materialize_grads(False)  # of an output that nothing is made of, such as the last text of Qwen-Image
+        ctx.set_materialize_grads(
+            False
+        )  # of an output that nothing is made of, such as the last text of Qwen-Image
         ctx.checkpoint, ctx.repeated, ctx.key, ctx.count, ctx.given = checkpoint, repeated, key, count, given
         return repeated.module(*given[:count])
 

@@ -99,8 +99,11 @@ def _whole(folder: Path, record: Mapping[str, Any], dtype: str):
     """The pipeline in the folder; of several parts the first one's, with a network of each."""
     options = {"torch_dtype": getattr(torch, dtype), "use_safetensors": True}
     first, *others = record.get("parts", [""])
-    cls, absent = pipeline_type(record["pipeline_class"]), dict.fromkeys(record.get("absent", []))
-    pipe = cls.from_pretrained(folder / first / "pipeline", **options, **absent)
+    place, absent = folder / first / "pipeline", dict.fromkeys(record.get("absent", []))
+    kind = json.loads((place / "model_index.json").read_text())[
+        "_class_name"
+    ]  # SANA's student has a class of its own
+    pipe = pipeline_type(kind).from_pretrained(place, **options, **absent)
     if "parts" in record:
         name, net = record["network"], network_of(pipe)
         more = (
