@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,9 +90,6 @@ class Preview:
         self.settle()
         rng = Rng(self.config.seed, "noise", device=self.teacher.device)
         noise = rng.normal(len(self.prompts), *self.teacher.latent_shape)
-        if write:
-            about = {"prompts": self.prompts, "columns": self.config.columns}
-            write_json(self.folder / "prompts.json", about, durable=False)
         if step == 0 and self.config.teacher_steps:
             with Bar("drawing the teacher's", len(noise), "images", quiet=not write) as bar:
                 self._save("teacher", self._chunked(self._teach, noise, bar), write)
@@ -100,6 +98,9 @@ class Preview:
             latents = self._chunked(lambda z, cond: student.sample(z, cond, rng.normal_like), noise)
             measured = self.distance.measure(student) if self.distance else {}
         self._save(f"step_{step:06d}", latents, write)
+        if write:
+            about = {"prompts": self.prompts, "columns": self.config.columns}
+            self.then(partial(write_json, self.folder / "prompts.json", about, durable=False))
         if self.method.critic is not None:
             self._health(f"step_{step:06d}", latents[:CHUNK], rng, write)
         return measured

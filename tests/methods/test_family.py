@@ -10,6 +10,7 @@ from toys import SD, Mlp, Rows, energy_distance, fit, labelled_mixture, labels_o
 
 from fewstep.diffusion import objectives
 from fewstep.diffusion.cond import Cond
+from fewstep.diffusion.denoiser import plainly
 from fewstep.diffusion.rng import Rng
 from fewstep.diffusion.schedules import EDM, Flow, Schedule, change_schedule
 from fewstep.diffusion.solvers import ddim
@@ -92,18 +93,21 @@ PLAIN = {
 class On:
     """A denoiser on another path."""
 
+    prediction, guide, embeds_guidance = "x0", staticmethod(plainly), False
+
     def __init__(self, denoiser, schedule):
         self.denoiser, self.schedule = denoiser, schedule
         self.net, self.null = getattr(denoiser, "net", None), getattr(denoiser, "null", None)
-        self.example = denoiser.example
+        self.example, self.tokens = denoiser.example, None
 
     def x0(self, x_t, t, cond, *, guidance=1.0):
         x, s = change_schedule(x_t, t, self.schedule, self.denoiser.schedule)
         return self.denoiser.x0(x, s, cond, guidance=guidance)
 
-    def predict(self, x_t, t, cond):
+    def predict(self, x_t, t, cond, guidance=1.0):
         x, s = change_schedule(x_t, t, self.schedule, self.denoiser.schedule)
-        return self.denoiser.predict(x, s, cond)
+        self.denoiser.predict(x, s, cond)  # whose blocks are tapped
+        return self.x0(x_t, t, cond, guidance=guidance)
 
 
 class FirstScaled(Rng):
@@ -160,7 +164,7 @@ class Marked(On):
 
     def __init__(self, denoiser, mark):
         super().__init__(denoiser, denoiser.schedule)
-        self.mark, self.prediction, self.asked = mark, "x0", []
+        self.mark, self.asked = mark, []
 
     def x0(self, x_t, t, cond, *, guidance=1.0):
         self.asked.append((guidance, t))

@@ -420,6 +420,7 @@ def test_a_plan_needs_no_folder_and_smoke_says_that_it_leaves_it_out(tiny_sd15, 
 # Recipe -> the one that its roles start from.
 CHAINS = {
     "emoji_ar_dd2_from_dd1_1step": "emoji_ar_dd1_2step",
+    "emoji_scm_1step": "emoji_hyper_sd_1step",
     "sd15_dmd2_1step_stage2": "sd15_dmd2_1step_stage1",
     "sd15_multi_student_1step_adm": "sd15_multi_student_1step_dm",
     "sd15_sida_1step": "sd15_sid_1step",
@@ -492,6 +493,9 @@ def test_the_hash_of_a_recipe_knows_only_a_start_that_is_given(tiny_sd15, tmp_pa
         plain["output"],
         plain["roles"]["student"]["start_from"],
         plain["data"]["column"],
+        plain["teacher"]["variant"],
+        plain["teacher"]["config"],
+        plain["teacher"]["loras"],
     )  # options that came later
     before = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
     assert (

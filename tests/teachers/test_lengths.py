@@ -83,7 +83,7 @@ def test_many_long_prompts_are_one_line(name, teachers, cache, capfd, heard):
     prompts = [f"{i} " + "long " * 200 for i in range(40)] + ["x" * 2000, "short"]
     capfd.readouterr()
     encode_prompts(teacher, prompts)
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fewstep: ")]
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fewstep: note: ")]
     assert len(said) == 1 and len(said[0]) < 700 and not heard, said
     assert "41 of 42 prompts" in said[0] and "number 41, has 20" in said[0] and "xxx..." in said[0]
     encode_prompts(teacher, prompts)  # they are there
