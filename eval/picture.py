@@ -1,6 +1,6 @@
 """Images of a teacher and its students, a row for each, of the same prompts and the same noise.
 
-    python eval/picture.py --student runs/emoji_phased_dmd_4step --student runs/emoji_dmd2_1step --out students.png
+    python eval/picture.py --student runs/emoji_dmd2_4step --student runs/emoji_dmd2_1step --out students.png
 
 How often the network is called for an image is counted while they are drawn.
 """
