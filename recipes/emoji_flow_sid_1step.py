@@ -2,7 +2,7 @@
 
     python recipes/emoji_flow_sid_1step.py    (or: fewstep train emoji_flow_sid_1step)
 
-Hardware: two CPU cores, 4 GB of memory. Result: ``eval/results/emoji_flow_sid_1step.json``.
+Hardware: two CPU cores, 4 GB of memory. Its result is not stored yet.
 Teacher and critic are guided alike (SiD-LSG, arXiv 2406.01561); the student starts from pure noise; learning rates
 are those that suit a small teacher and a short run.
 """

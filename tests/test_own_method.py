@@ -79,3 +79,18 @@ def test_the_method_of_the_readme_is_the_squared_error_of_its_one_step(desk):
 
     said = desk / "said.txt"
     assert Fork(check, said).wait() == 0, said.read_text()
+
+
+def test_the_method_of_the_readme_trains_to_an_export_that_is_verified(desk):
+    text = (ROOT / "recipes" / "emoji_dmd_1step.py").read_text()
+    for old, new in (
+        ("from fewstep.methods.dmd import DMD", "from knowledge import Knowledge"),
+        (r"DMD\.Config\(.*?\)", "Knowledge.Config()"),
+        (r" *\"critic\".*?\n", ""),
+    ):
+        text, found = re.subn(old, new, text)
+        assert found == 1
+    (desk / "mine.py").write_text(text)
+    said = desk / "said.txt"
+    code = Fork(lambda: main(["train", "mine.py", "--smoke"]), said, {"TMPDIR": str(desk)}).wait()
+    assert code == 0 and "verified in stock diffusers" in said.read_text(), said.read_text()

@@ -94,7 +94,7 @@ def encode(
         found["latents"] = encode_images(teacher, images, quiet=quiet)
     if "pairs" in needs:
         found["pairs"] = pairs = load_pairs(recipe.data.pairs)
-        check_pairs(pairs, teacher, recipe.method.guidance_scale, quiet)
+        check_pairs(pairs, teacher, getattr(recipe.method, "guidance_scale", 1.0), quiet)
         found["pair_conditions"] = encode_prompts(teacher, pairs.prompts, quiet=quiet)
     return found
 

@@ -105,7 +105,7 @@ def _few_pairs(folder: Path, teacher, data, method) -> Path:
     from ..data.texts import column_for
     from ..teachers import load_teacher
 
-    options = {"num": 4, "steps": 2, "guidance": method.guidance_scale}
+    options: dict[str, Any] = {"num": 4, "steps": 2, "guidance": getattr(method, "guidance_scale", 1.0)}
     prompts = load_prompts(data.prompts, column=column_for(data.prompts, data.column))
     return make_pairs(folder, load_teacher(teacher.path, **teacher.weights()), prompts, **options)
 

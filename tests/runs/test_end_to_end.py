@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import textwrap
 import time
 from copy import copy
@@ -315,7 +316,7 @@ def test_one_process_at_a_time_works_on_a_run(sdxl_run, tmp_path):
         other.kill()
         other.wait()
     with files.held(folder):  # let go by the system
-        pass
+        assert (folder / files.LOCK).read_text().startswith(f"process {os.getpid()} of ")
 
 
 def test_a_run_that_another_has_begun_meanwhile_is_left_alone(tiny_sdxl, tmp_path, monkeypatch):
