@@ -168,6 +168,17 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
+# Defaults of a search; what is not here has none.
+SEARCH: dict[str, Any] = {
+    "prompts": "builtin:emoji",
+    "num": 64,
+    "reference_steps": 50,
+    "dtype": "float32",
+    "seed": 0,
+    "batch_size": 16,
+}
+
+
 @COMMANDS.command(
     "floor",
     "search a teacher's best schedule of few steps, which a student has to beat",
@@ -179,14 +190,20 @@ def convert(args: argparse.Namespace) -> int:
     output("--out", record="floor.json", required=True, help="folder for floor.json and scheduler/"),
     argument(
         "--prompts",
-        default="builtin:emoji",
+        default=SEARCH["prompts"],
         metavar="F",
         help="one a line, a table, or a built-in name (default: %(default)s)",
     ),
     COLUMN,
-    argument("--num", type=int, default=64, help="reference paths (default: 64)"),
+    argument("--num", type=int, default=SEARCH["num"], help="reference paths (default: 64)"),
     argument("--guidance", type=finite, help="scale (default: the pipeline's)"),
-    argument("--reference-steps", type=int, default=50, metavar="M", help="of a path (default: 50)"),
+    argument(
+        "--reference-steps",
+        type=int,
+        default=SEARCH["reference_steps"],
+        metavar="M",
+        help="of a path (default: 50)",
+    ),
     argument("--solver", choices=["dpm++", "euler"], help="default: the better one; euler for a flow"),
     argument(
         "--families",
@@ -195,10 +212,10 @@ def convert(args: argparse.Namespace) -> int:
     ),
     argument("--free-u", action="store_true", help="try Free-U too, which UNets have"),
     argument("--size", type=int, metavar="PIXELS", help="height and width (default: the pipeline's)"),
-    argument("--dtype", choices=["float32", "bfloat16"], default="float32"),
+    argument("--dtype", choices=["float32", "bfloat16"], default=SEARCH["dtype"]),
     DEVICE,
-    argument("--seed", type=int, default=0, help="of the noise"),
-    argument("--batch-size", type=int, default=16, help="paths at once"),
+    argument("--seed", type=int, default=SEARCH["seed"], help="of the noise"),
+    argument("--batch-size", type=int, default=SEARCH["batch_size"], help="paths at once"),
     overrides=True,
 )
 def floor(args: argparse.Namespace) -> int:
@@ -260,6 +277,23 @@ def _chosen(entry: dict[str, Any]) -> str:
     return f"{entry['family']}{free}, order {entry['order']}: {times}{stop}"
 
 
+# Options of a search -> the field of a recipe that says the same of its evaluation.
+OF_A_RECIPE = {
+    "prompts": "evaluation.prompts",
+    "column": "data.column",
+    "num": "evaluation.num",
+    "guidance": "evaluation.teacher_guidance",
+    "reference_steps": "evaluation.teacher_steps",
+    "solver": "evaluation.floor_solvers",
+    "families": "evaluation.floor_solvers",
+    "free_u": "evaluation.floor_solvers",
+    "size": "teacher.resolution",
+    "dtype": "teacher.dtype",
+    "seed": "evaluation.seed",
+    "batch_size": "evaluation.batch_size",
+}
+
+
 def _measured_floor(args: argparse.Namespace) -> int:
     """The rows of a recipe's evaluation that need no student: what it will have to beat."""
     from ..evaluation.of_run import evaluate_run
@@ -267,6 +301,10 @@ def _measured_floor(args: argparse.Namespace) -> int:
     from ..runs.checks import check_data
     from ..teachers import load_teacher
 
+    for name, field in OF_A_RECIPE.items():
+        if getattr(args, name) not in (SEARCH.get(name), False):
+            option = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise FewstepError(f"{option}: {args.teacher} is a recipe, whose {field} counts; give --{field}")
     words = [*args.overrides, "--evaluation.floor_steps", str(args.steps)]
     recipe = override(load_recipe(args.teacher), words)
     if not recipe.evaluation.num:

@@ -491,3 +491,15 @@ def test_a_condition_with_guidance_is_used(sdxl):
     assert isinstance(cond, Cond)
     one, three = (sample(sdxl.denoiser, noise, cond, [999.0, 499.0], guidance=g)[2] for g in (1.0, 3.0))
     assert (one - three).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "words", [["--guidance", "3"], ["--prompts", "x.txt"], ["--num", "8"], ["--free-u"], ["--seed", "4"]]
+)
+def test_what_a_recipe_says_of_its_floor_is_not_said_twice(words, tmp_path, capsys):
+    """An option of the search would be left aside without a word, and the numbers be those of something else."""
+    out = ["--steps", "2", "--out", str(tmp_path / "floor")]
+    assert main(["floor", "emoji_dmd2_4step", *out, *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"fewstep: {words[0]}") and "give --evaluation." in said
+    assert not (tmp_path / "floor").exists()
