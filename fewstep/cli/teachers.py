@@ -80,6 +80,7 @@ def pairs(args: argparse.Namespace) -> int:
     from ..data.pairs import make_pairs
     from ..data.prompts import load_prompts
     from ..data.texts import column_for
+    from ..methods.base import guidance_of
     from ..process import start
     from ..recipe import override
     from ..teachers import load_teacher
@@ -99,7 +100,7 @@ def pairs(args: argparse.Namespace) -> int:
         num=args.num,
         solver=args.solver,
         steps=args.steps,
-        guidance=getattr(recipe.method, "guidance_scale", 1.0),
+        guidance=guidance_of(recipe.method),
         seed=args.seed,
         batch_size=args.batch_size,
         process=process,

@@ -317,6 +317,11 @@ class Options:
         return cls()
 
 
+def guidance_of(config: Any) -> float:
+    """The teacher's scale that a method's options ask for; 1, none, where they have no such option."""
+    return getattr(config, "guidance_scale", 1.0)
+
+
 def few(taps: list[str]) -> list[str]:
     """Blocks that a tiny transformer has, in place of those of a large one."""
     return (

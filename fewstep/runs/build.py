@@ -13,6 +13,7 @@ from ..data.pairs import Pairs, check_pairs, load_pairs
 from ..diffusion import kernels
 from ..errors import RecipeError
 from ..methods import Method
+from ..methods.base import guidance_of
 from ..process import Process
 from ..recipe import Recipe
 from ..teachers.base import Teacher
@@ -64,7 +65,7 @@ def build(
         for net in [teacher.net, *(role.module for role in roles.values())]:
             kernels.compile_blocks(net)
     # Told the teacher's scale, a student starts as the teacher that users know, and not as the plain, weaker one.
-    told = getattr(recipe.method, "guidance_scale", 1.0)
+    told = guidance_of(recipe.method)
     denoisers = {name: teacher.denoiser.with_net(role.module, told) for name, role in roles.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # heads start equal on every rank
@@ -94,7 +95,7 @@ def encode(
         found["latents"] = encode_images(teacher, images, quiet=quiet)
     if "pairs" in needs:
         found["pairs"] = pairs = load_pairs(recipe.data.pairs)
-        check_pairs(pairs, teacher, getattr(recipe.method, "guidance_scale", 1.0), quiet)
+        check_pairs(pairs, teacher, guidance_of(recipe.method), quiet)
         found["pair_conditions"] = encode_prompts(teacher, pairs.prompts, quiet=quiet)
     return found
 

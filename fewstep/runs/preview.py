@@ -18,6 +18,7 @@ from ..diffusion.schedules import repeated
 from ..errors import FewstepError
 from ..files import replacing, write_json
 from ..methods import Method
+from ..methods.base import guidance_of
 from ..recipe import Recipe
 from ..report.bar import Bar
 from ..report.grid import image_grid
@@ -70,7 +71,7 @@ class Preview:
         folder: Path,
         images: CaptionedImages | None = None,
     ):
-        self.config, self.guidance = recipe.samples, getattr(recipe.method, "guidance_scale", 1.0)
+        self.config, self.guidance = recipe.samples, guidance_of(recipe.method)
         self.teacher, self.method, self.roles, self.folder = teacher, method, roles, folder / "samples"
         order = Rng(self.config.seed, "preview").permutation(len(prompts))[: self.config.count]
         self.prompts = self.config.prompts or [prompts[int(i)] for i in order]

@@ -24,6 +24,7 @@ from ..device import choose, keep_freed
 from ..diffusion import kernels
 from ..errors import FewstepError, LostProcess, RecipeError, TrainingError, tell
 from ..files import WriteError, check_room, check_writable, held, write, write_json
+from ..methods.base import guidance_of
 from ..process import Process, start
 from ..recipe import Recipe
 from ..report.report import write_report
@@ -368,7 +369,7 @@ class Session:
             "title": self.folder.name,
             "method": self.method.name,
             "recipe": recipes.digest(self.recipe),
-            "guidance_scale": getattr(self.recipe.method, "guidance_scale", 1.0),
+            "guidance_scale": guidance_of(self.recipe.method),
             "trained_steps": self.trainer.progress.iteration,
             "prompt": self.export_prompts[0],
         }

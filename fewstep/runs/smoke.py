@@ -12,6 +12,7 @@ from typing import Any
 
 from ..configs import EvalConfig, RoleConfig, SampleConfig, TeacherConfig
 from ..data.prompts import CLASSES, UNCONDITIONAL
+from ..methods.base import guidance_of
 from ..recipe import Recipe, family
 
 RANK = 4
@@ -105,7 +106,7 @@ def _few_pairs(folder: Path, teacher, data, method) -> Path:
     from ..data.texts import column_for
     from ..teachers import load_teacher
 
-    options: dict[str, Any] = {"num": 4, "steps": 2, "guidance": getattr(method, "guidance_scale", 1.0)}
+    options: dict[str, Any] = {"num": 4, "steps": 2, "guidance": guidance_of(method)}
     prompts = load_prompts(data.prompts, column=column_for(data.prompts, data.column))
     return make_pairs(folder, load_teacher(teacher.path, **teacher.weights()), prompts, **options)
 
