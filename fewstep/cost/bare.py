@@ -69,7 +69,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _leaf(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    if torch._C._functorch.is_functorch_wrapped_tensor(value) or forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         raise FewstepError(
             "bench: --baseline bare: a method with forward-mode derivatives has no such baseline"
         )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -63,7 +64,7 @@ class Repeated:
         """What decides the cost of a call; None where something looks into the module or derives it forward."""
         if not isinstance(_get_current_dispatch_mode(), Meter) or self._hooks() != self.hooks:
             return None
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if forward_ad._current_level >= 0:
             return None
         shapes = described(given, fakes)
         if shapes is None or not fakes:

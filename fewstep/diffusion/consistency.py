@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..device import real
 from ..errors import RecipeError
@@ -63,8 +64,20 @@ def forward_mode(velocity: Velocity, x_t: Tensor, t: Tensor, ode: Tensor) -> tup
     (:meth:`fewstep.diffusion.denoiser.NetDenoiser.exact`).
     """
     factor = torch.cos(t) * torch.sin(t)
-    found = torch.func.jvp(velocity, (x_t, t), (expand(factor, x_t) * ode, factor))
-    return found[0], found[1]
+    return along(velocity, (x_t, t), (expand(factor, x_t) * ode, factor))
+
+
+def along(
+    velocity: Velocity, point: tuple[Tensor, Tensor], direction: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """F at ``(x_t, t)`` and its derivative in a direction ``(dx, dt)`` of the same shapes and dtypes.
+
+    By dual numbers: under ``torch.func`` tensors that a network makes for itself and keeps, as tables of positions, are
+    wrappers afterwards, which nothing can copy.
+    """
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(velocity(*map(forward_ad.make_dual, point, direction)))
+        return found.primal, torch.zeros_like(found.primal) if found.tangent is None else found.tangent
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from ..data.batches import Batches
 from ..data.cache import Store, encode_images, encode_prompts
 from ..data.images import CaptionedImages
 from ..diffusion.cond import Cond
-from ..diffusion.consistency import angles, refusing_without
+from ..diffusion.consistency import along, angles, refusing_without
 from ..diffusion.denoiser import NetDenoiser, ScheduleView
 from ..diffusion.embedding import time_embedder
 from ..diffusion.kernels import gather
@@ -186,8 +186,8 @@ def stiffness(denoiser: NetDenoiser, x_t: Tensor, t: Tensor, ode: Tensor, cond: 
         return seen.predict("v", x, time, cond)
 
     still, moment = torch.zeros_like(ode), torch.ones_like(t)
-    in_time = torch.func.jvp(velocity, (x_t, t), (still, moment))[1]
-    in_space = torch.func.jvp(velocity, (x_t, t), (ode, torch.zeros_like(t)))[1]
+    in_time = along(velocity, (x_t, t), (still, moment))[1]
+    in_space = along(velocity, (x_t, t), (ode, torch.zeros_like(t)))[1]
     weight = expand(torch.cos(t) * torch.sin(t), x_t)  # as they stand in the tangent
     return ((weight * in_time).norm() / (weight * in_space).norm()).item()
 

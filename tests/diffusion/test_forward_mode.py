@@ -3,7 +3,8 @@
 import pytest
 import torch
 from torch import nn
-from zoo import ZOO
+from torch.utils._pytree import tree_map
+from zoo import RESOLUTION, ZOO
 
 from fewstep.diffusion.consistency import central_difference, forward_mode
 from fewstep.diffusion.denoiser import ScheduleView
@@ -66,6 +67,20 @@ def test_tangents_are_the_same_in_train_mode_with_recomputation_and_through_an_a
         assert (a - b).norm() < 1e-4 * a.norm()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("pipeline_class", ["QwenImagePipeline", "ZImagePipeline"])
+def test_a_network_keeps_nothing_of_a_derivative(pipeline_class, tmp_path):
+    """They make tables of positions in their first call and keep them; here it is the one that is differentiated."""
+    teacher = load_teacher(
+        str(write_tiny_pipeline(pipeline_class, tmp_path)), resolution=RESOLUTION[pipeline_class]
+    )
+    x, t, ode, cond = inputs(teacher)
+    forward_mode(velocity_of(teacher.denoiser.exact(), cond), x, t, ode)
+    full = build_role("student", teacher.net, RoleConfig(kind="full"))
+    seen = velocity_of(teacher.denoiser.with_net(full.module), cond)(x, t)
+    assert torch.equal(seen, velocity_of(teacher.denoiser, cond)(x, t))
+
+
 def test_autocast_around_the_loss_does_not_reach_the_tangent(teacher):
     """Convolutions raise an error, attention a silent rounding, if it does."""
     x, t, ode, cond = inputs(teacher)
@@ -106,7 +121,7 @@ class WithOpaque(nn.Module):
         self.net, self.config = net, net.config
 
     def forward(self, x, *args, **options):
-        return self.net(Opaque.apply(x), *args, **options)
+        return self.net(tree_map(Opaque.apply, x), *args, **options)
 
 
 def test_a_network_without_forward_mode_is_refused_with_the_remedy(teacher):
