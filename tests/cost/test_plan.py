@@ -37,7 +37,7 @@ import plans  # noqa: E402
 
 PLANS = EVAL / "results" / "plans"
 # Of each kind one: a U-Net's, a transformer's with forward-mode derivatives, tokens.
-AGAIN = ("sd15_dmd2_1step", "sana_scm_2step", "var_d16_dd2_1step")
+AGAIN = ("emoji_dmd2_1step", "sd15_dmd2_1step", "sana_scm_2step", "var_d16_dd2_1step")
 WIDE = {"block_out_channels": (32, 64), "norm_num_groups": 8, "attention_head_dim": (2, 4), "sample_size": 32}
 
 
