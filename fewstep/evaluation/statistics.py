@@ -187,7 +187,7 @@ def table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]], most: int | 
     """
     rows = [tuple(map(str, row)) for row in rows]
     columns = [(max(map(len, column)), column) for column in zip(header, *rows)]
-    tables, room = [columns[:1]], 0
+    tables, room = [columns[:1]], 0.0
     for column in columns[1:]:
         room -= column[0] + 3
         if len(tables[-1]) > 1 and room < 0:
