@@ -95,6 +95,6 @@ def test_the_best_stand_beside_their_teacher_and_the_floor_at_as_many_calls():
     assert cells[3] == ["25 ± 2 (1)", "10 ± 2 (100)", "50 ± 2 (2)", "0.75", "2 min"]
     assert cells[4] == ["7 ± 2 (1)", "5 ± 2 (64)", "", "0.75", "1 min"]
     assert cells[5][-1] == "1 + 3 min"  # what it starts from is part of what it took
-    assert gallery({"second": results["second"]}, results).endswith(" 240                |")
+    assert gallery({"second": results["second"]}, results).endswith("| 240            |")
     with pytest.raises(StopIteration):
         best(results, ["mine:2"])
