@@ -807,7 +807,7 @@ def test_nodes_and_critic_of_unequal_weights_are_refused(sdxl, odd):
         (DisBack, {"record_steps": 0}, r"method\.record_steps: 0: expected at least 1"),
         (DisBack, {"backtrack_steps": 0}, r"method\.backtrack_steps: 0: expected at least 1"),
         (DisBack, {"time_range": (0.5, 0.2)}, r"method\.time_range: .*expected 0 <= low"),
-        (SwiftBrush, {"null_probability": 2}, r"method\.null_probability: 2.*expected a probability"),
+        (SwiftBrush, {"null_probability": 2}, r"method\.null_probability: 2\.0: expected 0 to 1"),
         (SwiftBrush, {"null_probability": 0}, r"method\.null_probability: 0.*guide_critic false"),
         (SwiftBrush, {"time_range": (0.5, 0.2)}, r"method\.time_range: .*expected 0 <= low"),
         (DiffInstruct, {"critic_steps": 0}, r"method\.critic_steps: 0: expected at least 1"),
