@@ -234,6 +234,7 @@ class Method:
         self, config: Any, teacher: Denoiser, latent_shape: Sequence[int], **denoisers: Denoiser | None
     ):
         self.config, self.teacher, self.latent_shape = config, teacher, latent_shape
+        check_null(config, teacher)
         self.build(**denoisers)
 
     build: Callable[..., None]
@@ -320,6 +321,28 @@ class Options(Bounded):
 def guidance_of(config: Any) -> float:
     """The teacher's scale that a method's options ask for; 1, none, where they have no such option."""
     return getattr(config, "guidance_scale", 1.0)
+
+
+def check_guidance(option: str, guidance: float, denoiser: Any) -> None:
+    """Refuses guidance, by the name of the method's option, where there is no null condition to guide with."""
+    if guidance != 1 and getattr(denoiser, "null", None) is None:
+        raise RecipeError(
+            f"method.{option}: {guidance:g}: expected 1, because this teacher has no null condition to guide with; "
+            "leave guidance_scale at 1"
+        )
+
+
+def check_null(config: Any, denoiser: Any) -> None:
+    """The same of every scale that a method's options ask of a teacher which says that it has none."""
+    if not hasattr(denoiser, "null"):
+        return
+    option, scales = "guidance_scale", [guidance_of(config)]
+    if getattr(config, "guidance_range", None) is not None:
+        option, scales = "guidance_range", config.guidance_range
+    elif getattr(config, "guidance_embedding", False):
+        option, scales = "guidance_scales", config.guidance_scales
+    for scale in scales:
+        check_guidance(option, scale, denoiser)
 
 
 def few(taps: list[str]) -> list[str]:

@@ -17,7 +17,6 @@ from ..diffusion.rng import Rng
 from ..diffusion.schedules import Schedule, expand
 from ..diffusion.student import Student
 from ..diffusion.times import TimeLaw, student_times
-from ..errors import RecipeError
 from .base import Batch, Options
 
 if TYPE_CHECKING:
@@ -59,15 +58,6 @@ class LiveOptions(Options):
 
     def student_of(self, denoiser: Denoiser, schedule: Schedule) -> Student:
         return Student(denoiser, student_times(schedule, self.num_steps, self.start, self.times), self.noise)
-
-
-def check_guidance(option: str, guidance: float, denoiser: Denoiser) -> None:
-    """Refuses guidance, by the name of the method's option, where there is no null condition to guide with."""
-    if guidance != 1 and getattr(denoiser, "null", None) is None:
-        raise RecipeError(
-            f"method.{option}: {guidance:g}: expected 1, because this teacher has no null condition to guide with; "
-            "leave guidance_scale at 1"
-        )
 
 
 def through_networks(

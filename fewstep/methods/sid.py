@@ -23,8 +23,8 @@ from ..diffusion.denoiser import Denoiser, NetDenoiser
 from ..diffusion.discriminator import check_taps, mean_logits
 from ..diffusion.schedules import Flow
 from ..diffusion.student import Student
-from .base import Batch, Expected, Method, Phase, Progress, register
-from .live_scores import LevelWeight, LiveOptions, check_guidance, drop_captions, made_by, through_networks
+from .base import Batch, Expected, Method, Phase, Progress, check_guidance, register
+from .live_scores import LevelWeight, LiveOptions, drop_captions, made_by, through_networks
 from .terms import regression
 
 if TYPE_CHECKING:

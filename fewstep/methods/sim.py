@@ -17,7 +17,7 @@ from ..diffusion import objectives
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.student import Student
 from .base import Batch, Method, Phase, Progress, register
-from .live_scores import LevelWeight, LiveOptions, check_guidance, made_by, through_networks
+from .live_scores import LevelWeight, LiveOptions, made_by, through_networks
 from .terms import regression
 
 Scale = Annotated[
@@ -63,7 +63,6 @@ class SIM(Method):
         self.student = config.student_of(student, schedule)
         self.generator_times = config.generator_times.on(schedule, critic=False)
         self.critic_times = config.critic_times.on(schedule, critic=True)
-        check_guidance("guidance_scale", config.guidance_scale, self.teacher)
 
     def phases(self) -> list[Phase]:
         return [
