@@ -167,7 +167,8 @@ class Spy:
     """A closed-form denoiser that remembers what it was asked for."""
 
     def __init__(self, inner, null=None):
-        self.inner, self.schedule, self.null, self.calls = inner, inner.schedule, null, []
+        self.inner, self.schedule, self.calls = inner, inner.schedule, []
+        self.null = null or getattr(inner, "null", None)
 
     def x0(self, x_t, t, cond, *, guidance=1.0):
         self.calls.append({"x_t": x_t, "t": t, "cond": cond, "guidance": guidance})
@@ -822,4 +823,4 @@ def test_impossible_options_are_refused_by_name(method, options, message):
 
 def test_null_prompts_need_a_teacher_that_has_them(ring, fitted):
     with pytest.raises(RecipeError, match=r"method\.null_probability: 0\.1: .*no null condition"):
-        toy(SwiftBrush, SwiftBrush.Config(), ring, fitted)
+        toy(SwiftBrush, SwiftBrush.Config(guidance_scale=1.0), ring, fitted)
