@@ -94,11 +94,12 @@ def _beside(record: Mapping[str, Any]) -> str:
 
 
 def _shift(pipeline_class: str, shift: float) -> str:
-    if pipeline_class == "FluxPipeline":
+    if pipeline_class in ("FluxPipeline", "ChromaPipeline"):
         mu = round(math.log(shift), 4)
+        guidance = " FluxGuidance: 1.0." if pipeline_class == "FluxPipeline" else ""
         return (
             f"ModelSamplingFlux before it: max_shift and base_shift both {mu}, for its shift is {shift:.4g} whatever "
-            "the size. FluxGuidance: 1.0."
+            f"the size.{guidance}"
         )
     node = "ModelSamplingAuraFlow" if pipeline_class in FRACTIONS else "ModelSamplingSD3"
     return f"{node} before it: shift {shift:.4g}."

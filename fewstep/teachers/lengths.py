@@ -36,6 +36,9 @@ def _around(pipe: Any, tokenizer: Any) -> int:
         empty = [{"role": "user", "content": ""}]
         options = {"add_generation_prompt": True, "enable_thinking": True}
         return len(tokenizer(tokenizer.apply_chat_template(empty, tokenize=False, **options))["input_ids"])
+    if class_of(pipe) == "Lumina2Pipeline":
+        whole = tokenizer(f"{pipe.system_prompt} <Prompt Start> ")["input_ids"]
+        return len(whole) - len(tokenizer("")["input_ids"])
     if class_of(pipe) == "QwenImagePipeline":  # which leaves out what stands before the text
         empty = tokenizer(pipe.prompt_template_encode.format(""))["input_ids"]
         return len(empty) - pipe.prompt_template_encode_start_idx

@@ -39,8 +39,10 @@ def register(cls: type[Teacher]) -> type[Teacher]:
 def adapters() -> dict[str, type[Teacher]]:
     """Pipeline class -> adapter."""
     from .ar import PIPELINES, Autoregressive
+    from .chroma import Chroma
     from .classes import DDPM, DiT
     from .flux import Flux
+    from .lumina2 import Lumina2
     from .qwen_image import QwenImage
     from .sd import StableDiffusion, StableDiffusionXL
     from .transformers import PixArtAlpha, PixArtSigma, Sana, StableDiffusion3
@@ -48,7 +50,7 @@ def adapters() -> dict[str, type[Teacher]]:
 
     known = (
         *(StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Sana, PixArtAlpha, PixArtSigma),
-        *(QwenImage, ZImage, DiT, DDPM),
+        *(QwenImage, ZImage, Chroma, Lumina2, DiT, DDPM),
     )
     stock = {cls.pipeline_class: cls for cls in known}
     return {

@@ -57,8 +57,10 @@ def fix_shift(pipe: Any, resolution: int | None = None) -> None:
     side = (
         (resolution or native_resolution(pipe)) // pixels_per_latent(pipe) // getattr(pipe, "patch_size", 2)
     )
+    # Lumina's stock call takes the number of channels for that of tokens.
+    tokens = network_of(pipe).config.in_channels if class_of(pipe) == "Lumina2Pipeline" else side**2
     low, high = config.base_image_seq_len, config.max_image_seq_len
-    mu = config.base_shift + (config.max_shift - config.base_shift) * (side**2 - low) / (high - low)
+    mu = config.base_shift + (config.max_shift - config.base_shift) * (tokens - low) / (high - low)
     shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
     pipe.scheduler = type(pipe.scheduler).from_config(config, use_dynamic_shifting=False, shift=shift)
 
@@ -74,7 +76,10 @@ def class_of(pipe: Any) -> str:
     return type(getattr(pipe, "pipe", pipe)).__name__
 
 
-HANDS_SIGMAS = ("FluxPipeline", "QwenImagePipeline", "ZImagePipeline")
+HANDS_SIGMAS = (
+    *("FluxPipeline", "QwenImagePipeline", "ZImagePipeline"),
+    *("ChromaPipeline", "Lumina2Pipeline"),
+)
 
 
 def hands_sigmas(pipe: Any) -> bool:

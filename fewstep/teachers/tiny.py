@@ -13,7 +13,10 @@ from ..errors import FewstepError
 
 TOKENS = ("LlamaGenPipeline", "VARPipeline")
 # Pixels for tiny networks, where the class of the pipeline has a size of its own.
-RESOLUTION = {"FluxPipeline": 32, "QwenImagePipeline": 32, "ZImagePipeline": 32}
+RESOLUTION = {
+    **{"FluxPipeline": 32, "QwenImagePipeline": 32, "ZImagePipeline": 32},
+    **{"ChromaPipeline": 32, "Lumina2Pipeline": 32},
+}
 SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
 
@@ -36,6 +39,8 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "FluxPipeline": _flux,
         "QwenImagePipeline": _qwen_image,
         "ZImagePipeline": _z_image,
+        "ChromaPipeline": _chroma,
+        "Lumina2Pipeline": _lumina2,
         "DiTPipeline": _dit,
         "DDPMPipeline": _unet2d,
         "DDIMPipeline": _unet2d,
@@ -231,13 +236,13 @@ def _euler(options):
     )
 
 
-def _vae(**options):
+def _vae(levels: int = 2, **options):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=4,
         norm_num_groups=4,
         layers_per_block=1,
@@ -489,6 +494,57 @@ def _flux(tokenizer, _pipeline_class, options):
         text_encoder_2=t5,
         tokenizer_2=t5_tokenizer,
         transformer=FluxTransformer2DModel(**{**network, **options}),
+    )
+
+
+def _chroma(_tokenizer, _pipeline_class, options):
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    tokenizer, t5 = tiny_t5()
+    network = {
+        "in_channels": 16,  # four latents of four channels
+        "num_layers": 2,
+        "num_single_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "axes_dims_rope": (2, 2, 4),
+        "approximator_num_channels": 16,
+        "approximator_hidden_dim": 16,
+        "approximator_layers": 1,
+    }
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=t5,
+        tokenizer=tokenizer,
+        transformer=ChromaTransformer2DModel(**{**network, **options}),
+    )
+
+
+def _lumina2(_tokenizer, _pipeline_class, options):
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+
+    tokenizer, encoder = _gemma()
+    network = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "hidden_size": 24,
+        "num_layers": 2,
+        "num_refiner_layers": 1,
+        "num_attention_heads": 2,
+        "num_kv_heads": 1,
+        "multiple_of": 16,
+        "axes_dim_rope": (4, 4, 4),
+        "axes_lens": (300, 64, 64),
+        "cap_feat_dim": 16,
+    }
+    return Lumina2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=_vae(4, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=Lumina2Transformer2DModel(**{**network, **options}),
     )
 
 

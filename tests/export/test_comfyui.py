@@ -27,6 +27,7 @@ FAMILIES = {  # the published configuration, and what stands in for it
     "sd3": ("stabilityai--stable-diffusion-3-medium-diffusers", "transformer", "SD 3"),
     "flux1": ("black-forest-labs--FLUX.1-dev", "transformer", "FLUX.1-dev"),
     "qwen_image": ("Qwen--Qwen-Image", "transformer", "Qwen-Image"),
+    "chroma": ("lodestones--Chroma1-HD", "transformer", "Chroma"),
     "z_image": ("Tongyi-MAI--Z-Image", "transformer", "Z-Image"),
 }
 TITLE = "my run/1"  # no name of a file
@@ -35,7 +36,9 @@ SAFE = "my_run_1"
 
 def accepted(family):
     """Every name that ComfyUI reads, each layer's own."""
-    for row in GOLDEN["families"][family]:
+    for row in GOLDEN["families"][
+        "flux1" if family == "chroma" else family
+    ]:  # of which it is a subclass there
         for i in range(*row.get("i", [0, 1])):
             yield from (name.replace("{i}", str(i)) for name in row["names"])
 
@@ -49,6 +52,7 @@ def test_every_layer_of_the_published_network_has_a_name_that_is_read(family):
         net = cls.from_config(cls.load_config(PUBLISHED / folder, subfolder=network))
     names, adapter = set(accepted(family)), adapters()[index["_class_name"]]
     layers = [n for n, m in net.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    layers = [n for n in layers if not n.startswith("distilled_guidance_layer")]  # of Chroma alone, no target
     assert len(layers) > 250 and set(lora_targets(net, None)) <= set(layers)
     made = {kohya_name(adapter, layer) for layer in layers}
     assert len(made) == len(layers) and made <= names
@@ -157,7 +161,7 @@ def simple(table, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("name", ["SDXL", "SD 3", "FLUX.1-dev", "Qwen-Image"])
+@pytest.mark.parametrize("name", ["SDXL", "SD 3", "FLUX.1-dev", "Chroma", "Qwen-Image"])
 def test_the_settings_call_the_network_where_it_was_trained(name, steps, teachers, tmp_path):
     teacher, flow = teachers(name), name != "SDXL"
     start = None if flow or 1000 % steps == 0 else 998
@@ -169,7 +173,7 @@ def test_the_settings_call_the_network_where_it_was_trained(name, steps, teacher
     if not flow:
         assert simple(range(1000), steps) == pytest.approx(times, abs=1)
         return
-    if name == "FLUX.1-dev":
+    if name in ("FLUX.1-dev", "Chroma"):
         mu = float(re.search(r"max_shift and base_shift both (-?[\d.]+)", card)[1])
         shift = torch.tensor(mu).exp().item()
     else:

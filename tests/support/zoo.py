@@ -35,6 +35,10 @@ ZOO = {
     "Z-Image": Kind(
         "ZImagePipeline", resolution=RESOLUTION["ZImagePipeline"], taps=("noise_refiner.0", "layers.1")
     ),
+    "Chroma": Kind("ChromaPipeline", resolution=RESOLUTION["ChromaPipeline"]),
+    "Lumina 2": Kind(
+        "Lumina2Pipeline", resolution=RESOLUTION["Lumina2Pipeline"], taps=("noise_refiner.0", "layers.1")
+    ),
     "SANA": Kind("SanaPipeline"),
     "PixArt-alpha": Kind("PixArtAlphaPipeline"),
     "PixArt-Sigma": Kind("PixArtSigmaPipeline"),
