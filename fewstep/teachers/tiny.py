@@ -359,27 +359,28 @@ def _write_tokens(pipeline_class: str, folder: Path, seed: int, options: dict[st
     return folder
 
 
-def _sd3(tokenizer, _pipeline_class, _options):
+def _sd3(tokenizer, _pipeline_class, options):
     """Without T5, as many run it: zeros stand in its place."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
 
     encoders = [CLIPTextModelWithProjection(_text_config(tokenizer, projection_dim=16)) for _ in range(2)]
+    network = {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 32,
+        "pos_embed_max_size": 16,
+        "qk_norm": "rms_norm",
+    }
     return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
-            sample_size=16,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            caption_projection_dim=16,
-            pooled_projection_dim=32,
-            pos_embed_max_size=16,
-            qk_norm="rms_norm",
-        ),
+        transformer=SD3Transformer2DModel(**{**network, **options}),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(scaling_factor=1.5305, shift_factor=0.0609),
         text_encoder=encoders[0],

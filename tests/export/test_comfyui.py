@@ -25,20 +25,20 @@ FAMILIES = {  # the published configuration, and what stands in for it
     "sd15": ("stable-diffusion-v1-5--stable-diffusion-v1-5", "unet", "SD 1.5"),
     "sdxl": ("stabilityai--stable-diffusion-xl-base-1.0", "unet", "SDXL"),
     "sd3": ("stabilityai--stable-diffusion-3-medium-diffusers", "transformer", "SD 3"),
+    "sd35": ("stabilityai--stable-diffusion-3.5-medium", "transformer", "SD 3"),
     "flux1": ("black-forest-labs--FLUX.1-dev", "transformer", "FLUX.1-dev"),
     "qwen_image": ("Qwen--Qwen-Image", "transformer", "Qwen-Image"),
     "chroma": ("lodestones--Chroma1-HD", "transformer", "Chroma"),
     "z_image": ("Tongyi-MAI--Z-Image", "transformer", "Z-Image"),
 }
+SAME = {"chroma": "flux1", "sd35": "sd3"}  # of one class there
 TITLE = "my run/1"  # no name of a file
 SAFE = "my_run_1"
 
 
 def accepted(family):
     """Every name that ComfyUI reads, each layer's own."""
-    for row in GOLDEN["families"][
-        "flux1" if family == "chroma" else family
-    ]:  # of which it is a subclass there
+    for row in GOLDEN["families"][SAME.get(family, family)]:
         for i in range(*row.get("i", [0, 1])):
             yield from (name.replace("{i}", str(i)) for name in row["names"])
 

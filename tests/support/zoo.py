@@ -28,7 +28,9 @@ ZOO = {
     "SD 1.5": Kind("StableDiffusionPipeline", taps=UNET),
     "SD 2.1, v": Kind("StableDiffusionPipeline", SD21, taps=UNET),
     "SDXL": Kind("StableDiffusionXLPipeline", taps=UNET),
-    "SD 3": Kind("StableDiffusion3Pipeline"),
+    "SD 3": Kind(
+        "StableDiffusion3Pipeline", {"dual_attention_layers": (0,)}
+    ),  # as 3.5 medium has, in a block
     "FLUX.1-dev": Kind("FluxPipeline", resolution=RESOLUTION["FluxPipeline"]),
     "FLUX.1-schnell": Kind("FluxPipeline", {"guidance_embeds": False}, RESOLUTION["FluxPipeline"]),
     "Qwen-Image": Kind("QwenImagePipeline", resolution=RESOLUTION["QwenImagePipeline"]),
