@@ -648,6 +648,26 @@ def test_a_library_without_the_class_is_refused_by_version(name, library, old, t
         load_teacher(source)
 
 
+def test_modular_pipelines_and_networks_of_two_are_refused_by_name_with_the_reason(tmp_path):
+    """As FLUX.3 and Ideogram 4 are published."""
+    modular, second = tmp_path / "flux3", tmp_path / "ideogram"
+    modular.mkdir()
+    second.mkdir()
+    (modular / "modular_model_index.json").write_text('{"_class_name": "Flux3ModularPipeline"}')
+    (second / "model_index.json").write_text('{"_class_name": "Ideogram4Pipeline"}')
+    for folder, why in (
+        (
+            modular,
+            r"is a modular pipeline \(Flux3ModularPipeline\): .* no one stock call .* with model_index\.json",
+        ),
+        (second, r"is an Ideogram4Pipeline, which is no teacher: .* a second network"),
+    ):
+        for ask in (pipeline_class_of, load_teacher):
+            with pytest.raises(FewstepError, match=f"^teacher.path: {folder} {why}") as said:
+                ask(str(folder))
+            assert "\n" not in str(said.value)
+
+
 def test_a_class_without_an_adapter_says_what_to_do_and_takes_one_of_your_own(
     teachers, tmp_path, monkeypatch
 ):
