@@ -147,9 +147,9 @@ def _check_modular(source: str, place: str) -> None:
         name = json.loads(file.read_text())["_class_name"]
     if name:
         raise FewstepError(
-            f"teacher.path: {source} is a modular pipeline ({name}): its folder chooses the blocks that guide and step, "
-            "so that there is no one stock call to hold a student to; expected a pipeline with model_index.json, of "
-            f"{', '.join(adapters())}"
+            f"teacher.path: {source} is a modular pipeline ({name}): its folder chooses the blocks that guide and "
+            "step, so that there is no one stock call to hold a student to; expected a pipeline with model_index.json, "
+            f"of {', '.join(adapters())}"
         )
 
 
