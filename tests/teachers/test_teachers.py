@@ -38,6 +38,7 @@ from fewstep.teachers import load_teacher, pipeline_class_of, register
 from fewstep.teachers.flux import pack, unpack
 from fewstep.teachers.generate import call_pipeline, generate
 from fewstep.teachers.load import ASSETS, BUILTIN, resolve
+from fewstep.teachers.norms import keeping_norm
 from fewstep.teachers.pipelines import fix_shift, size_options, takes
 from fewstep.teachers.schedulers import FLOOR, schedule_of, scheduler_sample
 from fewstep.teachers.sd import StableDiffusion
@@ -216,6 +217,19 @@ def test_every_step_of_a_guided_stock_call_is_ours(name, teachers, with_schedule
         x = scheduler.step(own, time, x, return_dict=False)[0]
     torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
     assert moved > 1e-2
+
+
+def test_norms_are_kept_above_guidance_1_alone_and_sample_by_sample():
+    """At 1 and below the stock pipelines do not guide, and nothing is rescaled."""
+    u, c = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    scales = torch.tensor([0.5, 1.0, 4.0])
+    plain = u + scales[:, None, None] * (c - u)
+    together = keeping_norm(u, c, scales)
+    torch.testing.assert_close(together[:2], plain[:2])
+    torch.testing.assert_close(together[2].norm(dim=-1), c[2].norm(dim=-1))
+    assert torch.nn.functional.cosine_similarity(together[2], plain[2], dim=-1).min() > 1 - 1e-5
+    for i, scale in enumerate(scales.tolist()):
+        torch.testing.assert_close(keeping_norm(u[i], c[i], scale), together[i])
 
 
 @pytest.mark.parametrize("name", RAGGED)
