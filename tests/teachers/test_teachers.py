@@ -39,7 +39,7 @@ from fewstep.teachers.flux import pack, unpack
 from fewstep.teachers.generate import call_pipeline, generate
 from fewstep.teachers.load import ASSETS, BUILTIN, resolve
 from fewstep.teachers.norms import keeping_norm
-from fewstep.teachers.pipelines import fix_shift, size_options, takes
+from fewstep.teachers.pipelines import fix_shift, guided, own_guidance, size_options, takes
 from fewstep.teachers.schedulers import FLOOR, schedule_of, scheduler_sample
 from fewstep.teachers.sd import StableDiffusion
 from fewstep.training.roles import build_role, lora_targets
@@ -217,6 +217,24 @@ def test_every_step_of_a_guided_stock_call_is_ours(name, teachers, with_schedule
         x = scheduler.step(own, time, x, return_dict=False)[0]
     torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
     assert moved > 1e-2
+
+
+@pytest.mark.parametrize(
+    "name, told, own",
+    [
+        (
+            "Qwen-Image",
+            {"true_cfg_scale": 3.0, "negative_prompt": [" ", " "]},
+            4.0,
+        ),  # blank, as its card has it
+        ("Z-Image", {"guidance_scale": 2.0}, 6.0),
+        ("Chroma", {"guidance_scale": 3.0}, 5.0),
+        ("Lumina 2", {"guidance_scale": 3.0}, 4.0),
+    ],
+)
+def test_a_stock_call_is_told_guidance_in_its_own_words(name, told, own, teachers):
+    pipe = teachers(name).pipe
+    assert guided(pipe, 3.0, 2) == told and own_guidance(pipe) == own
 
 
 def test_norms_are_kept_above_guidance_1_alone_and_sample_by_sample():
