@@ -107,7 +107,9 @@ def test_the_card_and_the_natural_call_give_the_trained_times(
 
 
 @pytest.mark.parametrize("steps", [2, 3])
-@pytest.mark.parametrize("name", ["SD 1.5", "SDXL", *(n for n in FLOWS if n not in ("Z-Image", "Lumina 2"))])
+@pytest.mark.parametrize(
+    "name", ["SD 1.5", "SDXL", *(n for n in FLOWS if n not in ("Z-Image", "Chroma", "Lumina 2"))]
+)
 def test_times_that_no_grid_has_stand_in_the_call_and_the_card_says_so(
     name, steps, teachers, tmp_path, given, monkeypatch
 ):
