@@ -292,8 +292,8 @@ def test_the_null_of_lumina_has_no_system_prompt(teachers):
 
 
 def test_luminas_shift_by_size_is_that_of_its_stock_call(teachers, with_scheduler):
-    """Which takes the number of channels for that of tokens."""
-    teacher = teachers("Lumina 2")
+    """Which takes the number of channels, 4, for that of tokens, 16."""
+    teacher = load_teacher(teachers("Lumina 2").source, resolution=64)
     with_scheduler(teacher, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
     expected = stock(teacher, PROMPTS, num_inference_steps=3, guidance_scale=2.0)
     fix_shift(teacher.pipe, teacher.resolution)
