@@ -21,7 +21,7 @@ ORDER = [
     ["tokens"],
     ["diffusion", "report"],
     ["configs", "extensions", "process"],
-    ["bounds", "device", "files"],
+    ["bounds", "device", "files", "pictures"],
     ["assets", "errors", "version"],
 ]
 

@@ -24,6 +24,7 @@ from ..report.bar import Bar
 from ..teachers.base import Teacher
 from ..teachers.lengths import too_long, unsaid
 from ..teachers.origin import lora_file
+from ..teachers.references import check_references, identity_of
 from .images import CaptionedImages
 
 SHARD = 1024  # rows of one file
@@ -117,6 +118,7 @@ def encode_prompts(
     teacher: Teacher, prompts: Sequence[str], batch_size: int = 32, quiet: bool = False
 ) -> Store:
     """Conditions of all prompts, as a store with one row per prompt."""
+    check_references(teacher, prompts)
 
     def encode(start: int, stop: int) -> dict[str, Tensor]:
         with unsaid():
@@ -133,7 +135,9 @@ def encode_prompts(
 
 def prompts_folder(teacher: Teacher, prompts: Sequence[str]) -> Path:
     """Where the store of these prompts is, or will be."""
-    return _folder("prompts", ["prompts", identity(teacher), teacher.resolution, list(prompts)])
+    return _folder(
+        "prompts", ["prompts", identity(teacher), teacher.resolution, list(map(identity_of, prompts))]
+    )
 
 
 def encode_images(

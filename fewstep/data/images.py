@@ -14,11 +14,11 @@ from PIL import Image, ImageOps
 
 from ..errors import FewstepError, RecipeError, why
 from ..files import ReadError
+from ..pictures import fault, read_picture
 from . import emoji, texts
 from .image_sets import EXTENSIONS, split, walk
 
 TABLES = (".jsonl", ".csv", ".parquet")  # with captions: metadata.jsonl and so on
-MAX_PIXELS = 64_000_000  # a larger file is a mistake or a bomb
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class CaptionedImages:
         """Centre crop to a square, then Lanczos to ``size``; transparent pixels become white."""
         item = self.files[index % len(self.files)]
         try:
-            image = Image.fromarray(item) if isinstance(item, np.ndarray) else _open(item)
+            image = Image.fromarray(item) if isinstance(item, np.ndarray) else read_picture(item)
         except Exception as error:  # it was fine when the run began
             raise ReadError(
                 f"data.images: {item}: {why(error) or error}; put it back, then go on with fewstep resume"
@@ -78,7 +78,7 @@ def load_images(source: str, column: str | None = None) -> CaptionedImages:
         raise
     except FewstepError as error:
         raise RecipeError(f"data.images: {error}") from error
-    corrupt = [f"{f.name} ({reason})" for f in files if (reason := _fault(f))]
+    corrupt = [f"{f.name} ({reason})" for f in files if (reason := fault(f))]
     if corrupt:
         more = f" and {len(corrupt) - 10} more" if len(corrupt) > 10 else ""
         raise RecipeError(
@@ -131,9 +131,9 @@ def _of_tables(folder: Path, found: Sequence[Path], known: set[Path], column: st
     for table in found:
         rows = texts.rows(table)
         name = texts.column_of(table, rows, column)
-        for place, row in rows:
+        found_texts = [texts.cell(table, place, row, name, blank=True).strip() for place, row in rows]
+        for (place, row), text in zip(rows, texts.with_references(table, rows, found_texts)):
             file = texts.cell(table, place, row, "file_name").replace("\\", "/")
-            text = texts.cell(table, place, row, name, blank=True).strip()
             starts = (table.parent, folder, folder.parent)
             near = [Path(os.path.normpath(start / file)) for start in starts]
             path = next((path for path in near if path in known), near[0])
@@ -142,26 +142,3 @@ def _of_tables(folder: Path, found: Sequence[Path], known: set[Path], column: st
                     f"data.images: {table}, {place}: {file} has another caption before; keep one"
                 )
     return captions
-
-
-def _fault(path: Path) -> str | None:
-    try:
-        with Image.open(path) as image:  # reads the header only
-            if image.width * image.height > MAX_PIXELS:
-                return f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} in all"
-            if image.mode == "F":
-                return "pixels are floating-point numbers, not 8 or 16 bits"
-        _open(path)
-    except Exception as error:  # Pillow raises many kinds on hostile files
-        return str(error).splitlines()[0][:80] or type(error).__name__
-    return None
-
-
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        elif image.mode.startswith("I;16") or image.mode == "I":
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")

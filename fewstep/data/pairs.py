@@ -152,6 +152,10 @@ def make_pairs(
     Raises:
         FewstepError: the folder holds pairs made otherwise.
     """
+    if teacher.edits:
+        raise FewstepError(
+            f"pairs: {teacher.source} edits images, and pairs keep no references; choose a method that needs no pairs"
+        )
     process = process or Process()
     solver, steps = solver or teacher.solver[0], steps or teacher.solver[1]
     name, make = teacher.pair_maker(solver, steps, guidance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import FewstepError, RecipeError
+from ..teachers.references import Edit
 from . import emoji, texts
 
 CLASSES = "builtin:imagenet-classes"  # the labels 0 to 999, for teachers that are conditioned on them
@@ -14,6 +15,8 @@ UNCONDITIONAL = "builtin:unconditional"  # for teachers that are conditioned on 
 def load_prompts(source: str, name: str = "data.prompts", column: str | None = None) -> list[str]:
     """Prompts of a file (see :mod:`.texts`; blank lines are skipped), or of ``builtin:emoji`` (``-names``, ``-groups``,
     ``-mostly-names``); ``builtin:imagenet-classes`` are the labels "0" to "999", ``builtin:unconditional`` 64 empty.
+
+    A table with a column ``reference`` gives an :class:`~fewstep.teachers.references.Edit` a row.
 
     Prompts are data: no path, no markup, no variable in them means anything.
 
@@ -37,4 +40,4 @@ def load_prompts(source: str, name: str = "data.prompts", column: str | None = N
         found = texts.read(source, column, blank="skip")
     except FewstepError as error:
         raise RecipeError(f"{name}: {error}") from error
-    return [text.strip() for text in found.texts]
+    return [text if isinstance(text, Edit) else text.strip() for text in found.texts]

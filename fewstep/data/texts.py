@@ -6,15 +6,18 @@ program and cells that hold no text end in one line that says where.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import FewstepError, why
+from ..pictures import fault
+from ..teachers.references import Edit
 
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 OTHERS = (
@@ -33,6 +36,7 @@ OTHERS = (
     ".py",
 )
 COLUMNS = ("text", "caption", "prompt")  # whatever their case
+REFERENCE = "reference"  # the column of images that a text speaks of
 ANOTHER = (
     (b"\xff\xfe", "UTF-16"),
     (b"\xfe\xff", "UTF-16"),
@@ -218,6 +222,46 @@ def cell(path: Path, place: str, row: Any, column: str, blank: bool = False) -> 
     )
 
 
+def with_references(path: Path, found: Sequence[Row], texts: Sequence[str]) -> tuple[str, ...]:
+    """Texts of a table; where it has a column ``reference``, an :class:`~fewstep.teachers.references.Edit` each.
+
+    The column holds a file or a list of files, relative to the table; in CSV and TSV a list is JSON.
+
+    Raises:
+        FewstepError: a row without one, or a file that is missing or no image.
+    """
+    if not any(isinstance(row, dict) and row.get(REFERENCE) for _, row in found):
+        return tuple(texts)
+    sound: set[Path] = set()
+    return tuple(_edit(path, place, row, text.strip(), sound) for (place, row), text in zip(found, texts))
+
+
+def _edit(path: Path, place: str, row: Any, text: str, sound: set[Path]) -> Edit:
+    where = f"{path}, {place}"
+    names = row.get(REFERENCE) if isinstance(row, dict) else None
+    if isinstance(names, str) and names.startswith("["):
+        with contextlib.suppress(ValueError):
+            names = json.loads(names)
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) and n.strip() for n in names):
+        raise FewstepError(
+            f"{where}: {REFERENCE} is {_short(names)}; expected the name of an image, or a list of names, in every row"
+        )
+    files = [path.parent / Path(name).expanduser() for name in names]
+    for name, file in zip(names, files):
+        if file in sound:
+            continue
+        if not file.is_file():
+            raise FewstepError(
+                f"{where}: {REFERENCE} {name} is no file beside {path.name}; put the image there, or give the column "
+                "another name if it means something else"
+            )
+        if reason := fault(file):
+            raise FewstepError(f"{where}: {REFERENCE} {name} cannot be read ({reason}); remove or replace it")
+        sound.add(file)
+    return Edit(text, files, where)
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 40 else text[:37] + "..."
@@ -238,7 +282,7 @@ def _of_table(path: Path, column: str | None) -> Texts:
         texts = tuple(cell(path, place, {"text": row}, "text") for place, row in found)
         return Texts(texts, tuple(place for place, _ in found))
     name = column_of(path, found, column)
-    texts = tuple(cell(path, place, row, name) for place, row in found)
+    texts = with_references(path, found, [cell(path, place, row, name) for place, row in found])
     return Texts(texts, tuple(place for place, _ in found), tuple(row for _, row in found))
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-HOST = (
-    "lengths",
-)  # names of what a call reads as numbers: it stays on the host, which would wait for a device
+OWN = "null_"  # before the name of what a row brings for its own unconditional branch
+# Names of what a call reads as numbers: it stays on the host, which would wait for a device.
+HOST = ("lengths", "null_lengths", "shapes")
 
 
 @dataclass(frozen=True)
@@ -66,3 +66,36 @@ class Cond:
     @staticmethod
     def cat(*parts: Cond) -> Cond:
         return Cond({name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors})
+
+
+def unconditional(null: Cond, cond: Cond, rows: int) -> Cond:
+    """The unconditional condition of some rows of ``cond``, in the shapes of theirs.
+
+    It is the null one; but what a row brings as ``null_NAME`` stands for its NAME, behind which it is padded, and what
+    the null one does not know, such as an image beside the text, is the row's own in both branches.
+    """
+    found = {name: value.expand(rows, *value.shape[1:]) for name, value in null.tensors.items()}
+    for name, value in cond.tensors.items():
+        if (own := cond.tensors.get(OWN + name)) is not None:
+            found[name] = own if own.shape == value.shape else _padded(own, value.shape[1])
+        elif not name.startswith(OWN):
+            found.setdefault(name, value)
+    return Cond(found)
+
+
+def _padded(value: Tensor, length: int) -> Tensor:
+    """(B, n, ...) -> (B, length, ...), with zeros."""
+    return nn.functional.pad(value, (*[0, 0] * (value.ndim - 2), 0, length - value.shape[1]))
+
+
+def drop_rows(cond: Cond, null: Cond | None, rows: Tensor) -> Cond:
+    """``cond``, in those of its rows (B,) that are true the unconditional one; unchanged where there is none."""
+    if null is None or not len(cond):
+        return cond
+    instead = unconditional(null, cond, len(cond))
+
+    def one(value: Tensor, other: Tensor) -> Tensor:
+        which = rows.to(value.device).view(-1, *[1] * (value.ndim - 1))
+        return torch.where(which, other.to(value), value)
+
+    return Cond({name: one(value, instead.tensors.get(name, value)) for name, value in cond.tensors.items()})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FewstepError
-from .cond import Cond
+from .cond import Cond, unconditional
 from .kernels import arithmetic, exact_products
 from .schedules import Schedule, change_schedule, expand, solve
 
@@ -118,12 +118,12 @@ class NetDenoiser:
             raise FewstepError(
                 f"guidance_scale: {guidance}: this teacher has no null condition to guide away from; expected 1"
             )
-        null = self.null.to(x_t.device).expand(len(x_t))
+        null = unconditional(self.null.to(x_t.device), cond, len(x_t))
         if not mixed and guidance == 0.0:
             return self._forward(x_t, t, self._told(null, 1.0, x_t) if self.embeds_guidance else null)
         both = self._forward(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat(null, cond))
-        unconditional, conditional = both.chunk(2)
-        return self.guide(unconditional, conditional, guidance)
+        without, given = both.chunk(2)
+        return self.guide(without, given, guidance)
 
     def exact(self) -> NetDenoiser:
         """The same network without autocast and with the attention kernel that has forward-mode derivatives."""

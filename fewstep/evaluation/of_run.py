@@ -18,7 +18,7 @@ import torch
 
 from ..data.images import CaptionedImages
 from ..data.prompts import load_prompts
-from ..data.texts import column_for
+from ..data.texts import REFERENCE, column_for
 from ..diffusion.rng import Rng
 from ..export.load import read_record
 from ..export.target import tell_measured
@@ -98,15 +98,21 @@ def _asked(recipe, prompts: list[str], images: CaptionedImages | None) -> list[d
         )
     order = Rng(config.seed, "evaluation").permutation(len(source)).tolist()
     lines: list[dict[str, Any]] = [
-        {"prompt": source[i]} for i in (order * -(-config.num // len(order)))[: config.num]
+        _row(source[i]) for i in (order * -(-config.num // len(order)))[: config.num]
     ]
     if images is not None and config.named:
         counts = Counter(images.captions)
         single = [i for i, caption in enumerate(images.captions) if counts[caption] == 1]
         order = Rng(config.seed, "named").permutation(len(single)).tolist()
         for i in (single[k] for k in order[: config.named] if len(single) > 1):
-            lines.append({"prompt": images.captions[i], "real": i % len(images.files)})
+            lines.append({**_row(images.captions[i]), "real": i % len(images.files)})
     return lines
+
+
+def _row(prompt: str) -> dict[str, Any]:
+    """Its row of a table."""
+    references = [str(path.resolve()) for path in getattr(prompt, "references", ())]
+    return {"prompt": prompt, **({REFERENCE: references} if references else {})}
 
 
 def _entries(

@@ -7,6 +7,7 @@ from typing import Any
 
 from fewstep.data import texts
 from fewstep.errors import FewstepError
+from fewstep.teachers.references import identity_of
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Prompts:
     Attributes:
         texts: the prompts.
         records: what the rows of a table hold beside and including the prompt; empty for a text file.
-        sha256: hash of the texts.
+        sha256: hash of the texts, and of the references of those that edit images.
     """
 
     texts: tuple[str, ...]
@@ -42,7 +43,7 @@ class Prompts:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256("\n".join(self.texts).encode()).hexdigest()
+        return hashlib.sha256("\n".join(map(identity_of, self.texts)).encode()).hexdigest()
 
     def of_images(self, num: int, per_prompt: int = 1) -> list[str]:
         """The prompt of each of `num` images; the `per_prompt` images of a prompt come in a row."""

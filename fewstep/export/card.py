@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..teachers.origin import RECORD
+from ..teachers.pipelines import EDITING
 from . import comfyui
 from .weights import LORA_FILE, adapters
 
@@ -176,6 +177,8 @@ def _extras(record: Mapping[str, Any]) -> dict[str, str]:
             "from functools import partial\n\nimport torch\n",
             lines + LABELLED.format(label=_label(record)),
         )
+    if record["pipeline_class"] in EDITING:
+        imports += "from diffusers.utils import load_image\n"
     if record["kind"] == "lora":
         imports = _imports(record) + imports
     return {"imports": imports, "extras": lines, "call": ", ".join(call)}
@@ -219,6 +222,8 @@ def _prompt(record: Mapping[str, Any]) -> str:
         return "batch_size=1"
     if "num_classes" in record:
         return f"[{_label(record)}]"
+    if record["pipeline_class"] in EDITING:
+        return f"image=[load_image('reference.png')], prompt={record.get('prompt', 'make it red')!r}"
     return repr(record.get("prompt", "207" if "student" in record else "a photo of a cat"))
 
 
@@ -229,6 +234,8 @@ def _label(record: Mapping[str, Any]) -> str:
 
 def _task(record: Mapping[str, Any]) -> str:
     """The hub's name for what the pipeline does; it has none for class labels."""
+    if record["pipeline_class"] in EDITING:
+        return "image-to-image"
     unprompted = record["pipeline_class"] == UNPROMPTED or "num_classes" in record
     return "unconditional-image-generation" if unprompted else "text-to-image"
 

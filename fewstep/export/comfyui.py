@@ -16,6 +16,7 @@ from ..teachers.origin import RECORD
 TABLE = 1000
 FRACTIONS = (
     "QwenImagePipeline",
+    "QwenImageEditPlusPipeline",
     "ZImagePipeline",
 )  # whose networks it gives times in 0..1, so another node shifts them
 

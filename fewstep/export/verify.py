@@ -32,6 +32,8 @@ def trainer_sample(student: Sampler, teacher: Teacher, prompts: list[str], seed:
     """
     with hushed():
         teacher.pipe.to(torch.float32)
+    if teacher.edits and len(prompts) > 1:  # whose stock call takes one
+        return torch.cat([trainer_sample(student, teacher, [p], seed + i) for i, p in enumerate(prompts)])
     generator = torch.Generator().manual_seed(seed)
     cond = teacher.encode(prompts).to(teacher.device)
 
@@ -65,6 +67,9 @@ def stock_sample(
     Args:
         decoded: images in any case.
     """
+    if teacher.edits and len(prompts) > 1:
+        rows = enumerate(prompts)
+        return torch.cat([stock_sample(pipe, record, teacher, [p], seed + i, decoded) for i, p in rows])
     generator = torch.Generator().manual_seed(seed)
     call = {**stock_call(pipe, record, []), **size_options(pipe, teacher.resolution)}
     if teacher.draws_latents:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..bounds import Count, Number
 from ..diffusion import objectives
-from ..diffusion.cond import Cond
+from ..diffusion.cond import Cond, drop_rows
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.rng import Rng
 from ..diffusion.schedules import Schedule, expand
@@ -120,13 +120,7 @@ def made_by(student: Student, batch: Batch, last: bool = False) -> Callable[[], 
 
 
 def drop_captions(cond: Cond, null: Cond | None, rng: Rng, rate: float) -> Cond:
-    """Each row replaced by the null condition with this probability."""
+    """Each row replaced by the unconditional condition with this probability."""
     if null is None or not len(cond) or rate == 0:
         return cond
-    dropped, null = rng.uniform(len(cond)) < rate, null.expand(len(cond))
-    return Cond(
-        {
-            name: torch.where(expand(dropped, value).bool(), null[name].to(value), value)
-            for name, value in cond.tensors.items()
-        }
-    )
+    return drop_rows(cond, null, rng.uniform(len(cond)) < rate)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import Count, Number, Range, Share, Time
+from ..diffusion.cond import unconditional
 from ..diffusion.denoiser import Denoiser, NetDenoiser
 from ..diffusion.schedules import EDM
 from ..diffusion.student import Student
@@ -120,7 +121,7 @@ class ScoreDifference(Method):
         cond = batch.cond
         # One draw for all ranks and micro-batches: the whole batch drops its condition, or none of it.
         if self.config.null_probability and batch.shared.uniform(1).item() < self.config.null_probability:
-            cond = self.critic.null.to(x0.device).expand(len(x0))
+            cond = unconditional(self.critic.null.to(x0.device), cond, len(x0))
         x_t, t = self.noised(x0, batch)
         return {"denoising": regression(self.critic, self.critic_loss_kind, x0, x_t, t, cond)}
 

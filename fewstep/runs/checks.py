@@ -20,6 +20,7 @@ from ..teachers import adapters, pipeline_class_of
 from ..teachers.base import Teacher
 from ..teachers.load import check_origin
 from ..teachers.origin import Origin
+from ..teachers.references import check_references
 from ..training.roles import Role
 from .trackers import check_trackers
 
@@ -120,7 +121,29 @@ def _check_distance(recipe: Recipe) -> None:
     check_torchmetrics()
 
 
-def check_class(recipe: Recipe) -> None:
+def _check_references(
+    recipe: Recipe, adapter: type[Teacher], prompts: Sequence[str], images: CaptionedImages | None
+) -> None:
+    """Every text that will be encoded has the images that the teacher reads, and none that it does not."""
+    data, measured, shown = recipe.data, recipe.evaluation.prompts, recipe.samples.prompts
+    if adapter.edits and shown is not None:
+        raise RecipeError(
+            f"samples.prompts: {len(shown)} texts without reference images, which a {adapter.pipeline_class} edits; "
+            "leave it null, which shows some of data.prompts"
+        )
+    stores = {"data.prompts": prompts}
+    if measured:
+        stores["evaluation.prompts"] = load_prompts(measured, column=column_for(measured, data.column))
+    if images is not None and "images" in recipe.method_class.needs(recipe.method):
+        stores["data.images"] = images.captions
+    try:
+        for name, texts in stores.items():
+            check_references(adapter, texts, name)
+    except FewstepError as error:
+        raise RecipeError(str(error)) from None
+
+
+def check_class(recipe: Recipe, prompts: Sequence[str] = (), images: CaptionedImages | None = None) -> None:
     origin = Origin.of(recipe.teacher.path, **recipe.teacher.weights())
     found, expected = pipeline_class_of(origin), recipe.teacher.pipeline_class
     if expected and found != expected:
@@ -130,6 +153,7 @@ def check_class(recipe: Recipe) -> None:
         )
     check_origin(origin)
     adapter, wanted = adapters()[found], recipe.method_class.teacher_kind
+    _check_references(recipe, adapter, prompts, images)
     if adapter.kind != wanted:
         raise RecipeError(
             f"method.name: {recipe.method_class.name} distills {wanted} teachers, and {recipe.teacher.path} is "

@@ -27,6 +27,7 @@ from ..recipe import Recipe, to_dict
 from ..teachers.base import Teacher
 from ..teachers.fingerprint import hash_of, of_file, of_tensors
 from ..teachers.origin import lora_file
+from ..teachers.references import identity_of
 
 FILE = "inputs.json"  # in a run directory
 PLACES = "places"  # in it: whole paths and ids of the hub
@@ -45,7 +46,7 @@ def inputs_of(
     found = {}
     if loras := teacher.origin.loras:  # before the teacher, whose weights they change
         found["teacher.loras"] = hash_of(f"{of_file(lora_file(one.path))} {one.weight}" for one in loras)
-    found |= {"teacher.path": of_teacher(teacher), "data.prompts": hash_of(prompts)}
+    found |= {"teacher.path": of_teacher(teacher), "data.prompts": hash_of(map(identity_of, prompts))}
     if images is not None:
         found["data.images"] = _of_images(images)
     if "pairs" in needs and recipe.data.pairs:
@@ -54,7 +55,9 @@ def inputs_of(
         found["data.pairs"] = hash_of([*load_pairs(recipe.data.pairs).prompts, *files])
     if measured and recipe.evaluation.num:
         column = column_for(measured, recipe.data.column)
-        found["evaluation.prompts"] = hash_of(load_prompts(measured, "evaluation.prompts", column))
+        found["evaluation.prompts"] = hash_of(
+            map(identity_of, load_prompts(measured, "evaluation.prompts", column))
+        )
     if reward := getattr(recipe.method, "reward", None):
         found["method.reward"] = hash_of(_of_paths(reward.split(":")[1:]))
     return found
@@ -73,8 +76,12 @@ def of_teacher(teacher: Teacher) -> str:
 
 def _of_images(images: CaptionedImages) -> str:
     if isinstance(images.files, np.ndarray):
-        return hash_of([*images.captions, hashlib.sha256(images.files.tobytes()).hexdigest()])
-    return hash_of([*images.captions, *(f"{path.name} {sketch(path)}" for path in images.files)])
+        return hash_of(
+            [*map(identity_of, images.captions), hashlib.sha256(images.files.tobytes()).hexdigest()]
+        )
+    return hash_of(
+        [*map(identity_of, images.captions), *(f"{path.name} {sketch(path)}" for path in images.files)]
+    )
 
 
 def _of_paths(names: Iterable[str]) -> Iterable[str]:

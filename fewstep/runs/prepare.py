@@ -26,7 +26,7 @@ from ..configs import RoleConfig, TrainConfig
 from ..data.batches import Batches
 from ..data.cache import Store, encode_images, encode_prompts
 from ..data.images import CaptionedImages
-from ..diffusion.cond import Cond
+from ..diffusion.cond import Cond, drop_rows
 from ..diffusion.consistency import along, angles, refusing_without
 from ..diffusion.denoiser import NetDenoiser, ScheduleView
 from ..diffusion.embedding import time_embedder
@@ -236,18 +236,10 @@ class Preparation(Method):
         t = schedule.draw_times(batch.rng.uniform(len(batch.real)), 1e-3)
         x_t = schedule.add_noise(batch.real, batch.rng.normal_like(batch.real), t)
         dropped = batch.rng.uniform(len(t)) < self.config.null_probability
-        cond = mixed(batch.real_cond, self.teacher.null, dropped)
+        cond = drop_rows(batch.real_cond, self.teacher.null, dropped)
         with torch.no_grad():
             target = self.teacher.predict(x_t, t, cond)
         return {"prediction": F.mse_loss(denoiser.predict(x_t, t, cond), target)}
-
-
-def mixed(cond: Cond, null: Cond | None, dropped: Tensor) -> Cond:
-    """Rows (B,) of cond, the null condition where ``dropped`` is true."""
-    if null is None:
-        return cond
-    rows = null.to(dropped.device).expand(len(cond))
-    return Cond({n: torch.where(expand(dropped, v).bool(), rows[n], v) for n, v in cond.tensors.items()})
 
 
 @dataclass

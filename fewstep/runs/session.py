@@ -171,7 +171,7 @@ def _execute(recipe: Recipe, folder: Path, resuming: bool, meant: Collection[str
     device = choose(recipe.train.device)
     kernels.check_attention(recipe.teacher.attention, device, recipe.teacher.autocast)
     prompts, images = check_data(recipe)
-    check_class(recipe)
+    check_class(recipe, prompts, images)
     kept = checkpoint.every(folder / "checkpoints") if resuming else []
     if kept and (done := max(map(checkpoint.step_of, kept))) > recipe.train.steps:
         raise RecipeError(
@@ -427,7 +427,7 @@ def cache(recipe: Recipe) -> dict[str, Store]:
     recipe = recipes.from_dict(recipes.to_dict(recipe))
     choose(recipe.train.device)
     prompts, images = check_data(recipe)
-    check_class(recipe)
+    check_class(recipe, prompts, images)
     device = start(recipe.train.device).device
     teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=device)
     check_room(to_encode(recipe, teacher, prompts, images), f"or set {PLACE} to another disk")

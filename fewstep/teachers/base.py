@@ -19,6 +19,7 @@ from ..diffusion.solvers import ddim
 from ..errors import FewstepError
 from .origin import Origin
 from .pipelines import fix_shift, native_resolution, pixels_per_latent, size_options, takes
+from .references import Edit
 from .schedulers import FLOOR, PREDICTIONS, is_flow, schedule_of, scheduler_sample
 
 
@@ -41,6 +42,8 @@ class Teacher:
             reads the VAE's ``shift_factor``. normalises: whether it reads ``latents_mean`` and ``latents_std`` of each
             channel, where the VAE has both. films: whether the VAE is one of films, to which an image is one frame.
             needs: the oldest version of each library that has the class.
+            edits: whether prompts are :class:`~fewstep.teachers.references.Edit`, with images that they change; its
+            stock call takes one at a time.
             comfyui: what ComfyUI's names for this network's adapters begin with, the layer's path behind it; None where
             it reads none. comfyui_whole: whether it reads the whole network as diffusers keeps it.
     """
@@ -53,6 +56,7 @@ class Teacher:
     shifts_latents: ClassVar[bool] = False
     normalises: ClassVar[bool] = False
     films: ClassVar[bool] = False
+    edits: ClassVar[bool] = False
     needs: ClassVar[dict[str, str]] = {}
     comfyui: ClassVar[str | None] = None
     comfyui_whole: ClassVar[bool] = True
@@ -126,6 +130,11 @@ class Teacher:
             f"{type(self.pipe).__name__}: its adapter has no `blank`, so nothing is known before prompts are encoded; "
             "measure it instead: fewstep bench RECIPE"
         )
+
+    @staticmethod
+    def reference_shapes(edit: Edit) -> Any:
+        """What has to be the same of the references of all rows, where the teacher edits images."""
+        raise NotImplementedError
 
     def known(self, denoiser: Any, latents: Tensor, cond: Cond, guidance: float) -> Cond:
         """What a denoiser goes by, of given samples: their condition, and whatever else it reads of them."""

@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from ..errors import FewstepError
 from ..report.bar import Bar
 from .classes import labels_of, num_classes
 from .lengths import unsaid
-from .pipelines import GUIDING, class_of, guided
+from .pipelines import EDITING, GUIDING, class_of, guided
+from .references import Edit, refuse_references
 from .transformers import text_length
 
 FORGET = (
     *("StableDiffusion3Pipeline", "FluxPipeline", "DiTPipeline"),
-    *("QwenImagePipeline", "ZImagePipeline"),
+    *("QwenImagePipeline", "QwenImageEditPlusPipeline", "ZImagePipeline"),
     *("ChromaPipeline", "Lumina2Pipeline"),
 )
 
@@ -29,7 +31,8 @@ FORGET = (
 def call_pipeline(
     pipe, prompts: Sequence[str], generator: torch.Generator | Sequence[torch.Generator], **options: Any
 ):
-    """One ordinary call of a stock pipeline with texts, with class labels (DiT, UNet2DModel) or with neither.
+    """One ordinary call of a stock pipeline with texts, with class labels (DiT, UNet2DModel) or with neither; one for
+    each row, with its references, where it edits images.
 
     Args:
         generator: one, or one per prompt; all noise is drawn from it. options: of its call; ``guidance_scale`` is g of
@@ -40,6 +43,9 @@ def call_pipeline(
     """
     _bind_noise(pipe, generator)
     name, prompts = type(pipe).__name__, list(prompts)
+    if class_of(pipe) in EDITING:
+        return _each(pipe, prompts, generator, options)
+    refuse_references(name, prompts)
     if name == "DiTPipeline":
         return pipe(labels_of(pipe, prompts), generator=generator, **options)
     if name in ("SanaPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline"):
@@ -55,6 +61,23 @@ def call_pipeline(
         labels = torch.tensor(labels_of(pipe, prompts), device=pipe.device)
         pipe.unet.forward = partial(type(pipe.unet).forward, pipe.unet, class_labels=labels)
     return pipe(batch_size=len(prompts), generator=generator, **options)
+
+
+def _each(pipe, prompts: list[str], generator, options: dict[str, Any]) -> SimpleNamespace:
+    """Editing pipelines take one row at a time."""
+    images = []
+    if "guidance_scale" in options:
+        options |= guided(pipe, options.pop("guidance_scale"))
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, Edit):
+            raise FewstepError(
+                f"{prompt[:40]!r} has no reference image, which a {class_of(pipe)} edits; give one"
+            )
+        own = {name: value[i : i + 1] if name == "latents" else value for name, value in options.items()}
+        rng = generator if isinstance(generator, torch.Generator) else generator[i]
+        images.append(pipe(image=prompt.images(), prompt=[str(prompt)], generator=rng, **own).images)
+    join = torch.cat if isinstance(images[0], torch.Tensor) else np.concatenate
+    return SimpleNamespace(images=join(images))
 
 
 def _bind_noise(pipe, generator: torch.Generator | Sequence[torch.Generator]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..files import at_home
 from .base import Teacher
 from .folders import absent_parts, check_parts, check_pipeline_folder
 from .origin import Origin, check_loras, merge_loras
-from .pipelines import heard, hushed
+from .pipelines import EDITING, heard, hushed
 from .single import check_single, config_of, load_single
 
 if TYPE_CHECKING:
@@ -51,13 +51,14 @@ def adapters() -> dict[str, type[Teacher]]:
     from .flux import Flux
     from .lumina2 import Lumina2
     from .qwen_image import QwenImage
+    from .qwen_image_edit import QwenImageEdit
     from .sd import StableDiffusion, StableDiffusionXL
     from .transformers import PixArtAlpha, PixArtSigma, Sana, StableDiffusion3
     from .z_image import ZImage
 
     known = (
         *(StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Sana, PixArtAlpha, PixArtSigma),
-        *(QwenImage, ZImage, Chroma, Lumina2, DiT, DDPM),
+        *(QwenImage, QwenImageEdit, ZImage, Chroma, Lumina2, DiT, DDPM),
     )
     stock = {cls.pipeline_class: cls for cls in known}
     return {
@@ -74,6 +75,8 @@ def pipeline_type(name: str):
 
     from .ar import PIPELINES
 
+    if name in EDITING:  # what our stand-ins name, diffusers takes only from a module that has been imported
+        from . import processor  # noqa: F401
     # DDIMPipeline makes DDIM's of any scheduler, and holds the same parts.
     own = {"DDIMPipeline": diffusers.DDPMPipeline, **PIPELINES}
     # The loader would not take null for a part that its class can do without.
@@ -257,10 +260,23 @@ def _load_folder(origin: Origin, name: str, options: dict[str, Any]):
 
     place = resolve(origin.path)
     check_parts(origin.path, place, origin.variant)
-    absent = absent_parts(origin.path, DiffusionPipeline.load_config(place), Path(place))
+    index = DiffusionPipeline.load_config(place)
+    _check_processor(origin.path, index)
+    absent = absent_parts(origin.path, index, Path(place))
     if origin.variant:
         options = {**options, "variant": origin.variant}
     return pipeline_type(name).from_pretrained(place, use_safetensors=True, **{**absent, **options})
+
+
+def _check_processor(source: str, index: Mapping[str, Any]) -> None:
+    """Refuses one of images and films where its library cannot make it, and would say so in its own words."""
+    from transformers.utils import is_torchvision_available
+
+    kind = (index.get("processor") or ["", ""])[1]
+    if kind == "Qwen2VLProcessor" and not is_torchvision_available():
+        raise FewstepError(
+            f"teacher.path: {source}: its processor of images, a {kind}, needs torchvision: pip install torchvision"
+        )
 
 
 def _origin(source: str | Origin) -> Origin:

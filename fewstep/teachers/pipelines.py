@@ -76,8 +76,9 @@ def class_of(pipe: Any) -> str:
     return type(getattr(pipe, "pipe", pipe)).__name__
 
 
+EDITING = ("QwenImageEditPlusPipeline",)  # whose call takes one prompt with its images
 HANDS_SIGMAS = (
-    *("FluxPipeline", "QwenImagePipeline", "ZImagePipeline"),
+    *("FluxPipeline", "QwenImagePipeline", "QwenImageEditPlusPipeline", "ZImagePipeline"),
     *("ChromaPipeline", "Lumina2Pipeline"),
 )
 
@@ -97,6 +98,7 @@ class Guiding(NamedTuple):
 
 GUIDING = {
     "QwenImagePipeline": Guiding("true_cfg_scale", negative=" "),  # as its model card calls it
+    "QwenImageEditPlusPipeline": Guiding("true_cfg_scale", negative=" "),
     "ZImagePipeline": Guiding(beside=-1.0),  # c + scale (c - u)
 }
 

@@ -43,15 +43,17 @@ class QwenImage(Ragged):
     def call(net: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         tokens, (height, width) = pack(x_t), x_t.shape[-2:]
         embeds, mask = together(cond)
+        beside, shapes = cond.tensors.get("reference"), cond.tensors.get("shapes")
+        sizes = [] if shapes is None else shapes[0].tolist()
         out = net(
-            tokens,
+            tokens if beside is None else torch.cat([tokens, beside.to(tokens)], dim=1),
             timestep=(time / 1000).to(tokens.dtype),
             encoder_hidden_states=embeds,
             encoder_hidden_states_mask=mask,
-            img_shapes=[[(1, height // 2, width // 2)]] * len(x_t),
+            img_shapes=[[(1, height // 2, width // 2), *((1, *size) for size in sizes)]] * len(x_t),
             return_dict=False,
         )[0]
-        return unpack(out, height, width)
+        return unpack(out[:, : tokens.shape[1]], height, width)
 
     @staticmethod
     def guide(unconditional: Tensor, conditional: Tensor, guidance: Guidance) -> Tensor:

@@ -43,7 +43,7 @@ def resize(teacher: Teacher, changes: Mapping[str, Any], option: str) -> nn.Modu
             torch.manual_seed(0)
             small = type(net).from_config({**net.config, **changes}).to(x.device)
         if denoiser.null is not None:  # one forward tells whether it fits
-            made = denoiser.with_net(small).predict(x, time, denoiser.null.to(x.device))
+            made = denoiser.with_net(small).predict(x, time, denoiser.example.to(x.device))
             if made.shape != x.shape:
                 raise ValueError(f"it makes {tuple(made.shape)} of {tuple(x.shape)}")
     except Exception as error:  # each layer has its own way to say no

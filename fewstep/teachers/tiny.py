@@ -6,6 +6,7 @@ They go through the very code that loads the real ones; their images mean nothin
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..errors import FewstepError
 TOKENS = ("LlamaGenPipeline", "VARPipeline")
 # Pixels for tiny networks, where the class of the pipeline has a size of its own.
 RESOLUTION = {
-    **{"FluxPipeline": 32, "QwenImagePipeline": 32, "ZImagePipeline": 32},
+    **{"FluxPipeline": 32, "QwenImagePipeline": 32, "QwenImageEditPlusPipeline": 64, "ZImagePipeline": 32},
     **{"ChromaPipeline": 32, "Lumina2Pipeline": 32},
 }
 SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
@@ -38,6 +39,7 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "PixArtSigmaPipeline": _pixart,
         "FluxPipeline": _flux,
         "QwenImagePipeline": _qwen_image,
+        "QwenImageEditPlusPipeline": _qwen_image_edit,
         "ZImagePipeline": _z_image,
         "ChromaPipeline": _chroma,
         "Lumina2Pipeline": _lumina2,
@@ -105,6 +107,14 @@ WORDS = (
     ),
     *("<|im_end|>", "user", "assistant"),
 )
+# The same of its editing model's, and what stands for an image.
+EDITING = (
+    "Describe the key features of the input image color shape size texture objects background then explain how",
+    "the user s text instruction should alter or modify the image Generate a new image that meets the user s",
+    "requirements while maintaining consistency with the original input where appropriate",
+)
+VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+VISION_IDS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
 CHAT = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{{ '<|im_start|>assistant\\n' }}"
@@ -142,12 +152,39 @@ def _language_model(tokenizer) -> dict[str, Any]:
 
 def _qwen_image(tokenizer, _pipeline_class, options):
     import diffusers
+
+    return diffusers.QwenImagePipeline(tokenizer=tokenizer, **_qwen_parts(tokenizer, options))
+
+
+def _qwen_image_edit(tokenizer, _pipeline_class, options):
+    """Its VAE has few latents, for the stock call encodes references at a megapixel, whatever it makes of them."""
+    import diffusers
+    import transformers
+
+    from .processor import ImageTextProcessor
+
+    prefix = " ".join(EDITING)
+    tokenizer.add_tokens([*dict.fromkeys(re.findall(r" ?[a-z]+", prefix)), *VISION], special_tokens=True)
+    # Without torchvision newer versions have this one only, under its own name.
+    images = getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
+    ids = dict(zip(VISION_IDS, tokenizer.convert_tokens_to_ids(VISION)))
+    vae = {"base_dim": 2, "dim_mult": [1] * 5, "temperal_downsample": [False, False, False, True]}
+    return diffusers.QwenImageEditPlusPipeline(
+        tokenizer=tokenizer,
+        processor=ImageTextProcessor(images(), tokenizer),
+        **_qwen_parts(tokenizer, options, vae, ids),
+    )
+
+
+def _qwen_parts(tokenizer, options, vae: dict[str, Any] | None = None, ids: dict[str, int] | None = None):
+    import diffusers
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     texts = {**_language_model(tokenizer), "rope_scaling": rope}
-    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=texts, vision_config=vision))
+    config = Qwen2_5_VLConfig(text_config=texts, vision_config=vision, **(ids or {}))
+    encoder = Qwen2_5_VLForConditionalGeneration(config)
     network = {
         "in_channels": 16,  # four latents of four channels
         "out_channels": 4,
@@ -157,23 +194,21 @@ def _qwen_image(tokenizer, _pipeline_class, options):
         "joint_attention_dim": 16,
         "axes_dims_rope": (8, 4, 4),
     }
-    return diffusers.QwenImagePipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+    small = {"base_dim": 8, "dim_mult": [1, 1, 1], "temperal_downsample": [False, True]}
+    return {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
         ),
-        vae=diffusers.AutoencoderKLQwenImage(
-            base_dim=8,
+        "vae": diffusers.AutoencoderKLQwenImage(
             z_dim=4,
-            dim_mult=[1, 1, 1],
             num_res_blocks=1,
-            temperal_downsample=[False, True],
             latents_mean=[-0.7571, 0.1075, 1.5508, 0.2503],
             latents_std=[2.8184, 1.2196, 0.5, 1.916],
+            **(vae or small),
         ),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        transformer=diffusers.QwenImageTransformer2DModel(**{**network, **options}),
-    )
+        "text_encoder": encoder,
+        "transformer": diffusers.QwenImageTransformer2DModel(**{**network, **options}),
+    }
 
 
 def _z_image(tokenizer, _pipeline_class, options):
@@ -204,7 +239,7 @@ def _z_image(tokenizer, _pipeline_class, options):
     )
 
 
-QWEN = (_qwen_image, _z_image)  # whose texts a tokenizer of Qwen's reads
+QWEN = (_qwen_image, _qwen_image_edit, _z_image)  # whose texts a tokenizer of Qwen's reads
 
 
 def _text_config(tokenizer, width: int = 16, **options):

@@ -11,13 +11,13 @@ from processes import together
 
 from fewstep.cli import main
 from fewstep.data.images import load_images
-from fewstep.diffusion.cond import Cond
+from fewstep.diffusion.cond import Cond, drop_rows
 from fewstep.diffusion.embedding import time_embedder
 from fewstep.diffusion.rng import Rng
 from fewstep.errors import FewstepError, Interrupted
 from fewstep.methods.base import Batch, Progress
 from fewstep.runs import prepare as preparing
-from fewstep.runs.prepare import PrepareConfig, mixed, prepare, smooth_time, stiffness, turns_of
+from fewstep.runs.prepare import PrepareConfig, prepare, smooth_time, stiffness, turns_of
 from fewstep.teachers import load_teacher
 
 
@@ -93,9 +93,9 @@ def test_stiffness_is_the_ratio_of_the_two_parts_of_the_derivative(teacher):
 def test_rows_of_the_null_condition_take_the_place_of_dropped_ones():
     cond = Cond({"embeds": torch.ones(3, 2, 4), "mask": torch.ones(3, 2, dtype=torch.long)})
     null = Cond({"embeds": torch.zeros(1, 2, 4), "mask": torch.zeros(1, 2, dtype=torch.long)})
-    out = mixed(cond, null, torch.tensor([False, True, False]))
+    out = drop_rows(cond, null, torch.tensor([False, True, False]))
     assert out["embeds"].mean((1, 2)).tolist() == [1, 0, 1] and out["mask"].sum(1).tolist() == [2, 0, 2]
-    assert out["mask"].dtype == torch.long and mixed(cond, None, torch.zeros(3).bool()) is cond
+    assert out["mask"].dtype == torch.long and drop_rows(cond, None, torch.zeros(3).bool()) is cond
 
 
 def test_the_target_is_the_teachers_under_the_same_conditions_null_ones_included(teacher):

@@ -1,0 +1,43 @@
+"""Image files that a user gives, as RGB: one rule for real images and for those that are edited."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 64_000_000  # a larger file is a mistake or a bomb
+ORIENTATION = 0x0112  # of EXIF; from 5 on width and height are swapped
+
+
+def fault(path: Path) -> str | None:
+    """Why it cannot be read, in a few words; None where it can."""
+    try:
+        with Image.open(path) as image:  # reads the header only
+            if image.width * image.height > MAX_PIXELS:
+                return f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} in all"
+            if image.mode == "F":
+                return "pixels are floating-point numbers, not 8 or 16 bits"
+        read_picture(path)
+    except Exception as error:  # Pillow raises many kinds on hostile files
+        return str(error).splitlines()[0][:80] or type(error).__name__
+    return None
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """(width, height) as :func:`read_picture` gives it, by the file's header alone."""
+    with Image.open(path) as image:
+        turned = image.getexif().get(ORIENTATION, 1) >= 5
+        return (image.height, image.width) if turned else image.size
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Upright RGB; transparent pixels become white, 16 bits become 8."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        elif image.mode.startswith("I;16") or image.mode == "I":
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")

@@ -1,0 +1,32 @@
+"""What a language model reads of texts and images, for stand-ins: the published one also takes films, for which its
+library wants torchvision."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from transformers import BatchFeature, ProcessorMixin
+
+IMAGE = "<|image_pad|>"
+
+
+class ImageTextProcessor(ProcessorMixin):
+    """Qwen2VLProcessor without films."""
+
+    attributes: ClassVar[list[str]] = ["image_processor", "tokenizer"]
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None):
+        super().__init__(image_processor, tokenizer)
+
+    def __call__(
+        self, text: Sequence[str], images: Any = None, padding: bool = True, return_tensors: str = "pt"
+    ) -> BatchFeature:
+        """An image's mark becomes as many as the language model sees parts of it."""
+        seen = self.image_processor(images=images, return_tensors=return_tensors)
+        parts = iter((seen["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist())
+        text = [re.sub(re.escape(IMAGE), lambda _: IMAGE * next(parts), one) for one in text]
+        return BatchFeature({**self.tokenizer(text, padding=padding, return_tensors=return_tensors), **seen})
