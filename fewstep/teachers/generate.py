@@ -41,10 +41,10 @@ def call_pipeline(
     Raises:
         FewstepError: a guidance scale for a pipeline without any, or a prompt that is no class of the network.
     """
-    _bind_noise(pipe, generator)
     name, prompts = type(pipe).__name__, list(prompts)
     if class_of(pipe) in EDITING:
         return _each(pipe, prompts, generator, options)
+    _bind_noise(pipe, generator)
     refuse_references(name, prompts)
     if name == "DiTPipeline":
         return pipe(labels_of(pipe, prompts), generator=generator, **options)
@@ -75,6 +75,7 @@ def _each(pipe, prompts: list[str], generator, options: dict[str, Any]) -> Simpl
             )
         own = {name: value[i : i + 1] if name == "latents" else value for name, value in options.items()}
         rng = generator if isinstance(generator, torch.Generator) else generator[i]
+        _bind_noise(pipe, rng)
         images.append(pipe(image=prompt.images(), prompt=[str(prompt)], generator=rng, **own).images)
     join = torch.cat if isinstance(images[0], torch.Tensor) else np.concatenate
     return SimpleNamespace(images=join(images))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .pipelines import class_of, hushed
+from .pipelines import EDITING, class_of, hushed
 
 PIECE = 1024  # prompts that are split into tokens at a time
 SAID = ("part of your input was truncated", "Token indices sequence length is longer")
@@ -16,7 +16,9 @@ SAID = ("part of your input was truncated", "Token indices sequence length is lo
 
 def limits(pipe: Any) -> dict[str, int]:
     """Name of each tokenizer of a stock pipeline -> tokens that are read of a text, special ones included."""
-    found = {}
+    found: dict[str, int] = {}
+    if class_of(pipe) in EDITING:  # which read all of a text
+        return found
     parameter = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         tokenizer = getattr(pipe, name, None)

@@ -15,7 +15,7 @@ from ..errors import FewstepError
 TOKENS = ("LlamaGenPipeline", "VARPipeline")
 # Pixels for tiny networks, where the class of the pipeline has a size of its own.
 RESOLUTION = {
-    **{"FluxPipeline": 32, "QwenImagePipeline": 32, "QwenImageEditPlusPipeline": 64, "ZImagePipeline": 32},
+    **{"FluxPipeline": 32, "QwenImagePipeline": 32, "QwenImageEditPlusPipeline": 128, "ZImagePipeline": 32},
     **{"ChromaPipeline": 32, "Lumina2Pipeline": 32},
 }
 SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}

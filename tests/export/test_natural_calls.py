@@ -4,13 +4,14 @@ import inspect
 import json
 import math
 import re
+import shutil
 from itertools import pairwise
 
 import diffusers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from zoo import ZOO
+from zoo import REFERENCES, ZOO
 
 from fewstep.diffusion.schedules import Flow
 from fewstep.diffusion.student import Student
@@ -18,6 +19,7 @@ from fewstep.diffusion.times import even_times
 from fewstep.export import export_student, student_scheduler
 from fewstep.export.verify import trainer_sample, verify
 from fewstep.methods.dmd2 import DMD2
+from fewstep.pictures import read_picture
 from fewstep.process import Process
 from fewstep.recipe import DataConfig, Recipe, RoleConfig, TeacherConfig, TrainConfig
 from fewstep.runs.build import build
@@ -29,6 +31,7 @@ FLOWS = {
     "FLUX.1-dev": 1.0,
     "FLUX.1-schnell": 1.0,
     "Qwen-Image": 1.0,
+    "Qwen-Image-Edit": 1.0,
     "Chroma": 1.0,
     "Lumina 2": -1.0,
     "Z-Image": -1.0,  # from 1 down to 0, and so from 0 up
@@ -69,13 +72,15 @@ def exported(teacher, times, noise, folder, kind="lora", **about):
 def run_card(folder, monkeypatch, code=None):
     """The snippet of the card, or one like it, where its reader would run it; its names."""
     monkeypatch.chdir(folder)
+    shutil.copy(REFERENCES / "square.png", folder / "reference.png")  # which an editing student's reader brings
     names = {}
     exec(code or (folder / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
     assert (folder / "image.png").is_file()
     return names
 
 
-HANDED = ("Qwen-Image", "Z-Image", "Chroma", "Lumina 2")  # handed a grid as Flux is, so that two cases tell
+# Handed a grid as Flux is, so that two cases tell.
+HANDED = ("Qwen-Image", "Qwen-Image-Edit", "Z-Image", "Chroma", "Lumina 2")
 CALLS = [(n, k, s) for n in ZOO if n not in HANDED for k in (1, 2, 4) for s in ("fresh", "ddim")]
 CALLS += [(n, *case) for n in HANDED for case in ((4, "fresh"), (1, "ddim"))]
 
@@ -102,6 +107,7 @@ def test_the_card_and_the_natural_call_give_the_trained_times(
     guidance = (
         {"guidance_scale": 1.0} if "guidance_scale" in inspect.signature(pipe.__call__).parameters else {}
     )
+    prompt |= {"image": read_picture(REFERENCES / "wide.png")} if teacher.edits else {}
     pipe(**prompt, **size, **guidance, num_inference_steps=steps)
     assert seen == expected
 

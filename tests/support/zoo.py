@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from pathlib import Path
+
+from fewstep.teachers.references import Edit
 from fewstep.teachers.tiny import RESOLUTION
 
 
@@ -22,6 +25,11 @@ class Kind:
     guided: bool = True
 
 
+REFERENCES = Path(__file__).parent / "references"
+EDITS = (
+    Edit("red apple", [REFERENCES / "wide.png", REFERENCES / "square.png"], "the first edit"),
+    Edit("a dog on a skateboard", [REFERENCES / "other.png", REFERENCES / "red.png"], "the second edit"),
+)
 UNET = ("mid_block",)
 SD21 = {"prediction_type": "v_prediction", "use_linear_projection": True, "attention_head_dim": (1, 2)}
 ZOO = {
@@ -34,6 +42,9 @@ ZOO = {
     "FLUX.1-dev": Kind("FluxPipeline", resolution=RESOLUTION["FluxPipeline"]),
     "FLUX.1-schnell": Kind("FluxPipeline", {"guidance_embeds": False}, RESOLUTION["FluxPipeline"]),
     "Qwen-Image": Kind("QwenImagePipeline", resolution=RESOLUTION["QwenImagePipeline"]),
+    "Qwen-Image-Edit": Kind(
+        "QwenImageEditPlusPipeline", resolution=RESOLUTION["QwenImageEditPlusPipeline"], prompts=EDITS
+    ),
     "Z-Image": Kind(
         "ZImagePipeline", resolution=RESOLUTION["ZImagePipeline"], taps=("noise_refiner.0", "layers.1")
     ),

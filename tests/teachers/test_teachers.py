@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from zoo import ZOO
 
 from fewstep.cli import main
-from fewstep.diffusion.cond import Cond
+from fewstep.diffusion.cond import Cond, unconditional
 from fewstep.diffusion.discriminator import Discriminator
 from fewstep.diffusion.few_steps import sample
 from fewstep.diffusion.schedules import VP, Flow
@@ -45,18 +45,14 @@ from fewstep.teachers.sd import StableDiffusion
 from fewstep.training.roles import build_role, lora_targets
 
 TWO_SHIFTS = ("SD 3", "SANA")
-RAGGED = ("Qwen-Image", "Z-Image")
+RAGGED = ("Qwen-Image", "Qwen-Image-Edit", "Z-Image")
 FIXED = ("Chroma", "Lumina 2")  # whose texts have the length of the stock call, under a mask
 NEWER = (*RAGGED, *FIXED)
 HANDED = ("FLUX.1-dev", "FLUX.1-schnell", *NEWER)  # whose stock call's grid is not the scheduler's
 FLOWS = (*TWO_SHIFTS, *HANDED)
 BY_SIZE = {name: math.exp(0.5 + 0.65 * (64 - 256) / (4096 - 256)) for name in HANDED[:2]}
-SHIFTS = {
-    **BY_SIZE,
-    "Qwen-Image": math.exp(0.5 + 0.4 * (16 - 256) / (8192 - 256)),
-    "Z-Image": 6.0,
-    "Lumina 2": 6.0,
-}
+QWENS = dict.fromkeys(RAGGED[:2], math.exp(0.5 + 0.4 * (16 - 256) / (8192 - 256)))
+SHIFTS = {**BY_SIZE, **QWENS, "Z-Image": 6.0, "Lumina 2": 6.0}
 TRANSFORMERS = (*FLOWS, "PixArt-alpha", "PixArt-Sigma", "DiT")
 IN_PIXELS = ("DiT", "UNet2D", "UNet2D by class")  # their pipelines give no latents
 PROMPTS = list(ZOO["SDXL"].prompts)
@@ -67,8 +63,11 @@ def noise_for(teacher):
     return teacher.unpack(torch.randn(2, *teacher.stock_shape, generator=torch.Generator().manual_seed(0)))
 
 
-def stock(teacher, prompts, **call):
+def stock(teacher, prompts, noise=None, **call):
     """(B, C, h, w) where the steps of an ordinary call end, before anything is decoded or clipped."""
+    noise = noise_for(teacher) if noise is None else noise
+    if teacher.edits and len(prompts) > 1:
+        return torch.cat([stock(teacher, [p], noise[i : i + 1], **call) for i, p in enumerate(prompts)])
     ends, kind = [], type(teacher.pipe.scheduler)
     step = kind.step
 
@@ -80,7 +79,7 @@ def stock(teacher, prompts, **call):
 
     options = {**size_options(teacher.pipe, teacher.resolution), **call}
     if takes(teacher.pipe, "latents"):
-        options |= {"latents": teacher.pack(noise_for(teacher)), "output_type": "latent"}
+        options |= {"latents": teacher.pack(noise), "output_type": "latent"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "step", watched)
         call_pipeline(teacher.pipe, prompts, torch.Generator().manual_seed(0), **options)
@@ -202,6 +201,8 @@ def test_every_step_of_a_guided_stock_call_is_ours(name, teachers, with_schedule
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "step", lambda self, *a, **k: seen.append(a) or step(self, *a, **k))
         expected = stock(teacher, prompts, num_inference_steps=4, guidance_scale=4.0)
+    if teacher.edits:  # a call for each row
+        seen = [(torch.cat([o, p]), t, torch.cat([x, y])) for (o, t, x), (p, _, y) in zip(seen[:4], seen[4:])]
     fix_shift(teacher.pipe, teacher.resolution)
     scheduler, moved = teacher.pipe.scheduler, 0.0
     scheduler.set_timesteps(sigmas=grid)
@@ -351,11 +352,14 @@ def test_padding_of_the_prompt_changes_nothing(name, teachers):
     """Conditions are cut to the tokenizer's limit; the stock call pads further and masks."""
     teacher = teachers(name)
     cond, null = teacher.encode(ZOO[name].prompts), teacher.denoiser.null
-    assert len(cond) == 2 and len(null) == 1
+    if teacher.edits:  # whose rows bring their own
+        null = unconditional(null, cond, 2)
+        cond = Cond({k: v for k, v in cond.tensors.items() if not k.startswith("null_")})
+    assert len(cond) == 2 and len(null) == 1 + teacher.edits
     assert {k: v.shape[1:] for k, v in cond.tensors.items()} == {
         k: v.shape[1:] for k, v in null.tensors.items()
     }
-    if "mask" not in cond.tensors or name in FIXED:
+    if "mask" not in cond.tensors or name in FIXED or teacher.edits:  # which cuts nothing
         return
     limit, teacher.pipe.tokenizer.model_max_length = teacher.pipe.tokenizer.model_max_length, 30
     try:
@@ -422,7 +426,7 @@ def test_images_go_to_scaled_latents_and_back(name, teachers):
     vae, factor = teacher.pipe.vae, teacher.pipe.vae.config.get("scaling_factor", 1.0)
     shift = vae.config.get("shift_factor") or 0.0
     pixels = images.permute(0, 3, 1, 2) / 127.5 - 1
-    if name == "Qwen-Image":  # a VAE of films, whose published statistics are the only scale
+    if name.startswith("Qwen"):  # a VAE of films, whose published statistics are the only scale
         pixels, latents = pixels[:, :, None], latents[:, :, None]
         shift = torch.tensor([-0.7571, 0.1075, 1.5508, 0.2503])[:, None, None, None]
         factor = 1 / torch.tensor([2.8184, 1.2196, 0.5, 1.916])[:, None, None, None]
@@ -435,9 +439,9 @@ def test_images_go_to_scaled_latents_and_back(name, teachers):
         )
         torch.testing.assert_close(latents, (raw - shift) * factor)
         decoded = vae.decode(latents / factor + shift, return_dict=False)[0]
-    if name == "Qwen-Image":
+    if name.startswith("Qwen"):
         decoded, latents = decoded[:, :, 0], latents[:, :, 0]
-    assert teacher.decode(latents).shape == (2, 32, 32, 3)
+    assert teacher.decode(latents).shape == (2, *[teacher.resolution] * 2, 3)
     expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
     assert (torch.tensor(teacher.decode(latents)).float() - expected).abs().max() <= 1
 
@@ -485,7 +489,7 @@ def test_shells_and_checkpointing_give_the_plain_gradient(name, teachers):
         gradients.append({n: w.grad for n, w in role.weights.items()})
         assert all(p.grad is None for p in teacher.net.parameters())
     silent = [n for n, g in gradients[0].items() if g is None]
-    if name == "Qwen-Image":  # of its last block's text nothing is made
+    if name.startswith("Qwen"):  # of its last block's text nothing is made
         assert silent and all(re.search(r"blocks\.1\..*(add_q|to_add_out|txt_mlp)", n) for n in silent)
     else:
         assert not silent
@@ -523,11 +527,11 @@ STUDENTS += [(n, *case) for n in NEWER for case in ((4, "fresh"), (2, "ddim"), (
 
 @pytest.mark.parametrize("name, steps, noise", STUDENTS)
 def test_stock_diffusers_samples_a_flow_student(name, steps, noise, teachers, tmp_path):
-    teacher = teachers(name)
+    teacher, prompts = teachers(name), list(ZOO[name].prompts)
     times = even_times(teacher.denoiser.schedule, steps)
     role, student = student_of(teacher, times, noise)
-    own = trainer_sample(student, teacher, PROMPTS)
-    untrained = trainer_sample(Student(teacher.denoiser, times, noise), teacher, PROMPTS)
+    own = trainer_sample(student, teacher, prompts)
+    untrained = trainer_sample(Student(teacher.denoiser, times, noise), teacher, prompts)
     assert (own - untrained).abs().max() > 1e-2  # otherwise the comparison would prove nothing
     export_student(
         tmp_path / "e",
@@ -538,7 +542,7 @@ def test_stock_diffusers_samples_a_flow_student(name, steps, noise, teachers, tm
         about={"method": "x"},
     )
     assert (tmp_path / "e" / "pytorch_lora_weights.safetensors").is_file()
-    assert verify(tmp_path / "e", own, teacher, PROMPTS, 1e-4, "float32") < 1e-4
+    assert verify(tmp_path / "e", own, teacher, prompts, 1e-4, "float32") < 1e-4
     pipe, record = load_exported(tmp_path / "e")
     assert record["timesteps"] == pytest.approx(times)
 
