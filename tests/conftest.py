@@ -138,7 +138,9 @@ def no_reads(request, monkeypatch):
 def _tiny(tmp_path_factory, pipeline_class, **options):
     from fewstep.teachers.tiny import write_tiny_pipeline
 
-    if pipeline_class == "QwenImageEditPlusPipeline":  # to whose VAE a reference has a megapixel, whatever its own size
+    if (
+        pipeline_class == "QwenImageEditPlusPipeline"
+    ):  # to whose VAE a reference has a megapixel, whatever its own size
         from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 
         stock.VAE_IMAGE_SIZE, stock.CONDITION_IMAGE_SIZE = 128 * 128, 64 * 64

@@ -23,7 +23,7 @@ FAST = {"sdxl_dmd2_4step", "emoji_dmd2_1step", "sd3_scm_1step", "var_d16_dd1_2st
 
 
 # Their networks rotate by complex numbers, in whose backward pass torch's engine crashes on this device.
-COMPLEX = ("QwenImagePipeline", "ZImagePipeline")
+COMPLEX = ("QwenImagePipeline", "QwenImageEditPlusPipeline", "ZImagePipeline")
 
 
 def kinds():

@@ -52,6 +52,12 @@ def replay(args: argparse.Namespace) -> int:
     "images from an exported student, by stock diffusers",
     argument("export", type=Path, metavar="EXPORT", help="export folder, or the run that holds it"),
     argument("--prompt", action="append", help="may be given several times"),
+    argument(
+        "--reference",
+        action="append",
+        type=Path,
+        help="image that an editing student changes; several in order",
+    ),
     argument("--teacher", help="the teacher's folder, if it moved"),
     argument("--steps", type=number(Count), help="of the student, where it has several (default: its own)"),
     argument("--num", type=number(Count), default=1, help="images per prompt"),
@@ -63,6 +69,7 @@ def replay(args: argparse.Namespace) -> int:
 def sample(args: argparse.Namespace) -> int:
     from PIL import Image
 
+    from ..data.texts import read_edits
     from ..export import at_steps, load_exported, stock_call
     from ..report.grid import sheet
     from ..teachers.generate import generate
@@ -71,10 +78,11 @@ def sample(args: argparse.Namespace) -> int:
         raise FewstepError("sample: give at least one --prompt")
     _check_picture(args.out)
     folder = args.export / "export" if (args.export / "export").is_dir() else args.export
+    prompts = read_edits(args.prompt, args.reference) if args.reference else args.prompt
     pipe, record = load_exported(folder, args.teacher)
     record = at_steps(record, args.steps)
     pipe.to(args.device)
-    images, _ = generate(pipe, args.prompt * args.num, partial(stock_call, pipe, record), seed=args.seed)
+    images, _ = generate(pipe, prompts * args.num, partial(stock_call, pipe, record), seed=args.seed)
     signed = Image.Exif()
     signed[SOFTWARE] = MAKER
     with replacing(args.out) as part:

@@ -249,17 +249,30 @@ def _edit(path: Path, place: str, row: Any, text: str, sound: set[Path]) -> Edit
         )
     files = [path.parent / Path(name).expanduser() for name in names]
     for name, file in zip(names, files):
-        if file in sound:
-            continue
-        if not file.is_file():
-            raise FewstepError(
-                f"{where}: {REFERENCE} {name} is no file beside {path.name}; put the image there, or give the column "
-                "another name if it means something else"
-            )
-        if reason := fault(file):
-            raise FewstepError(f"{where}: {REFERENCE} {name} cannot be read ({reason}); remove or replace it")
+        if file not in sound:
+            _check_image(f"{where}: {REFERENCE} {name}", file)
         sound.add(file)
     return Edit(text, files, where)
+
+
+def _check_image(where: str, file: Path) -> None:
+    if not file.is_file():
+        raise FewstepError(
+            f"{where} is no file ({file}); expected an image; names are relative to their table"
+        )
+    if reason := fault(file):
+        raise FewstepError(f"{where} cannot be read ({reason}); remove or replace it")
+
+
+def read_edits(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
+    """Instructions of a command, each about all of these images.
+
+    Raises:
+        FewstepError: one is missing, or no image.
+    """
+    for file in files:
+        _check_image(f"--reference {file}", file)
+    return [Edit(text, files, f"--prompt {text!r}") for text in texts]
 
 
 def _short(value: Any) -> str:

@@ -12,8 +12,10 @@ from typing import Any
 
 from ..configs import EvalConfig, RoleConfig, SampleConfig, TeacherConfig
 from ..data.prompts import CLASSES, UNCONDITIONAL
+from ..data.texts import REFERENCE
 from ..methods.base import guidance_of
 from ..recipe import Recipe, family, to_dict
+from ..teachers.pipelines import EDITING
 
 RANK = 4
 
@@ -34,12 +36,13 @@ def smoke(recipe: Recipe, given: Collection[str] = ()) -> Recipe:
     teacher, data = recipe.teacher, recipe.data
     if "teacher.path" not in given and not teacher.path.startswith("builtin:"):
         teacher = _stand_in(folder / "teacher", teacher, data.prompts)
-    few = _few_emoji(folder, data.column or "text")
+    edits = teacher.pipeline_class in EDITING
+    few = _few_emoji(folder, data.column or "text", edits=edits)
     data = dataclasses.replace(
         data,
         prompts=data.prompts
         if data.prompts in (CLASSES, UNCONDITIONAL) or Path(data.prompts).is_file()
-        else str(few / "prompts.txt"),
+        else str(few / ("metadata.jsonl" if edits else "prompts.txt")),
         images=data.images if data.images is None or Path(data.images).is_dir() else str(few),
     )
     method = recipe.method.smoke()
@@ -132,8 +135,9 @@ def _few_pairs(folder: Path, teacher, data, method) -> Path:
     return make_pairs(folder, load_teacher(teacher.path, **teacher.weights()), prompts, **options)
 
 
-def _few_emoji(folder: Path, column: str = "text", count: int = 8) -> Path:
-    """A folder of captioned images with its prompts, as a user would bring one."""
+def _few_emoji(folder: Path, column: str = "text", count: int = 8, edits: bool = False) -> Path:
+    """A folder of captioned images with its prompts, as a user would bring one; with ``edits`` each image is to be made
+    of the next one."""
     from PIL import Image
 
     from ..data import emoji
@@ -141,6 +145,8 @@ def _few_emoji(folder: Path, column: str = "text", count: int = 8) -> Path:
     images, captions = emoji.load()
     chosen = range(0, len(captions), len(captions) // count)[:count]
     rows = [{"file_name": f"{i:04d}.png", column: captions[i]} for i in chosen]
+    if edits:
+        rows = [{**row, REFERENCE: after["file_name"]} for row, after in zip(rows, rows[1:] + rows[:1])]
     target = folder / "emoji"
     target.mkdir(parents=True)
     for i, row in zip(chosen, rows):

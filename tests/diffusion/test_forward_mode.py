@@ -18,7 +18,7 @@ from fewstep.teachers.tiny import write_tiny_pipeline
 from fewstep.training.roles import build_role
 
 KINDS = [
-    name for name in ZOO if name not in ("SD 2.1, v", "FLUX.1-schnell", "PixArt-alpha")
+    name for name in ZOO if name not in ("SD 2.1, v", "FLUX.1-schnell", "PixArt-alpha", "Qwen-Image-Edit")
 ]  # others' networks
 
 

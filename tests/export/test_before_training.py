@@ -169,7 +169,7 @@ def test_any_scheduler_in_any_pipeline_can_be_exported_or_is_refused(name, teach
         "LCMScheduler",
         "UniPCMultistepScheduler",
     }
-    handed = ("FLUX.1-dev", "FLUX.1-schnell", "Qwen-Image", "Z-Image")
+    handed = ("FLUX.1-dev", "FLUX.1-schnell", "Qwen-Image", "Qwen-Image-Edit", "Z-Image")
     families = {"SD 3": flows | tables, "SANA": flows | tables, **dict.fromkeys(handed, flows)}
     assert families.get(name, tables) <= made
     assert (

@@ -72,7 +72,9 @@ def exported(teacher, times, noise, folder, kind="lora", **about):
 def run_card(folder, monkeypatch, code=None):
     """The snippet of the card, or one like it, where its reader would run it; its names."""
     monkeypatch.chdir(folder)
-    shutil.copy(REFERENCES / "square.png", folder / "reference.png")  # which an editing student's reader brings
+    shutil.copy(
+        REFERENCES / "square.png", folder / "reference.png"
+    )  # which an editing student's reader brings
     names = {}
     exec(code or (folder / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
     assert (folder / "image.png").is_file()

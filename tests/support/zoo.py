@@ -1,7 +1,6 @@
 """One tiny random pipeline for every published model that fewstep has an adapter for."""
 
 from dataclasses import dataclass, field
-
 from pathlib import Path
 
 from fewstep.teachers.references import Edit

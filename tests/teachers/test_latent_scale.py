@@ -16,7 +16,8 @@ from fewstep.training.roles import build_role
 
 STATISTICS = {"latents_mean": [0.5, -1.0, 2.0, 0.1], "latents_std": [3.0, 0.5, 1.5, 2.0]}
 SHIFT = {"shift_factor": 0.7}
-IN_LATENTS = [name for name in ZOO if name not in ("UNet2D", "UNet2D by class")]
+# Qwen-Image-Edit has the VAE of Qwen-Image, which is here.
+IN_LATENTS = [name for name in ZOO if name not in ("UNet2D", "UNet2D by class", "Qwen-Image-Edit")]
 
 
 def with_vae(name, folder, **config):
