@@ -76,7 +76,8 @@ class DataConfig:
     """What is generated and what is real.
 
     Attributes:
-        prompts: text file, one prompt per line; a table (JSON lines, JSON, CSV, TSV, Parquet); or ``builtin:emoji``.
+        prompts: text file, one prompt per line; a table (JSON lines, JSON, CSV, TSV, Parquet); or ``builtin:emoji``. A
+            table for a teacher that edits has a column ``reference`` too: an image or a list of them.
         images: folder of captioned images, or ``builtin:emoji``; a data-free method only measures itself against them,
             and null is then allowed.
         pairs: folder that ``fewstep pairs`` wrote; null where the method needs none.

@@ -117,6 +117,7 @@ def _program(record: Mapping[str, Any]) -> str:
 def _words(record: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """What stands in the braces of the programs."""
     prompt, parts = _prompt(record), record.get("parts", [])
+    loaded = "from diffusers.utils import load_image\n" if record["pipeline_class"] in EDITING else ""
     return {
         **record,
         **_extras(record),
@@ -125,7 +126,7 @@ def _words(record: Mapping[str, Any], folder: str) -> dict[str, Any]:
         "pipeline": os.path.join(folder, *parts[:1], "pipeline"),
         "without": "".join(f", {name}=None" for name in record.get("absent", [])),
         "adapters": "\n".join(_load(name, folder) for name in adapters(record)),
-        "load_file": "from safetensors.torch import load_file\n" if parts else "",
+        "load_file": "from safetensors.torch import load_file\n" if parts else loaded,
         "tree": os.path.join(folder, "router.json"),
         "tensors": os.path.join(folder, "router.safetensors"),
         "encoded": ENCODED.get(record.get("routed_on", "")),
@@ -177,8 +178,6 @@ def _extras(record: Mapping[str, Any]) -> dict[str, str]:
             "from functools import partial\n\nimport torch\n",
             lines + LABELLED.format(label=_label(record)),
         )
-    if record["pipeline_class"] in EDITING:
-        imports += "from diffusers.utils import load_image\n"
     if record["kind"] == "lora":
         imports = _imports(record) + imports
     return {"imports": imports, "extras": lines, "call": ", ".join(call)}

@@ -10,13 +10,17 @@ import torch
 from PIL import Image
 from zoo import EDITS, REFERENCES, ZOO
 
+from fewstep.cli import main
 from fewstep.data.cache import encode_prompts, prompts_folder
 from fewstep.data.images import load_images
 from fewstep.data.pairs import make_pairs
 from fewstep.data.prompts import load_prompts
 from fewstep.diffusion.cond import Cond, drop_rows, unconditional
 from fewstep.errors import FewstepError, RecipeError
+from fewstep.evaluation.models import open_model
+from fewstep.evaluation.of_run import _asked
 from fewstep.evaluation.prompts import read_prompts
+from fewstep.evaluation.sampling import Job, sample_folder
 from fewstep.files import ReadError
 from fewstep.methods.dmd2 import DMD2
 from fewstep.recipe import DataConfig, EvalConfig, Recipe, SampleConfig, TeacherConfig, TrainConfig
@@ -252,3 +256,36 @@ def test_the_plan_knows_the_shapes_of_a_square_reference(teachers):
         set(blank.tensors) == set(row.tensors) and blank["reference"].shape[1:] == row["reference"].shape[1:]
     )
     assert torch.equal(blank["shapes"][:1], row["shapes"]) and ZOO["Qwen-Image-Edit"].prompts == EDITS
+
+
+# ------------------------------------------------------------------------------------------------- images from edits
+def test_generated_images_are_made_with_their_references(folder, teachers, tmp_path):
+    """One at a time, whatever the batch; of another image the folder is refused."""
+    path, source = table(folder, ROWS), teachers("Qwen-Image-Edit").source
+    model, job = open_model(source), Job(steps=1, guidance=2.0, size=128)
+
+    def made(out, batch_size=2):
+        sample_folder(model, read_prompts(path), job, out, batch_size=batch_size, speed_runs=0)
+        return [(out / f"{i:06d}.png").read_bytes() for i in range(2)]
+
+    before = made(tmp_path / "a")
+    assert made(tmp_path / "b", batch_size=1) == before
+    Image.new("RGB", (20, 20), "blue").save(folder / "red.png")
+    with pytest.raises(FewstepError, match="prompts_sha256"):
+        made(tmp_path / "a")
+    after = made(tmp_path / "c")
+    assert after[0] == before[0] and after[1] != before[1]
+
+
+def test_prompts_of_a_run_are_measured_with_their_references(folder, teachers, tmp_path):
+    path = table(folder, ROWS)
+    recipe = recipe_for(teachers("Qwen-Image-Edit"), path, evaluation=EvalConfig(num=2))
+    rows = _asked(recipe, load_prompts(str(path)), None)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert set(read_prompts(tmp_path / "prompts.jsonl").texts) == set(load_prompts(str(path)))
+
+
+def test_a_command_names_a_reference_that_is_not_there(tmp_path, capsys):
+    words = ["sample", str(tmp_path), "--prompt", "a", "--reference", str(tmp_path / "none.png")]
+    assert main(words) == 2
+    assert "none.png is no file" in capsys.readouterr().err

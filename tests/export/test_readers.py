@@ -206,6 +206,7 @@ def test_what_comfyui_does_not_know_has_no_names_for_it():
         "StableDiffusion3",
         "Flux",
         "QwenImage",
+        "QwenImageEditPlus",
         "ZImage",
         "Chroma",
     )
