@@ -13,8 +13,6 @@ from ..pictures import read_picture, size_of
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .base import Teacher
-
 
 class Edit(str):
     """An instruction with its reference images. Of the same words, but about other images, it is another prompt.
@@ -81,8 +79,8 @@ def refuse_references(name: str, prompts: Iterable[str], what: str = "prompts") 
         )
 
 
-def check_references(teacher: type[Teacher] | Teacher, prompts: Sequence[str], what: str = "prompts") -> None:
-    """Refuses prompts without what the teacher reads, or with what it does not read.
+def check_references(teacher: Any, prompts: Sequence[str], what: str = "prompts") -> None:
+    """Refuses prompts without what a teacher, or its class, reads, or with what it does not read.
 
     Batches have one shape, so all rows have as many references as the first one, and each of them its proportions.
 

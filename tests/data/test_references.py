@@ -262,7 +262,7 @@ def test_the_plan_knows_the_shapes_of_a_square_reference(teachers):
 def test_generated_images_are_made_with_their_references(folder, teachers, tmp_path):
     """One at a time, whatever the batch; of another image the folder is refused."""
     path, source = table(folder, ROWS), teachers("Qwen-Image-Edit").source
-    model, job = open_model(source), Job(steps=1, guidance=2.0, size=128)
+    model, job = open_model(source), Job(steps=2, guidance=2.0, size=128)
 
     def made(out, batch_size=2):
         sample_folder(model, read_prompts(path), job, out, batch_size=batch_size, speed_runs=0)
