@@ -14,6 +14,7 @@ from ..teachers.origin import RECORD
 
 # Levels of its own table, of which its scheduler `simple` takes every (TABLE / K)-th from the noisiest down.
 TABLE = 1000
+FLUX = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline")  # whose shift it tells by its logarithm
 FRACTIONS = (
     "QwenImagePipeline",
     "ZImagePipeline",
@@ -41,8 +42,10 @@ def settings(teacher: Teacher, student: Sampler) -> dict[str, Any]:
     fractions = [1 - int(k * TABLE / steps) / TABLE for k in range(steps)]
     found = {"sampler": sampler, "scheduler": "simple", "steps": steps, "cfg": 1.0}
     if isinstance(schedule, Flow):
-        same = all(abs(t - schedule.shifted(u)) < 2e-3 for t, u in zip(student.times, fractions))
-        return {**found, "shift": float(schedule.shift)} if same else {}
+        for flow in (schedule.for_steps(steps), schedule):
+            if all(abs(t - flow.shifted(u)) < 2e-3 for t, u in zip(student.times, fractions)):
+                return {**found, "shift": float(flow.shift)}
+        return {}
     if not isinstance(schedule, VP) or schedule.t_max + 1 != TABLE:
         return {}
     return found if all(abs(t + 1 - u * TABLE) < 1.5 for t, u in zip(student.times, fractions)) else {}
@@ -94,7 +97,7 @@ def _beside(record: Mapping[str, Any]) -> str:
 
 
 def _shift(pipeline_class: str, shift: float) -> str:
-    if pipeline_class == "FluxPipeline":
+    if pipeline_class in FLUX:
         mu = round(math.log(shift), 4)
         return (
             f"ModelSamplingFlux before it: max_shift and base_shift both {mu}, for its shift is {shift:.4g} whatever "

@@ -228,7 +228,7 @@ class Stock(Target):
         if isinstance(
             self.student.schedule, Flow
         ):  # the exported scheduler's may be another, which has its times
-            found["shift"] = float(self.student.schedule.shift)
+            found["shift"] = float(self.student.schedule.for_steps(self.student.num_steps).shift)
         if absent := [name for name, part in self.teacher.pipe.components.items() if part is None]:
             found["absent"] = absent
         if len(self.samplers) > 1:

@@ -19,7 +19,7 @@ from ..diffusion.solvers import ddim
 from ..errors import FewstepError
 from .origin import Origin
 from .pipelines import fix_shift, native_resolution, pixels_per_latent, size_options, takes
-from .schedulers import FLOOR, PREDICTIONS, is_flow, schedule_of, scheduler_sample
+from .schedulers import FLOOR, PREDICTIONS, for_steps, is_flow, schedule_of, scheduler_sample
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
@@ -233,7 +233,7 @@ class Teacher:
             return "x0", lambda noise, cond: self.sample(noise, cond, steps, guidance)
         if solver not in FLOOR:
             raise FewstepError(f"--solver {solver}: a diffusion teacher takes {', '.join(FLOOR)}")
-        scheduler = FLOOR[solver](self.pipe.scheduler)
+        scheduler = FLOOR[solver](for_steps(self.pipe.scheduler, steps))
         return "x0", partial(scheduler_sample, self.denoiser, scheduler, num_steps=steps, guidance=guidance)
 
     # --------------------------------------------------------------------------------------------------- memory
