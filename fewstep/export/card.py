@@ -12,6 +12,7 @@ from . import comfyui
 from .weights import LORA_FILE, adapters
 
 UNPROMPTED = "DDPMPipeline"  # hands on no labels
+EDITING = ("Flux2Pipeline", "Flux2KleinPipeline")  # whose calls begin with an image
 ENCODED = {"pooled": "encoded[2][0]", "embeds": "encoded[0][0].mean(0)"}
 # A program for each kind of export, of parts that some share; the words in braces are those of `_words`.
 ADAPTED = """\
@@ -116,6 +117,7 @@ def _program(record: Mapping[str, Any]) -> str:
 def _words(record: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """What stands in the braces of the programs."""
     prompt, parts = _prompt(record), record.get("parts", [])
+    named = "prompt=" if record["pipeline_class"] in EDITING else ""
     return {
         **record,
         **_extras(record),
@@ -129,7 +131,7 @@ def _words(record: Mapping[str, Any], folder: str) -> dict[str, Any]:
         "tensors": os.path.join(folder, "router.safetensors"),
         "encoded": ENCODED.get(record.get("routed_on", "")),
         "asked": prompt,
-        "prompt": "prompt" if parts else prompt,
+        "prompt": named + ("prompt" if parts else prompt),
     }
 
 

@@ -41,6 +41,7 @@ def adapters() -> dict[str, type[Teacher]]:
     from .ar import PIPELINES, Autoregressive
     from .classes import DDPM, DiT
     from .flux import Flux
+    from .flux2 import Flux2, Flux2Klein
     from .qwen_image import QwenImage
     from .sd import StableDiffusion, StableDiffusionXL
     from .transformers import PixArtAlpha, PixArtSigma, Sana, StableDiffusion3
@@ -48,7 +49,7 @@ def adapters() -> dict[str, type[Teacher]]:
 
     known = (
         *(StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Sana, PixArtAlpha, PixArtSigma),
-        *(QwenImage, ZImage, DiT, DDPM),
+        *(QwenImage, ZImage, Flux2, Flux2Klein, DiT, DDPM),
     )
     stock = {cls.pipeline_class: cls for cls in known}
     return {

@@ -77,7 +77,9 @@ def _shift(name: str, config: dict[str, Any], distilled: bool, tokens: int, step
         mu = 1.15
     else:
         low, high = config["base_image_seq_len"], config["max_image_seq_len"]
-        mu = config["base_shift"] + (config["max_shift"] - config["base_shift"]) * (tokens - low) / (high - low)
+        mu = config["base_shift"] + (config["max_shift"] - config["base_shift"]) * (tokens - low) / (
+            high - low
+        )
     return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 

@@ -13,7 +13,10 @@ from ..errors import FewstepError
 
 TOKENS = ("LlamaGenPipeline", "VARPipeline")
 # Pixels for tiny networks, where the class of the pipeline has a size of its own.
-RESOLUTION = {"FluxPipeline": 32, "QwenImagePipeline": 32, "ZImagePipeline": 32}
+RESOLUTION = {
+    **{"FluxPipeline": 32, "QwenImagePipeline": 32, "ZImagePipeline": 32},
+    **{"Flux2Pipeline": 32, "Flux2KleinPipeline": 32, "Krea2Pipeline": 32},
+}
 SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
 
@@ -36,6 +39,8 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "FluxPipeline": _flux,
         "QwenImagePipeline": _qwen_image,
         "ZImagePipeline": _z_image,
+        "Flux2Pipeline": _flux2,
+        "Flux2KleinPipeline": _flux2_klein,
         "DiTPipeline": _dit,
         "DDPMPipeline": _unet2d,
         "DDIMPipeline": _unet2d,
@@ -199,7 +204,81 @@ def _z_image(tokenizer, _pipeline_class, options):
     )
 
 
-QWEN = (_qwen_image, _z_image)  # whose texts a tokenizer of Qwen's reads
+def _flux2_parts(heads: int, text: int, guided: bool, options):
+    """(scheduler, VAE, network) of FLUX.2 around a text of this width."""
+    import diffusers
+
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=32,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.3, 3.0)
+    network = {
+        "in_channels": 16,  # four latents of four channels
+        "num_layers": 2,
+        "num_single_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": heads,
+        "joint_attention_dim": text,
+        "timestep_guidance_channels": 16,
+        "axes_dims_rope": (2, 2, 2, 2),
+        "guidance_embeds": guided,
+    }
+    return {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        "vae": vae,
+        "transformer": diffusers.Flux2Transformer2DModel(**{**network, **options}),
+    }
+
+
+def _stacked(tokenizer, layers: int) -> dict[str, Any]:
+    """A language model of one head, whose layers give what differs."""
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    return {**_language_model(tokenizer), **sizes, "initializer_range": 0.3}
+
+
+def _flux2_klein(tokenizer, _pipeline_class, options):
+    """Its encoder has as many layers as are read, which differ."""
+    import diffusers
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    encoder = Qwen3ForCausalLM(Qwen3Config(**_stacked(tokenizer, 28)))
+    parts = _flux2_parts(2, 48, False, options)
+    return diffusers.Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer, **parts)
+
+
+MESSAGES = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}[SYSTEM]{{ m['content'][0]['text'] }}[/SYSTEM]"
+    "{% else %}[INST]{{ m['content'][0]['text'] }}[/INST]{% endif %}{% endfor %}"
+)
+
+
+def _flux2(tokenizer, _pipeline_class, options):
+    """As :func:`_flux2_klein`, told the guidance scale; a tokenizer stands for the processor of the published one."""
+    import diffusers
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    tokenizer.chat_template = MESSAGES
+    texts = {**_stacked(tokenizer, 31), "model_type": "mistral"}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config=texts,
+        vision_config={**vision, "head_dim": 8, "image_size": 32, "model_type": "pixtral"},
+    )
+    return diffusers.Flux2Pipeline(
+        text_encoder=Mistral3ForConditionalGeneration(config),
+        tokenizer=tokenizer,
+        **_flux2_parts(2, 48, True, options),
+    )
+
+
+QWEN = (_qwen_image, _z_image, _flux2_klein, _flux2)  # whose texts a tokenizer of Qwen's reads
 
 
 def _text_config(tokenizer, width: int = 16, **options):

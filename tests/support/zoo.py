@@ -35,6 +35,8 @@ ZOO = {
     "Z-Image": Kind(
         "ZImagePipeline", resolution=RESOLUTION["ZImagePipeline"], taps=("noise_refiner.0", "layers.1")
     ),
+    "FLUX.2-dev": Kind("Flux2Pipeline", resolution=RESOLUTION["Flux2Pipeline"]),
+    "FLUX.2-klein": Kind("Flux2KleinPipeline", resolution=RESOLUTION["Flux2KleinPipeline"]),
     "SANA": Kind("SanaPipeline"),
     "PixArt-alpha": Kind("PixArtAlphaPipeline"),
     "PixArt-Sigma": Kind("PixArtSigmaPipeline"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from zoo import ZOO
 
 from fewstep.cli import main
@@ -39,16 +40,18 @@ from fewstep.teachers.flux import pack, unpack
 from fewstep.teachers.generate import call_pipeline, generate
 from fewstep.teachers.load import ASSETS, BUILTIN, resolve
 from fewstep.teachers.pipelines import fix_shift, size_options, takes
-from fewstep.teachers.schedulers import FLOOR, schedule_of, scheduler_sample
+from fewstep.teachers.schedulers import FLOOR, for_steps, schedule_of, scheduler_sample
 from fewstep.teachers.sd import StableDiffusion
 from fewstep.training.roles import build_role, lora_targets
 
 TWO_SHIFTS = ("SD 3", "SANA")
 RAGGED = ("Qwen-Image", "Z-Image")
-HANDED = ("FLUX.1-dev", "FLUX.1-schnell", *RAGGED)  # whose stock call's grid is not the scheduler's
+STACKED = ("FLUX.2-dev", "FLUX.2-klein")  # texts of several layers
+HANDED = ("FLUX.1-dev", "FLUX.1-schnell", *RAGGED, *STACKED)  # whose stock call's grid is not the scheduler's
 FLOWS = (*TWO_SHIFTS, *HANDED)
 BY_SIZE = {name: math.exp(0.5 + 0.65 * (64 - 256) / (4096 - 256)) for name in HANDED[:2]}
 SHIFTS = {**BY_SIZE, "Qwen-Image": math.exp(0.5 + 0.4 * (16 - 256) / (8192 - 256)), "Z-Image": 6.0}
+SHIFTS |= dict.fromkeys(STACKED, math.exp(compute_empirical_mu(64, 50)))
 TRANSFORMERS = (*FLOWS, "PixArt-alpha", "PixArt-Sigma", "DiT")
 IN_PIXELS = ("DiT", "UNet2D", "UNet2D by class")  # their pipelines give no latents
 PROMPTS = list(ZOO["SDXL"].prompts)
@@ -135,7 +138,7 @@ def test_x0_is_the_stock_pipelines_own_prediction(name, guidance, teachers, with
 # A pipeline's own scheduler, where it is deterministic and walks its own grid in our sampler too.
 OWN = ("SD 1.5", "SD 2.1, v", "SDXL", "SANA", "PixArt-alpha", "PixArt-Sigma", "DiT")
 RUNS = [(n, s) for n in ZOO for s in FLOOR if s in ("ddim", "dpm++") or n in TWO_SHIFTS]
-RUNS = [(n, s) for n, s in RUNS if n not in RAGGED or s == "ddim"] + [(n, "own") for n in OWN]
+RUNS = [(n, s) for n, s in RUNS if n not in (*RAGGED, *STACKED) or s == "ddim"] + [(n, "own") for n in OWN]
 
 
 @pytest.mark.parametrize("name, solver", RUNS)
@@ -183,7 +186,7 @@ def test_a_solver_that_takes_no_grid_is_refused(name, solver, teachers):
         floor_sampler(solver, pipe, pipe.scheduler, 3)
 
 
-@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("name", [*RAGGED, *STACKED])
 def test_every_step_of_a_guided_stock_call_is_ours(name, teachers, with_scheduler, tmp_path):
     """With the scheduler of its files: its prediction at each step, and where our own steps with it end."""
     teacher, prompts, seen, grid = teachers(name), ZOO[name].prompts, [], np.linspace(1, 1 / 4, 4)
@@ -195,7 +198,7 @@ def test_every_step_of_a_guided_stock_call_is_ours(name, teachers, with_schedule
         patch.setattr(kind, "step", lambda self, *a, **k: seen.append(a) or step(self, *a, **k))
         expected = stock(teacher, prompts, num_inference_steps=4, guidance_scale=4.0)
     fix_shift(teacher.pipe, teacher.resolution)
-    scheduler, moved = teacher.pipe.scheduler, 0.0
+    scheduler, moved = for_steps(teacher.pipe.scheduler, 4), 0.0
     scheduler.set_timesteps(sigmas=grid)
     assert len(seen) == 4 and scheduler.timesteps.tolist() == pytest.approx([float(t) for _, t, _ in seen])
     for (theirs, t, held), time in zip(seen, scheduler.timesteps):
@@ -360,8 +363,16 @@ def test_images_go_to_scaled_latents_and_back(name, teachers):
             if hasattr(code, "latent")
             else code.latent_dist.sample(torch.Generator().manual_seed(0))
         )
+        if name in STACKED:  # whose scale is of four latents side by side, and stands among the VAE's weights
+            raw, bn = teacher.pipe._patchify_latents(raw), vae.bn
+            shift, factor = (
+                bn.running_mean[:, None, None],
+                1 / (bn.running_var + bn.eps).sqrt()[:, None, None],
+            )
         torch.testing.assert_close(latents, (raw - shift) * factor)
-        decoded = vae.decode(latents / factor + shift, return_dict=False)[0]
+        raw = latents / factor + shift
+        raw = teacher.pipe._unpatchify_latents(raw) if name in STACKED else raw
+        decoded = vae.decode(raw, return_dict=False)[0]
     if name == "Qwen-Image":
         decoded, latents = decoded[:, :, 0], latents[:, :, 0]
     assert teacher.decode(latents).shape == (2, 32, 32, 3)
@@ -427,7 +438,7 @@ def test_heads_on_blocks_pass_gradient_to_the_image(name, teachers):
     x = noise_for(teacher).requires_grad_()
     t = torch.full((2,), 0.5 * teacher.denoiser.schedule.t_max)
     logits = judge.logits(teacher.denoiser, x, t, teacher.encode(ZOO[name].prompts))
-    tokens = (teacher.latent_shape[1] // 2) ** 2 if name != "SANA" else teacher.latent_shape[1] ** 2
+    tokens = (teacher.latent_shape[1] // (1 if name in ("SANA", *STACKED) else 2)) ** 2
     assert logits.shape == (2, len(taps) * tokens if name in TRANSFORMERS else 1)
     logits.sum().backward()
     assert x.grad.abs().sum() > 0
