@@ -14,7 +14,12 @@ from ..teachers.origin import RECORD
 
 # Levels of its own table, of which its scheduler `simple` takes every (TABLE / K)-th from the noisiest down.
 TABLE = 1000
-FLUX = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline")  # whose shift it tells by its logarithm
+FLUX = (
+    "FluxPipeline",
+    "Flux2Pipeline",
+    "Flux2KleinPipeline",
+    "Krea2Pipeline",
+)  # whose shift it tells by its logarithm
 FRACTIONS = (
     "QwenImagePipeline",
     "ZImagePipeline",

@@ -157,7 +157,7 @@ class Teacher:
 
     @property
     def image_tokens(self) -> int | None:
-        """Tokens of the image in what a block gives, where the text's come behind them; None where there are none."""
+        """Tokens of the image in what a block gives beside the text's: n before them, -n behind; None without these."""
         return None
 
     @staticmethod

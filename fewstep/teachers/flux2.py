@@ -53,6 +53,11 @@ class Flux2(Teacher):
         )[0]
         return out.transpose(1, 2).unflatten(2, (height, width))
 
+    @property
+    def image_tokens(self) -> int:
+        """Of blocks of one stream; others give the image's apart."""
+        return -self.positions
+
     def unpack(self, latents: Tensor) -> Tensor:
         """Of tokens, of what the stock call takes, or of the VAE's own z, which "klein" gives."""
         if latents.ndim == 3:

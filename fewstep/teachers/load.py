@@ -42,6 +42,7 @@ def adapters() -> dict[str, type[Teacher]]:
     from .classes import DDPM, DiT
     from .flux import Flux
     from .flux2 import Flux2, Flux2Klein
+    from .krea2 import Krea2
     from .qwen_image import QwenImage
     from .sd import StableDiffusion, StableDiffusionXL
     from .transformers import PixArtAlpha, PixArtSigma, Sana, StableDiffusion3
@@ -49,7 +50,7 @@ def adapters() -> dict[str, type[Teacher]]:
 
     known = (
         *(StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Sana, PixArtAlpha, PixArtSigma),
-        *(QwenImage, ZImage, Flux2, Flux2Klein, DiT, DDPM),
+        *(QwenImage, ZImage, Flux2, Flux2Klein, Krea2, DiT, DDPM),
     )
     stock = {cls.pipeline_class: cls for cls in known}
     return {

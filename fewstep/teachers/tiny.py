@@ -39,6 +39,7 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "FluxPipeline": _flux,
         "QwenImagePipeline": _qwen_image,
         "ZImagePipeline": _z_image,
+        "Krea2Pipeline": _krea2,
         "Flux2Pipeline": _flux2,
         "Flux2KleinPipeline": _flux2_klein,
         "DiTPipeline": _dit,
@@ -161,15 +162,7 @@ def _qwen_image(tokenizer, _pipeline_class, options):
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
         ),
-        vae=diffusers.AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True],
-            latents_mean=[-0.7571, 0.1075, 1.5508, 0.2503],
-            latents_std=[2.8184, 1.2196, 0.5, 1.916],
-        ),
+        vae=_film_vae(),
         text_encoder=encoder,
         tokenizer=tokenizer,
         transformer=diffusers.QwenImageTransformer2DModel(**{**network, **options}),
@@ -278,7 +271,57 @@ def _flux2(tokenizer, _pipeline_class, options):
     )
 
 
-QWEN = (_qwen_image, _z_image, _flux2_klein, _flux2)  # whose texts a tokenizer of Qwen's reads
+def _krea2(tokenizer, _pipeline_class, options):
+    import diffusers
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    rope = {"mrope_section": [2, 1, 1], "rope_type": "default", "mrope_interleaved": True}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    texts = {**_stacked(tokenizer, 4), "rope_scaling": rope}
+    network = {
+        "in_channels": 16,  # four latents of four channels
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 32,
+        "timestep_embed_dim": 16,
+        "text_hidden_dim": 16,
+        "num_text_layers": 3,
+        **dict.fromkeys(("text_num_attention_heads", "text_num_key_value_heads"), 2),
+        "text_intermediate_size": 32,
+        **dict.fromkeys(("num_layerwise_text_blocks", "num_refiner_text_blocks"), 1),
+        "axes_dims_rope": (4, 2, 2),
+    }
+    return diffusers.Krea2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_image_seq_len=6400
+        ),
+        vae=_film_vae(),
+        text_encoder=Qwen3VLModel(
+            Qwen3VLConfig(text_config=texts, vision_config={**vision, "deepstack_visual_indexes": [0]})
+        ),
+        tokenizer=tokenizer,
+        transformer=diffusers.Krea2Transformer2DModel(**{**network, **options}),
+        text_encoder_select_layers=(1, 2, 4),
+    )
+
+
+def _film_vae():
+    import diffusers
+
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[-0.7571, 0.1075, 1.5508, 0.2503],
+        latents_std=[2.8184, 1.2196, 0.5, 1.916],
+    )
+
+
+QWEN = (_qwen_image, _z_image, _flux2_klein, _flux2, _krea2)  # whose texts a tokenizer of Qwen's reads
 
 
 def _text_config(tokenizer, width: int = 16, **options):

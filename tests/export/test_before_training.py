@@ -164,7 +164,7 @@ def test_any_scheduler_in_any_pipeline_can_be_exported_or_is_refused(name, teach
         "LCMScheduler",
         "UniPCMultistepScheduler",
     }
-    handed = ("FLUX.1-dev", "FLUX.1-schnell", "Qwen-Image", "Z-Image")
+    handed = ("FLUX.1-dev", "FLUX.1-schnell", "FLUX.2-dev", "FLUX.2-klein", "Krea-2", "Qwen-Image", "Z-Image")
     families = {"SD 3": flows | tables, "SANA": flows | tables, **dict.fromkeys(handed, flows)}
     assert families.get(name, tables) <= made
     assert (

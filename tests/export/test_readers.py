@@ -201,6 +201,7 @@ def test_a_whole_student_has_no_adapter(sdxl, tmp_path):
 def test_what_comfyui_does_not_know_has_no_names_for_it():
     known = {name for name, adapter in adapters().items() if adapter.comfyui}
     families = ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "QwenImage", "ZImage")
+    families += ("Flux2", "Flux2Klein", "Krea2")
     assert known == {f"{name}Pipeline" for name in families}
     assert {"VARPipeline", "LlamaGenPipeline", "SanaPipeline", "DiTPipeline"} <= set(adapters()) - known
 

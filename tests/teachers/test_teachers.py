@@ -45,12 +45,13 @@ from fewstep.teachers.sd import StableDiffusion
 from fewstep.training.roles import build_role, lora_targets
 
 TWO_SHIFTS = ("SD 3", "SANA")
-RAGGED = ("Qwen-Image", "Z-Image")
+RAGGED = ("Qwen-Image", "Z-Image", "Krea-2")
 STACKED = ("FLUX.2-dev", "FLUX.2-klein")  # texts of several layers
 HANDED = ("FLUX.1-dev", "FLUX.1-schnell", *RAGGED, *STACKED)  # whose stock call's grid is not the scheduler's
 FLOWS = (*TWO_SHIFTS, *HANDED)
 BY_SIZE = {name: math.exp(0.5 + 0.65 * (64 - 256) / (4096 - 256)) for name in HANDED[:2]}
 SHIFTS = {**BY_SIZE, "Qwen-Image": math.exp(0.5 + 0.4 * (16 - 256) / (8192 - 256)), "Z-Image": 6.0}
+SHIFTS |= {"Krea-2": math.exp(0.5 + 0.65 * (16 - 256) / (6400 - 256))}
 SHIFTS |= dict.fromkeys(STACKED, math.exp(compute_empirical_mu(64, 50)))
 TRANSFORMERS = (*FLOWS, "PixArt-alpha", "PixArt-Sigma", "DiT")
 IN_PIXELS = ("DiT", "UNet2D", "UNet2D by class")  # their pipelines give no latents
@@ -220,7 +221,8 @@ def test_a_text_is_read_as_it_is_alone_whatever_the_padding(name, teachers):
     teacher = teachers(name)
     cond = teacher.encode(ZOO[name].prompts)
     x, t = noise_for(teacher), torch.full((2,), 0.5)
-    dirty = torch.where(cond["mask"].bool()[..., None], cond["embeds"], 7.0)
+    embeds, read = cond["embeds"], cond["mask"].bool()
+    dirty = torch.where(read.view(*read.shape, *[1] * (embeds.ndim - 2)), embeds, 7.0)
     shorter, ends = cond["mask"].clone(), cond["lengths"].clone()
     shorter[0, int(ends[0]) - 1] = 0
     ends[0] -= 1
@@ -352,7 +354,8 @@ def test_images_go_to_scaled_latents_and_back(name, teachers):
     vae, factor = teacher.pipe.vae, teacher.pipe.vae.config.get("scaling_factor", 1.0)
     shift = vae.config.get("shift_factor") or 0.0
     pixels = images.permute(0, 3, 1, 2) / 127.5 - 1
-    if name == "Qwen-Image":  # a VAE of films, whose published statistics are the only scale
+    films = name in ("Qwen-Image", "Krea-2")
+    if films:  # a VAE of films, whose published statistics are the only scale
         pixels, latents = pixels[:, :, None], latents[:, :, None]
         shift = torch.tensor([-0.7571, 0.1075, 1.5508, 0.2503])[:, None, None, None]
         factor = 1 / torch.tensor([2.8184, 1.2196, 0.5, 1.916])[:, None, None, None]
@@ -373,7 +376,7 @@ def test_images_go_to_scaled_latents_and_back(name, teachers):
         raw = latents / factor + shift
         raw = teacher.pipe._unpatchify_latents(raw) if name in STACKED else raw
         decoded = vae.decode(raw, return_dict=False)[0]
-    if name == "Qwen-Image":
+    if films:
         decoded, latents = decoded[:, :, 0], latents[:, :, 0]
     assert teacher.decode(latents).shape == (2, 32, 32, 3)
     expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
