@@ -40,7 +40,7 @@ recipe = Recipe(
     method=SiD.Config(num_steps=4, guidance_scale=4.0, lean=True),
     data=DataConfig(prompts="prompts.txt"),
     roles={"student": lora, "critic": dataclasses.replace(lora, ema=0.0)},
-    train=TrainConfig(steps=10_000, batch_size=2, accumulate=16, sample_every=250, checkpoint_every=500),
+    train=TrainConfig(steps=10_000, batch_size=2, accumulate=8, sample_every=250, checkpoint_every=500),
     samples=SampleConfig(count=8, teacher_steps=50, columns=4),
     export=ExportConfig(dtype="bfloat16"),
 )

@@ -87,7 +87,7 @@ ROUTED_WHOLE = (
     "import json\n\n" + WHOLE + NETWORKS + ROUTE + "pipe.{network} = networks[route(prompt)]\n" + IMAGE
 )
 FIXED = """
-noise = torch.randn(1, *{latent_shape}, generator=torch.Generator().manual_seed(0))
+noise = torch.randn(1, *{latent_shape}, generator=torch.Generator().manual_seed(0)){given}
 generator = torch.Generator().manual_seed(0)  # every step adds the first noise again
 def again(pipe, step, time, kwargs):
     generator.manual_seed(0)
@@ -171,7 +171,10 @@ def _extras(record: Mapping[str, Any]) -> dict[str, str]:
     if "experts" in record:
         call.append("callback_on_step_end=switch")
     if record.get("noise") == "fixed":
-        imports, lines = "import torch\n", FIXED.format(latent_shape=record["latent_shape"])
+        imports, lines = (
+            "import torch\n",
+            FIXED.format(latent_shape=record["latent_shape"], given=_given(record)),
+        )
         call.append("latents=noise, generator=generator, callback_on_step_end=again")
     if record["pipeline_class"] == UNPROMPTED and "num_classes" in record:
         imports, lines = (
@@ -181,6 +184,11 @@ def _extras(record: Mapping[str, Any]) -> dict[str, str]:
     if record["kind"] == "lora":
         imports = _imports(record) + imports
     return {"imports": imports, "extras": lines, "call": ", ".join(call)}
+
+
+def _given(record: Mapping[str, Any]) -> str:
+    """What makes the call's latents of what the pipeline holds, as Python has it; see :func:`.load.given`."""
+    return f".mT.reshape(1, *{record['given_shape']})" if "given_shape" in record else ""
 
 
 def _imports(record: Mapping[str, Any]) -> str:

@@ -166,8 +166,12 @@ class Teacher:
         return latents
 
     def unpack(self, latents: Tensor) -> Tensor:
-        """The way back."""
+        """The way back; of what the stock call gives as latents too."""
         return latents
+
+    def given(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> what the stock call takes as ``latents``: mostly what it holds."""
+        return self.pack(latents)
 
     # -------------------------------------------------------------------------------------------------- latents
     @torch.no_grad()

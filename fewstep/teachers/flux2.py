@@ -43,7 +43,7 @@ class Flux2(Teacher):
         embeds, (height, width) = cond["embeds"], x_t.shape[-2:]
         order = torch.arange(embeds.shape[1], device=x_t.device, dtype=torch.float32)[:, None]
         out = net(
-            x_t.flatten(2).transpose(1, 2),
+            Flux2.pack(x_t),
             encoder_hidden_states=embeds,
             timestep=(time / 1000).to(x_t.dtype),
             guidance=cond.tensors.get(EMBEDDED),
@@ -58,12 +58,17 @@ class Flux2(Teacher):
         """Of blocks of one stream; others give the image's apart."""
         return -self.positions
 
+    @staticmethod
+    def pack(latents: Tensor) -> Tensor:
+        return latents.flatten(2).transpose(1, 2)
+
+    def given(self, latents: Tensor) -> Tensor:
+        return latents
+
     def unpack(self, latents: Tensor) -> Tensor:
-        """Of tokens, of what the stock call takes, or of the VAE's own z, which "klein" gives."""
+        """Of tokens, or of the VAE's own z, which "klein" gives."""
         if latents.ndim == 3:
             return latents.transpose(1, 2).unflatten(2, self.latent_shape[1:])
-        if latents.shape[1] == self.latent_shape[0]:
-            return latents
         shift, factor = (value.to(latents) for value in self.latent_scale())
         return (self.fold(latents) - shift) * factor
 

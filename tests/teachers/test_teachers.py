@@ -76,7 +76,7 @@ def stock(teacher, prompts, **call):
 
     options = {**size_options(teacher.pipe, teacher.resolution), **call}
     if takes(teacher.pipe, "latents"):
-        options |= {"latents": teacher.pack(noise_for(teacher)), "output_type": "latent"}
+        options |= {"latents": teacher.given(noise_for(teacher)), "output_type": "latent"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "step", watched)
         call_pipeline(teacher.pipe, prompts, torch.Generator().manual_seed(0), **options)
@@ -459,7 +459,7 @@ def student_of(teacher, times, noise="fresh", kind="lora"):
 STUDENTS = [
     (n, k, s) for n in (*TWO_SHIFTS, "FLUX.1-dev") for k in (1, 2, 4) for s in ("fresh", "ddim", "fixed")
 ]
-STUDENTS += [(n, *case) for n in RAGGED for case in ((4, "fresh"), (2, "ddim"), (2, "fixed"))]
+STUDENTS += [(n, *case) for n in (*RAGGED, *STACKED) for case in ((4, "fresh"), (2, "ddim"), (2, "fixed"))]
 
 
 @pytest.mark.parametrize("name, steps, noise", STUDENTS)
