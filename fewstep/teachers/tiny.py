@@ -223,10 +223,13 @@ def _flux2_parts(heads: int, text: int, guided: bool, options):
         "axes_dims_rope": (2, 2, 2, 2),
         "guidance_embeds": guided,
     }
+    transformer = diffusers.Flux2Transformer2DModel(**{**network, **options})
+    for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
+        getattr(transformer, name).linear.weight.data.mul_(8)  # or blocks would hardly count
     return {
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         "vae": vae,
-        "transformer": diffusers.Flux2Transformer2DModel(**{**network, **options}),
+        "transformer": transformer,
     }
 
 

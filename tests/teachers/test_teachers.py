@@ -459,7 +459,7 @@ def student_of(teacher, times, noise="fresh", kind="lora"):
 STUDENTS = [
     (n, k, s) for n in (*TWO_SHIFTS, "FLUX.1-dev") for k in (1, 2, 4) for s in ("fresh", "ddim", "fixed")
 ]
-STUDENTS += [(n, *case) for n in (*RAGGED, *STACKED) for case in ((4, "fresh"), (2, "ddim"), (2, "fixed"))]
+STUDENTS += [(n, *case) for n in (*RAGGED, "FLUX.2-klein") for case in ((4, "fresh"), (2, "ddim"), (2, "fixed"))]
 
 
 @pytest.mark.parametrize("name, steps, noise", STUDENTS)
