@@ -129,7 +129,7 @@ def schedulers():
             continue
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [n for n in ZOO if n != "FLUX.2-dev"])
 def test_any_scheduler_in_any_pipeline_can_be_exported_or_is_refused(name, teachers, tally):
     own = teachers(name)
     teacher = load_teacher(own.source, resolution=ZOO[name].resolution)
