@@ -173,7 +173,7 @@ def results_of(name: str) -> str:
     if not found:
         return "## Results\n\nNot measured yet."
     links = ", ".join(f"[{stem}](../../eval/results/{stem}.json)" for stem in found)
-    return f"## Results\n\n{gallery(found)}\n\nHow it was made, and what was tried: {links}."
+    return f"## Results\n\n{gallery(found, all_files())}\n\nHow it was made, and what was tried: {links}."
 
 
 # ---------------------------------------------------------------------------------------------------- other markers
@@ -183,10 +183,14 @@ def fields(name: str) -> str:
     return table(("field", "type", "default", "meaning"), options(getattr(import_module(module), cls)))
 
 
+def all_files() -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
 def all_results() -> str:
     from fewstep.evaluation.gallery import gallery
 
-    files = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    files = all_files()
     rows = [
         (f"[{stem}](../../eval/results/{stem}.json)", f"`{result['command']}`", result["hardware"])
         for stem, result in files.items()

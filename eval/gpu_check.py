@@ -65,7 +65,7 @@ class Setting:
 
     @property
     def batches(self) -> tuple[int, ...]:
-        return (1, 2) if self.tiny else (1, 2, 4, 8)
+        return (1,) if self.tiny else (1, 2, 4, 8)
 
     @property
     def saved(self) -> int:

@@ -60,12 +60,15 @@ def record(run: Path, out: Path, hardware: str | None, notes: list[str]) -> Path
         raise RecipeError(
             f"{path}: rows of {', '.join(unlike)} {old[unlike[0]]}, the run has {table[unlike[0]]}"
         )
+    recipe = load_recipe(made["name"])
+    before = {Path(role.start_from).name for role in recipe.roles.values() if role.start_from}
     result = {
         **{key: table[key] for key in MEASURED},
         **{key: made[key] for key in RUN},
         "command": f"fewstep train {made['name']}",
         "hardware": hardware or made["hardware"],
-        "recipe": digest(load_recipe(made["name"])),
+        **({"starts_from": sorted(before)} if before else {}),
+        "recipe": digest(recipe),
         "notes": notes or old.get("notes", []),
         "rows": [*kept, *rows],
     }

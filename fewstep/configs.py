@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from .bounds import Bound, Bounded, Count, Count0, Decay, Least0, Number, Positive, Seed, Steps
 from .device import check_name
-from .errors import RecipeError
 
 
 @dataclass
-class TeacherLora:
+class TeacherLora(Bounded):
     """A LoRA that is merged into the teacher before anything else is done with it.
 
     Attributes:
@@ -19,18 +18,14 @@ class TeacherLora:
         weight: its strength, beside the alpha that the file itself says.
     """
 
-    path: str
-    weight: float = 1.0
+    PLACE: ClassVar[str] = "teacher.loras: {path}: "
 
-    def __post_init__(self) -> None:
-        if not self.weight or not math.isfinite(self.weight):
-            raise RecipeError(
-                f"teacher.loras: {self.path}: weight {self.weight}: expected a number that is not 0"
-            )
+    path: str
+    weight: Annotated[float, Bound("a number that is not 0", bool)] = 1.0
 
 
 @dataclass
-class TeacherConfig:
+class TeacherConfig(Bounded):
     """Which pipeline is distilled.
 
     Attributes:
@@ -50,6 +45,8 @@ class TeacherConfig:
         compile: torch.compile the blocks that the networks repeat. channels_last: memory format, for UNets.
     """
 
+    PLACE: ClassVar[str] = "teacher."
+
     path: str
     pipeline_class: str | None = None
     variant: str | None = None
@@ -58,7 +55,7 @@ class TeacherConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: Literal["auto", "bfloat16"] | None = None
     attention: str = "auto"
-    resolution: int | None = None
+    resolution: Count | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
     channels_last: bool = False
@@ -93,7 +90,7 @@ class DataConfig:
 
 
 @dataclass
-class RoleConfig:
+class RoleConfig(Bounded):
     """How one role is trained.
 
     Attributes:
@@ -114,32 +111,24 @@ class RoleConfig:
     """
 
     kind: Literal["lora", "full"] = "lora"
-    rank: int = 64
-    alpha: float = 64.0
+    rank: Count = 64
+    alpha: Positive = 64.0
     targets: list[str] | None = None
-    lr: float = 5e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    warmup: int = 0
-    decay: int = 0
+    lr: Positive = 5e-5
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Least0 = 0.01
+    warmup: Count0 = 0
+    decay: Count0 = 0
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    ema: float = 0.0
+    ema: Annotated[float, Bound("0 <= ema < 1; 0 is off, 0.999 is usual", lambda x: 0 <= x < 1)] = 0.0
     ema_device: Literal["cpu"] | None = None
     gradient_checkpointing: bool | None = None
     start_from: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise RecipeError(f"rank: {self.rank}: expected at least 1")
-        if not 0 <= self.ema < 1:
-            raise RecipeError(f"ema: {self.ema}: expected 0 <= ema < 1; 0 is off, 0.999 is usual")
-        if not self.lr > 0:
-            raise RecipeError(f"lr: {self.lr}: expected a positive learning rate")
-
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Bounded):
     """How long, how much at once, and how often something is written.
 
     Attributes:
@@ -156,38 +145,32 @@ class TrainConfig:
         tf32: round fp32 products of a GPU to TF32.
     """
 
-    steps: int
-    batch_size: int = 1
-    accumulate: int = 1
-    seed: int = 0
-    clip_norm: float = 10.0
-    log_every: int = 10
-    sample_every: int = 500
-    checkpoint_every: int = 500
-    keep: int = 2
+    PLACE: ClassVar[str] = "train."
+
+    steps: Count
+    batch_size: Count = 1
+    accumulate: Count = 1
+    seed: Seed = 0
+    clip_norm: Positive = 10.0
+    log_every: Count = 10
+    sample_every: Count0 = 500
+    checkpoint_every: Count0 = 500
+    keep: Count = 2
     best: str | None = None
-    rollbacks: int = 0
-    rollback_lr: float = 0.5
+    rollbacks: Count0 = 0
+    rollback_lr: Positive = 0.5
     device: str = "auto"
-    shard: int = 1
+    shard: Count = 1
     trackers: list[str] = field(default_factory=list)
     tf32: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "keep", "shard"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"train.{name}: {getattr(self, name)}: expected at least 1")
-        for name in ("sample_every", "checkpoint_every", "rollbacks"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"train.{name}: {getattr(self, name)}: expected 0 or more")
-        for name in ("clip_norm", "rollback_lr"):
-            if not getattr(self, name) > 0:
-                raise RecipeError(f"train.{name}: {getattr(self, name)}: expected a number above 0")
+        super().__post_init__()
         check_name(self.device)
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(Bounded):
     """Grids drawn while training.
 
     Attributes:
@@ -200,18 +183,20 @@ class SampleConfig:
         seed: of the prompts and the noise.
     """
 
+    PLACE: ClassVar[str] = "samples."
+
     prompts: list[str] | None = None
-    count: int = 16
-    teacher_steps: int = 25
-    columns: int = 8
-    scale: int = 1
+    count: Count = 16
+    teacher_steps: Count0 = 25
+    columns: Count = 8
+    scale: Count = 1
     vae: str | None = None
-    distance: int = 0
-    seed: int = 1234
+    distance: Count0 = 0
+    seed: Seed = 1234
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(Bounded):
     """What is written beside the LoRA.
 
     Attributes:
@@ -219,13 +204,18 @@ class ExportConfig:
         tolerance: largest absolute difference between the stock pipeline's latents and the trainer's own.
     """
 
+    PLACE: ClassVar[str] = "export."
+
     kohya: bool = False
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    tolerance: float = 1e-4
+    tolerance: Positive = 1e-4
+
+
+Images = Annotated[int, Bound("0, or at least 2 images", lambda n: n == 0 or n >= 2)]
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Bounded):
     """What is measured on the exported student after training; ``num`` 0 measures nothing.
 
     Attributes:
@@ -239,28 +229,17 @@ class EvalConfig:
         batch_size: images generated at once. extractor: feature space. seed: of the noise.
     """
 
-    num: int = 0
+    PLACE: ClassVar[str] = "evaluation."
+
+    num: Images = 0
     prompts: str | None = None
-    named: int = 0
-    floor_steps: list[int] = field(default_factory=list)
+    named: Images = 0
+    floor_steps: Steps = field(default_factory=list)
     floor_solvers: list[Literal["ddim", "euler", "heun", "dpm++", "unipc", "ays", "search"]] = field(
         default_factory=lambda: ["dpm++"]
     )
-    teacher_steps: int = 50
-    teacher_guidance: float = 1.0
-    batch_size: int = 32
+    teacher_steps: Count0 = 50
+    teacher_guidance: Number = 1.0
+    batch_size: Count = 32
     extractor: str = "effnet-lite0"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num", "named"):
-            if getattr(self, name) < 0 or getattr(self, name) == 1:
-                raise RecipeError(
-                    f"evaluation.{name}: {getattr(self, name)}: expected 0, or at least 2 images"
-                )
-        steps = self.floor_steps
-        if any(k < 1 for k in steps) or len(set(steps)) < len(steps):
-            raise RecipeError(f"evaluation.floor_steps: {steps}: expected different numbers from 1 on")
-        for name, least in (("teacher_steps", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise RecipeError(f"evaluation.{name}: {getattr(self, name)}: expected {least} or more")
+    seed: Seed = 0

@@ -11,6 +11,9 @@ import os
 import select
 import signal
 import sys
+import threading
+import types
+from collections.abc import Iterator
 
 
 class FewstepError(ValueError):
@@ -67,6 +70,33 @@ def in_line(error: BaseException) -> str:
     return text if len(text) <= 400 else text[:397] + "..."
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """While it is entered, Ctrl-C ends an import at once, with the exit code of :func:`tell`.
+
+    An exception in the middle of one leaves modules, and libraries in C, half made: they abort the process, or fail in
+    words of their own. Anywhere else it is a KeyboardInterrupt as ever; where another handler is set, that one stays.
+    """
+
+    def stop(number: int, frame: types.FrameType | None) -> None:
+        while frame:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                os.write(2, b"fewstep: stopped\n")
+                os._exit(128 + number)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _unread() -> bool:
     """Whether nobody reads what is printed any more, as where ``head`` has its lines; what is left is thrown away."""
     with contextlib.suppress(AttributeError, OSError):  # a system without poll, an output that is no file
@@ -83,8 +113,8 @@ def tell(error: BaseException) -> int:
     """Prints what ended a command, in one message, and returns the exit code.
 
     0 done; 2 bad input; 3 the numbers went wrong (not finite, nothing learnt, an export that is off); 4 a file cannot
-    be read or written; 5 another process was lost; 128 + N signal N, and the run is saved (130 SIGINT, 138 SIGUSR1,
-    143 SIGTERM). Where nobody reads the output any more there is nothing to say, as with any other tool (141).
+    be read or written; 5 another process was lost; 128 + N signal N (130 SIGINT, 138 SIGUSR1, 143 SIGTERM), at which
+    training saves first. Where nobody reads the output any more there is nothing to say, as with any other tool (141).
 
     Raises:
         BaseException: the error itself, where it is a fault of ours and wants its traceback.
@@ -94,10 +124,7 @@ def tell(error: BaseException) -> int:
     if isinstance(error, FewstepError):
         message, code = str(error), error.code
     elif isinstance(error, KeyboardInterrupt):
-        message, code = (
-            "stopped; a run goes on from its last checkpoint with fewstep resume",
-            128 + signal.SIGINT,
-        )
+        message, code = str(error) or "stopped", 128 + signal.SIGINT
     elif type(error).__name__ == "OutOfMemoryError":  # torch's, of whatever device
         message, code = (
             f"{str(error).splitlines()[0]} `fewstep plan RECIPE` says what fits: a smaller train.batch_size with "

@@ -21,7 +21,7 @@ ORDER = [
     ["tokens"],
     ["diffusion", "report"],
     ["configs", "extensions", "process"],
-    ["device", "files"],
+    ["bounds", "device", "files"],
     ["assets", "errors", "version"],
 ]
 

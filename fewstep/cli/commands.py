@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_args
 
+from ..bounds import Steps, refusal
+from ..errors import FewstepError
 from ..files import check_writable
 
 Run = Callable[[argparse.Namespace], int]  # parsed arguments -> exit code
@@ -32,6 +34,13 @@ class Output(Argument):
 
     suffixes: tuple[str, ...] = ()
     record: str | None = None
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for what is wrong with a command, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        raise FewstepError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
 def argument(*names: str, **options: Any) -> Argument:
@@ -120,22 +129,26 @@ RECIPE = argument("recipe", help="a name, a script or a recipe.yaml")
 RUN = argument("run_folder", type=Path, metavar="RUN", help="folder of a run")
 
 
-def count(text: str) -> int:
-    """A whole number from 1 on."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 on")
-    return value
+def number(hint: Any) -> Callable[[str], Any]:
+    """Reads a number that keeps to an annotation, such as :data:`~fewstep.bounds.Count`."""
+    kind = get_args(hint)[0]
 
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if expected := refusal(hint, value):
+            whole = ", a whole number" if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}{whole}")
+        return value
 
-def finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise argparse.ArgumentTypeError(f"{text}: expected a number that is finite")
-    return value
+    return read
 
 
 def integers(text: str) -> list[int]:
     """Numbers from 1 on, separated by commas."""
-    values = [int(word) for word in text.split(",")]
-    if min(values) < 1 or len(set(values)) < len(values):
-        raise argparse.ArgumentTypeError(f"{text}: expected different numbers from 1 on, such as 1,2,4")
-    return values
+    values = [int(word) if word.strip().isdecimal() else math.nan for word in text.split(",")]
+    if expected := refusal(Steps, values):
+        raise argparse.ArgumentTypeError(f"{text}: expected {expected}, such as 1,2,4")
+    return [int(value) for value in values]

@@ -6,10 +6,11 @@ import argparse
 import json
 import sys
 
+from ..bounds import Count
 from ..errors import FewstepError
 from ..files import write_json
 from ..runs.library import load_recipe
-from .commands import RECIPE, Commands, argument, output
+from .commands import RECIPE, Commands, argument, number, output
 
 COMMANDS = Commands()
 
@@ -18,7 +19,7 @@ COMMANDS = Commands()
     "bench",
     "what a step takes: seconds, memory, arithmetic, and where they go",
     RECIPE,
-    argument("--iterations", type=int, default=30, help="that are timed"),
+    argument("--iterations", type=number(Count), default=30, help="that are timed"),
     argument("--baseline", choices=["bare"], help="time a loop of the same network calls beside it"),
     argument(
         "--random-weights", action="store_true", help="random weights of the teacher's shape, noise for data"
@@ -42,7 +43,7 @@ def bench(args: argparse.Namespace) -> int:
     "memory, arithmetic and hours of a recipe, counted before anything is loaded",
     RECIPE,
     argument("--gpu", default="h100-80gb", help="card, e.g. h100-80gb, a100-40gb, rtx4090-24gb"),
-    argument("--processes", type=int, default=1, help="cards, each with a process of its own"),
+    argument("--processes", type=number(Count), default=1, help="cards, each with a process of its own"),
     argument("--json", action="store_true", help="instead of a table"),
     overrides=True,
 )
@@ -51,8 +52,6 @@ def plan(args: argparse.Namespace) -> int:
 
     if args.gpu not in GPUS:
         raise FewstepError(f"--gpu {args.gpu}: expected one of {', '.join(GPUS)}")
-    if args.processes < 1:
-        raise FewstepError(f"--processes {args.processes}: expected at least 1")
     from .. import cost
     from ..recipe import override
     from ..runs.disk import doubt

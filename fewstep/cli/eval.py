@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.commands import COLUMN, Commands, argument, output
+from fewstep.bounds import Count, Count0
+from fewstep.cli.commands import COLUMN, Commands, argument, number, output
 from fewstep.cli.eval_sampling import PROTOCOL, SAMPLING, process
 
 EMOJI = "builtin:emoji"
@@ -34,9 +35,14 @@ FAKE = argument("fake", metavar="FAKE", help="folder or npz of images, in the or
 EXTRACTOR = argument("--extractor", metavar="NAME", help="network for the features (default: effnet-lite0)")
 WEIGHTS = argument("--weights", metavar="FILE", help="weights of inception-2015")
 DEVICE = argument("--device", help="of the network: auto (default), cpu, cuda, cuda:1, ...")
-SKIP_BAD = argument("--skip-bad", type=int, default=0, metavar="N", help="leave out up to N unreadable files")
+SKIP_BAD = argument(
+    "--skip-bad", type=number(Count0), default=0, metavar="N", help="leave out up to N unreadable files"
+)
 WORKERS = argument(
-    "--workers", type=int, metavar="P", help="processes that decode image files (default: by cores)"
+    "--workers",
+    type=number(Count0),
+    metavar="P",
+    help="processes that decode image files (default: by cores)",
 )
 OUT = output("--out", suffixes=(".json",), metavar="FILE.json", help="also write the result as JSON")
 
@@ -50,7 +56,7 @@ OUT = output("--out", suffixes=(".json",), metavar="FILE.json", help="also write
         argument(f"--{name.replace('_', '-')}", dest=name, action="store_true", help=f"also the {text}")
         for name, text in FLAGS.items()
     ),
-    argument("--num", type=int, metavar="N", help="use the first N fake images"),
+    argument("--num", type=number(Count), metavar="N", help="use the first N fake images"),
     argument(
         "--declared",
         action="store_true",
@@ -181,7 +187,7 @@ def _retrieval(args: argparse.Namespace) -> int:
     from fewstep.evaluation.sampling import check_made_from, check_pairs
 
     prompted = prompted_indices(args.prompts, emoji.load()[1], args.column)
-    fake = open_images(args.fake, workers=_workers(args))
+    fake = open_images(args.fake, workers=args.workers)
     check_pairs(fake, len(prompted), what="captions")
     check_made_from(fake, 1, read_prompts(args.prompts, args.column).sha256)
     result = evaluate_images(
@@ -199,7 +205,7 @@ def _retrieval(args: argparse.Namespace) -> int:
     "diversity",
     "how different are the images of one prompt?",
     argument("fake", metavar="FAKE", help="folder or npz of images, those of a prompt in a row"),
-    argument("--per-prompt", type=int, required=True, metavar="K", help="images per prompt"),
+    argument("--per-prompt", type=number(Count), required=True, metavar="K", help="images per prompt"),
     argument(
         "--against",
         metavar="OTHER",
@@ -217,13 +223,13 @@ def _diversity(args: argparse.Namespace) -> int:
     from fewstep.evaluation.images import open_images
     from fewstep.evaluation.sampling import check_made_from
 
-    fake = open_images(args.fake, workers=_workers(args))
+    fake = open_images(args.fake, workers=args.workers)
     if args.per_prompt < 2 or len(fake) % args.per_prompt or len(fake) < 2 * args.per_prompt:
         raise FewstepError(
             f"--per-prompt is {args.per_prompt} for {len(fake)} images, expected at least 2 that "
             "divides their number into at least 2 prompts"
         )
-    other = open_images(args.against, workers=_workers(args)) if args.against else fake
+    other = open_images(args.against, workers=args.workers) if args.against else fake
     if len(other) != len(fake):
         raise FewstepError(
             f"--against {args.against}: {len(other)} images for {len(fake)}: expected as many, of the same prompts"
@@ -248,9 +254,11 @@ def _diversity(args: argparse.Namespace) -> int:
     FAKE,
     argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or a table"),
     COLUMN,
-    argument("--per-prompt", type=int, default=1, metavar="K", help="images of each prompt, in a row"),
+    argument(
+        "--per-prompt", type=number(Count), default=1, metavar="K", help="images of each prompt, in a row"
+    ),
     argument("--scorer", action="append", required=True, metavar="KIND:PATH", help=SCORERS),
-    argument("--num", type=int, metavar="N", help="use the first N images"),
+    argument("--num", type=number(Count), metavar="N", help="use the first N images"),
     PROTOCOL,
     DEVICE,
     WORKERS,
@@ -263,9 +271,9 @@ def _scores(args: argparse.Namespace) -> int:
     from fewstep.evaluation.sampling import check_made_from, check_num, check_pairs
 
     prompts = read_prompts(args.prompts, args.column)
-    if args.num is not None or args.per_prompt < 1:
+    if args.num is not None:
         check_num(args.num, prompts, args.per_prompt)
-    fake = _first(open_images(args.fake, workers=_workers(args)), args.num)
+    fake = _first(open_images(args.fake, workers=args.workers), args.num)
     check_made_from(fake, args.per_prompt, prompts.sha256)
     check_pairs(fake, len(prompts.texts), args.per_prompt)
     result = evaluate_images(
@@ -339,16 +347,7 @@ def _together() -> Iterator[tuple[int, int]]:
     dist.destroy_process_group()
 
 
-def _workers(args: argparse.Namespace) -> int | None:
-    from fewstep.errors import FewstepError
-
-    if args.workers is not None and args.workers < 0:
-        raise FewstepError(f"--workers is {args.workers}, expected 0 (decode in this process) or more")
-    return args.workers
-
-
 def _open(side: str, args: argparse.Namespace) -> Any:
-    from fewstep.errors import FewstepError
     from fewstep.evaluation.evaluate import open_side
     from fewstep.evaluation.images import ArrayImages
 
@@ -356,10 +355,7 @@ def _open(side: str, args: argparse.Namespace) -> Any:
         from fewstep.data import emoji
 
         return ArrayImages(emoji.load()[0], EMOJI)
-    skip_bad = getattr(args, "skip_bad", None)
-    if skip_bad is not None and skip_bad < 0:
-        raise FewstepError(f"--skip-bad is {skip_bad}, expected 0 or more")
-    return open_side(side, skip_bad, _workers(args))
+    return open_side(side, getattr(args, "skip_bad", None), args.workers)
 
 
 def _first(source: Any, num: int | None) -> Any:

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.commands import COLUMN, Commands, argument, finite, integers, output
+from fewstep.bounds import Count, Count0, Number, Seed
+from fewstep.cli.commands import COLUMN, Commands, argument, integers, number, output
 from fewstep.files import SHARED
 
 SAMPLING = Commands()
@@ -24,15 +25,15 @@ MODEL = (
 IMAGES = (
     argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or a table"),
     COLUMN,
-    argument("--num", type=int, metavar="N", help="images in all (default: all prompts)"),
-    argument("--per-prompt", type=int, default=1, metavar="K", help="images of each prompt"),
-    argument("--seed", type=int, default=0, help="sample i uses SEED + i"),
-    argument("--size", type=int, metavar="PIXELS", help="height and width"),
+    argument("--num", type=number(Count), metavar="N", help="images in all (default: all prompts)"),
+    argument("--per-prompt", type=number(Count), default=1, metavar="K", help="images of each prompt"),
+    argument("--seed", type=number(Seed), default=0, help="sample i uses SEED + i"),
+    argument("--size", type=number(Count), metavar="PIXELS", help="height and width"),
     argument("--rounding", default="nearest", help="to uint8: nearest or truncate"),
-    argument("--batch-size", type=int, default=8, metavar="B", help="images at once"),
+    argument("--batch-size", type=number(Count), default=8, metavar="B", help="images at once"),
     argument(
         "--speed-runs",
-        type=int,
+        type=number(Count0),
         default=5,
         metavar="R",
         help="images timed at batch 1; 0 times them as they are made",
@@ -84,7 +85,7 @@ def job_of(args: argparse.Namespace, steps: int, **others: Any) -> Any:
     argument("pipeline", metavar="PIPELINE", help="folder or hub id of a diffusers pipeline, or builtin:..."),
     argument("--steps", type=integers, required=True, metavar="1,2,4", help="numbers of steps"),
     argument("--solver", default="own", help=f"{SOLVERS} (default: own, or the student's)"),
-    argument("--guidance", type=finite, help="scale (default: the student's or the pipeline's)"),
+    argument("--guidance", type=number(Number), help="scale (default: the student's or the pipeline's)"),
     argument(
         "--timesteps",
         type=integers,
@@ -142,10 +143,16 @@ def _generate(args: argparse.Namespace) -> int:
     argument("--student", action="append", default=[], metavar="EXPORT", help="may be repeated"),
     argument("--steps", type=integers, metavar="1,2,4", help="numbers of steps (default: 1,2,4,8)"),
     argument("--solver", action="append", metavar="S", help="of the teacher; may be repeated"),
-    argument("--guidance", action="append", type=finite, metavar="G", help="of the teacher; may be repeated"),
+    argument(
+        "--guidance",
+        action="append",
+        type=number(Number),
+        metavar="G",
+        help="of the teacher; may be repeated",
+    ),
     argument("--prompts", metavar="FILE", help="one a line, or a table"),
     COLUMN,
-    argument("--num", type=int, metavar="N", help="images of each row"),
+    argument("--num", type=number(Count), metavar="N", help="images of each row"),
     argument("--real", metavar="IMAGES", help="folder, npz, statistics or builtin:emoji"),
     PROTOCOL,
     argument("--extractor", metavar="NAME", help="network for the features"),

@@ -1,4 +1,5 @@
-"""The command line. Heavy imports wait until a command runs, so ``fewstep --help`` is quick."""
+"""The command line. Heavy imports wait until a command runs, so ``fewstep --help`` is quick; all others wait until
+Ctrl-C ends them well."""
 
 from __future__ import annotations
 
@@ -9,41 +10,46 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import tell
-from ..files import all_at_home
-from ..version import __version__
-from . import cost, doctor, eval, recipes, runs, teachers
-from .commands import add_all, check_outputs
-
-MODULES = (runs, teachers, eval, recipes, cost, doctor)  # each declares its commands beside what they do
+from ..errors import interruptible, tell
 
 
 def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(
+    """Of all commands; each module declares its own beside what they do."""
+    from ..version import __version__
+    from . import cost, doctor, eval, recipes, runs, teachers
+    from .commands import Parser, add_all
+
+    modules = (runs, teachers, eval, recipes, cost, doctor)
+    main = Parser(
         prog="fewstep",
         description="Distill diffusion image models into 1 to 8 steps.",
         epilog="Exit codes: 0 done; 2 bad input; 3 the numbers went wrong; 4 a file cannot be read or written; "
-        "5 another process was lost; 130, 138, 143 stopped by SIGINT, SIGUSR1, SIGTERM, with everything saved. Slurm: "
+        "5 another process was lost; 130, 138, 143 stopped by SIGINT, SIGUSR1, SIGTERM, at which training saves first. "
+        "Slurm: "
         "#SBATCH --signal=USR1@120 and srun fewstep ..., or B:USR1@120 and exec fewstep ...; under torchrun also "
         "--signals-to-handle SIGTERM,SIGINT,SIGUSR1.",
     )
     main.add_argument("--version", action="version", version=__version__)
-    add_all(main, "command", (module.COMMANDS for module in MODULES))
+    add_all(main, "command", (module.COMMANDS for module in modules))
     return main
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done; what else there is, :func:`fewstep.errors.tell` says."""
     try:
-        try:
-            return _run(sys.argv[1:] if arguments is None else arguments)
-        finally:
-            sys.stdout.flush()  # here, where it can still be said that this failed
+        with interruptible():
+            try:
+                return _run(sys.argv[1:] if arguments is None else arguments)
+            finally:
+                sys.stdout.flush()  # here, where it can still be said that this failed
     except BaseException as error:
         return tell(error)
 
 
 def _run(words: Sequence[str]) -> int:
+    from ..files import all_at_home
+    from .commands import check_outputs
+
     whole = parser()
     args, rest = whole.parse_known_args(words)
     if rest and not args.takes_overrides:

@@ -18,7 +18,7 @@ COMMANDS = Commands()
     "list the recipes, or copy one to change it",
     argument("action", nargs="?", choices=["list", "copy"], default="list"),
     argument("name", nargs="?", help="of the one to copy"),
-    argument("to", nargs="?", default=".", help="folder or file"),
+    argument("to", nargs="?", default=".", help="folder, made where there is none, or file.py"),
 )
 def recipes(args: argparse.Namespace) -> int:
     if args.action == "copy":
@@ -34,9 +34,10 @@ def _copy(name: str, to: Path) -> Path:
     source = recipe_files().get(name)
     if source is None:
         raise FewstepError(f"recipes copy: {name!r} is none of {', '.join(recipe_files())}")
-    target = to / source.name if to.is_dir() else to
-    if target.exists():
-        raise FewstepError(f"recipes copy: {target} exists already; give another place")
+    target = to if to.suffix == source.suffix and not to.is_dir() else to / source.name
+    if there := next((path for path in (target, to) if path.exists() and not path.is_dir()), None):
+        raise FewstepError(f"recipes copy: {there} exists already; give another place")
+    target.parent.mkdir(parents=True, exist_ok=True)
     write(target, source.read_bytes())
     return target
 

@@ -6,10 +6,11 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from ..bounds import Count, Seed
 from ..errors import FewstepError, TrainingError
 from ..files import replacing
 from ..runs.library import load_recipe
-from .commands import DEVICE, RECIPE, RUN, Commands, argument, count, output
+from .commands import DEVICE, RECIPE, RUN, Commands, argument, number, output
 
 COMMANDS = Commands()
 SOFTWARE, MAKER = 0x0131, "fewstep"  # EXIF's tag of the program that made a picture
@@ -52,10 +53,10 @@ def replay(args: argparse.Namespace) -> int:
     argument("export", type=Path, metavar="EXPORT", help="export folder, or the run that holds it"),
     argument("--prompt", action="append", help="may be given several times"),
     argument("--teacher", help="the teacher's folder, if it moved"),
-    argument("--steps", type=count, help="of the student, where it has several (default: its own)"),
-    argument("--num", type=count, default=1, help="images per prompt"),
-    argument("--seed", type=int, default=0, help="of the noise"),
-    argument("--scale", type=count, help="integer enlargement (default: to 192 pixels at least)"),
+    argument("--steps", type=number(Count), help="of the student, where it has several (default: its own)"),
+    argument("--num", type=number(Count), default=1, help="images per prompt"),
+    argument("--seed", type=number(Seed), default=0, help="of the noise"),
+    argument("--scale", type=number(Count), help="integer enlargement (default: to 192 pixels at least)"),
     DEVICE,
     output("--out", suffixes=PICTURES, default=Path("sample.png"), help="the sheet, all images in it"),
 )

@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..bounds import Count, Count0, Number, Part, Positive, Seed
 from ..errors import FewstepError
 from ..files import check_place, replacing
 from ..runs.library import load_recipe, recipe_files
-from .commands import COLUMN, DEVICE, RECIPE, Commands, argument, finite, integers, output
+from .commands import COLUMN, DEVICE, RECIPE, Commands, argument, integers, number, output
 
 COMMANDS = Commands()
 
@@ -20,16 +21,16 @@ COMMANDS = Commands()
     argument("teacher", metavar="TEACHER", help="pipeline folder, hub id or builtin: name"),
     output("--out", required=True, help="folder of the prepared pipeline"),
     argument("--images", required=True, help="folder of captioned images, or builtin:emoji"),
-    argument("--error", type=finite, default=0.05, help="stop at this relative error, and"),
-    argument("--stiffness", type=finite, default=3.0, help="this ratio of |dF/dt| to |J_x v|"),
-    argument("--steps", type=int, default=5000, help="at most"),
-    argument("--check-every", type=int, default=250, help="steps"),
-    argument("--turns", type=finite, default=1.0, help="of the fastest sinusoid that is kept"),
+    argument("--error", type=number(Positive), default=0.05, help="stop at this relative error, and"),
+    argument("--stiffness", type=number(Positive), default=3.0, help="this ratio of |dF/dt| to |J_x v|"),
+    argument("--steps", type=number(Count), default=5000, help="at most"),
+    argument("--check-every", type=number(Count), default=250, help="steps"),
+    argument("--turns", type=number(Positive), default=1.0, help="of the fastest sinusoid that is kept"),
     argument("--qk-norm", action="store_true", help="normalise queries and keys (SANA, SD3)"),
-    argument("--lr", type=finite, default=2e-5, help="learning rate"),
-    argument("--batch-size", type=int, default=16, help="of each process; torchrun starts several"),
-    argument("--accumulate", type=int, default=1, help="batches that make an update"),
-    argument("--seed", type=int, default=0, help="of the noise"),
+    argument("--lr", type=number(Positive), default=2e-5, help="learning rate"),
+    argument("--batch-size", type=number(Count), default=16, help="of each process; torchrun starts several"),
+    argument("--accumulate", type=number(Count), default=1, help="batches that make an update"),
+    argument("--seed", type=number(Seed), default=0, help="of the noise"),
     DEVICE,
     argument("--autocast", choices=["auto", "bfloat16"]),
     argument("--attention", default="auto", choices=["auto", "sdpa", "math", "flash", "efficient", "cudnn"]),
@@ -68,11 +69,11 @@ def prepare(args: argparse.Namespace) -> int:
     "noise and samples of a recipe's teacher, for methods that regress on them",
     RECIPE,
     output("--out", record="pairs.json", help="folder; default the recipe's data.pairs"),
-    argument("--num", type=int, default=10_000, help="pairs"),
+    argument("--num", type=number(Count), default=10_000, help="pairs"),
     argument("--solver", help="ddim, euler, dpm++ or unipc; midpoint, heun or euler for tokens"),
-    argument("--steps", type=int, help="of the solver; default 50, or 10 for tokens"),
-    argument("--seed", type=int, default=0, help="of the noise"),
-    argument("--batch-size", type=int, default=32, help="samples at once"),
+    argument("--steps", type=number(Count), help="of the solver; default 50, or 10 for tokens"),
+    argument("--seed", type=number(Seed), default=0, help="of the noise"),
+    argument("--batch-size", type=number(Count), default=32, help="samples at once"),
     overrides=True,
 )
 def pairs(args: argparse.Namespace) -> int:
@@ -124,14 +125,20 @@ def _entries(text: str) -> list[int]:
     argument("--transformer", required=True, help=".safetensors, .pt or .pth"),
     argument("--tokenizer", required=True, help=".safetensors, .pt or .pth"),
     argument(
-        "--tokens", type=int, help="of an image of LlamaGen: 256 at 256 px, 576 at 384 px, 1024 at 512 px"
+        "--tokens",
+        type=number(Count),
+        help="of an image of LlamaGen: 256 at 256 px, 576 at 384 px, 1024 at 512 px",
     ),
     argument(
         "--text-encoder", metavar="F", help="T5 that a LlamaGen of texts was trained with: google/flan-t5-xl"
     ),
-    argument("--top-k", type=int),
-    argument("--top-p", type=finite),
-    argument("--split", type=int, help="of a student (VAR-DD, LlamaGen-DD): tokens that its logits decide"),
+    argument("--top-k", type=number(Count0)),
+    argument("--top-p", type=number(Part)),
+    argument(
+        "--split",
+        type=number(Count0),
+        help="of a student (VAR-DD, LlamaGen-DD): tokens that its logits decide",
+    ),
     argument(
         "--entries", type=_entries, metavar="0,80", help="of a student: tokens at which its steps begin"
     ),
@@ -196,11 +203,11 @@ SEARCH: dict[str, Any] = {
         help="one a line, a table, or a built-in name (default: %(default)s)",
     ),
     COLUMN,
-    argument("--num", type=int, default=SEARCH["num"], help="reference paths (default: 64)"),
-    argument("--guidance", type=finite, help="scale (default: the pipeline's)"),
+    argument("--num", type=number(Count), default=SEARCH["num"], help="reference paths (default: 64)"),
+    argument("--guidance", type=number(Number), help="scale (default: the pipeline's)"),
     argument(
         "--reference-steps",
-        type=int,
+        type=number(Count),
         default=SEARCH["reference_steps"],
         metavar="M",
         help="of a path (default: 50)",
@@ -212,11 +219,13 @@ SEARCH: dict[str, Any] = {
         help="of nodes to choose from: even, searched, ays, karras, power, stopped (default: all)",
     ),
     argument("--free-u", action="store_true", help="try Free-U too, which UNets have"),
-    argument("--size", type=int, metavar="PIXELS", help="height and width (default: the pipeline's)"),
+    argument(
+        "--size", type=number(Count), metavar="PIXELS", help="height and width (default: the pipeline's)"
+    ),
     argument("--dtype", choices=["float32", "bfloat16"], default=SEARCH["dtype"]),
     DEVICE,
-    argument("--seed", type=int, default=SEARCH["seed"], help="of the noise"),
-    argument("--batch-size", type=int, default=SEARCH["batch_size"], help="paths at once"),
+    argument("--seed", type=number(Seed), default=SEARCH["seed"], help="of the noise"),
+    argument("--batch-size", type=number(Count), default=SEARCH["batch_size"], help="paths at once"),
     overrides=True,
 )
 def floor(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..bounds import Bounded, Number, Positive, Share
 from ..device import real
 from ..errors import RecipeError
 from .rng import Rng
@@ -20,7 +21,7 @@ START = 2.5  # sigma / alpha of the first input: EDM's 2.5, t = 625 of Stable Di
 
 
 @dataclass
-class TimeLaw:
+class TimeLaw(Bounded):
     """Which times a loss is taken at.
 
     Attributes:
@@ -32,18 +33,17 @@ class TimeLaw:
     """
 
     kind: Literal["auto", "uniform", "log_normal"] = "auto"
-    low: float = 0.02
-    high: float = 0.98
-    mean: float = 0.0
-    std: float = 1.0
+    low: Share = 0.02
+    high: Share = 0.98
+    mean: Number = 0.0
+    std: Positive = 1.0
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low < self.high <= 1:
+        super().__post_init__()
+        if not self.low < self.high:
             raise RecipeError(f"low: {self.low}: expected 0 <= low < high <= 1 (high is {self.high})")
-        if not self.std > 0:
-            raise RecipeError(f"std: {self.std}: expected a positive number; published ones are 1.2 and 1.6")
         ranged, shaped = (self.low, self.high) != (0.02, 0.98), (self.mean, self.std) != (0.0, 1.0)
         if (ranged and self.kind != "uniform") or (shaped and self.kind != "log_normal"):
             wanted = "uniform, which reads low and high" if ranged else "log_normal, which reads mean and std"

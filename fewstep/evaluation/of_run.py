@@ -7,6 +7,7 @@ on disk, with the same prompts and the same noise in every row, and measured at 
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,16 +22,17 @@ from ..data.texts import column_for
 from ..diffusion.rng import Rng
 from ..export.load import read_record
 from ..export.target import tell_measured
-from ..files import write
+from ..files import write, write_json
 from ..teachers.base import Teacher
 from .floor import calibrate
-from .gallery import results_table
+from .gallery import for_terminal, results_table
 from .images import ArrayImages
 from .of_spec import run_spec
 from .sampling import save_png
 from .spec import Entry, Spec
 from .stock import write_floor
 
+OF = "export"  # in table.json: which one was measured
 CEILING = "VAE reconstruction (ceiling)"
 BATCH = 32
 
@@ -65,11 +67,25 @@ def evaluate_run(
         speed_runs=0,
     )
     whole = run_spec(spec, out, device=str(teacher.device), replace=True)
-    found = results_table(whole["rows"])
-    print(found)
+    print(for_terminal(whole["rows"], shutil.get_terminal_size().columns))
     if (folder / "export").is_dir():
-        tell_measured(folder / "export", {**whole, "table": found})
+        whole[OF] = _edition(folder / "export")
+        write_json(out / "table.json", whole)
+        tell_measured_again(folder)
     return whole
+
+
+def tell_measured_again(folder: Path) -> None:
+    """Puts what a run has measured of its export into the model card, where it is of the weights that lie there now."""
+    file, place = folder / "eval" / "table.json", folder / "export"
+    whole = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if whole.get(OF) == _edition(place):
+        tell_measured(place, {**whole, "table": results_table(whole["rows"])})
+
+
+def _edition(export: Path) -> dict[str, Any]:
+    record = read_record(export)
+    return {name: record.get(name) for name in ("trained_steps", "dtype")}
 
 
 def _asked(recipe, prompts: list[str], images: CaptionedImages | None) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Mean and covariance of features: accumulated in a stream, saved with their origin, refused when unlike."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,11 +178,28 @@ def _check_alike(a: dict[str, Any], b: dict[str, Any], names: tuple[str, str]) -
         )
 
 
-def table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
-    """A Markdown table with aligned columns."""
+def table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]], most: int | None = None) -> str:
+    """A Markdown table with aligned columns.
+
+    Args:
+        most: letters of a line; columns for which there is no room stand in further tables below, as do the names of
+            the rows, the first column.
+    """
     rows = [tuple(map(str, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = [header, tuple("-" * width for width in widths), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines
-    )
+    columns = [(max(map(len, column)), column) for column in zip(header, *rows)]
+    tables, room = [columns[:1]], 0.0
+    for column in columns[1:]:
+        room -= column[0] + 3
+        if len(tables[-1]) > 1 and room < 0:
+            tables.append(columns[:1])
+        if len(tables[-1]) == 1:
+            room = math.inf if most is None else most - columns[0][0] - 4 - column[0] - 3
+        tables[-1] = [*tables[-1], column]
+    return "\n\n".join(map(_aligned, tables))
+
+
+def _aligned(columns: list[tuple[int, tuple[str, ...]]]) -> str:
+    lines = [[cell.ljust(width) for cell in column] for width, column in columns]
+    for (width, _), cells in zip(columns, lines):
+        cells.insert(1, "-" * width)
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*lines))

@@ -15,7 +15,7 @@ from ..teachers.origin import RECORD
 # Levels of its own table, of which its scheduler `simple` takes every (TABLE / K)-th from the noisiest down.
 TABLE = 1000
 FLUX = (
-    "FluxPipeline",
+    *("FluxPipeline", "ChromaPipeline"),
     "Flux2Pipeline",
     "Flux2KleinPipeline",
     "Krea2Pipeline",
@@ -104,9 +104,10 @@ def _beside(record: Mapping[str, Any]) -> str:
 def _shift(pipeline_class: str, shift: float) -> str:
     if pipeline_class in FLUX:
         mu = round(math.log(shift), 4)
+        guidance = " FluxGuidance: 1.0." if pipeline_class in ("FluxPipeline", "Flux2Pipeline") else ""
         return (
             f"ModelSamplingFlux before it: max_shift and base_shift both {mu}, for its shift is {shift:.4g} whatever "
-            "the size. FluxGuidance: 1.0."
+            f"the size.{guidance}"
         )
     node = "ModelSamplingAuraFlow" if pipeline_class in FRACTIONS else "ModelSamplingSD3"
     return f"{node} before it: shift {shift:.4g}."

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..bounds import Bounded, numbers, shown
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.rng import Rng
@@ -235,6 +234,7 @@ class Method:
         self, config: Any, teacher: Denoiser, latent_shape: Sequence[int], **denoisers: Denoiser | None
     ):
         self.config, self.teacher, self.latent_shape = config, teacher, latent_shape
+        check_null(config, teacher)
         self.build(**denoisers)
 
     build: Callable[..., None]
@@ -282,29 +282,30 @@ class Method:
 Expected = dict[str, tuple[bool, str]]  # name of an option -> (whether it is fine, what was expected)
 
 
-class Options:
+class Options(Bounded):
     """A group of options; a method's Config is one or several of them and what is its own.
 
-    Each may say of its own options what it expects, as ``expected(self) -> Expected``. Of all of them, numbers are
-    finite, and what is called a weight is not negative.
+    Annotations say what each may be (:mod:`fewstep.bounds`), and ``expected(self) -> Expected`` what they may be
+    together. Of all of them, numbers are finite, and what is called a weight is not negative.
 
     Raises:
         RecipeError: naming the first option that is not as expected, its value and what was expected.
     """
 
+    PLACE: ClassVar[str] = "method."
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         options: Any = self
         for option in fields(options):
-            name, numbers = option.name, list(_numbers(getattr(self, option.name)))
-            if not all(map(math.isfinite, numbers)):
-                raise RecipeError(f"method.{name}: {getattr(self, name)}: expected finite numbers")
-            if name.endswith("_weight") and any(number < 0 for number in numbers):
-                raise RecipeError(f"method.{name}: {getattr(self, name)}: expected 0 or more")
+            name, value = option.name, getattr(self, option.name)
+            if name.endswith("_weight") and any(number < 0 for number in numbers(value)):
+                raise RecipeError(f"method.{name}: {value}: expected 0 or more")
         for group in reversed(type(self).__mro__):
             if expected := vars(group).get("expected"):
                 for name, (fine, what) in expected(self).items():
                     if not fine:
-                        raise RecipeError(f"method.{name}: {_shown(getattr(self, name))}: expected {what}")
+                        raise RecipeError(f"method.{name}: {shown(getattr(self, name))}: expected {what}")
 
     def smoke(self) -> Self:
         """These options with what lets four iterations on a tiny pipeline meet every kind of turn."""
@@ -322,24 +323,33 @@ def guidance_of(config: Any) -> float:
     return getattr(config, "guidance_scale", 1.0)
 
 
+def check_guidance(option: str, guidance: float, denoiser: Any) -> None:
+    """Refuses guidance, by the name of the method's option, where there is no null condition to guide with."""
+    if guidance != 1 and getattr(denoiser, "null", None) is None:
+        raise RecipeError(
+            f"method.{option}: {guidance:g}: expected 1, because this teacher has no null condition to guide with; "
+            "leave guidance_scale at 1"
+        )
+
+
+def check_null(config: Any, denoiser: Any) -> None:
+    """The same of every scale that a method's options ask of a teacher which says that it has none."""
+    if not hasattr(denoiser, "null"):
+        return
+    option, scales = "guidance_scale", [guidance_of(config)]
+    if getattr(config, "guidance_range", None) is not None:
+        option, scales = "guidance_range", config.guidance_range
+    elif getattr(config, "guidance_embedding", False):
+        option, scales = "guidance_scales", config.guidance_scales
+    for scale in scales:
+        check_guidance(option, scale, denoiser)
+
+
 def few(taps: list[str]) -> list[str]:
     """Blocks that a tiny transformer has, in place of those of a large one."""
     return (
         [f"transformer_blocks.{i}" for i in (0, 1)] if any("transformer_blocks." in t for t in taps) else taps
     )
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _numbers(item)
-    elif isinstance(value, int | float):
-        yield value
-
-
-def _shown(value: Any) -> str:
-    """As in a recipe.yaml."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from ..bounds import Bound, Least0, Number
 from ..diffusion import objectives, trajectory
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Guidance, NetDenoiser, Scalar
@@ -49,18 +50,16 @@ class BOOT(Method):
                 which is then sampled, and exported, at guidance_scale.
         """
 
-        intervals: int = 50
+        intervals: Annotated[int, Bound("at least 2", lambda n: n >= 2)] = 50
         solver: Literal["ddim", "heun"] = "ddim"
         boundary: Literal["auto", "exact", "teacher"] = "auto"
-        boundary_weight: float = 1.0
-        guidance_scale: float = 1.0
-        guidance_range: tuple[float, float] | None = None
+        boundary_weight: Least0 = 1.0
+        guidance_scale: Number = 1.0
+        guidance_range: tuple[Number, Number] | None = None
 
         def expected(self) -> Expected:
             low, high = self.guidance_range or (-math.inf, math.inf)
             return {
-                "intervals": (self.intervals >= 2, "at least 2"),
-                "boundary_weight": (self.boundary_weight >= 0, "0 or more"),
                 "guidance_range": (
                     low < high and low <= self.guidance_scale <= high,
                     f"low < high around the guidance_scale {self.guidance_scale} that the student is exported at",

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..bounds import Count0, Least0, Number, Share
 from ..device import upload
 from ..diffusion.schedules import expand
 from ..errors import RecipeError
@@ -61,14 +62,14 @@ class DD1(Method):
                 on disk. "l2" decodes nothing.
         """
 
-        entries: list[int] = field(default_factory=lambda: [0])
-        split: int = 80
-        guidance_scale: float = 1.0
-        entry_shares: list[float] | None = None
-        own_share: float = 0.0
-        ce_weight: float = 1.0
-        embedding_weight: float = 1.0
-        image_weight: float = 1.0
+        entries: list[Count0] = field(default_factory=lambda: [0])
+        split: Count0 = 80
+        guidance_scale: Number = 1.0
+        entry_shares: list[Share] | None = None
+        own_share: Share = 0.0
+        ce_weight: Least0 = 1.0
+        embedding_weight: Least0 = 1.0
+        image_weight: Least0 = 1.0
         regression: Literal["l2", "features", "lpips"] = "l2"
 
         def expected(self) -> Expected:
@@ -79,17 +80,11 @@ class DD1(Method):
                     bool(self.entries) and self.entries[0] == 0 and rising,
                     "0 and then rising token numbers",
                 ),
-                "split": (self.split >= 0, "0 or more tokens"),
                 "entry_shares": (
                     self.entry_shares is None
-                    or (
-                        len(shares) == len(self.entries)
-                        and min(shares) >= 0
-                        and math.isclose(sum(shares), 1, abs_tol=1e-6)
-                    ),
-                    f"one for each of {len(self.entries)} entries, none below 0, which add up to 1",
+                    or (len(shares) == len(self.entries) and math.isclose(sum(shares), 1, abs_tol=1e-6)),
+                    f"one for each of {len(self.entries)} entries, which add up to 1",
                 ),
-                "own_share": (0 <= self.own_share <= 1, "0 to 1"),
             }
 
         def smoke(self) -> Self:

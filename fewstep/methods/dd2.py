@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..bounds import Bound, Count, Least0, Number, Part, Positive, Share
 from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.student import Student
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..tokens.students import CausalStudent, ParallelStudent
+
+
+Levels = Annotated[tuple[float, float], Bound("0 < low < high <= 1", lambda r: 0 < r[0] < r[1] <= 1)]
 
 
 @register("dd2")
@@ -77,45 +81,36 @@ class DD2(Method):
             head_width, head_depth: of the flow head (3 blocks of 1024).
         """
 
-        guidance_scale: float = 1.0
-        critic_steps: int = 5
+        guidance_scale: Number = 1.0
+        critic_steps: Count = 5
         matching: Literal["sid", "dmd"] = "sid"
-        alpha: float = 1.0
-        time_range: tuple[float, float] = (0.02, 0.98)
-        critic_time_range: tuple[float, float] = (0.005, 1.0)
-        copies: int = 1
-        critic_copies: int = 4
-        initial_share: float = 0.3
-        initial_rate: float = 1.0
-        initial_rows: float = 1.0
-        regression_share: float = 0.0
-        regression_rate: float = 1.0
-        regression_weight: float = 0.0
-        alignment_share: float = 0.0
-        second_share: float = 0.0
-        second_critic_steps: int = 2
+        alpha: Number = 1.0
+        time_range: Levels = (0.02, 0.98)
+        critic_time_range: Levels = (0.005, 1.0)
+        copies: Count = 1
+        critic_copies: Count = 4
+        initial_share: Share = 0.3
+        initial_rate: Positive = 1.0
+        initial_rows: Part = 1.0
+        regression_share: Share = 0.0
+        regression_rate: Positive = 1.0
+        regression_weight: Least0 = 0.0
+        alignment_share: Share = 0.0
+        second_share: Share = 0.0
+        second_critic_steps: Count = 2
         prefix: Literal["nearest", "continuous"] = "nearest"
         generator: Literal["embeddings", "codes"] = "embeddings"
-        head_width: int = 1024
-        head_depth: int = 3
+        head_width: Count = 1024
+        head_depth: Count = 3
 
         def expected(self) -> Expected:
-            updates, copies = ("critic_steps", "second_critic_steps"), ("copies", "critic_copies")
-            counts = (*updates, *copies, "head_width", "head_depth")
-            ranges = ("time_range", "critic_time_range")
             later = self.regression_share, self.alignment_share, self.second_share
             return {
-                **{name: (_within(getattr(self, name)), "0 < low < high <= 1") for name in ranges},
-                **{name: (getattr(self, name) >= 1, "at least 1") for name in counts},
                 "initial_share": (
-                    self.initial_share > 0 and min(later) >= 0 and self.initial_share + sum(later) < 1,
+                    self.initial_share > 0 and self.initial_share + sum(later) < 1,
                     f"with regression_share {later[0]}, alignment_share {later[1]} and second_share {later[2]} a "
-                    "positive one, none below 0 and something left of the run after all",
+                    "positive one and something left of the run after all",
                 ),
-                "initial_rate": (self.initial_rate > 0, "a positive number"),
-                "initial_rows": (0 < self.initial_rows <= 1, "above 0, up to 1"),
-                "regression_rate": (self.regression_rate > 0, "a positive number"),
-                "regression_weight": (self.regression_weight >= 0, "0 or more"),
             }
 
         def smoke(self) -> Self:
@@ -271,7 +266,3 @@ class DD2(Method):
         """At a time per token (B, n, 1)."""
         t = self.teacher.schedule.draw_times(batch.rng.uniform(*q.shape[:2], 1), low, high)
         return self.teacher.schedule.add_noise(q, batch.rng.normal_like(q), t), t
-
-
-def _within(bounds: tuple[float, float]) -> bool:
-    return 0 < bounds[0] < bounds[1] <= 1

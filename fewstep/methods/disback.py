@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..bounds import Count, Least0
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser, Guidance, NetDenoiser
 from ..errors import RecipeError
-from .base import Batch, Expected, Method, Phase, Progress, register
+from .base import Batch, Method, Phase, Progress, register
 from .dmd2 import DMD2
 from .terms import regression
 
@@ -74,17 +75,13 @@ class DisBack(Method):
             gan_weight: of an optional GAN as in DMD2; the paper's algorithm has none.
         """
 
-        nodes: int = 10
-        record_steps: int = 100
-        backtrack_steps: int = 1000
+        nodes: Count = 10
+        record_steps: Count = 100
+        backtrack_steps: Count = 1000
         guide_nodes: bool = False
-        num_steps: int = 1
-        critic_steps: int = 1
-        gan_weight: float = 0.0
-
-        def expected(self) -> Expected:
-            names = ("nodes", "record_steps", "backtrack_steps")
-            return {name: (getattr(self, name) >= 1, "at least 1") for name in names}
+        num_steps: Count = 1
+        critic_steps: Count = 1
+        gan_weight: Least0 = 0.0
 
         def smoke(self) -> Self:
             return replace(super().smoke(), nodes=2, record_steps=1, backtrack_steps=1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from ..bounds import Bound, Count, Least0, Time
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.student import Student
@@ -43,17 +44,16 @@ class DMD(Method):
             match_pairs: the score difference also acts on the paired samples (the paper's text-to-image runs).
         """
 
-        start: int | float | None = None
-        critic_steps: int = 1
-        regression_weight: float = 0.25
-        matching_weight: float = 1.0
+        start: Time | None = None
+        critic_steps: Count = 1
+        regression_weight: Annotated[float, Bound("0 or more; 0 needs no pairs", lambda x: x >= 0)] = 0.25
+        matching_weight: Least0 = 1.0
         regression: Literal["l2", "features", "lpips"] = "l2"
         match_pairs: bool = False
 
         def expected(self) -> Expected:
             alone = self.regression_weight > 0
             return {
-                "regression_weight": (self.regression_weight >= 0, "0 or more; 0 needs no pairs"),
                 "matching_weight": (
                     self.matching_weight > 0 or alone,
                     "a positive number with regression_weight 0",

@@ -8,11 +8,12 @@ DMD2's discriminator is an estimate of ``log r``. Everything else is DMD2.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..bounds import Bound, Count0, Positive
 from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser
@@ -22,6 +23,12 @@ from .terms import difference
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+Ratios = Annotated[
+    tuple[float, float],
+    Bound("0 < low < high, around 1; (0.1, 20) is published", lambda r: 0 < r[0] < r[1]),
+]
 
 
 @register("fdistill")
@@ -48,20 +55,16 @@ class FDistill(Method):
         """
 
         divergence: Literal["rkl", "kl", "js", "softened_rkl", "neyman", "hellinger", "jeffreys"] = "js"
-        ratio_range: tuple[float, float] = (0.1, 20.0)
-        logit_limit: float = 10.0
-        time_bins: int = 10
+        ratio_range: Ratios = (0.1, 20.0)
+        logit_limit: Positive = 10.0
+        time_bins: Count0 = 10
 
         def expected(self) -> Expected:
             weight = (
                 "a positive weight, for f-distill reads the density ratio from its discriminator; choose method.name "
                 "dmd2 to run without one"
             )
-            low, high = self.ratio_range
             return {
-                "ratio_range": (0 < low < high, "0 < low < high, around 1; (0.1, 20) is published"),
-                "logit_limit": (self.logit_limit > 0, "a positive number such as 10"),
-                "time_bins": (self.time_bins >= 0, "0 (off) or more; 10 is published"),
                 "gan_weight": (self.gan_weight > 0, weight),
                 "discriminator_weight": (self.discriminator_weight > 0, weight),
                 "one_noise": (

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..bounds import Count, Least0, Number, Positive, Share
 from ..diffusion.denoiser import Denoiser, NetDenoiser
 from ..diffusion.schedules import VP
 from ..diffusion.student import Student
@@ -60,37 +61,34 @@ class HyperSD(Method):
             keep_weight: of the consistency loss within the feedback and score stages.
         """
 
-        lengths: list[float] | None = None
-        feedback_length: float = 0.0
-        score_length: float = 0.0
-        num_steps: list[int] | None = None
-        one_step_time: float | None = None
+        lengths: list[Positive] | None = None
+        feedback_length: Least0 = 0.0
+        score_length: Least0 = 0.0
+        num_steps: list[Count] | None = None
+        one_step_time: Number | None = None
         noise: Literal["ddim", "fresh", "tcd"] | None = None
-        eta: float = 1.0
+        eta: Share = 1.0
         reward: str | None = None
-        reward_margin: float = 1.0
-        reward_weight: float = 1.0
-        score_weight: float = 1.0
+        reward_margin: Number = 1.0
+        reward_weight: Least0 = 1.0
+        score_weight: Least0 = 1.0
         score_norm: MatchingWeight = "l1"
-        keep_weight: float = 1.0
+        keep_weight: Least0 = 1.0
 
         def expected(self) -> Expected:
             lengths = self.lengths if self.lengths is not None else [1.0] * len(self.segments)
             counts = self.num_steps if self.num_steps is not None else [1]
             return {
                 "lengths": (
-                    len(lengths) == len(self.segments) and min(lengths) > 0,
-                    f"a positive length per stage of segments {self.segments}",
+                    len(lengths) == len(self.segments),
+                    f"a length per stage of segments {self.segments}",
                 ),
-                "feedback_length": (self.feedback_length >= 0, "0 or more"),
-                "score_length": (self.score_length >= 0, "0 or more"),
-                "eta": (0 <= self.eta <= 1, "0 to 1"),
                 "reward": (
                     not self.feedback_length or bool(self.reward),
                     "a differentiable score of images and prompts for the feedback stage, module:function, or "
                     "feedback_length 0",
                 ),
-                "num_steps": (bool(counts) and min(counts) >= 1, "numbers of steps, e.g. [8, 4, 2, 1]"),
+                "num_steps": (bool(counts), "numbers of steps, e.g. [8, 4, 2, 1]"),
             }
 
         def smoke(self) -> Self:

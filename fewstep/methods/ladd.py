@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..bounds import Count, Count0, Number, Part, Positive, Share
 from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.consistency import angles
@@ -43,18 +44,16 @@ class AdversarialOptions(Options):
     """
 
     taps: list[str] = field(default_factory=lambda: ["mid_block"])
-    noise_mean: float = 1.0
-    noise_std: float = 1.0
+    noise_mean: Number = 1.0
+    noise_std: Positive = 1.0
     heads: Heads = "mlp"
     conditional_heads: bool = True
     misaligned: bool = False
-    student_every: int = 1
+    student_every: Count = 1
     synthetic: bool = False
 
     def expected(self) -> Expected:
         return {
-            "noise_std": (self.noise_std > 0, "a positive number"),
-            "student_every": (self.student_every >= 1, "at least 1"),
             "taps": (bool(self.taps), "names of the teacher's blocks"),
         }
 
@@ -127,26 +126,25 @@ class LADD(Method):
             guidance_scale: with which the synthetic samples were made.
         """
 
-        levels: list[float] = field(default_factory=lambda: [1.0, 0.75, 0.5, 0.25])
-        proposals: list[float] = field(default_factory=lambda: [0.7, 0.1, 0.1, 0.1])
-        early_proposals: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.5, 0.5])
-        early: int = 500
-        num_steps: list[int] = field(default_factory=lambda: [4])
-        guidance_scale: float = 1.0
+        levels: list[Part] = field(default_factory=lambda: [1.0, 0.75, 0.5, 0.25])
+        proposals: list[Share] = field(default_factory=lambda: [0.7, 0.1, 0.1, 0.1])
+        early_proposals: list[Share] = field(default_factory=lambda: [0.0, 0.0, 0.5, 0.5])
+        early: Count0 = 500
+        num_steps: list[Count] = field(default_factory=lambda: [4])
+        guidance_scale: Number = 1.0
 
         def expected(self) -> Expected:
             count = len(self.levels)
 
             def fine(given: list[float]) -> bool:
-                return len(given) == count and min(given) >= 0 and math.isclose(sum(given), 1.0)
+                return len(given) == count and math.isclose(sum(given), 1.0)
 
             law = f"a probability for each of the {count} levels, 1 in all"
             return {
                 "proposals": (fine(self.proposals), law),
-                "early": (self.early >= 0, "0 or more student updates"),
                 "early_proposals": (fine(self.early_proposals), law),
                 "num_steps": (
-                    bool(self.num_steps) and all(n >= 1 and count % n == 0 for n in self.num_steps),
+                    bool(self.num_steps) and all(count % n == 0 for n in self.num_steps),
                     f"divisors of the number of levels, {count}",
                 ),
             }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from ..bounds import Count, Number
 from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser
@@ -16,8 +17,7 @@ from ..diffusion.rng import Rng
 from ..diffusion.schedules import Schedule, expand
 from ..diffusion.student import Student
 from ..diffusion.times import TimeLaw, student_times
-from ..errors import RecipeError
-from .base import Batch, Expected, Options
+from .base import Batch, Options
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,37 +42,22 @@ class LiveOptions(Options):
         lean: hold one network's activations at a time in the student's turn; same gradient, one more forward each.
     """
 
-    num_steps: int = 1
-    start: float | None = None
-    times: list[float] | None = None
+    num_steps: Count = 1
+    start: Number | None = None
+    times: list[Number] | None = None
     noise: Literal["fresh", "fixed", "ddim"] = "fresh"
-    guidance_scale: float = 1.0
+    guidance_scale: Number = 1.0
     generator_times: TimeLaw = field(default_factory=TimeLaw)
     critic_times: TimeLaw = field(default_factory=TimeLaw)
     critic_loss: Kind = "native"
-    critic_steps: int = 1
+    critic_steps: Count = 1
     lean: bool = False
-
-    def expected(self) -> Expected:
-        return {
-            "num_steps": (self.num_steps >= 1, "at least 1"),
-            "critic_steps": (self.critic_steps >= 1, "at least 1; published runs have 1"),
-        }
 
     def smoke(self) -> Self:
         return replace(super().smoke(), critic_steps=2)
 
     def student_of(self, denoiser: Denoiser, schedule: Schedule) -> Student:
         return Student(denoiser, student_times(schedule, self.num_steps, self.start, self.times), self.noise)
-
-
-def check_guidance(option: str, guidance: float, denoiser: Denoiser) -> None:
-    """Refuses guidance, by the name of the method's option, where there is no null condition to guide with."""
-    if guidance != 1 and getattr(denoiser, "null", None) is None:
-        raise RecipeError(
-            f"method.{option}: {guidance:g}: expected 1, because this teacher has no null condition to guide with; "
-            "leave guidance_scale at 1"
-        )
 
 
 def through_networks(

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..bounds import Bound, Count, Least0
 from ..device import upload
 from ..diffusion.denoiser import NetDenoiser
 from ..teachers.resize import resize
@@ -54,17 +55,15 @@ class MultiStudent(Method):
             tsm_data: real images of the student's own "part", or "all".
         """
 
-        parts: int = 4
-        num_steps: int = 1
-        gan_weight: float = 3e-3
+        parts: Annotated[int, Bound("at least 2; for a single student use dmd2", lambda n: n >= 2)] = 4
+        num_steps: Count = 1
+        gan_weight: Least0 = 3e-3
         student_network: dict[str, Any] | None = None
-        tsm_share: float = 0.5
+        tsm_share: Annotated[float, Bound("0 < share < 1", lambda x: 0 < x < 1)] = 0.5
         tsm_data: Literal["part", "all"] = "part"
 
         def expected(self) -> Expected:
             return {
-                "tsm_share": (0 < self.tsm_share < 1, "0 < share < 1"),
-                "parts": (self.parts >= 2, "at least 2; for a single student use dmd2"),
                 "num_steps": (self.num_steps == 1, "1; each sample is made by one student in one step"),
                 "times": (self.times is None or len(self.times) == 1, "one time, or null"),
                 "student_input": (

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from ..bounds import Count
 from ..diffusion import objectives
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.schedules import repeated
@@ -49,7 +50,7 @@ class PhasedDMD(Method):
                 and the phase would be one-step distillation in disguise.
         """
 
-        phases: int = 2
+        phases: Count = 2
         weight: Literal["l1", "kl"] = "l1"
         solver: Literal["ddim", "lcm"] = "ddim"
 
@@ -58,7 +59,7 @@ class PhasedDMD(Method):
             why = "it re-noises its own prediction at the edge of a phase, which teaches the expert to predict clean "
             return {
                 "phases": (
-                    self.phases >= 1 and steps % self.phases == 0,
+                    steps % self.phases == 0,
                     f"a number of phases that divides the {steps} steps, e.g. 2 phases of 4 steps",
                 ),
                 "solver": (

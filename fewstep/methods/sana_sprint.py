@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from ..bounds import Count0, Least0, Number, Positive, Share
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Guidance, NetDenoiser, Scalar
 from ..diffusion.discriminator import Heads
@@ -17,7 +18,7 @@ from ..diffusion.rng import Rng
 from ..diffusion.schedules import TrigFlow, expand
 from .base import Batch, Expected, Method, Phase, Progress, register
 from .ladd import AdversarialOptions, Adversary
-from .scm import Consistency, ConsistencyOptions, angle_range, student_of
+from .scm import Angle, Consistency, ConsistencyOptions, angle_range, student_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,21 +52,21 @@ class SanaSprint(Method):
             warmup: student updates. The published counter runs over both phases, so its 4,000 are 2,000 of ours.
         """
 
-        angles: list[list[float]] = field(
+        angles: list[list[Angle]] = field(
             default_factory=lambda: [[math.pi / 2], [math.pi / 2, 1.3], [math.pi / 2, 1.3, 1.1, 0.6]]
         )
-        guidance_scales: list[float] = field(default_factory=lambda: [4.0, 4.5, 5.0])
-        guidance_scale: float = 4.5
+        guidance_scales: list[Number] = field(default_factory=lambda: [4.0, 4.5, 5.0])
+        guidance_scale: Number = 4.5
         guidance_embedding: bool = True
-        adversarial_weight: float = 0.5
-        max_time: float = 0.5
-        time_mean: float = 0.2
-        time_std: float = 1.6
-        warmup: int = 2000
+        adversarial_weight: Least0 = 0.5
+        max_time: Share = 0.5
+        time_mean: Number = 0.2
+        time_std: Positive = 1.6
+        warmup: Count0 = 2000
         prior: Literal["one", "1/tan"] = "1/tan"
         tangent_norm: Literal["mean", "sum"] = "sum"
         taps: list[str] = field(default_factory=lambda: [f"transformer_blocks.{i}" for i in (2, 8, 14, 19)])
-        noise_mean: float = -0.6 + math.log(2)
+        noise_mean: Number = -0.6 + math.log(2)
         heads: Heads = "conv"
         conditional_heads: bool = False
         misaligned: bool = True
@@ -74,7 +75,6 @@ class SanaSprint(Method):
             scales = self.guidance_scales or [math.nan]
             told = min(scales) <= self.guidance_scale <= max(scales)
             return {
-                "max_time": (0 <= self.max_time <= 1, "a probability"),
                 "guidance_scale": (
                     told or not self.guidance_embedding,
                     f"a scale within those that are trained, guidance_scales {self.guidance_scales}",

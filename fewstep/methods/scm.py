@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..bounds import Bound, Count0, Number, Positive
 from ..diffusion import consistency as scm
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser, Guidance, NetDenoiser, ScheduleView
@@ -19,6 +20,8 @@ from ..diffusion.student import Student
 from ..diffusion.times import times_at
 from ..errors import RecipeError
 from .base import Batch, Expected, Method, Options, Phase, Progress, register
+
+Angle = Annotated[float, Bound("times in (0, pi/2]", lambda a: 0 < a <= math.pi / 2 + 1e-4)]
 
 
 @dataclass
@@ -44,27 +47,24 @@ class ConsistencyOptions(Options):
         synthetic: noise the teacher's own samples (``fewstep pairs``) in place of real images.
     """
 
-    angles: list[list[float]] = field(default_factory=lambda: [[math.pi / 2]])
-    guidance_scale: float = 1.0
-    time_mean: float = -1.0
-    time_std: float = 1.6
-    sigma_data: float = 0.5
-    warmup: int = 10_000
-    tangent_constant: float = 0.1
+    angles: list[list[Angle]] = field(default_factory=lambda: [[math.pi / 2]])
+    guidance_scale: Number = 1.0
+    time_mean: Number = -1.0
+    time_std: Positive = 1.6
+    sigma_data: Positive = 0.5
+    warmup: Count0 = 10_000
+    tangent_constant: Positive = 0.1
     tangent_norm: Literal["mean", "sum"] = "mean"
     prior: Literal["one", "1/tan"] = "one"
     tangent: Literal["forward", "difference"] = "forward"
-    difference: float = 1e-3
+    difference: Positive = 1e-3
     synthetic: bool = False
 
     def expected(self) -> Expected:
-        within = all(grid and all(0 < a <= math.pi / 2 + 1e-4 for a in grid) for grid in self.angles or [[]])
+        filled = bool(self.angles) and all(self.angles)
         different = len({len(grid) for grid in self.angles}) == len(self.angles)
-        positive = ("sigma_data", "time_std", "tangent_constant", "difference")
         return {
-            "angles": (within and different, "lists of times in (0, pi/2], one for each number of steps"),
-            **{name: (getattr(self, name) > 0, "a positive number") for name in positive},
-            "warmup": (self.warmup >= 0, "0 or more"),
+            "angles": (filled and different, "lists of times in (0, pi/2], one for each number of steps"),
         }
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from ..bounds import Count, Number, Range, Share, Time
 from ..diffusion.denoiser import Denoiser, NetDenoiser
 from ..diffusion.schedules import EDM
 from ..diffusion.student import Student
@@ -50,22 +51,22 @@ class VariationalOptions(Critic, Matching):
         critic_steps: critic updates per student update; both papers have 1.
     """
 
-    start: int | float | None = None
+    start: Time | None = None
     guide_critic: bool = False
-    null_probability: float = 0.0
+    null_probability: Share = 0.0
     weight: MatchingWeight = "one"
     time_law: Literal["auto", "uniform", "log_normal"] = "auto"
-    time_range: tuple[float, float] = (0.0, 1.0)
+    time_range: Range = (0.0, 1.0)
     critic_loss: CriticLoss = "auto"  # type: ignore[assignment]  # kinds of its own
     critic_first: bool = True
-    critic_steps: int = 1
+    critic_steps: Count = 1
 
     def expected(self) -> Expected:
         guided = self.guide_critic and self.guidance_scale != 1
         return {
             "null_probability": (
-                0 <= self.null_probability <= 1 and (self.null_probability > 0 or not guided),
-                "a probability; 0.1 is published, 0 is off. A guided critic has to learn the null condition too: "
+                self.null_probability > 0 or not guided,
+                "more than 0; 0.1 is published. A guided critic has to learn the null condition too: "
                 "give it one, or set method.guide_critic false",
             )
         }
@@ -162,12 +163,12 @@ class SwiftBrush(ScoreDifference):
     class Config(VariationalOptions):
         """The defaults of SwiftBrush; see :class:`VariationalOptions`."""
 
-        guidance_scale: float = 4.5
+        guidance_scale: Number = 4.5
         guide_critic: bool = True
-        null_probability: float = 0.1
+        null_probability: Share = 0.1
         weight: MatchingWeight = "vsd"
         time_law: Literal["auto", "uniform", "log_normal"] = "uniform"
-        time_range: tuple[float, float] = (0.02, 0.98)
+        time_range: Range = (0.02, 0.98)
         critic_loss: CriticLoss = "scaled_eps"
         critic_first: bool = False
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..bounds import Count, Least0, Number, Share
 from ..diffusion import objectives, trajectory
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser, Guidance, NetDenoiser
@@ -41,16 +42,16 @@ class SegmentOptions(Options):
         synthetic: noise the teacher's own samples (``fewstep pairs``) in place of real images.
     """
 
-    segments: list[int] = field(default_factory=lambda: [8, 4, 2, 1])
-    solver_steps: int = 40
+    segments: list[Count] = field(default_factory=lambda: [8, 4, 2, 1])
+    solver_steps: Count = 40
     end: End | list[End] | None = None
     target: Literal["ema", "live"] = "ema"
-    target_decay: float = 0.95
+    target_decay: Share = 0.95
     stage_teacher: Literal["original", "previous"] = "original"
-    guidance_scale: float = 1.0
-    guidance_range: tuple[float, float] | None = None
+    guidance_scale: Number = 1.0
+    guidance_range: tuple[Number, Number] | None = None
     distance: Literal["mse", "huber"] = "mse"
-    gan_weight: float | list[float] = 0.0
+    gan_weight: Least0 | list[Least0] = 0.0
     taps: list[str] = field(default_factory=lambda: ["mid_block"])
     synthetic: bool = False
 
@@ -58,7 +59,7 @@ class SegmentOptions(Options):
         stages, low_high = self.segments or [0], self.guidance_range or (0.0, 1.0)
         return {
             "segments": (
-                min(stages) >= 1 and max(stages) <= self.solver_steps,
+                1 <= max(stages) <= self.solver_steps,
                 f"at least one stage, of 1 to solver_steps ({self.solver_steps}) segments each",
             ),
             **{
@@ -69,7 +70,6 @@ class SegmentOptions(Options):
                 for name in ("end", "gan_weight")
             },
             "taps": (bool(self.taps) or not self.gan_weight, "names of the teacher's blocks"),
-            "target_decay": (0 <= self.target_decay <= 1, "0 to 1"),
             "guidance_range": (low_high[0] < low_high[1], "low < high"),
         }
 

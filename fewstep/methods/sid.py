@@ -11,23 +11,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ..bounds import Bound, Number
 from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser, NetDenoiser
 from ..diffusion.discriminator import check_taps, mean_logits
 from ..diffusion.schedules import Flow
 from ..diffusion.student import Student
-from .base import Batch, Expected, Method, Phase, Progress, register
-from .live_scores import LevelWeight, LiveOptions, check_guidance, drop_captions, made_by, through_networks
+from .base import Batch, Expected, Method, Phase, Progress, check_guidance, register
+from .live_scores import LevelWeight, LiveOptions, drop_captions, made_by, through_networks
 from .terms import regression
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+Alpha = Annotated[
+    float,
+    Bound("-1 <= alpha <= 2; 1 and 1.2 are published, beyond 2 descent leads away", lambda x: -1 <= x <= 2),
+]
+Images = Annotated[
+    tuple[int, int],
+    Bound("0 <= first <= second; SiDA has 100000, 200000", lambda seen: 0 <= seen[0] <= seen[1]),
+]
 
 
 @register("sid")
@@ -70,44 +81,32 @@ class SiD(Method):
             gan_schedule: images seen when the student starts to learn, and when the GAN joins, half and half.
         """
 
-        last_share: float = 0.0
-        alpha: float = 1.0
+        last_share: Annotated[float, Bound("0 <= share < 1; 0 is published", lambda x: 0 <= x < 1)] = 0.0
+        alpha: Alpha = 1.0
         weight: Literal["auto", "l1", LevelWeight] = "auto"
         guidance: Literal["long_short", "teacher_only", "zero_cfg", "anti_cfg"] = "long_short"
-        kappa1: float | None = None
-        kappa2: float | None = None
-        kappa3: float | None = None
-        kappa4: float | None = None
-        caption_dropout: float = 0.1
-        gan_weight: float = 0.0
-        discriminator_weight: float = 1.0
+        kappa1: Number | None = None
+        kappa2: Number | None = None
+        kappa3: Number | None = None
+        kappa4: Number | None = None
+        caption_dropout: Annotated[float, Bound("0 <= rate < 1; published is 0.1", lambda x: 0 <= x < 1)] = (
+            0.1
+        )
+        gan_weight: Annotated[float, Bound("0 or more; 0 is data-free, 1e-4 is SiDA's", lambda x: x >= 0)] = (
+            0.0
+        )
+        discriminator_weight: Annotated[float, Bound("a positive number; SiDA has 1", lambda x: x > 0)] = 1.0
         taps: list[str] = field(default_factory=lambda: ["mid_block"])
-        gan_schedule: tuple[int, int] = (100_000, 200_000)
+        gan_schedule: Images = (100_000, 200_000)
 
         def expected(self) -> Expected:
-            return dict(
-                last_share=(0 <= self.last_share < 1, "0 <= share < 1; 0 is published"),
-                alpha=(
-                    -1 <= self.alpha <= 2,
-                    "-1 <= alpha <= 2; 1 and 1.2 are published, beyond 2 descent leads away",
-                ),
-                **{
-                    f"kappa{i}": (math.isfinite(kappa), "a number; 1 is no guidance, 0 the null condition")
-                    for i, kappa in enumerate(self.kappas, 1)
-                },
-                caption_dropout=(0 <= self.caption_dropout < 1, "0 <= rate < 1; published is 0.1"),
-                taps=(bool(self.taps) or not self.gan_weight, "names of the critic's blocks"),
-                gan_weight=(self.gan_weight >= 0, "0 or more; 0 is data-free, 1e-4 is SiDA's"),
-                discriminator_weight=(self.discriminator_weight > 0, "a positive number; SiDA has 1"),
-                gan_schedule=(
-                    0 <= self.gan_schedule[0] <= self.gan_schedule[1],
-                    "0 <= first <= second; SiDA has 100000, 200000",
-                ),
-                guidance_scale=(
+            return {
+                "taps": (bool(self.taps) or not self.gan_weight, "names of the critic's blocks"),
+                "guidance_scale": (
                     self.guidance != "zero_cfg" or self.guidance_scale == 1.0,
                     "1 with guidance zero_cfg, which reads no scale; drop it or choose another guidance",
                 ),
-            )
+            }
 
         @property
         def kappas(self) -> tuple[float, float, float, float]:

@@ -7,17 +7,23 @@ noisy sample alone, which keeps the gradient theorem exact where SiD's normalise
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from ..bounds import Bound
 from ..diffusion import objectives
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.student import Student
-from .base import Batch, Expected, Method, Phase, Progress, register
-from .live_scores import LevelWeight, LiveOptions, check_guidance, made_by, through_networks
+from .base import Batch, Method, Phase, Progress, register
+from .live_scores import LevelWeight, LiveOptions, made_by, through_networks
 from .terms import regression
+
+Scale = Annotated[
+    float,
+    Bound("a positive number; 0.01 normalises all but the smallest differences", lambda x: x > 0),
+]
 
 
 @register("sim")
@@ -44,11 +50,11 @@ class SIM(Method):
         """
 
         distance: Literal["l2", "pseudo_huber", "log_cosh"] = "pseudo_huber"
-        c: float = 0.01
+        c: Annotated[
+            float,
+            Bound("a positive number; 0.01 normalises all but the smallest differences", lambda x: x > 0),
+        ] = 0.01
         weight: LevelWeight = "one"
-
-        def expected(self) -> Expected:
-            return {"c": (self.c > 0, "a positive number; 0.01 normalises all but the smallest differences")}
 
     config: Config
 
@@ -57,7 +63,6 @@ class SIM(Method):
         self.student = config.student_of(student, schedule)
         self.generator_times = config.generator_times.on(schedule, critic=False)
         self.critic_times = config.critic_times.on(schedule, critic=True)
-        check_guidance("guidance_scale", config.guidance_scale, self.teacher)
 
     def phases(self) -> list[Phase]:
         return [

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..bounds import Bounded, Count, Positive, Seed, Share
 from ..configs import RoleConfig, TrainConfig
 from ..data.batches import Batches
 from ..data.cache import Store, encode_images, encode_prompts
@@ -47,7 +48,7 @@ QK_NORM = {"SanaTransformer2DModel": "rms_norm_across_heads", "SD3Transformer2DM
 
 
 @dataclass
-class PrepareConfig:
+class PrepareConfig(Bounded):
     """When it is done, and how it learns.
 
     Attributes:
@@ -62,17 +63,19 @@ class PrepareConfig:
             takes 1024 images in all, 5,000 times.
     """
 
-    error: float = 0.05
-    stiffness: float = 3.0
-    steps: int = 5000
-    check_every: int = 250
-    turns: float = 1.0
+    PLACE: ClassVar[str] = "prepare: "
+
+    error: Positive = 0.05
+    stiffness: Positive = 3.0
+    steps: Count = 5000
+    check_every: Count = 250
+    turns: Positive = 1.0
     qk_norm: bool = False
-    null_probability: float = 0.1
-    lr: float = 2e-5
-    batch_size: int = 16
-    accumulate: int = 1
-    seed: int = 0
+    null_probability: Share = 0.1
+    lr: Positive = 2e-5
+    batch_size: Count = 16
+    accumulate: Count = 1
+    seed: Seed = 0
 
     def role(self) -> RoleConfig:
         return RoleConfig(kind="full", lr=self.lr, weight_decay=0.0, warmup=50, ema=0.99)
@@ -88,11 +91,6 @@ class PrepareConfig:
             checkpoint_every=self.check_every,
             keep=1,
         )
-
-    def __post_init__(self):
-        for name in ("error", "stiffness", "steps", "check_every", "turns", "lr", "batch_size", "accumulate"):
-            if not getattr(self, name) > 0:
-                raise FewstepError(f"prepare: {name} {getattr(self, name)}: expected a positive number")
 
 
 # ---------------------------------------------------------------------------------------------------------- surgery

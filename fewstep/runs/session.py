@@ -22,7 +22,7 @@ from ..data.images import CaptionedImages
 from ..data.pairs import Pairs
 from ..device import choose, keep_freed
 from ..diffusion import kernels
-from ..errors import FewstepError, LostProcess, RecipeError, TrainingError, tell
+from ..errors import FewstepError, LostProcess, RecipeError, TrainingError, interruptible, tell
 from ..files import WriteError, check_room, check_writable, held, write, write_json
 from ..methods.base import guidance_of
 from ..process import Process, start
@@ -59,15 +59,16 @@ def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> Path:
     smoke = "--smoke" in words
     words = [w for w in words if w != "--smoke"]
     try:
-        recipe = recipes.override(recipe, words)
-        if smoke:
-            from .smoke import smoke as shrink
+        with interruptible():
+            recipe = recipes.override(recipe, words)
+            if smoke:
+                from .smoke import smoke as shrink
 
-            given = recipes.named(words)
-            if "output" in given:
-                check_output(Path(recipe.output))
-            recipe = shrink(recipe, given)
-        return execute(recipe)
+                given = recipes.named(words)
+                if "output" in given:
+                    check_output(Path(recipe.output))
+                recipe = shrink(recipe, given)
+            return execute(recipe)
     except BaseException as error:
         raise SystemExit(tell(error)) from None
 
@@ -101,8 +102,11 @@ def reexport(folder: str | Path, arguments: Sequence[str] = (), step: str = "new
         raise FewstepError(f"{folder}: no checkpoint to export; train it first")
     if step != "newest":
         session.trainer.restore(checkpoint.at(folder / "checkpoints", step, session.trainer.best))
+    from ..evaluation.of_run import tell_measured_again
+
     with held(folder):
         session.export()
+        tell_measured_again(folder)
     return folder / "export"
 
 
@@ -139,9 +143,28 @@ def execute(recipe: Recipe, resuming: bool = False, meant: Collection[str] = ())
 
     Args:
         meant: options that a resumed run was given, see :func:`fewstep.runs.inputs.check_inputs`.
+
+    Raises:
+        KeyboardInterrupt: with what there is of the run.
     """
     recipe = recipes.from_dict(recipes.to_dict(recipe))
-    folder = Path(recipe.output)
+    try:
+        return _execute(recipe, Path(recipe.output), resuming, meant)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_left(Path(recipe.output))) from None
+
+
+def _left(folder: Path) -> str:
+    """What a run that is stopped leaves behind, and how it goes on."""
+    if not (folder / "recipe.yaml").is_file():
+        return "stopped before the run began; nothing is kept of it"
+    kept = [checkpoint.step_of(one) for one in checkpoint.every(folder / "checkpoints")]
+    if not kept:
+        return f"stopped before the first checkpoint; it begins again with: fewstep resume {folder}"
+    return f"stopped; its checkpoint of step {max(kept)} goes on with: fewstep resume {folder}"
+
+
+def _execute(recipe: Recipe, folder: Path, resuming: bool, meant: Collection[str]) -> Path:
     if not resuming:
         check_output(folder)
     check_writable(folder / "export", "output:", record=export.RECORD)

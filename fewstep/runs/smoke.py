@@ -13,7 +13,7 @@ from typing import Any
 from ..configs import EvalConfig, RoleConfig, SampleConfig, TeacherConfig
 from ..data.prompts import CLASSES, UNCONDITIONAL
 from ..methods.base import guidance_of
-from ..recipe import Recipe, family
+from ..recipe import Recipe, family, to_dict
 
 RANK = 4
 
@@ -57,7 +57,7 @@ def smoke(recipe: Recipe, given: Collection[str] = ()) -> Recipe:
     )
     if "pairs" in recipe.method_class.needs(recipe.method):
         data = dataclasses.replace(data, pairs=str(_few_pairs(folder / "pairs", teacher, data, method)))
-    return dataclasses.replace(
+    small = dataclasses.replace(
         recipe,
         output=recipe.output if near else str(folder / "run"),
         teacher=teacher,
@@ -68,6 +68,27 @@ def smoke(recipe: Recipe, given: Collection[str] = ()) -> Recipe:
         samples=SampleConfig(count=2, teacher_steps=2, columns=2),
         evaluation=EvalConfig(num=0),
     )
+    _say_what_is_other(recipe, small, given)
+    return small
+
+
+def _say_what_is_other(recipe: Recipe, small: Recipe, given: Collection[str]) -> None:
+    """An option that a smoke run decides itself would else be one without effect."""
+    before, after = to_dict(recipe), to_dict(small)
+    said = {f"teacher.{name}" for name in recipe.teacher.weights()}  # by the stand-in
+    pairs = {name: (_value(before, name), _value(after, name)) for name in sorted({*given} - said)}
+    other = {name: b for name, (a, b) in pairs.items() if a != b and not isinstance(a, dict)}
+    if other:
+        words = ", ".join(f"{name} is {json.dumps(value)}" for name, value in other.items())
+        print(f"fewstep: note: --smoke: {words} here, whatever is given", file=sys.stderr)
+
+
+def _value(plain: Any, name: str) -> Any:
+    """Of a dotted name; a role's by its own name, else by that of its kind."""
+    for part in name.split("."):
+        if isinstance(plain, dict):
+            plain = plain.get(part, next((v for key, v in plain.items() if family(key) == part), None))
+    return plain
 
 
 def _stand_in(folder: Path, teacher: TeacherConfig, prompts: str) -> TeacherConfig:

@@ -37,6 +37,8 @@ def check_pipeline_folder(source: str, field: str = "teacher.path") -> None:
         return
     if singles := _singles(path):
         raise FewstepError(f"{field}: {source} {_not_this(path, singles[0])}")
+    if (path / "modular_model_index.json").is_file():
+        return  # which is refused by its class
     if path.exists() and not (path / "model_index.json").is_file():
         near = [p for p in (path.parent, *sorted(path.glob("*/"))) if (p / "model_index.json").is_file()]
         hint = f"; there is one in {near[0]}" if near else ""

@@ -21,6 +21,7 @@ from .transformers import text_length
 FORGET = (
     *("StableDiffusion3Pipeline", "FluxPipeline", "DiTPipeline"),
     *("QwenImagePipeline", "ZImagePipeline"),
+    *("ChromaPipeline", "Lumina2Pipeline"),
     *("Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline"),
 )
 

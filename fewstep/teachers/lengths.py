@@ -43,6 +43,9 @@ def _around(pipe: Any, tokenizer: Any) -> int:
 
         messages = format_input([""], pipe.system_message)[0]
         empty = pipe.tokenizer.apply_chat_template(messages, tokenize=False)
+    elif kind == "Lumina2Pipeline":
+        whole = tokenizer(f"{pipe.system_prompt} <Prompt Start> ")["input_ids"]
+        return len(whole) - len(tokenizer("")["input_ids"])
     elif kind == "QwenImagePipeline":
         empty = pipe.prompt_template_encode.format("")
     elif kind == "Krea2Pipeline":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,12 @@ ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN = {f"builtin:{name}": ASSETS / name for name in ("emoji-xl", "emoji-flow", "emoji-ar")}
 VARIABLE = "FEWSTEP_TEACHERS"
 REGISTERED: dict[str, type[Teacher]] = {}
+MODULAR = "modular_model_index.json"
+# Classes that no adapter could make a student of whose stock call is what was trained, and why.
+REFUSED = {
+    "Ideogram4Pipeline": "its call runs a second network for the unconditional branch at every step, whatever the "
+    "guidance, and makes a schedule of its own that no scheduler's file and no argument replaces",
+}
 
 
 def register(cls: type[Teacher]) -> type[Teacher]:
@@ -39,10 +46,12 @@ def register(cls: type[Teacher]) -> type[Teacher]:
 def adapters() -> dict[str, type[Teacher]]:
     """Pipeline class -> adapter."""
     from .ar import PIPELINES, Autoregressive
+    from .chroma import Chroma
     from .classes import DDPM, DiT
     from .flux import Flux
     from .flux2 import Flux2, Flux2Klein
     from .krea2 import Krea2
+    from .lumina2 import Lumina2
     from .qwen_image import QwenImage
     from .sd import StableDiffusion, StableDiffusionXL
     from .transformers import PixArtAlpha, PixArtSigma, Sana, StableDiffusion3
@@ -50,7 +59,7 @@ def adapters() -> dict[str, type[Teacher]]:
 
     known = (
         *(StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Sana, PixArtAlpha, PixArtSigma),
-        *(QwenImage, ZImage, Flux2, Flux2Klein, Krea2, DiT, DDPM),
+        *(QwenImage, ZImage, Flux2, Flux2Klein, Krea2, Chroma, Lumina2, DiT, DDPM),
     )
     stock = {cls.pipeline_class: cls for cls in known}
     return {
@@ -119,9 +128,31 @@ def _class_name(origin: Origin) -> str:
     try:
         return str(DiffusionPipeline.load_config(place)["_class_name"])
     except Exception as error:  # the hub client raises a dozen kinds
+        _check_modular(origin.path, place)
         raise FewstepError(
             f"teacher.path: cannot read the pipeline {origin.path}: {in_line(error)}"
         ) from error
+
+
+def _check_modular(source: str, place: str) -> None:
+    """Refuses a modular pipeline (FLUX.3) by its name; nothing where it is none.
+
+    Raises:
+        FewstepError: with the reason.
+    """
+    from huggingface_hub import hf_hub_download
+
+    file = Path(place, MODULAR)
+    name = ""
+    with suppress(Exception):  # no such file there, or no hub
+        file = file if Path(place).exists() else Path(hf_hub_download(place, MODULAR))
+        name = json.loads(file.read_text())["_class_name"]
+    if name:
+        raise FewstepError(
+            f"teacher.path: {source} is a modular pipeline ({name}): its folder chooses the blocks that guide and "
+            "step, so that there is no one stock call to hold a student to; expected a pipeline with model_index.json, "
+            f"of {', '.join(adapters())}"
+        )
 
 
 def pipeline_class_of(source: str | Origin) -> str:
@@ -130,6 +161,8 @@ def pipeline_class_of(source: str | Origin) -> str:
     name = _class_name(origin)
     if name not in adapters():
         plugins()
+    if name in REFUSED and name not in adapters():
+        raise FewstepError(f"teacher.path: {origin.path} is an {name}, which is no teacher: {REFUSED[name]}")
     if name not in adapters():
         raise FewstepError(
             f"teacher.path: {origin.path} is a {name}; fewstep has adapters for {', '.join(adapters())}. If it only "

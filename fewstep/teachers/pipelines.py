@@ -60,7 +60,9 @@ def fix_shift(pipe: Any, resolution: int | None = None) -> None:
     side = (
         (resolution or native_resolution(pipe)) // pixels_per_latent(pipe) // getattr(pipe, "patch_size", 2)
     )
-    shift = partial(_shift, class_of(pipe), dict(config), bool(pipe.config.get("is_distilled")), side**2)
+    # Lumina's stock call takes the number of channels for that of tokens.
+    tokens = network_of(pipe).config.in_channels if class_of(pipe) == "Lumina2Pipeline" else side**2
+    shift = partial(_shift, class_of(pipe), dict(config), bool(pipe.config.get("is_distilled")), tokens)
     usual = inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
     pipe.scheduler = shifted(pipe.scheduler, shift(usual))
     if shift(1) != shift(usual):
@@ -96,6 +98,7 @@ def class_of(pipe: Any) -> str:
 
 HANDS_SIGMAS = (
     *("FluxPipeline", "QwenImagePipeline", "ZImagePipeline"),
+    *("ChromaPipeline", "Lumina2Pipeline"),
     *("Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline"),
 )
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..diffusion.cond import Cond
-from ..diffusion.denoiser import Guidance, plainly
-from ..diffusion.schedules import expand
+from ..diffusion.denoiser import Guidance
 from .flux import pack, unpack
+from .norms import keeping_norm
 from .pipelines import GUIDING
 from .ragged import Ragged, together
 
@@ -56,14 +55,8 @@ class QwenImage(Ragged):
 
     @staticmethod
     def guide(unconditional: Tensor, conditional: Tensor, guidance: Guidance) -> Tensor:
-        mixed = plainly(unconditional, conditional, guidance)
-        if not isinstance(guidance, Tensor) and guidance <= 1:  # at which the stock pipeline does not guide
-            return mixed
-        given, made = (pack(x).norm(dim=-1, keepdim=True) for x in (conditional, mixed))
-        scaled = unpack(pack(mixed) * (given / made), *mixed.shape[-2:])
-        if not isinstance(guidance, Tensor):
-            return scaled
-        return torch.where(expand(guidance, mixed) > 1, scaled, mixed)
+        tokens = keeping_norm(pack(unconditional), pack(conditional), guidance)
+        return unpack(tokens, *conditional.shape[-2:])
 
     @staticmethod
     def pack(latents: Tensor) -> Tensor:

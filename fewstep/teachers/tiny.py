@@ -15,6 +15,7 @@ TOKENS = ("LlamaGenPipeline", "VARPipeline")
 # Pixels for tiny networks, where the class of the pipeline has a size of its own.
 RESOLUTION = {
     **{"FluxPipeline": 32, "QwenImagePipeline": 32, "ZImagePipeline": 32},
+    **{"ChromaPipeline": 32, "Lumina2Pipeline": 32},
     **{"Flux2Pipeline": 32, "Flux2KleinPipeline": 32, "Krea2Pipeline": 32},
 }
 SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
@@ -39,6 +40,8 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "FluxPipeline": _flux,
         "QwenImagePipeline": _qwen_image,
         "ZImagePipeline": _z_image,
+        "ChromaPipeline": _chroma,
+        "Lumina2Pipeline": _lumina2,
         "Krea2Pipeline": _krea2,
         "Flux2Pipeline": _flux2,
         "Flux2KleinPipeline": _flux2_klein,
@@ -197,8 +200,8 @@ def _z_image(tokenizer, _pipeline_class, options):
     )
 
 
-def _flux2_parts(heads: int, text: int, guided: bool, options):
-    """(scheduler, VAE, network) of FLUX.2 around a text of this width."""
+def _flux2_parts(guided: bool, options):
+    """Scheduler, VAE and network of FLUX.2."""
     import diffusers
 
     vae = diffusers.AutoencoderKLFlux2(
@@ -217,8 +220,8 @@ def _flux2_parts(heads: int, text: int, guided: bool, options):
         "num_layers": 2,
         "num_single_layers": 1,
         "attention_head_dim": 8,
-        "num_attention_heads": heads,
-        "joint_attention_dim": text,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 48,  # three layers
         "timestep_guidance_channels": 16,
         "axes_dims_rope": (2, 2, 2, 2),
         "guidance_embeds": guided,
@@ -245,7 +248,7 @@ def _flux2_klein(tokenizer, _pipeline_class, options):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     encoder = Qwen3ForCausalLM(Qwen3Config(**_stacked(tokenizer, 28)))
-    parts = _flux2_parts(2, 48, False, options)
+    parts = _flux2_parts(False, options)
     return diffusers.Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer, **parts)
 
 
@@ -270,7 +273,7 @@ def _flux2(tokenizer, _pipeline_class, options):
     return diffusers.Flux2Pipeline(
         text_encoder=Mistral3ForConditionalGeneration(config),
         tokenizer=tokenizer,
-        **_flux2_parts(2, 48, True, options),
+        **_flux2_parts(True, options),
     )
 
 
@@ -356,13 +359,13 @@ def _euler(options):
     )
 
 
-def _vae(**options):
+def _vae(levels: int = 2, **options):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=4,
         norm_num_groups=4,
         layers_per_block=1,
@@ -479,27 +482,28 @@ def _write_tokens(pipeline_class: str, folder: Path, seed: int, options: dict[st
     return folder
 
 
-def _sd3(tokenizer, _pipeline_class, _options):
+def _sd3(tokenizer, _pipeline_class, options):
     """Without T5, as many run it: zeros stand in its place."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
 
     encoders = [CLIPTextModelWithProjection(_text_config(tokenizer, projection_dim=16)) for _ in range(2)]
+    network = {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 32,
+        "pos_embed_max_size": 16,
+        "qk_norm": "rms_norm",
+    }
     return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
-            sample_size=16,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            caption_projection_dim=16,
-            pooled_projection_dim=32,
-            pos_embed_max_size=16,
-            qk_norm="rms_norm",
-        ),
+        transformer=SD3Transformer2DModel(**{**network, **options}),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(scaling_factor=1.5305, shift_factor=0.0609),
         text_encoder=encoders[0],
@@ -614,6 +618,57 @@ def _flux(tokenizer, _pipeline_class, options):
         text_encoder_2=t5,
         tokenizer_2=t5_tokenizer,
         transformer=FluxTransformer2DModel(**{**network, **options}),
+    )
+
+
+def _chroma(_tokenizer, _pipeline_class, options):
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    tokenizer, t5 = tiny_t5()
+    network = {
+        "in_channels": 16,  # four latents of four channels
+        "num_layers": 2,
+        "num_single_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "axes_dims_rope": (2, 2, 4),
+        "approximator_num_channels": 16,
+        "approximator_hidden_dim": 16,
+        "approximator_layers": 1,
+    }
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=t5,
+        tokenizer=tokenizer,
+        transformer=ChromaTransformer2DModel(**{**network, **options}),
+    )
+
+
+def _lumina2(_tokenizer, _pipeline_class, options):
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+
+    tokenizer, encoder = _gemma()
+    network = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "hidden_size": 24,
+        "num_layers": 2,
+        "num_refiner_layers": 1,
+        "num_attention_heads": 2,
+        "num_kv_heads": 1,
+        "multiple_of": 16,
+        "axes_dim_rope": (4, 4, 4),
+        "axes_lens": (300, 64, 64),
+        "cap_feat_dim": 16,
+    }
+    return Lumina2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=_vae(4, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=Lumina2Transformer2DModel(**{**network, **options}),
     )
 
 

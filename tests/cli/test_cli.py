@@ -51,6 +51,29 @@ def test_every_recipe_is_listed_and_can_be_copied(capsys, tmp_path):
     assert main(["recipes", "copy", "sdxl", str(tmp_path)]) == 2
 
 
+@pytest.mark.parametrize(
+    ("to", "made"),
+    [
+        ("new/", "new/demo.py"),
+        ("new", "new/demo.py"),
+        ("new/mine.py", "new/mine.py"),
+        ("odd.py/", "odd.py/demo.py"),
+        ("taken", None),
+        ("taken.py", None),
+    ],
+)
+def test_a_recipe_is_copied_into_a_folder_or_to_a_file(to, made, capsys, tmp_path):
+    (tmp_path / "odd.py").mkdir()
+    for name in ("taken", "taken.py"):
+        (tmp_path / name).write_text("mine")
+    assert main(["recipes", "copy", "demo", f"{tmp_path}/{to}"]) == (0 if made else 2)
+    if made:
+        assert load_recipe(str(tmp_path / made)).output == "runs/demo"
+    else:
+        assert f"{tmp_path / to} exists already" in capsys.readouterr().err
+        assert (tmp_path / to).read_text() == "mine"
+
+
 @pytest.mark.parametrize("flags", [[], ["-u"]], ids=["at the end", "at once"])
 def test_a_reader_that_has_enough_ends_a_command_silently(flags):
     command = [sys.executable, *flags, "-m", "fewstep", "recipes"]

@@ -354,15 +354,18 @@ def test_images_are_not_drawn_among_those_of_others(tally, place, name):
 @pytest.mark.parametrize(
     "words, reason",
     [
-        ("sample {real} --prompt a --num 0", "expected a whole number from 1 on"),
-        ("sample {real} --prompt a --scale -2", "expected a whole number from 1 on"),
+        ("sample {real} --prompt a --num 0", "--num: 0: expected at least 1, a whole number"),
+        ("sample {real} --prompt a --scale -2", "--scale: -2: expected at least 1, a whole number"),
         (
             "eval generate builtin:emoji-xl --steps 1 --prompts {prompts} --out x --guidance nan",
-            "that is finite",
+            "--guidance: nan: expected a finite number",
         ),
-        ("floor builtin:emoji-xl --steps 4 --prompts {prompts} --out x --guidance inf", "that is finite"),
+        (
+            "floor builtin:emoji-xl --steps 4 --prompts {prompts} --out x --guidance inf",
+            "--guidance: inf: expected a finite number",
+        ),
         ("eval fid {loop} {fake}", "does not exist"),
-        ("eval fid {real} {fake} --num -1", "--num is -1, expected 1 to 6"),
+        ("eval fid {real} {fake} --num -1", "--num: -1: expected at least 1"),
         ("eval compare {real} {fake}", "is a folder: expected a result"),
         ("eval compare {real}/no.json {real}/no.json", "does not exist: expected a result"),
         ("train emoji_dmd2_1step --output {real}", "is not empty and holds no run; give another --output"),

@@ -37,7 +37,7 @@ import plans  # noqa: E402
 
 PLANS = EVAL / "results" / "plans"
 # Of each kind one: a U-Net's, a transformer's with forward-mode derivatives, tokens.
-AGAIN = ("sd15_dmd2_1step", "sana_scm_2step", "var_d16_dd2_1step")
+AGAIN = ("emoji_dmd2_1step", "sd15_dmd2_1step", "sana_scm_2step", "var_d16_dd2_1step")
 WIDE = {"block_out_channels": (32, 64), "norm_num_groups": 8, "attention_head_dim": (2, 4), "sample_size": 32}
 
 
@@ -150,7 +150,10 @@ def test_shapes_of_published_models_are_known_without_weights():
         "stabilityai/stable-diffusion-xl-base-1.0": (2_567_463_684, 83_653_863),
         "stable-diffusion-v1-5/stable-diffusion-v1-5": (859_520_964, 83_653_863),
         "black-forest-labs/FLUX.2-klein-base-4B": (3_875_544_576, 84_046_115),
-        "black-forest-labs/FLUX.2-dev": (32_223_281_152, 84_046_115),  # its processor may need what is not installed
+        "black-forest-labs/FLUX.2-dev": (
+            32_223_281_152,
+            84_046_115,
+        ),  # its processor may need what is not installed
         "krea/Krea-2-Raw": (12_820_073_036, 126_892_531),
     }
     for source, expected in counts.items():

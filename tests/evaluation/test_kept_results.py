@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.evaluation.gallery import best
+from fewstep.evaluation.gallery import best, gallery
 from fewstep.recipe import digest
 from fewstep.runs.library import load_recipe
 
@@ -85,13 +85,16 @@ def test_the_best_stand_beside_their_teacher_and_the_floor_at_as_many_calls():
     results = {
         "mine": {"teacher": "t", "seconds": 120, "rows": [row("teacher", 10, 100), *floors, *student]},
         "theirs": {"teacher": "u", "seconds": 60, "rows": [row("teacher", 5, 64), row("student", 7, 1)]},
+        "second": {"teacher": "u", "seconds": 180, "rows": [row("student", 7, 1)], "starts_from": ["theirs"]},
     }
     cells = [
         [c.strip() for c in line.split("|")[2:-1]]
-        for line in best(results, ["mine:4", "mine:1", "theirs"]).split("\n")
+        for line in best(results, ["mine:4", "mine:1", "theirs", "second"]).split("\n")
     ]
     assert cells[2] == ["19 ± 2 (4)", "10 ± 2 (100)", "30 ± 2 (4)", "0.75", "2 min"]
     assert cells[3] == ["25 ± 2 (1)", "10 ± 2 (100)", "50 ± 2 (2)", "0.75", "2 min"]
     assert cells[4] == ["7 ± 2 (1)", "5 ± 2 (64)", "", "0.75", "1 min"]
+    assert cells[5][-1] == "1 + 3 min"  # what it starts from is part of what it took
+    assert gallery({"second": results["second"]}, results).endswith("| 240            |")
     with pytest.raises(StopIteration):
         best(results, ["mine:2"])

@@ -11,6 +11,7 @@ from PIL import Image
 
 from fewstep.data.images import CaptionedImages
 from fewstep.evaluation import of_run
+from fewstep.evaluation.gallery import for_terminal, results_table
 from fewstep.export.target import describe
 from fewstep.recipe import DataConfig, EvalConfig, TeacherConfig
 
@@ -120,3 +121,26 @@ def test_the_card_of_the_export_says_what_was_measured(tmp_path, monkeypatch):
     of_run.evaluate_run(recipe_of(), tmp_path / "run", Copies(), PROMPTS, images_of(["one"], 1))
     card = (folder / "README.md").read_text()
     assert "0.125 ± 0.01" in card and "- so many" in card and '"value": 0.125' in card.partition("\n# ")[0]
+    for later, told in (({}, True), ({"trained_steps": 7}, False), ({"dtype": "float16"}, False), ({}, True)):
+        describe(folder, {**record, **later})  # exported again
+        of_run.tell_measured_again(tmp_path / "run")
+        assert ((folder / "README.md").read_text() == card) is told
+    (tmp_path / "run" / "eval" / "table.json").unlink()
+    describe(folder, record)
+    of_run.tell_measured_again(tmp_path / "run")
+    assert "## Measured" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["emoji_dmd2_1step", "emoji_ar_dd1_2step"])
+def test_the_table_at_the_end_of_a_run_fits_a_terminal(name):
+    rows = json.loads((Path(of_run.__file__).parents[2] / "eval" / "results" / f"{name}.json").read_text())[
+        "rows"
+    ]
+    whole = results_table(rows)
+    assert max(map(len, whole.splitlines())) > 80
+    for most in (80, 100, 1000):
+        said = for_terminal(rows, most)
+        assert max(map(len, said.splitlines())) <= most
+        cells = {cell.strip() for line in whole.splitlines()[2:] for cell in line.split("|")}
+        assert all(f"| {cell} " in said for cell in cells if cell)
+    assert said.count("\n\n") == 1 and "(" not in said.partition("\n\n")[2].splitlines()[0]

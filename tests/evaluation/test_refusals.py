@@ -152,7 +152,7 @@ def lying(sets):
     [
         (None, ("--weights", "w.pth"), ["--weights w.pth: ", "pool_function has its own"]),
         (None, ("--declared",), ["--declared: no side is a statistics file that names no extractor"]),
-        (None, ("--skip-bad", "-1"), ["--skip-bad is -1"]),
+        (None, ("--skip-bad", "-1"), ["--skip-bad: -1: expected 0 or more"]),
         (None, ("--out", "{folder}/real"), ["--out", "ends in .json"]),
         (None, ("--out", "/proc/x.json"), ["--out /proc/x.json cannot be written"]),
         (undeclared, (), ["cannot be compared", "unknown", "--declared"]),

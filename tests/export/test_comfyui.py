@@ -25,21 +25,27 @@ FAMILIES = {  # the published configuration, and what stands in for it
     "sd15": ("stable-diffusion-v1-5--stable-diffusion-v1-5", "unet", "SD 1.5"),
     "sdxl": ("stabilityai--stable-diffusion-xl-base-1.0", "unet", "SDXL"),
     "sd3": ("stabilityai--stable-diffusion-3-medium-diffusers", "transformer", "SD 3"),
+    "sd35": ("stabilityai--stable-diffusion-3.5-medium", "transformer", "SD 3"),
     "flux1": ("black-forest-labs--FLUX.1-dev", "transformer", "FLUX.1-dev"),
     "qwen_image": ("Qwen--Qwen-Image", "transformer", "Qwen-Image"),
     "flux2": ("black-forest-labs--FLUX.2-klein-base-4B", "transformer", "FLUX.2-klein"),
     "krea2": ("krea--Krea-2-Raw", "transformer", "Krea-2"),
+    "chroma": ("lodestones--Chroma1-HD", "transformer", "Chroma"),
     "z_image": ("Tongyi-MAI--Z-Image", "transformer", "Z-Image"),
 }
 # Layers that it has no names for; none is adapted unless a recipe asks for it.
-UNREAD = {"flux2": ("time_guidance_embed", "double_stream_modulation", "single_stream_modulation")}
+UNREAD = {
+    "chroma": ("distilled_guidance_layer",),
+    "flux2": ("time_guidance_embed", "double_stream_modulation", "single_stream_modulation"),
+}
+SAME = {"chroma": "flux1", "sd35": "sd3"}  # of one class there
 TITLE = "my run/1"  # no name of a file
 SAFE = "my_run_1"
 
 
 def accepted(family):
     """Every name that ComfyUI reads, each layer's own."""
-    for row in GOLDEN["families"][family]:
+    for row in GOLDEN["families"][SAME.get(family, family)]:
         for i in range(*row.get("i", [0, 1])):
             yield from (name.replace("{i}", str(i)) for name in row["names"])
 
@@ -163,7 +169,7 @@ def simple(table, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("name", ["SDXL", "SD 3", "FLUX.1-dev", "FLUX.2-klein", "Qwen-Image"])
+@pytest.mark.parametrize("name", ["SDXL", "SD 3", "FLUX.1-dev", "FLUX.2-klein", "Chroma", "Qwen-Image"])
 def test_the_settings_call_the_network_where_it_was_trained(name, steps, teachers, tmp_path):
     teacher, flow = teachers(name), name != "SDXL"
     start = None if flow or 1000 % steps == 0 else 998
@@ -175,7 +181,7 @@ def test_the_settings_call_the_network_where_it_was_trained(name, steps, teacher
     if not flow:
         assert simple(range(1000), steps) == pytest.approx(times, abs=1)
         return
-    if name.startswith("FLUX"):
+    if name.startswith(("FLUX", "Chroma")):
         mu = float(re.search(r"max_shift and base_shift both (-?[\d.]+)", card)[1])
         shift = torch.tensor(mu).exp().item()
     else:

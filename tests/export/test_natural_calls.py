@@ -29,11 +29,14 @@ FLOWS = {
     "FLUX.1-dev": 1.0,
     "FLUX.1-schnell": 1.0,
     "Qwen-Image": 1.0,
+    "Chroma": 1.0,
+    "Lumina 2": -1.0,
     "Krea-2": 1.0,
     "FLUX.2-dev": 1.0,
     "FLUX.2-klein": 1.0,
     "Z-Image": -1.0,  # from 1 down to 0, and so from 0 up
 }  # what the network is given at t = 1
+REVERSED = ("ZImageTransformer2DModel", "Lumina2Transformer2DModel")
 TABLES = {1: [999], 2: [999, 499], 4: [999, 749, 499, 249], 3: [999, 666, 333]}
 ODD = {2: [999, 100], 3: [999, 800, 100]}  # no grid of a stock scheduler
 ODD_FLOW = {2: [0.9, 0.5], 3: [0.95, 0.9, 0.1]}
@@ -50,7 +53,7 @@ def given(monkeypatch):
         def watched(self, *args, **options):
             given = names.bind(self, *args, **options).arguments
             time = torch.as_tensor(given["timestep" if "timestep" in given else "t"]).flatten()[0].item()
-            times.append(time if "timestep" in given else time - 1)  # reversed
+            times.append(time - 1 if type(net).__name__ in REVERSED else time)
             return forward(self, *args, **options)
 
         monkeypatch.setattr(type(net), "forward", watched)
@@ -75,10 +78,10 @@ def run_card(folder, monkeypatch, code=None):
     return names
 
 
-NEWER = ("Qwen-Image", "Z-Image", "Krea-2", "FLUX.2-dev", "FLUX.2-klein")
 # Handed a grid as Flux is, so that two cases tell.
-CALLS = [(n, k, s) for n in ZOO if n not in NEWER for k in (1, 2, 4) for s in ("fresh", "ddim")]
-CALLS += [(n, *case) for n in NEWER for case in ((4, "fresh"), (1, "ddim"))]
+HANDED = ("Qwen-Image", "Z-Image", "Krea-2", "FLUX.2-dev", "FLUX.2-klein", "Chroma", "Lumina 2")
+CALLS = [(n, k, s) for n in ZOO if n not in HANDED for k in (1, 2, 4) for s in ("fresh", "ddim")]
+CALLS += [(n, *case) for n in HANDED for case in ((4, "fresh"), (1, "ddim"))]
 
 
 @pytest.mark.parametrize("name, steps, noise", CALLS)
@@ -111,7 +114,8 @@ def test_the_card_and_the_natural_call_give_the_trained_times(
 
 @pytest.mark.parametrize("steps", [2, 3])
 @pytest.mark.parametrize(
-    "name", ["SD 1.5", "SDXL", *(n for n in FLOWS if n not in NEWER or n in ("Qwen-Image", "FLUX.2-klein"))]
+    "name",
+    ["SD 1.5", "SDXL", *(n for n in FLOWS if n not in HANDED or n in ("Qwen-Image", "FLUX.2-klein"))],
 )
 def test_times_that_no_grid_has_stand_in_the_call_and_the_card_says_so(
     name, steps, teachers, tmp_path, given, monkeypatch

@@ -42,7 +42,7 @@ ROWS = {
     "a LoRA, `pytorch_lora_weights.safetensors`": [
         ("yes, and fused", DAY + "test_fused_weights_equal_unfused_and_kohya_keys_mean_the_same"),
         ("yes", DAY + "test_an_exported_student_is_sampled_from_the_command_line"),
-        ("SD 3, Flux, Qwen-Image, Z-Image: yes; SD 1.5, SDXL: no, the file of `--kohya`", AS_IT_IS),
+        ("SD 3, Flux, Chroma, Qwen-Image, Z-Image: yes; SD 1.5, SDXL: no, the file of `--kohya`", AS_IT_IS),
         ("yes, without its prefix", PEFT),
     ],
     "the same with `export.dtype: float16`": [
@@ -200,8 +200,16 @@ def test_a_whole_student_has_no_adapter(sdxl, tmp_path):
 
 def test_what_comfyui_does_not_know_has_no_names_for_it():
     known = {name for name, adapter in adapters().items() if adapter.comfyui}
-    families = ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "QwenImage", "ZImage")
-    families += ("Flux2", "Flux2Klein", "Krea2")
+    families = (
+        "StableDiffusion",
+        "StableDiffusionXL",
+        "StableDiffusion3",
+        "Flux",
+        "QwenImage",
+        "ZImage",
+        "Chroma",
+        *("Flux2", "Flux2Klein", "Krea2"),
+    )
     assert known == {f"{name}Pipeline" for name in families}
     assert {"VARPipeline", "LlamaGenPipeline", "SanaPipeline", "DiTPipeline"} <= set(adapters()) - known
 

@@ -1,5 +1,6 @@
 """What every registered method promises: it runs, touches only its own roles, and resumes bit for bit."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,6 +13,7 @@ from toys import SD, Mlp, Rows, TimedMlp, fit, toy, view
 
 from fewstep.diffusion.cond import Cond
 from fewstep.diffusion.rng import Rng
+from fewstep.errors import RecipeError
 from fewstep.methods import METHODS
 from fewstep.methods.base import Progress
 from fewstep.teachers.analytic import GaussianMixture
@@ -42,23 +44,32 @@ def teacher():
     return halves, fit(halves, Mlp(width=32, labels=2), steps=50)
 
 
-def trainer_of(name, config=None, **options):
-    (halves, fitted), method = teacher(), METHODS[name]
+@cache
+def unlabelled():
+    """The same ring without labels, and so without a null one."""
+    ring = GaussianMixture.ring(SD, radius=2.2, std=0.2)
+    torch.manual_seed(0)
+    return ring, fit(ring, Mlp(width=32), steps=5)
+
+
+def trainer_of(name, config=None, labels=2, **options):
+    (halves, fitted), method = teacher() if labels else unlabelled(), METHODS[name]
     if name == "boot":
         torch.manual_seed(0)
-        fitted = TimedMlp(labels=2).requires_grad_(False)
+        fitted = TimedMlp(labels=labels).requires_grad_(False)
     config = config or method.Config.toy()
     if method.teacher_kind == "autoregressive":
         tokens = known_teacher()
         return token_toy(method, config, tokens, STEPS, 16, known_pairs(tokens, 64), **options)
-    cond = Cond({"label": LABELS})
+    cond = Cond({"label": LABELS}) if labels else None
     real = halves.sample(64, Rng("real"), cond) if "images" in method.needs(config) else None
-    options = {"steps": STEPS, "batch_size": 16, "real": real, "labels": LABELS, **options}
+    options = {"steps": STEPS, "batch_size": 16, "real": real, **options}
+    options["labels"] = LABELS if labels else None
     judged = name in JUDGES or (name == "hyper_sd" and config.gan_weight)
     trainer = toy(method, config, view(fitted) if judged else halves, fitted, **options)
     if "pairs" in method.needs(config):
         trainer.data.pairs = Rows(64, noise=Rng("n").normal(64, 2), x0=halves.sample(64, Rng("p"), cond))
-        trainer.data.pair_conditions = Rows(64, label=LABELS)
+        trainer.data.pair_conditions = Rows(64, **({"label": LABELS} if labels else {"id": torch.arange(64)}))
     return trainer
 
 
@@ -97,6 +108,25 @@ def test_a_method_runs_changes_only_what_a_phase_names_and_leaves_the_rest_alone
     assert all(a.equal(b) for a, b in zip(frozen, fitted.parameters()))
     assert set(turns) == {phase.name for phase in trainer.phases}
     assert all(value.isfinite().all() for value in after.values())
+
+
+DIFFUSION = sorted(name for name, method in METHODS.items() if method.teacher_kind == "diffusion")
+
+
+@pytest.mark.parametrize("name", [n for n in DIFFUSION if n != "multi_student"])  # which splits conditions
+def test_a_teacher_without_a_null_condition_is_distilled_at_guidance_1_alone(name):
+    """And what would need one is refused by the option that asks for it."""
+    trainer, config = trainer_of(name, labels=0), METHODS[name].Config.toy()
+    assert trainer.method.teacher.null is None
+    before = weights(trainer)
+    trainer.train()
+    assert any(not w.equal(before[n]) for n, w in weights(trainer).items())
+    learnt = {"null_probability": 0.1} if hasattr(config, "null_probability") else {}
+    for option, value in {"guidance_scale": 3.0, "guidance_range": (1.0, 3.0)}.items():
+        if hasattr(config, option):
+            asking = replace(config, **{option: value}, **learnt)
+            with pytest.raises(RecipeError, match=rf"^method\.{option}: 3: expected 1, .* no null condition"):
+                trainer_of(name, asking, labels=0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -167,7 +167,8 @@ class Spy:
     """A closed-form denoiser that remembers what it was asked for."""
 
     def __init__(self, inner, null=None):
-        self.inner, self.schedule, self.null, self.calls = inner, inner.schedule, null, []
+        self.inner, self.schedule, self.calls = inner, inner.schedule, []
+        self.null = null or getattr(inner, "null", None)
 
     def x0(self, x_t, t, cond, *, guidance=1.0):
         self.calls.append({"x_t": x_t, "t": t, "cond": cond, "guidance": guidance})
@@ -807,7 +808,7 @@ def test_nodes_and_critic_of_unequal_weights_are_refused(sdxl, odd):
         (DisBack, {"record_steps": 0}, r"method\.record_steps: 0: expected at least 1"),
         (DisBack, {"backtrack_steps": 0}, r"method\.backtrack_steps: 0: expected at least 1"),
         (DisBack, {"time_range": (0.5, 0.2)}, r"method\.time_range: .*expected 0 <= low"),
-        (SwiftBrush, {"null_probability": 2}, r"method\.null_probability: 2.*expected a probability"),
+        (SwiftBrush, {"null_probability": 2}, r"method\.null_probability: 2\.0: expected 0 to 1"),
         (SwiftBrush, {"null_probability": 0}, r"method\.null_probability: 0.*guide_critic false"),
         (SwiftBrush, {"time_range": (0.5, 0.2)}, r"method\.time_range: .*expected 0 <= low"),
         (DiffInstruct, {"critic_steps": 0}, r"method\.critic_steps: 0: expected at least 1"),
@@ -822,4 +823,4 @@ def test_impossible_options_are_refused_by_name(method, options, message):
 
 def test_null_prompts_need_a_teacher_that_has_them(ring, fitted):
     with pytest.raises(RecipeError, match=r"method\.null_probability: 0\.1: .*no null condition"):
-        toy(SwiftBrush, SwiftBrush.Config(), ring, fitted)
+        toy(SwiftBrush, SwiftBrush.Config(guidance_scale=1.0), ring, fitted)

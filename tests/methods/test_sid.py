@@ -681,7 +681,7 @@ def test_the_guided_combination_of_the_critic_is_what_learns(labelled):
         ({"critic_steps": 0}, "method.critic_steps: 0"),
         ({"alpha": math.nan}, "method.alpha: nan"),
         ({"alpha": 3.0}, "method.alpha: 3.0: expected -1 <= alpha <= 2"),
-        ({"kappa3": math.inf}, "method.kappa3: inf: expected finite numbers"),
+        ({"kappa3": math.inf}, "method.kappa3: inf: expected a finite number"),
         ({"last_share": 1.0}, "method.last_share: 1.0"),
         ({"caption_dropout": 1.0}, "method.caption_dropout: 1.0"),
         ({"gan_weight": -1.0}, "method.gan_weight: -1.0"),

@@ -213,7 +213,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(tiny_sdxl, tmp_path, cap
     assert main([*words, str(tmp_path / "there")]) == 2
     assert "is there already" in capsys.readouterr().err
     assert main([*words, str(tmp_path / "new"), "--turns", "0"]) == 2
-    assert "turns 0.0: expected a positive number" in capsys.readouterr().err
+    assert "--turns: 0: expected a positive number" in capsys.readouterr().err
     with pytest.raises(FewstepError, match="has none; classes that have"):
         preparing.with_qk_norm(load_teacher(str(tiny_sdxl)).net)
     with pytest.raises(FewstepError, match="no sinusoid of the network turns so little"):

@@ -36,12 +36,14 @@ def tried(tally, *words):
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
         try:
             code = cli.main([str(word) for word in words])
-        except SystemExit as stop:  # argparse's own
+        except SystemExit as stop:  # as a recipe's script ends
             code = stop.code
     lines = [line for line in said.getvalue().splitlines() if line.startswith(("fewstep: ", "fewstep eval"))]
     assert code in (0, 2, 3, 4), (words, code)
     if code:
-        assert "Traceback" not in said.getvalue() and (lines or "usage:" in said.getvalue()), said.getvalue()
+        assert "Traceback" not in said.getvalue() and lines and "usage:" not in said.getvalue(), (
+            said.getvalue()
+        )
     tally("refused with a clear error" if code else "accepted, being good", 1)
     return code, said.getvalue() + shown.getvalue()
 

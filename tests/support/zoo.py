@@ -28,12 +28,18 @@ ZOO = {
     "SD 1.5": Kind("StableDiffusionPipeline", taps=UNET),
     "SD 2.1, v": Kind("StableDiffusionPipeline", SD21, taps=UNET),
     "SDXL": Kind("StableDiffusionXLPipeline", taps=UNET),
-    "SD 3": Kind("StableDiffusion3Pipeline"),
+    "SD 3": Kind(
+        "StableDiffusion3Pipeline", {"dual_attention_layers": (0,)}
+    ),  # as 3.5 medium has, in a block
     "FLUX.1-dev": Kind("FluxPipeline", resolution=RESOLUTION["FluxPipeline"]),
     "FLUX.1-schnell": Kind("FluxPipeline", {"guidance_embeds": False}, RESOLUTION["FluxPipeline"]),
     "Qwen-Image": Kind("QwenImagePipeline", resolution=RESOLUTION["QwenImagePipeline"]),
     "Z-Image": Kind(
         "ZImagePipeline", resolution=RESOLUTION["ZImagePipeline"], taps=("noise_refiner.0", "layers.1")
+    ),
+    "Chroma": Kind("ChromaPipeline", resolution=RESOLUTION["ChromaPipeline"]),
+    "Lumina 2": Kind(
+        "Lumina2Pipeline", resolution=RESOLUTION["Lumina2Pipeline"], taps=("noise_refiner.0", "layers.1")
     ),
     "FLUX.2-dev": Kind("Flux2Pipeline", resolution=RESOLUTION["Flux2Pipeline"]),
     "FLUX.2-klein": Kind(

@@ -151,7 +151,7 @@ def test_loras_on_the_command_line(monkeypatch, tmp_path):
     assert recipes.digest(made) != recipes.digest(plain)
     for text, words in {
         "[{path: a, wieght: 1}]": "teacher.loras.0.wieght: unknown field; did you mean weight",
-        "[{path: a, weight: 0}]": "teacher.loras: a: weight 0.0: expected a number that is not 0",
+        "[{path: a, weight: 0}]": "teacher.loras: a: weight: 0.0: expected a number that is not 0",
         "[{weight: 1}]": "teacher.loras.0.path: missing",
         "a.safetensors": "teacher.loras: 'a.safetensors'",
     }.items():
