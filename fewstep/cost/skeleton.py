@@ -43,6 +43,7 @@ def skeleton_pipeline(source: str, network: str, dtype: torch.dtype, config: str
         FewstepError: no configuration can be read, e.g. because the hub is out of reach.
     """
     import diffusers
+    import transformers
 
     path = configs_of(source, config)
     components: dict[str, Any] = {}
@@ -60,7 +61,7 @@ def skeleton_pipeline(source: str, network: str, dtype: torch.dtype, config: str
                 elif cls is not None and issubclass(cls, diffusers.ModelMixin):
                     config = cls.load_config(path, subfolder=name)
                     components[name] = _built(cls.from_config, config, dtype if name == network else None)
-                elif cls is not None and hasattr(cls, "config_class"):
+                elif cls is not None and issubclass(cls, transformers.PreTrainedModel):
                     config = cls.config_class.from_pretrained(path, subfolder=name)
                     with torch.device("meta"):
                         components[name] = _built(cls, config, dtype)

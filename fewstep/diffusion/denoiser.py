@@ -64,7 +64,7 @@ class NetDenoiser:
         null: one row of the null condition, for classifier-free guidance; None where there is none.
         example: one row of any condition, for a trial call; by default the null one.
         guide: how the two predictions of guidance become one, where the stock pipeline does more than :func:`plainly`.
-        tokens: how many of the tokens that a block gives are the image's, the first ones; None for all.
+        tokens: how many of the tokens that a block gives are the image's: n the first, -n the last; None for all.
         embeds_guidance: a network distilled from a guided one, which is told the scale as ``cond[EMBEDDED]``: the
             guidance it is called with, or ``embedded`` where that is 1, as students and critics are called.
         autocast: dtype of the network's arithmetic, or None for the weights' own. x_t and x0 stay fp32.

@@ -40,7 +40,8 @@ def _taps(
 
     def keep(name: str):
         def hook(_module, _inputs, output):
-            features[name] = _image_of(output)[:, :tokens].float()
+            image = _image_of(output)
+            features[name] = (image[:, tokens:] if tokens and tokens < 0 else image[:, :tokens]).float()
             if len(features) == len(names):
                 if stop:
                     raise _LastTap

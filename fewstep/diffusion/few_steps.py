@@ -44,7 +44,7 @@ def levels(schedule: Schedule, times: Sequence[float], end: tuple[float, float] 
 
 def reference_times(schedule: Schedule, num_steps: int) -> list[float]:
     """The "trailing" grid of diffusers: integers from T-1 for a table, even before the shift for a flow."""
-    even = [1 - i / num_steps for i in range(num_steps)]
+    even, schedule = [1 - i / num_steps for i in range(num_steps)], schedule.for_steps(num_steps)
     if isinstance(schedule, Flow):
         return schedule.shifted(torch.tensor(even, dtype=torch.float64)).tolist()
     steps = schedule.t_max + 1

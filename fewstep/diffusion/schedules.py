@@ -12,7 +12,7 @@ A network's output is ``a x0 + b eps`` for some (a, b): x0 (1, 0), eps (0, 1), v
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -206,6 +206,10 @@ class Schedule:
         """The ``low`` with which :meth:`draw_times` draws above t only."""
         return (t - self.t_min) / (self.t_max - self.t_min)
 
+    def for_steps(self, num_steps: int) -> Schedule:
+        """The same path with the grid that a sampler of so many steps has on it; mostly itself."""
+        return self
+
     def is_silent(self, t: float) -> bool:
         """Whether there is no signal at all at this time (zero SNR), where eps says nothing of x0."""
         return self.alpha(torch.tensor([t], dtype=torch.float64)).item() == 0
@@ -304,14 +308,21 @@ class Flow(Schedule):
     """Rectified flow ``x_t = (1 - t) x0 + t eps``; t in [0, 1] is already the noise level sigma.
 
     ``shift`` is the resolution shift of SD3 and SANA; it moves sampling times (:meth:`shifted`), not the path.
+    ``by_steps`` is the shift of a sampler by its number of steps, where they differ (FLUX.2); ``shift`` is then that of
+    the teacher's own number.
     """
 
     t_min, t_max = 0.0, 1.0
 
-    def __init__(self, shift: float = 1.0, time_scale: float = 1000.0):
+    def __init__(
+        self, shift: float = 1.0, time_scale: float = 1000.0, by_steps: Callable[[int], float] | None = None
+    ):
         if not shift > 0:
             raise FewstepError(f"flow shift {shift}: expected a positive number; 1 means no shift")
-        self.shift, self.time_scale = shift, time_scale
+        self.shift, self.time_scale, self.by_steps = shift, time_scale, by_steps
+
+    def for_steps(self, num_steps: int) -> Flow:
+        return Flow(self.by_steps(num_steps), self.time_scale) if self.by_steps else self
 
     def shifted(self, u: Any) -> Any:
         """Uniform time u in [0, 1] -> ``shift u / (1 + (shift - 1) u)`` (SD3, arXiv 2403.03206, eq. 23)."""

@@ -33,7 +33,7 @@ def ddim(
     Returns:
         x0 (B, ...), the last step's prediction.
     """
-    schedule = denoiser.schedule
+    schedule = denoiser.schedule.for_steps(num_steps)
     start = schedule.t_max if start is None else start
     times = torch.linspace(start, schedule.t_min, num_steps + 1, dtype=torch.float64)
     if isinstance(schedule, Flow):  # even before the shift

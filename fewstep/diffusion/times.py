@@ -156,6 +156,7 @@ def even_times(schedule: Schedule, num_steps: int, start: float | None = None) -
             f"student times: {num_steps} steps from {start:g}: expected at least one step from a start within "
             f"({schedule.t_min:g}, {schedule.t_max:g}] of the teacher's schedule"
         )
+    schedule = schedule.for_steps(num_steps)
     if isinstance(schedule, Flow):
         first = schedule.fraction_above(start)
         return [start, *(schedule.shifted(first * (1 - k / num_steps)) for k in range(1, num_steps))]

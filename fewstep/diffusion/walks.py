@@ -91,6 +91,7 @@ def known_walks(schedule: Schedule, num_steps: int, order: int) -> Iterator[Walk
     stock schedulers end at no other level than zero, has powers of the time before its shift.
     """
     yield walk(schedule, "even", reference_times(schedule, num_steps), order)
+    schedule = schedule.for_steps(num_steps)
     if isinstance(schedule, Flow):
         even = torch.tensor(spread(1.0, 0.0, num_steps + 1, RHO_OF_TIMES)[:-1], dtype=torch.float64)
         yield walk(schedule, "power", schedule.shifted(even).tolist(), order)

@@ -23,7 +23,7 @@ from fewstep.teachers.pipelines import (
     size_options,
     takes,
 )
-from fewstep.teachers.schedulers import is_flow
+from fewstep.teachers.schedulers import for_steps, is_flow
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SOLVERS = ("own", "lcm", "ddim", "euler", "heun", "dpm++", "unipc", "ays")
@@ -98,7 +98,7 @@ class Model:
             FewstepError: a solver that the pipeline cannot have, or steps that the student's times cannot have.
         """
         call: dict[str, Any] = {"num_inference_steps": steps}
-        scheduler = self.scheduler
+        scheduler = for_steps(self.scheduler, steps)
         flow = is_flow(scheduler)
         free_u(self.network, None)  # a floor before this one may have asked for it
         if solver != "own" and not flow and not hasattr(scheduler, "alphas_cumprod"):

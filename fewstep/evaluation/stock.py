@@ -15,7 +15,7 @@ from ..diffusion.walks import Walk, noise_at
 from ..errors import FewstepError
 from ..files import replacing, write_json
 from ..teachers.pipelines import class_of, hands_sigmas, network_of
-from ..teachers.schedulers import FLOOR, is_flow, schedule_of
+from ..teachers.schedulers import FLOOR, for_steps, is_flow, schedule_of
 
 AYS = {"StableDiffusionPipeline": "StableDiffusion", "StableDiffusionXLPipeline": "StableDiffusionXL"}
 RECORD = "floor.json"
@@ -126,7 +126,7 @@ def floor_sampler(solver: str, pipe: Any, scheduler: Any, num_steps: int) -> tup
     import diffusers
 
     if solver in FLOOR:
-        made = FLOOR[solver](scheduler)
+        made = FLOOR[solver](for_steps(scheduler, num_steps))
         if hands_sigmas(pipe):
             made = _handed(made, solver, class_of(pipe))
         return made, {"num_inference_steps": num_steps}

@@ -13,6 +13,7 @@ from . import comfyui
 from .weights import LORA_FILE, adapters
 
 UNPROMPTED = "DDPMPipeline"  # hands on no labels
+IMAGE_FIRST = ("Flux2Pipeline", "Flux2KleinPipeline")  # whose calls begin with an image
 ENCODED = {"pooled": "encoded[2][0]", "embeds": "encoded[0][0].mean(0)"}
 # A program for each kind of export, of parts that some share; the words in braces are those of `_words`.
 ADAPTED = """\
@@ -87,7 +88,7 @@ ROUTED_WHOLE = (
     "import json\n\n" + WHOLE + NETWORKS + ROUTE + "pipe.{network} = networks[route(prompt)]\n" + IMAGE
 )
 FIXED = """
-noise = torch.randn(1, *{latent_shape}, generator=torch.Generator().manual_seed(0))
+noise = torch.randn(1, *{latent_shape}, generator=torch.Generator().manual_seed(0)){given}
 generator = torch.Generator().manual_seed(0)  # every step adds the first noise again
 def again(pipe, step, time, kwargs):
     generator.manual_seed(0)
@@ -118,6 +119,7 @@ def _words(record: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """What stands in the braces of the programs."""
     prompt, parts = _prompt(record), record.get("parts", [])
     loaded = "from diffusers.utils import load_image\n" if record["pipeline_class"] in EDITING else ""
+    named = "prompt=" if record["pipeline_class"] in IMAGE_FIRST else ""
     return {
         **record,
         **_extras(record),
@@ -131,7 +133,7 @@ def _words(record: Mapping[str, Any], folder: str) -> dict[str, Any]:
         "tensors": os.path.join(folder, "router.safetensors"),
         "encoded": ENCODED.get(record.get("routed_on", "")),
         "asked": prompt,
-        "prompt": "prompt" if parts else prompt,
+        "prompt": named + ("prompt" if parts else prompt),
     }
 
 
@@ -171,7 +173,10 @@ def _extras(record: Mapping[str, Any]) -> dict[str, str]:
     if "experts" in record:
         call.append("callback_on_step_end=switch")
     if record.get("noise") == "fixed":
-        imports, lines = "import torch\n", FIXED.format(latent_shape=record["latent_shape"])
+        imports, lines = (
+            "import torch\n",
+            FIXED.format(latent_shape=record["latent_shape"], given=_given(record)),
+        )
         call.append("latents=noise, generator=generator, callback_on_step_end=again")
     if record["pipeline_class"] == UNPROMPTED and "num_classes" in record:
         imports, lines = (
@@ -181,6 +186,11 @@ def _extras(record: Mapping[str, Any]) -> dict[str, str]:
     if record["kind"] == "lora":
         imports = _imports(record) + imports
     return {"imports": imports, "extras": lines, "call": ", ".join(call)}
+
+
+def _given(record: Mapping[str, Any]) -> str:
+    """What makes the call's latents of what the pipeline holds, as Python has it; see :func:`.load.given`."""
+    return f".mT.reshape(1, *{record['given_shape']})" if "given_shape" in record else ""
 
 
 def _imports(record: Mapping[str, Any]) -> str:

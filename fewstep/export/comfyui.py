@@ -14,6 +14,12 @@ from ..teachers.origin import RECORD
 
 # Levels of its own table, of which its scheduler `simple` takes every (TABLE / K)-th from the noisiest down.
 TABLE = 1000
+FLUX = (
+    *("FluxPipeline", "ChromaPipeline"),
+    "Flux2Pipeline",
+    "Flux2KleinPipeline",
+    "Krea2Pipeline",
+)  # whose shift it tells by its logarithm
 FRACTIONS = (
     "QwenImagePipeline",
     "QwenImageEditPlusPipeline",
@@ -42,8 +48,10 @@ def settings(teacher: Teacher, student: Sampler) -> dict[str, Any]:
     fractions = [1 - int(k * TABLE / steps) / TABLE for k in range(steps)]
     found = {"sampler": sampler, "scheduler": "simple", "steps": steps, "cfg": 1.0}
     if isinstance(schedule, Flow):
-        same = all(abs(t - schedule.shifted(u)) < 2e-3 for t, u in zip(student.times, fractions))
-        return {**found, "shift": float(schedule.shift)} if same else {}
+        for flow in (schedule.for_steps(steps), schedule):
+            if all(abs(t - flow.shifted(u)) < 2e-3 for t, u in zip(student.times, fractions)):
+                return {**found, "shift": float(flow.shift)}
+        return {}
     if not isinstance(schedule, VP) or schedule.t_max + 1 != TABLE:
         return {}
     return found if all(abs(t + 1 - u * TABLE) < 1.5 for t, u in zip(student.times, fractions)) else {}
@@ -95,9 +103,9 @@ def _beside(record: Mapping[str, Any]) -> str:
 
 
 def _shift(pipeline_class: str, shift: float) -> str:
-    if pipeline_class in ("FluxPipeline", "ChromaPipeline"):
+    if pipeline_class in FLUX:
         mu = round(math.log(shift), 4)
-        guidance = " FluxGuidance: 1.0." if pipeline_class == "FluxPipeline" else ""
+        guidance = " FluxGuidance: 1.0." if pipeline_class in ("FluxPipeline", "Flux2Pipeline") else ""
         return (
             f"ModelSamplingFlux before it: max_shift and base_shift both {mu}, for its shift is {shift:.4g} whatever "
             f"the size.{guidance}"

@@ -152,6 +152,11 @@ def at_steps(record: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
     return {**record, "num_steps": steps, **known[str(steps)]}
 
 
+def given(noise: torch.Tensor, record: Mapping[str, Any]) -> torch.Tensor:
+    """Noise (B, ...) in the layout that a stock pipeline holds, in which its steps draw theirs -> its ``latents=``."""
+    return noise.mT.reshape(len(noise), *record["given_shape"]) if "given_shape" in record else noise
+
+
 def stock_call(pipe, record: Mapping[str, Any], generators: list[torch.Generator]) -> dict[str, Any]:
     """Arguments of one call of the stock pipeline beside the prompts, as the model card's snippet has them.
 
@@ -178,7 +183,7 @@ def stock_call(pipe, record: Mapping[str, Any], generators: list[torch.Generator
         use_adapter(pipe, experts, 0)
     if again:
         latents = [torch.randn(1, *record["latent_shape"], generator=g) for g in generators]
-        call["latents"] = torch.cat(latents).to(pipe.device, network_of(pipe).dtype)
+        call["latents"] = given(torch.cat(latents), record).to(pipe.device, network_of(pipe).dtype)
         rewind()
     if experts or again:
         call["callback_on_step_end"] = after

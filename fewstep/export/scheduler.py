@@ -137,9 +137,11 @@ def _flow_options(times: Sequence[float], length: int, shift: float, handed: boo
         times: (K,). length: of the table. shift: the teacher's.
     """
     steps, last = len(times), float(times[-1])
-    found = [{"shift": shift}] if handed else []  # nothing to stretch: any other number of steps has it too
     if steps == 1:
-        return [*found, {"shift": 1.0}]
+        return [*([{"shift": shift}] if handed else []), {"shift": 1.0}]
+    own = last * (steps - 1) / (1 - last)  # of an even grid that ends at 1 / K before it
+    # Nothing to stretch: any other number of steps has it too.
+    found = [{"shift": s} for s in (shift, own)] if handed and own > 0 else []
     found.append({"shift": 1.0, "shift_terminal": last})
     if steps == 2 or times[0] != 1:
         return found

@@ -120,10 +120,17 @@ class Target:
             **self.sampling(),
             "resolution": teacher.resolution,
             "latent_shape": list(teacher.stock_shape),
+            **self.given(),
             "dtype": edition.dtype,
             **self.particulars(),
             **self.comfyui(edition),
         }
+
+    def given(self) -> dict[str, Any]:
+        """Of the record: the shape of one sample's ``latents=``, where a pipeline holds the columns of it as tokens."""
+        held = torch.empty(1, *self.teacher.latent_shape, device="meta")
+        shape = list(self.teacher.given(held).shape[1:])
+        return {} if shape == list(self.teacher.stock_shape) else {"given_shape": shape}
 
     def comfyui(self, edition: Edition) -> dict[str, Any]:
         """Of the record: what ComfyUI reads, and its settings."""
@@ -228,7 +235,7 @@ class Stock(Target):
         if isinstance(
             self.student.schedule, Flow
         ):  # the exported scheduler's may be another, which has its times
-            found["shift"] = float(self.student.schedule.shift)
+            found["shift"] = float(self.student.schedule.for_steps(self.student.num_steps).shift)
         if absent := [name for name, part in self.teacher.pipe.components.items() if part is None]:
             found["absent"] = absent
         if len(self.samplers) > 1:

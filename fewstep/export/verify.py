@@ -15,7 +15,7 @@ from ..errors import TrainingError
 from ..teachers.base import Teacher
 from ..teachers.generate import call_pipeline
 from ..teachers.pipelines import hushed, size_options, takes
-from .load import at_steps, load_exported, stock_call
+from .load import at_steps, given, load_exported, stock_call
 
 PIXELS = 0.02  # the same decoder, given the same latents, rounds on
 
@@ -74,7 +74,7 @@ def stock_sample(
     call = {**stock_call(pipe, record, []), **size_options(pipe, teacher.resolution)}
     if teacher.draws_latents:
         noise = torch.randn(len(prompts), *teacher.stock_shape, generator=generator)
-        call["latents"] = noise.to(getattr(pipe, teacher.network).dtype)
+        call["latents"] = given(noise, record).to(getattr(pipe, teacher.network).dtype)
         if record.get("noise") == "fixed" and takes(
             teacher.pipe, "callback_on_step_end"
         ):  # every step draws the first noise again

@@ -20,7 +20,7 @@ from ..errors import FewstepError
 from .origin import Origin
 from .pipelines import fix_shift, native_resolution, pixels_per_latent, size_options, takes
 from .references import Edit
-from .schedulers import FLOOR, PREDICTIONS, is_flow, schedule_of, scheduler_sample
+from .schedulers import FLOOR, PREDICTIONS, for_steps, is_flow, schedule_of, scheduler_sample
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
@@ -40,7 +40,9 @@ class Teacher:
         latent_shape: (C, H, W) of one sample. packing: latents along the side of what a network takes as one token
             already packed (Flux). patch: the same, of what it packs itself. shifts_latents: whether the stock pipeline
             reads the VAE's ``shift_factor``. normalises: whether it reads ``latents_mean`` and ``latents_std`` of each
-            channel, where the VAE has both. films: whether the VAE is one of films, to which an image is one frame.
+            channel, where the VAE has both, or its BatchNorm's. films: whether the VAE is one of films, to which an
+            image is one frame. folds: of the VAE's latents along the side of one of the teacher's, their channels side
+            by side (FLUX.2).
             needs: the oldest version of each library that has the class.
             edits: whether prompts are :class:`~fewstep.teachers.references.Edit`, with images that they change; its
             stock call takes one at a time.
@@ -57,6 +59,7 @@ class Teacher:
     normalises: ClassVar[bool] = False
     films: ClassVar[bool] = False
     edits: ClassVar[bool] = False
+    folds: ClassVar[int] = 1
     needs: ClassVar[dict[str, str]] = {}
     comfyui: ClassVar[str | None] = None
     comfyui_whole: ClassVar[bool] = True
@@ -82,7 +85,7 @@ class Teacher:
         self.net: Any = getattr(pipe, self.network)  # with its `config`, `dtype` and the like
         _without_dropout(self.net)
         native, factor = native_resolution(pipe), pixels_per_latent(pipe)
-        size, unit = resolution or native, factor * self.packing * self.patch
+        size, unit = resolution or native, factor * self.packing * self.patch * self.folds
         if size % unit:
             raise FewstepError(f"teacher.resolution: {size}: expected a multiple of {unit} for this pipeline")
         if size != native and not size_options(pipe):
@@ -91,7 +94,7 @@ class Teacher:
                 "it null"
             )
         self.resolution = size
-        side = size // factor
+        side = size // factor // self.folds
         self.latent_shape: tuple[int, ...] = (self.net.config.in_channels // self.packing**2, side, side)
         fix_shift(pipe, size)
         kind = pipe.scheduler.config.get("prediction_type", "epsilon")
@@ -163,7 +166,7 @@ class Teacher:
 
     @property
     def image_tokens(self) -> int | None:
-        """Tokens of the image in what a block gives, where the text's come behind them; None where there are none."""
+        """Tokens of the image in what a block gives beside the text's: n before them, -n behind; None without these."""
         return None
 
     @staticmethod
@@ -172,8 +175,12 @@ class Teacher:
         return latents
 
     def unpack(self, latents: Tensor) -> Tensor:
-        """The way back."""
+        """The way back; of what the stock call gives as latents too."""
         return latents
+
+    def given(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> what the stock call takes as ``latents``: mostly what it holds."""
+        return self.pack(latents)
 
     # -------------------------------------------------------------------------------------------------- latents
     @torch.no_grad()
@@ -189,8 +196,12 @@ class Teacher:
         ]
         shift, factor = self.latent_scale()
         z = torch.cat(parts)
-        scaled: Tensor = ((z[:, :, 0] if self.films else z) - shift) * factor
+        scaled: Tensor = (self.fold(z[:, :, 0] if self.films else z) - shift) * factor
         return scaled
+
+    def fold(self, z: Tensor) -> Tensor:
+        """(B, C, h, w) of the VAE -> (B, C f f, h / f, w / f)."""
+        return nn.functional.pixel_unshuffle(z, self.folds) if self.folds > 1 else z
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Scaled latents (B, C, h, w) -> uint8 images (B, H, W, 3)."""
@@ -208,17 +219,22 @@ class Teacher:
         return self.vae_decode(latents.to(self.pipe.vae.dtype) / factor + shift).float().clamp(-1, 1)
 
     def vae_decode(self, z: Tensor) -> Tensor:
-        """The VAE's own z (B, C, h, w) -> what it makes of it, (B, 3, H, W)."""
+        """The VAE's own z, as :meth:`fold` leaves it (B, C, h, w) -> what it makes of it, (B, 3, H, W)."""
+        z = nn.functional.pixel_shuffle(z, self.folds) if self.folds > 1 else z
         decoded: Tensor = self.pipe.vae.decode(z[:, :, None] if self.films else z, return_dict=False)[0]
         return decoded[:, :, 0] if self.films else decoded
 
     def latent_scale(self) -> tuple[Any, Any]:
         """(shift, factor), numbers or (C, 1, 1): latents are ``(z - shift) * factor`` of the VAE's own z.
 
-        By the rule of the stock pipeline, which may read less than the VAE's configuration holds.
+        By the rule of the stock pipeline, which may read less than the VAE's configuration holds, or statistics among
+        its weights.
         """
         vae = self.pipe.vae
         c, scale = vae.config, vae.config.get("scaling_factor", 1.0)
+        if self.normalises and hasattr(vae, "bn"):
+            deviation = (vae.bn.running_var + c.batch_norm_eps).sqrt()
+            return vae.bn.running_mean[:, None, None], scale / deviation[:, None, None]
         mean, std = c.get("latents_mean"), c.get("latents_std")
         if not self.normalises or mean is None or std is None:
             return (c.get("shift_factor") or 0.0) if self.shifts_latents else 0.0, scale
@@ -242,7 +258,7 @@ class Teacher:
             return "x0", lambda noise, cond: self.sample(noise, cond, steps, guidance)
         if solver not in FLOOR:
             raise FewstepError(f"--solver {solver}: a diffusion teacher takes {', '.join(FLOOR)}")
-        scheduler = FLOOR[solver](self.pipe.scheduler)
+        scheduler = FLOOR[solver](for_steps(self.pipe.scheduler, steps))
         return "x0", partial(scheduler_sample, self.denoiser, scheduler, num_steps=steps, guidance=guidance)
 
     # --------------------------------------------------------------------------------------------------- memory

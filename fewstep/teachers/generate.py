@@ -24,6 +24,7 @@ FORGET = (
     *("StableDiffusion3Pipeline", "FluxPipeline", "DiTPipeline"),
     *("QwenImagePipeline", "QwenImageEditPlusPipeline", "ZImagePipeline"),
     *("ChromaPipeline", "Lumina2Pipeline"),
+    *("Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline"),
 )
 
 
@@ -53,7 +54,7 @@ def call_pipeline(
     if class_of(pipe) in GUIDING and "guidance_scale" in options:
         options |= guided(pipe, options.pop("guidance_scale"), len(prompts))
     if name != "DDPMPipeline":
-        return pipe(prompts, generator=generator, **options)
+        return pipe(prompt=prompts, generator=generator, **options)
     scale = options.pop("guidance_scale", 1.0)
     if scale not in (0.0, 1.0):
         raise FewstepError(f"guidance_scale: {scale}: a {name} has no guidance; expected 1")

@@ -11,6 +11,7 @@ from typing import Any
 from .pipelines import EDITING, class_of, hushed
 
 PIECE = 1024  # prompts that are split into tokens at a time
+THINKING = {"ZImagePipeline": True, "Flux2KleinPipeline": False}  # what their templates of a chat are told
 SAID = ("part of your input was truncated", "Token indices sequence length is longer")
 
 
@@ -21,7 +22,7 @@ def limits(pipe: Any) -> dict[str, int]:
         return found
     parameter = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        tokenizer = getattr(pipe, name, None)
+        tokenizer = _tokenizer(pipe, name)
         if tokenizer is not None:
             clip = "CLIP" in type(tokenizer).__name__  # whose length is its model's, whatever the call says
             asked = parameter.default if parameter is not None and not clip else None
@@ -34,17 +35,33 @@ def limits(pipe: Any) -> dict[str, int]:
 
 def _around(pipe: Any, tokenizer: Any) -> int:
     """Tokens that a stock pipeline puts around each text, of those that it reads in all."""
-    if class_of(pipe) == "ZImagePipeline":
-        empty = [{"role": "user", "content": ""}]
-        options = {"add_generation_prompt": True, "enable_thinking": True}
-        return len(tokenizer(tokenizer.apply_chat_template(empty, tokenize=False, **options))["input_ids"])
-    if class_of(pipe) == "Lumina2Pipeline":
+    kind = class_of(pipe)
+    if kind in THINKING:
+        messages: list[Any] = [{"role": "user", "content": ""}]
+        options = {"add_generation_prompt": True, "enable_thinking": THINKING[kind]}
+        empty = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    elif kind == "Flux2Pipeline":
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        messages = format_input([""], pipe.system_message)[0]
+        empty = pipe.tokenizer.apply_chat_template(messages, tokenize=False)
+    elif kind == "Lumina2Pipeline":
         whole = tokenizer(f"{pipe.system_prompt} <Prompt Start> ")["input_ids"]
         return len(whole) - len(tokenizer("")["input_ids"])
-    if class_of(pipe) == "QwenImagePipeline":  # which leaves out what stands before the text
-        empty = tokenizer(pipe.prompt_template_encode.format(""))["input_ids"]
-        return len(empty) - pipe.prompt_template_encode_start_idx
-    return 0
+    elif kind == "QwenImagePipeline":
+        empty = pipe.prompt_template_encode.format("")
+    elif kind == "Krea2Pipeline":
+        empty = pipe.prompt_template_encode_prefix + pipe.prompt_template_encode_suffix
+    else:
+        return 0
+    # Some leave out what stands before the text.
+    return len(tokenizer(empty)["input_ids"]) - getattr(pipe, "prompt_template_encode_start_idx", 0)
+
+
+def _tokenizer(pipe: Any, name: str) -> Any:
+    """Itself, or that of the processor that a pipeline has in its place (FLUX.2)."""
+    part = getattr(pipe, name, None)
+    return getattr(part, "tokenizer", part)
 
 
 def too_long(pipe: Any, prompts: Sequence[str]) -> str | None:
@@ -54,7 +71,7 @@ def too_long(pipe: Any, prompts: Sequence[str]) -> str | None:
         by_limit.setdefault(limit, []).append(name)
     parts = []
     for limit, names in by_limit.items():
-        lengths = _lengths(getattr(pipe, names[0]), prompts)
+        lengths = _lengths(_tokenizer(pipe, names[0]), prompts)
         if count := sum(length > limit for length in lengths):
             longest = max(range(len(lengths)), key=lengths.__getitem__)
             text = prompts[longest] if len(prompts[longest]) <= 60 else prompts[longest][:57] + "..."

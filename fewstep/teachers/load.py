@@ -49,6 +49,8 @@ def adapters() -> dict[str, type[Teacher]]:
     from .chroma import Chroma
     from .classes import DDPM, DiT
     from .flux import Flux
+    from .flux2 import Flux2, Flux2Klein
+    from .krea2 import Krea2
     from .lumina2 import Lumina2
     from .qwen_image import QwenImage
     from .qwen_image_edit import QwenImageEdit
@@ -58,7 +60,7 @@ def adapters() -> dict[str, type[Teacher]]:
 
     known = (
         *(StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Sana, PixArtAlpha, PixArtSigma),
-        *(QwenImage, QwenImageEdit, ZImage, Chroma, Lumina2, DiT, DDPM),
+        *(QwenImage, QwenImageEdit, ZImage, Flux2, Flux2Klein, Krea2, Chroma, Lumina2, DiT, DDPM),
     )
     stock = {cls.pipeline_class: cls for cls in known}
     return {

@@ -8,9 +8,11 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..errors import FewstepError
+from .schedulers import BY_STEPS, shifted
 
 
 def network_of(pipe: Any) -> Any:
@@ -27,7 +29,7 @@ def pixels_per_latent(pipe: Any) -> int:
     return factor
 
 
-NATIVE = {"ZImagePipeline": 1024}  # which is said in the code of its call alone
+NATIVE = dict.fromkeys(("ZImagePipeline", "Krea2Pipeline"), 1024)  # which the code of their calls says alone
 
 
 def native_resolution(pipe: Any) -> int:
@@ -49,7 +51,8 @@ def native_resolution(pipe: Any) -> int:
 def fix_shift(pipe: Any, resolution: int | None = None) -> None:
     """Gives a scheduler whose shift depends on the size of the image the shift of this size, for good.
 
-    The stock pipelines compute it anew in each call, from the number of tokens (Flux, SD3).
+    The stock pipelines compute it anew in each call, from the number of tokens (Flux, SD3) and of steps (FLUX.2): then
+    it is that of the steps of an ordinary call, and the scheduler keeps what it is of others.
     """
     config = pipe.scheduler.config
     if not config.get("use_dynamic_shifting"):
@@ -59,10 +62,27 @@ def fix_shift(pipe: Any, resolution: int | None = None) -> None:
     )
     # Lumina's stock call takes the number of channels for that of tokens.
     tokens = network_of(pipe).config.in_channels if class_of(pipe) == "Lumina2Pipeline" else side**2
-    low, high = config.base_image_seq_len, config.max_image_seq_len
-    mu = config.base_shift + (config.max_shift - config.base_shift) * (tokens - low) / (high - low)
-    shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-    pipe.scheduler = type(pipe.scheduler).from_config(config, use_dynamic_shifting=False, shift=shift)
+    shift = partial(_shift, class_of(pipe), dict(config), bool(pipe.config.get("is_distilled")), tokens)
+    usual = inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
+    pipe.scheduler = shifted(pipe.scheduler, shift(usual))
+    if shift(1) != shift(usual):
+        setattr(pipe.scheduler, BY_STEPS, shift)
+
+
+def _shift(name: str, config: dict[str, Any], distilled: bool, tokens: int, steps: int) -> float:
+    """Of a stock call of a pipeline's class, with so many tokens of the image and steps."""
+    if name in ("Flux2Pipeline", "Flux2KleinPipeline"):
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        mu = compute_empirical_mu(tokens, steps)
+    elif name == "Krea2Pipeline" and distilled:
+        mu = 1.15
+    else:
+        low, high = config["base_image_seq_len"], config["max_image_seq_len"]
+        mu = config["base_shift"] + (config["max_shift"] - config["base_shift"]) * (tokens - low) / (
+            high - low
+        )
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
 def takes(pipe: Any, argument: str) -> bool:
@@ -80,6 +100,7 @@ EDITING = ("QwenImageEditPlusPipeline",)  # whose call takes one prompt with its
 HANDS_SIGMAS = (
     *("FluxPipeline", "QwenImagePipeline", "QwenImageEditPlusPipeline", "ZImagePipeline"),
     *("ChromaPipeline", "Lumina2Pipeline"),
+    *("Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline"),
 )
 
 
@@ -100,6 +121,7 @@ GUIDING = {
     "QwenImagePipeline": Guiding("true_cfg_scale", negative=" "),  # as its model card calls it
     "QwenImageEditPlusPipeline": Guiding("true_cfg_scale", negative=" "),
     "ZImagePipeline": Guiding(beside=-1.0),  # c + scale (c - u)
+    "Krea2Pipeline": Guiding(beside=-1.0),
 }
 
 

@@ -26,20 +26,27 @@ class Ragged(Teacher):
     width: ClassVar[str]  # of the network's configuration: how wide an encoded token is
 
     def ragged(self, prompts: Sequence[str], length: int) -> list[Tensor]:
-        """(n, D) of each prompt, as the stock pipeline encodes it, n at most ``length``."""
+        """(n, D) of each prompt, or (n, layers, D), as the stock pipeline encodes it, n at most ``length``."""
         raise NotImplementedError
+
+    @property
+    def token(self) -> tuple[int, ...]:
+        """Shape of an encoded token."""
+        return (self.net.config[self.width],)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
         length = text_length(self.pipe)
         rows = self.ragged(list(prompts), length)
-        embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, length - len(row))) for row in rows])
+        embeds = torch.stack(
+            [torch.cat([row, row.new_zeros(length - len(row), *row.shape[1:])]) for row in rows]
+        )
         ends = torch.tensor([len(row) for row in rows])
         mask = (torch.arange(length) < ends[:, None]).long().to(embeds.device)
         return Cond({"embeds": embeds.float(), "mask": mask, "lengths": ends})
 
     def blank(self, rows: int) -> Cond:
-        embeds = torch.zeros(rows, LONGEST, self.net.config[self.width])
+        embeds = torch.zeros(rows, LONGEST, *self.token)
         mask = torch.ones(rows, LONGEST, dtype=torch.long)
         return Cond({"embeds": embeds, "mask": mask, "lengths": torch.full((rows,), LONGEST)})
 

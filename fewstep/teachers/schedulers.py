@@ -15,6 +15,7 @@ from ..diffusion.denoiser import NetDenoiser
 from ..diffusion.schedules import VP, Flow, Schedule, noise_table
 from ..errors import FewstepError
 
+BY_STEPS = "shift_by_steps"  # of a scheduler whose shift was fixed: what it is for a number of steps, where they differ
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 
 
@@ -39,7 +40,19 @@ def schedule_of(scheduler: Any) -> Schedule:
             f"{type(scheduler).__name__}: use_dynamic_shifting: true: expected a fixed shift; set it false and shift "
             "to the value for your resolution (SD3: 3) in scheduler/scheduler_config.json"
         )
-    return Flow(config.get("shift", config.get("flow_shift", 1.0)), config.num_train_timesteps)
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    return Flow(shift, config.num_train_timesteps, getattr(scheduler, BY_STEPS, None))
+
+
+def for_steps(scheduler: Any, num_steps: int) -> Any:
+    """The scheduler that a stock call of so many steps has: itself, or one of the shift of these steps."""
+    by_steps = getattr(scheduler, BY_STEPS, None)
+    return scheduler if by_steps is None else shifted(scheduler, by_steps(num_steps))
+
+
+def shifted(scheduler: Any, shift: float) -> Any:
+    """The same with a shift for good, whatever it is told in a call."""
+    return type(scheduler).from_config(scheduler.config, use_dynamic_shifting=False, shift=shift)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ TOKENS = ("LlamaGenPipeline", "VARPipeline")
 RESOLUTION = {
     **{"FluxPipeline": 32, "QwenImagePipeline": 32, "QwenImageEditPlusPipeline": 128, "ZImagePipeline": 32},
     **{"ChromaPipeline": 32, "Lumina2Pipeline": 32},
+    **{"Flux2Pipeline": 32, "Flux2KleinPipeline": 32, "Krea2Pipeline": 32},
 }
 SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
@@ -43,6 +44,9 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "ZImagePipeline": _z_image,
         "ChromaPipeline": _chroma,
         "Lumina2Pipeline": _lumina2,
+        "Krea2Pipeline": _krea2,
+        "Flux2Pipeline": _flux2,
+        "Flux2KleinPipeline": _flux2_klein,
         "DiTPipeline": _dit,
         "DDPMPipeline": _unet2d,
         "DDIMPipeline": _unet2d,
@@ -194,18 +198,11 @@ def _qwen_parts(tokenizer, options, vae: dict[str, Any] | None = None, ids: dict
         "joint_attention_dim": 16,
         "axes_dims_rope": (8, 4, 4),
     }
-    small = {"base_dim": 8, "dim_mult": [1, 1, 1], "temperal_downsample": [False, True]}
     return {
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
         ),
-        "vae": diffusers.AutoencoderKLQwenImage(
-            z_dim=4,
-            num_res_blocks=1,
-            latents_mean=[-0.7571, 0.1075, 1.5508, 0.2503],
-            latents_std=[2.8184, 1.2196, 0.5, 1.916],
-            **(vae or small),
-        ),
+        "vae": _film_vae(vae),
         "text_encoder": encoder,
         "transformer": diffusers.QwenImageTransformer2DModel(**{**network, **options}),
     }
@@ -239,7 +236,134 @@ def _z_image(tokenizer, _pipeline_class, options):
     )
 
 
-QWEN = (_qwen_image, _qwen_image_edit, _z_image)  # whose texts a tokenizer of Qwen's reads
+def _flux2_parts(guided: bool, options):
+    """Scheduler, VAE and network of FLUX.2."""
+    import diffusers
+
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=32,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.3, 3.0)
+    network = {
+        "in_channels": 16,  # four latents of four channels
+        "num_layers": 2,
+        "num_single_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 48,  # three layers
+        "timestep_guidance_channels": 16,
+        "axes_dims_rope": (2, 2, 2, 2),
+        "guidance_embeds": guided,
+    }
+    transformer = diffusers.Flux2Transformer2DModel(**{**network, **options})
+    for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
+        getattr(transformer, name).linear.weight.data.mul_(8)  # or blocks would hardly count
+    return {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        "vae": vae,
+        "transformer": transformer,
+    }
+
+
+def _stacked(tokenizer, layers: int) -> dict[str, Any]:
+    """A language model of one head, whose layers give what differs."""
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    return {**_language_model(tokenizer), **sizes, "initializer_range": 0.3}
+
+
+def _flux2_klein(tokenizer, _pipeline_class, options):
+    """Its encoder has as many layers as are read, which differ."""
+    import diffusers
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    encoder = Qwen3ForCausalLM(Qwen3Config(**_stacked(tokenizer, 28)))
+    parts = _flux2_parts(False, options)
+    return diffusers.Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer, **parts)
+
+
+MESSAGES = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}[SYSTEM]{{ m['content'][0]['text'] }}[/SYSTEM]"
+    "{% else %}[INST]{{ m['content'][0]['text'] }}[/INST]{% endif %}{% endfor %}"
+)
+
+
+def _flux2(tokenizer, _pipeline_class, options):
+    """As :func:`_flux2_klein`, told the guidance scale; a tokenizer stands for the processor of the published one."""
+    import diffusers
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    tokenizer.chat_template = MESSAGES
+    texts = {**_stacked(tokenizer, 31), "model_type": "mistral"}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config=texts,
+        vision_config={**vision, "head_dim": 8, "image_size": 32, "model_type": "pixtral"},
+    )
+    return diffusers.Flux2Pipeline(
+        text_encoder=Mistral3ForConditionalGeneration(config),
+        tokenizer=tokenizer,
+        **_flux2_parts(True, options),
+    )
+
+
+def _krea2(tokenizer, _pipeline_class, options):
+    import diffusers
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    rope = {"mrope_section": [2, 1, 1], "rope_type": "default", "mrope_interleaved": True}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    texts = {**_stacked(tokenizer, 4), "rope_scaling": rope}
+    network = {
+        "in_channels": 16,  # four latents of four channels
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 32,
+        "timestep_embed_dim": 16,
+        "text_hidden_dim": 16,
+        "num_text_layers": 3,
+        **dict.fromkeys(("text_num_attention_heads", "text_num_key_value_heads"), 2),
+        "text_intermediate_size": 32,
+        **dict.fromkeys(("num_layerwise_text_blocks", "num_refiner_text_blocks"), 1),
+        "axes_dims_rope": (4, 2, 2),
+    }
+    return diffusers.Krea2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_image_seq_len=6400
+        ),
+        vae=_film_vae(),
+        text_encoder=Qwen3VLModel(
+            Qwen3VLConfig(text_config=texts, vision_config={**vision, "deepstack_visual_indexes": [0]})
+        ),
+        tokenizer=tokenizer,
+        transformer=diffusers.Krea2Transformer2DModel(**{**network, **options}),
+        text_encoder_select_layers=(1, 2, 4),
+    )
+
+
+def _film_vae(sizes: dict[str, Any] | None = None):
+    import diffusers
+
+    small = {"base_dim": 8, "dim_mult": [1, 1, 1], "temperal_downsample": [False, True]}
+    return diffusers.AutoencoderKLQwenImage(
+        z_dim=4,
+        num_res_blocks=1,
+        latents_mean=[-0.7571, 0.1075, 1.5508, 0.2503],
+        latents_std=[2.8184, 1.2196, 0.5, 1.916],
+        **(sizes or small),
+    )
+
+
+# Whose texts a tokenizer of Qwen's reads.
+QWEN = (_qwen_image, _qwen_image_edit, _z_image, _flux2_klein, _flux2, _krea2)
 
 
 def _text_config(tokenizer, width: int = 16, **options):

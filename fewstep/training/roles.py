@@ -52,6 +52,14 @@ TRANSFORMER_TARGETS = [
     "ff.net.2",
     "ff_context.net.0.proj",
     "ff_context.net.2",
+    *(
+        "ff.linear_in",
+        "ff.linear_out",
+        "ff_context.linear_in",
+        "ff_context.linear_out",
+        "to_qkv_mlp_proj",
+    ),  # FLUX.2
+    *("ff.gate", "ff.up", "ff.down", "to_gate"),  # Krea 2
     "ff.conv_inverted",
     "ff.conv_point",
     *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),  # Qwen-Image
@@ -210,7 +218,13 @@ def _in_fp32(tensors: Iterable[Tensor]) -> None:
 
 def default_targets(module: nn.Module) -> list[str]:
     """Layers that are adapted unless a recipe says otherwise: DMD2's for UNets, attention and feed-forward else."""
-    return list(UNET_TARGETS if "UNet" in type(module).__name__ else TRANSFORMER_TARGETS)
+    if "UNet" in type(module).__name__:
+        return list(UNET_TARGETS)
+    # One layer where others have a list of two, whose first is adapted (FLUX.2's blocks of one stream).
+    alone = [
+        n for n, layer in module.named_modules() if n.endswith("attn.to_out") and isinstance(layer, nn.Linear)
+    ]
+    return [*TRANSFORMER_TARGETS, *alone]
 
 
 def lora_targets(module: nn.Module, targets: list[str] | None) -> dict[str, nn.Module]:

@@ -149,6 +149,12 @@ def test_shapes_of_published_models_are_known_without_weights():
     counts = {
         "stabilityai/stable-diffusion-xl-base-1.0": (2_567_463_684, 83_653_863),
         "stable-diffusion-v1-5/stable-diffusion-v1-5": (859_520_964, 83_653_863),
+        "black-forest-labs/FLUX.2-klein-base-4B": (3_875_544_576, 84_046_115),
+        "black-forest-labs/FLUX.2-dev": (
+            32_223_281_152,
+            84_046_115,
+        ),  # its processor may need what is not installed
+        "krea/Krea-2-Raw": (12_820_073_036, 126_892_531),
     }
     for source, expected in counts.items():
         with Shapeless():

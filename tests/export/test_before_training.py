@@ -131,7 +131,7 @@ def schedulers():
             continue
 
 
-ALIKE = ("Chroma", "Lumina 2")  # handed a grid as Flux and Z-Image are, by the same lines
+ALIKE = ("Chroma", "Lumina 2", "FLUX.2-dev", "Krea-2")  # handed a grid as others are, by the same lines
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in ALIKE])
@@ -169,7 +169,8 @@ def test_any_scheduler_in_any_pipeline_can_be_exported_or_is_refused(name, teach
         "LCMScheduler",
         "UniPCMultistepScheduler",
     }
-    handed = ("FLUX.1-dev", "FLUX.1-schnell", "Qwen-Image", "Qwen-Image-Edit", "Z-Image")
+    flux = ("FLUX.1-dev", "FLUX.1-schnell", "FLUX.2-dev", "FLUX.2-klein")
+    handed = (*flux, "Krea-2", "Qwen-Image", "Qwen-Image-Edit", "Z-Image")
     families = {"SD 3": flows | tables, "SANA": flows | tables, **dict.fromkeys(handed, flows)}
     assert families.get(name, tables) <= made
     assert (

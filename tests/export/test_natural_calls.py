@@ -34,6 +34,9 @@ FLOWS = {
     "Qwen-Image-Edit": 1.0,
     "Chroma": 1.0,
     "Lumina 2": -1.0,
+    "Krea-2": 1.0,
+    "FLUX.2-dev": 1.0,
+    "FLUX.2-klein": 1.0,
     "Z-Image": -1.0,  # from 1 down to 0, and so from 0 up
 }  # what the network is given at t = 1
 REVERSED = ("ZImageTransformer2DModel", "Lumina2Transformer2DModel")
@@ -82,7 +85,8 @@ def run_card(folder, monkeypatch, code=None):
 
 
 # Handed a grid as Flux is, so that two cases tell.
-HANDED = ("Qwen-Image", "Qwen-Image-Edit", "Z-Image", "Chroma", "Lumina 2")
+FLUX2 = ("FLUX.2-dev", "FLUX.2-klein")
+HANDED = ("Qwen-Image", "Qwen-Image-Edit", "Z-Image", "Krea-2", *FLUX2, "Chroma", "Lumina 2")
 CALLS = [(n, k, s) for n in ZOO if n not in HANDED for k in (1, 2, 4) for s in ("fresh", "ddim")]
 CALLS += [(n, *case) for n in HANDED for case in ((4, "fresh"), (1, "ddim"))]
 
@@ -107,7 +111,9 @@ def test_the_card_and_the_natural_call_give_the_trained_times(
     size |= {"height": teacher.resolution, "width": teacher.resolution} if prompt and name != "DiT" else {}
     size |= {"use_resolution_binning": False} if name.startswith("PixArt") or name == "SANA" else {}
     guidance = (
-        {"guidance_scale": 1.0} if "guidance_scale" in inspect.signature(pipe.__call__).parameters else {}
+        {"guidance_scale": 0.0 if name == "Krea-2" else 1.0}
+        if "guidance_scale" in inspect.signature(pipe.__call__).parameters
+        else {}
     )
     prompt |= {"image": read_picture(REFERENCES / "wide.png")} if teacher.edits else {}
     pipe(**prompt, **size, **guidance, num_inference_steps=steps)
@@ -116,7 +122,8 @@ def test_the_card_and_the_natural_call_give_the_trained_times(
 
 @pytest.mark.parametrize("steps", [2, 3])
 @pytest.mark.parametrize(
-    "name", ["SD 1.5", "SDXL", *(n for n in FLOWS if n not in ("Z-Image", "Chroma", "Lumina 2"))]
+    "name",
+    ["SD 1.5", "SDXL", *(n for n in FLOWS if n not in HANDED or n in ("Qwen-Image", "FLUX.2-klein"))],
 )
 def test_times_that_no_grid_has_stand_in_the_call_and_the_card_says_so(
     name, steps, teachers, tmp_path, given, monkeypatch
@@ -129,6 +136,18 @@ def test_times_that_no_grid_has_stand_in_the_call_and_the_card_says_so(
     seen = given(teacher.net)
     run_card(tmp_path / "e", monkeypatch)
     assert seen == pytest.approx([t * FLOWS.get(name, 1.0) for t in times], rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_a_student_is_called_where_the_published_scheduler_would_call_it(steps, teachers, given, monkeypatch):
+    """Whose shift is by the number of steps too, the student's own: with the LoRA loaded nothing has to be set."""
+    teacher = teachers("FLUX.2-klein")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(teacher.source, subfolder="scheduler")
+    assert scheduler.config.use_dynamic_shifting
+    monkeypatch.setattr(teacher.pipe, "scheduler", scheduler)
+    seen, size = given(teacher.net), {"height": teacher.resolution, "width": teacher.resolution}
+    teacher.pipe(prompt="a cat", num_inference_steps=steps, guidance_scale=1.0, output_type="latent", **size)
+    assert seen == pytest.approx(even_times(teacher.denoiser.schedule, steps), rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [32, 64])

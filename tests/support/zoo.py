@@ -51,6 +51,13 @@ ZOO = {
     "Lumina 2": Kind(
         "Lumina2Pipeline", resolution=RESOLUTION["Lumina2Pipeline"], taps=("noise_refiner.0", "layers.1")
     ),
+    "FLUX.2-dev": Kind("Flux2Pipeline", resolution=RESOLUTION["Flux2Pipeline"]),
+    "FLUX.2-klein": Kind(
+        "Flux2KleinPipeline",
+        resolution=RESOLUTION["Flux2KleinPipeline"],
+        taps=("transformer_blocks.0", "single_transformer_blocks.0"),
+    ),
+    "Krea-2": Kind("Krea2Pipeline", resolution=RESOLUTION["Krea2Pipeline"]),
     "SANA": Kind("SanaPipeline"),
     "PixArt-alpha": Kind("PixArtAlphaPipeline"),
     "PixArt-Sigma": Kind("PixArtSigmaPipeline"),

@@ -22,6 +22,9 @@ LIMITS = {
     "Z-Image": {"tokenizer": 512 - 8},
     "Chroma": {"tokenizer": 512},
     "Lumina 2": {"tokenizer": 256 - 164},  # the rest is the system prompt
+    "FLUX.2-klein": {"tokenizer": 512 - 8},
+    "FLUX.2-dev": {"tokenizer": 512 - 177},  # the system's message letter by letter
+    "Krea-2": {"tokenizer": 512 - 5},
     "SANA": {"tokenizer": 300},
     "PixArt-Sigma": {"tokenizer": 300},
     "PixArt-alpha": {"tokenizer": 120},
@@ -70,7 +73,7 @@ def test_limits_are_those_at_which_conditions_stop_to_change(name, teachers, cap
     fits, cut = "b" * (most - extra), "b" * (most - extra + 1)
     assert f"the {most} tokens" not in (too_long(teacher.pipe, [fits]) or "")
     assert f"1 of 3 prompts are longer than the {most} tokens" in too_long(teacher.pipe, ["a", cut, fits])
-    if name in ("Qwen-Image", "Z-Image", "Lumina 2"):  # all tokens are taken, and no more
+    if name in ("Qwen-Image", "Z-Image", "Krea-2", "Lumina 2"):  # all tokens are taken, and no more
         taken = teacher.encode([cut])["mask"].shape[1]
         counts = [int(teacher.encode([text])["mask"].sum()) for text in (fits[:-1], fits, cut)]
         assert counts == [taken - 1, taken, taken] and taken in (256, 512)
