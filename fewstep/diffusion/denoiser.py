@@ -38,6 +38,7 @@ EMBEDDED = "embedded_guidance"  # name of the scale (B,) in the condition of a g
 
 NetCall = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
 Guide = Callable[[Tensor, Tensor, Guidance], Tensor]
+ImageOf = Callable[[Tensor, Cond], Tensor]
 
 
 def plainly(unconditional: Tensor, conditional: Tensor, guidance: Guidance) -> Tensor:
@@ -53,6 +54,11 @@ class Scalar(NamedTuple):
     scale: float = 0.1  # SANA-Sprint's, of a guidance scale
 
 
+def all_of_it(features: Tensor, cond: Cond | None = None) -> Tensor:
+    """A network whose blocks give the image apart from anything else."""
+    return features
+
+
 class NetDenoiser:
     """A diffusers network with its schedule and kind of prediction.
 
@@ -64,7 +70,8 @@ class NetDenoiser:
         null: one row of the null condition, for classifier-free guidance; None where there is none.
         example: one row of any condition, for a trial call; by default the null one.
         guide: how the two predictions of guidance become one, where the stock pipeline does more than :func:`plainly`.
-        tokens: how many of the tokens that a block gives are the image's: n the first, -n the last; None for all.
+        image_of: the image's part of what a block gives in a call with this condition, (B, n, D) of (B, m, D) tokens or
+            a whole map; all of it by default.
         embeds_guidance: a network distilled from a guided one, which is told the scale as ``cond[EMBEDDED]``: the
             guidance it is called with, or ``embedded`` where that is 1, as students and critics are called.
         autocast: dtype of the network's arithmetic, or None for the weights' own. x_t and x0 stay fp32.
@@ -84,13 +91,13 @@ class NetDenoiser:
         example: Cond | None = None,
         embeds_guidance: bool = False,
         guide: Guide = plainly,
-        tokens: int | None = None,
+        image_of: ImageOf = all_of_it,
     ):
         self.net, self.schedule, self.prediction = net, schedule, prediction
         self.call, self.null, self.autocast, self.attention = call, null, autocast, attention
         self.example = example or null or Cond({})
         self.embeds_guidance, self.embedded = embeds_guidance, 1.0
-        self.guide, self.tokens = guide, tokens
+        self.guide, self.image_of = guide, image_of
         self.products: Callable[[], AbstractContextManager[None]] = (
             nullcontext  # how fp32 ones are made, see fewstep.diffusion.kernels
         )

@@ -7,7 +7,7 @@ through them, and hooks fire once under gradient checkpointing. A small head tur
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import RecipeError
 from .cond import Cond
-from .denoiser import NetDenoiser
+from .denoiser import NetDenoiser, all_of_it
 
 
 class _LastTap(Exception):
@@ -32,7 +32,7 @@ def _image_of(output) -> Tensor:
 
 @contextmanager
 def _taps(
-    net: nn.Module, names: Sequence[str], stop: bool, tokens: int | None = None
+    net: nn.Module, names: Sequence[str], stop: bool, image_of: Callable[[Tensor], Tensor] = all_of_it
 ) -> Iterator[dict[str, Tensor]]:
     """Features by name. After the last one the forward stops, or goes on without a graph, which nothing would use."""
     features: dict[str, Tensor] = {}
@@ -40,8 +40,7 @@ def _taps(
 
     def keep(name: str):
         def hook(_module, _inputs, output):
-            image = _image_of(output)
-            features[name] = (image[:, tokens:] if tokens and tokens < 0 else image[:, :tokens]).float()
+            features[name] = image_of(_image_of(output)).float()
             if len(features) == len(names):
                 if stop:
                     raise _LastTap
@@ -75,7 +74,10 @@ def tap_features(
     """Features of the named blocks in fp32, in the order of ``names``; gradient reaches x_t."""
     # A sharded module frees its gathered weights in a hook after its forward, so it has to finish.
     stop = not hasattr(denoiser.net, "unshard")
-    with _taps(denoiser.net, names, stop, denoiser.tokens) as features, suppress(_LastTap):
+    with (
+        _taps(denoiser.net, names, stop, lambda features: denoiser.image_of(features, cond)) as features,
+        suppress(_LastTap),
+    ):
         denoiser.predict(x_t, t, cond)
     return [features[name] for name in names]
 
@@ -278,7 +280,9 @@ class Discriminator(nn.Module):
         self, denoiser: NetDenoiser, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Logits as of :meth:`logits` and x0 without gradient, by one forward; guidance takes one of the null too."""
-        with _taps(denoiser.net, self.taps, False, denoiser.tokens) as features:
+        with _taps(
+            denoiser.net, self.taps, False, lambda features: denoiser.image_of(features, cond)
+        ) as features:
             made = denoiser.predict(x_t, t, cond).detach()
         if guidance != 1.0:
             with torch.no_grad():

@@ -24,6 +24,7 @@ class Autoregressive(Teacher):
     """A GPT or VAR with its tokenizer. A sample is the embeddings of its tokens, (n, C); prompts are texts or class
     labels written as numbers."""
 
+    pipeline_class = "pipeline of tokens"  # whichever of them a loaded one is
     network = "transformer"
     autoencoder = "vqvae"
     kind = "autoregressive"

@@ -115,7 +115,7 @@ class Teacher:
             self.example(),
             bool(self.net.config.get("guidance_embeds")),
             type(self).guide,
-            self.image_tokens,
+            partial(type(self).image_of, self.positions // (self.packing * self.patch) ** 2),
         )
 
     # ------------------------------------------------------------------------------ what differs between pipelines
@@ -164,10 +164,10 @@ class Teacher:
         """The prediction with guidance ``u + g (c - u)``, and what the stock pipeline makes of it."""
         return plainly(unconditional, conditional, guidance)
 
-    @property
-    def image_tokens(self) -> int | None:
-        """Tokens of the image in what a block gives beside the text's: n before them, -n behind; None without these."""
-        return None
+    @staticmethod
+    def image_of(count: int, features: Tensor, cond: Cond) -> Tensor:
+        """The image's ``count`` tokens of what a block gives: all, unless texts or references stand beside them."""
+        return features
 
     @staticmethod
     def pack(latents: Tensor) -> Tensor:

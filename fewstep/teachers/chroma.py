@@ -57,6 +57,11 @@ class Chroma(Teacher):
         return unpack(out, *x_t.shape[-2:])
 
     @staticmethod
+    def image_of(count: int, features: Tensor, cond: Cond) -> Tensor:
+        """Behind the text's in blocks of one stream; others give it apart."""
+        return features[:, -count:]
+
+    @staticmethod
     def pack(latents: Tensor) -> Tensor:
         return pack(latents)
 

@@ -53,10 +53,10 @@ class Flux2(Teacher):
         )[0]
         return out.transpose(1, 2).unflatten(2, (height, width))
 
-    @property
-    def image_tokens(self) -> int:
-        """Of blocks of one stream; others give the image's apart."""
-        return -self.positions
+    @staticmethod
+    def image_of(count: int, features: Tensor, cond: Cond) -> Tensor:
+        """Behind the text's in blocks of one stream; others give it apart."""
+        return features[:, -count:]
 
     @staticmethod
     def pack(latents: Tensor) -> Tensor:

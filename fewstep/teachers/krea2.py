@@ -49,9 +49,9 @@ class Krea2(Ragged):
         )[0]
         return unpack(out, height, width)
 
-    @property
-    def image_tokens(self) -> int:
-        return -self.latent_shape[1] * self.latent_shape[2] // 4
+    @staticmethod
+    def image_of(count: int, features: Tensor, cond: Cond) -> Tensor:
+        return features[:, -count:]
 
     @staticmethod
     def pack(latents: Tensor) -> Tensor:

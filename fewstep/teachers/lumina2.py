@@ -56,6 +56,10 @@ class Lumina2(Teacher):
     def guide(unconditional: Tensor, conditional: Tensor, guidance: Guidance) -> Tensor:
         return keeping_norm(unconditional, conditional, guidance)
 
-    @property
-    def image_tokens(self) -> int:
-        return self.latent_shape[1] * self.latent_shape[2] // 4
+    @staticmethod
+    def image_of(count: int, features: Tensor, cond: Cond) -> Tensor:
+        """Behind each row's own text in the blocks that read it; padding is at the end of the row."""
+        if features.shape[1] == count:
+            return features
+        places = cond["mask"].sum(1, keepdim=True) + torch.arange(count, device=features.device)
+        return features.gather(1, places[..., None].expand(-1, -1, features.shape[2]))

@@ -82,9 +82,9 @@ class QwenImageEdit(QwenImage):
         reference = torch.zeros(rows, tokens**2, self.net.config.in_channels)
         return _cond(texts, BLANK + LONGEST, texts[:, :BLANK], reference, [[tokens, tokens]])
 
-    @property
-    def image_tokens(self) -> int:
-        return self.positions // 4
+    @staticmethod
+    def image_of(count: int, features: Tensor, cond: Cond) -> Tensor:
+        return features[:, :count]  # the references' follow
 
 
 BLANK = 208  # tokens of a blank text with one square reference, most of them the image's

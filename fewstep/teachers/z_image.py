@@ -39,6 +39,6 @@ class ZImage(Ragged):
         out = net(list(x_t[:, :, None]), reversed_time, apart(cond), return_dict=False)[0]
         return -torch.stack(out)[:, :, 0]
 
-    @property
-    def image_tokens(self) -> int:
-        return self.latent_shape[1] * self.latent_shape[2] // 4
+    @staticmethod
+    def image_of(count: int, features: Tensor, cond: Cond) -> Tensor:
+        return features[:, :count]

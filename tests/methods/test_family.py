@@ -10,7 +10,7 @@ from toys import SD, Mlp, Rows, energy_distance, fit, labelled_mixture, labels_o
 
 from fewstep.diffusion import objectives
 from fewstep.diffusion.cond import Cond
-from fewstep.diffusion.denoiser import plainly
+from fewstep.diffusion.denoiser import all_of_it, plainly
 from fewstep.diffusion.rng import Rng
 from fewstep.diffusion.schedules import EDM, Flow, Schedule, change_schedule
 from fewstep.diffusion.solvers import ddim
@@ -98,7 +98,7 @@ class On:
     def __init__(self, denoiser, schedule):
         self.denoiser, self.schedule = denoiser, schedule
         self.net, self.null = getattr(denoiser, "net", None), getattr(denoiser, "null", None)
-        self.example, self.tokens = denoiser.example, None
+        self.example, self.image_of = denoiser.example, all_of_it
 
     def x0(self, x_t, t, cond, *, guidance=1.0):
         x, s = change_schedule(x_t, t, self.schedule, self.denoiser.schedule)

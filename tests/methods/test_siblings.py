@@ -10,6 +10,7 @@ from toys import NONE, SD, Mlp, Rows, distance, fit, labels_of, toy, view
 from fewstep.data.batches import Batches
 from fewstep.diffusion import objectives
 from fewstep.diffusion.cond import Cond
+from fewstep.diffusion.denoiser import all_of_it
 from fewstep.diffusion.rng import Rng
 from fewstep.diffusion.schedules import EDM
 from fewstep.errors import RecipeError
@@ -403,7 +404,7 @@ def test_h_is_the_curvature_of_its_divergence(kind):
 
 def fdistill_gaussian(teacher, critic, student, logits=None, **options):
     """f-distill in one dimension with the exact critic, and two heads whose mean is the exact log ratio."""
-    critic.net, critic.tokens = Mlp(width=8, dim=1), None
+    critic.net, critic.image_of = Mlp(width=8, dim=1), all_of_it
     critic.predict = lambda x_t, t, cond: critic.net(x_t.float(), t)
     config = FDistill.Config(num_steps=1, taps=["layers.4"], **options)
     method = FDistill(config, teacher, (1,), student=student, critic=critic)

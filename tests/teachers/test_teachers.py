@@ -17,7 +17,7 @@ from zoo import ZOO
 
 from fewstep.cli import main
 from fewstep.diffusion.cond import Cond, unconditional
-from fewstep.diffusion.discriminator import Discriminator
+from fewstep.diffusion.discriminator import Discriminator, tap_features
 from fewstep.diffusion.few_steps import sample
 from fewstep.diffusion.schedules import VP, Flow
 from fewstep.diffusion.solvers import ddim
@@ -527,6 +527,35 @@ def test_heads_on_blocks_pass_gradient_to_the_image(name, teachers):
     assert logits.shape == (2, len(taps) * tokens if name in TRANSFORMERS else 1)
     logits.sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "name, tap",
+    [
+        *(("FLUX.1-dev", "single_transformer_blocks.0"), ("Chroma", "single_transformer_blocks.0")),
+        *((n, ZOO[n].taps[-1]) for n in ("Qwen-Image-Edit", "Z-Image", "Lumina 2", "FLUX.2-klein", "Krea-2")),
+    ],
+)
+def test_heads_read_of_all_tokens_those_that_become_the_image(name, tap, teachers):
+    """What follows the last block works on each token by itself, and on the image's alone."""
+    teacher = teachers(name)
+    given = noise_for(teacher), torch.full((2,), 0.5), teacher.encode(ZOO[name].prompts)
+    held = []
+
+    def hold(_module, _inputs, output):
+        tokens = (output[1] if isinstance(output, tuple) else output).detach().requires_grad_()
+        held.append(tokens)
+        return (output[0], tokens) if isinstance(output, tuple) else tokens
+
+    handle = teacher.net.get_submodule(tap).register_forward_hook(hold)
+    try:
+        teacher.denoiser.predict(*given).square().sum().backward()
+    finally:
+        handle.remove()
+    tokens, shown = held[0], held[0].grad.abs().sum(-1) > 0
+    (features,) = tap_features(teacher.denoiser, [tap], *given)
+    assert not shown.all() or name == "FLUX.1-dev"  # whose block gives them apart
+    assert torch.equal(features, tokens[shown].view(features.shape))
 
 
 # ---------------------------------------------------------------------------------------------------------- export
