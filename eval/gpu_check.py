@@ -111,7 +111,8 @@ def numerics(setting: Setting) -> Iterator[Row]:
 
     device = choose(setting.device)
     kernels.set_precision(device, tf32=False)
-    for name in (n for n, adapter in adapters().items() if adapter.kind == "diffusion"):
+    kinds = {name: adapter for name, adapter in adapters().items() if adapter.kind == "diffusion"}
+    for name in (n for n, adapter in kinds.items() if not adapter.edits):  # whose network is another's
         folder = write_tiny_pipeline(name, Path(tempfile.mkdtemp()))
         options = {"dtype": "float32", "resolution": RESOLUTION.get(name), "attention": "sdpa"}
         here, there = (predictions(load_teacher(str(folder), device=d, **options)) for d in ("cpu", device))

@@ -370,7 +370,9 @@ def test_known_tokens_may_be_the_students_own(teacher):
 
 
 def test_shares_are_one_for_each_entry_and_add_up_to_1():
-    for wrong in ([0.5], [0.7, 0.7], [1.5, -0.5], []):
+    with pytest.raises(RecipeError, match=r"method\.entry_shares: \[1.5, -0.5\]: expected 0 to 1"):
+        DD1.Config(entries=[0, 2], entry_shares=[1.5, -0.5])
+    for wrong in ([0.5], [0.7, 0.7], []):
         with pytest.raises(RecipeError, match=r"method\.entry_shares: .*expected one for each of 2 entries"):
             DD1.Config(entries=[0, 2], entry_shares=wrong)
     with pytest.raises(RecipeError, match=r"method\.own_share: 1.5: expected 0 to 1"):
@@ -708,13 +710,13 @@ def test_shares_of_the_stages_leave_something_for_the_last(teacher):
     for wrong in (
         {"initial_share": 0.0},
         {"initial_share": 0.5, "regression_share": 0.3, "alignment_share": 0.2},
-        {"regression_share": -0.1},
-        {"alignment_share": -0.1},
-        {"second_share": -0.1},
         {"initial_share": 0.5, "alignment_share": 0.2, "second_share": 0.3},
     ):
         with pytest.raises(RecipeError, match=r"method\.initial_share"):
             DD2.Config(**wrong)
+    for name in ("regression_share", "alignment_share", "second_share"):
+        with pytest.raises(RecipeError, match=rf"method\.{name}: -0.1: expected 0 to 1"):
+            DD2.Config(**{name: -0.1})
     with pytest.raises(RecipeError, match=r"method\.regression_rate"):
         DD2.Config(regression_rate=0.0)
     with pytest.raises(RecipeError, match=r"method\.initial_rate"):
