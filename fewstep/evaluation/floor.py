@@ -24,6 +24,7 @@ from ..diffusion.walks import Walk, known_walks, walk
 from ..errors import FewstepError
 from ..teachers.base import Teacher
 from ..teachers.pipelines import takes
+from ..teachers.references import check_references
 from .stock import AYS, FREE_U, ays_times, free_u, stock_call
 
 ORDERS = {"euler": 1, "dpm++": 2}  # of the jumps: Euler's is DDIM's on a variance-preserving path
@@ -139,10 +140,12 @@ def calibrate(
         the same noise, on the paths that were held out.
 
     Raises:
-        FewstepError: numbers out of range, or a solver, a family or Free-U that the teacher cannot have.
+        FewstepError: numbers out of range, a solver, a family or Free-U that the teacher cannot have, or prompts
+            without the images that it reads, or with some that it does not.
     """
     _check(steps, num, reference_steps, solver)
     _check_teacher(teacher, solver, families, freed)
+    check_references(teacher, prompts)
     schedule, denoiser = teacher.denoiser.schedule, teacher.denoiser
     flow = isinstance(schedule, Flow)
     times = reference_times(schedule, reference_steps)

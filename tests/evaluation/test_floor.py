@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from toys import NONE, SD
+from zoo import EDITS
 
 from fewstep.cli import main
 from fewstep.diffusion.cond import Cond
@@ -249,6 +250,15 @@ def test_paths_that_are_held_out_are_others_than_those_searched(sdxl, monkeypatc
     searched, other = torch.cat(seen), torch.cat(held)
     assert len(searched) == 10 and len(other) == 5
     assert (searched[:, None] - other[None]).abs().amax((2, 3, 4)).min() > 0.1
+
+
+def test_prompts_with_references_want_a_teacher_that_reads_them(sdxl, teachers):
+    with pytest.raises(
+        FewstepError, match="prompts: the first edit: a StableDiffusionXLPipeline reads no reference"
+    ):
+        calibrate(sdxl, EDITS, [2], guidance=1.0)
+    with pytest.raises(FewstepError, match="prompts: number 1, 'a cat', has no reference image"):
+        calibrate(teachers("Qwen-Image-Edit"), ["a cat"], [2], guidance=1.0)
 
 
 # --------------------------------------------------------------------------------------------------- stock pipelines
