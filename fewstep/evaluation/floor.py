@@ -140,12 +140,10 @@ def calibrate(
         the same noise, on the paths that were held out.
 
     Raises:
-        FewstepError: numbers out of range, a solver, a family or Free-U that the teacher cannot have, or prompts
-            without the images that it reads, or with some that it does not.
+        FewstepError: numbers out of range; a solver, a family, Free-U or prompts that the teacher cannot have.
     """
     _check(steps, num, reference_steps, solver)
     _check_teacher(teacher, solver, families, freed)
-    check_references(teacher, prompts)
     schedule, denoiser = teacher.denoiser.schedule, teacher.denoiser
     flow = isinstance(schedule, Flow)
     times = reference_times(schedule, reference_steps)
@@ -182,6 +180,7 @@ def _batches(
     teacher: Teacher, prompts: Sequence[str], num: int, seed: int, batch_size: int
 ) -> tuple[list[tuple[Tensor, Cond]], list[tuple[Tensor, Cond]]]:
     """Noise and conditions of ``num`` samples, and of half as many more, on the teacher's device."""
+    check_references(teacher, prompts)
     rows = num + max(4, num // 2)
     shuffled = Rng(seed, "floor").permutation(len(prompts)).tolist()
     chosen = [prompts[shuffled[i % len(prompts)]] for i in range(rows)]
