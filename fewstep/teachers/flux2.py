@@ -16,7 +16,7 @@ from .ragged import LONGEST
 
 
 class Flux2(Teacher):
-    """FLUX.2 "dev": three layers of Mistral 3, told the guidance scale as :class:`~fewstep.teachers.flux.Flux` is.
+    """FLUX.2 "dev": three layers of Mistral 3, told the guidance scale as FLUX.1 is.
 
     One of the teacher's latents is 2x2 of the VAE's, normalised by the statistics of its BatchNorm, as the stock call's
     ``latents`` are; what the call gives may be the VAE's own again. Padding of a text is read as the rest of it is.

@@ -719,8 +719,9 @@ def test_options_that_do_not_fit_the_teacher_are_refused(ring, fitted):
         ({"start": 1000}, "method.start: .*1000"),
         ({"num_steps": 4, "start": 625}, "method.start: .*multiple"),
         ({"times": [100, 200]}, "method.times: .*falling"),
-        ({"guidance_scale": 2.0}, "method.kappa1: 2: expected 1"),
-        ({"guidance": "teacher_only", "guidance_scale": 2.0}, "method.kappa4: 2: expected 1"),
+        ({"guidance_scale": 2.0}, "method.guidance_scale: 2: expected 1, because this teacher has no null"),
+        ({"kappa1": 2.0}, "method.kappa1: 2: expected 1"),
+        ({"kappa4": 2.0}, "method.kappa4: 2: expected 1"),
         (
             {"gan_weight": 1e-3},
             "method.taps: 'mid_block' is no block of the network; top-level blocks: layers",
