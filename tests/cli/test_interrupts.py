@@ -12,7 +12,8 @@ from fewstep.runs.library import load_recipe
 
 # Importing one module of the command line takes forever.
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever this process began with
 class Slow:
     def find_spec(self, name, *_):
         if name == NAME:
@@ -22,6 +23,14 @@ sys.meta_path.insert(0, Slow())
 from fewstep.cli import main
 sys.exit(main(["methods"]))
 """
+
+
+@pytest.fixture(autouse=True)
+def handler():
+    """That of a terminal; a shell's jobs in the background begin without one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("name", ["fewstep.cli.commands", "fewstep.methods"])
