@@ -20,7 +20,7 @@ from fewstep.export.routed import RoutedPipeline
 from fewstep.methods.router import Router
 from fewstep.process import Process
 from fewstep.runs.checks import check_data
-from fewstep.runs.session import Session, execute, resume
+from fewstep.runs.session import Session, execute, reexport, resume
 from fewstep.teachers import load_teacher
 from fewstep.teachers.generate import generate
 from fewstep.teachers.resize import resize
@@ -162,6 +162,9 @@ def test_a_run_is_evaluated(tiny_sdxl, tmp_path):
     folder = execute(tiny("emoji_multi_student_1step", tiny_sdxl, tmp_path, *words))
     rows = json.loads((folder / "eval" / "table.json").read_text())["rows"]
     assert any(row["kind"] == "student" and row["speed"]["nfe"] == 1 for row in rows)
+    card = (folder / "export" / "README.md").read_text()
+    reexport(folder)
+    assert "## Measured" in card and (folder / "export" / "README.md").read_text() == card
 
 
 def test_a_run_resumes_exactly_with_the_same_router(run, tiny_sdxl, tmp_path):

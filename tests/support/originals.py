@@ -80,6 +80,8 @@ SD3_BLOCK = {
 }
 SD3_BLOCK |= {"attn.to_out.0": "x_block.attn.proj", "attn.to_add_out": "context_block.attn.proj"}
 SD3_BLOCK |= {"attn.norm_q": "x_block.attn.ln_q", "attn.norm_k": "x_block.attn.ln_k"}
+SD3_BLOCK |= {"attn2.to_out.0": "x_block.attn2.proj"}
+SD3_BLOCK |= {"attn2.norm_q": "x_block.attn2.ln_q", "attn2.norm_k": "x_block.attn2.ln_k"}
 SD3_BLOCK |= {"attn.norm_added_q": "context_block.attn.ln_q", "attn.norm_added_k": "context_block.attn.ln_k"}
 SD3_BLOCK |= {"ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2"}
 SD3_BLOCK |= {"ff_context.net.0.proj": "context_block.mlp.fc1", "ff_context.net.2": "context_block.mlp.fc2"}
@@ -99,8 +101,14 @@ def sd3_checkpoint(pipe):
             "context": ("add_q_proj", "add_k_proj", "add_v_proj"),
         }.items():
             for kind in ("weight", "bias"):
-                parts = [state.pop(f"transformer_blocks.{i}.attn.{name}.{kind}") for name in names]
-                made[f"joint_blocks.{i}.{side}_block.attn.qkv.{kind}"] = torch.cat(parts)
+                for attn in (
+                    "attn",
+                    "attn2",
+                ):  # a second one of the image alone, in some blocks of 3.5 medium
+                    at = f"transformer_blocks.{i}.{attn}."
+                    if f"{at}{names[0]}.{kind}" in state:
+                        parts = [state.pop(f"{at}{name}.{kind}") for name in names]
+                        made[f"joint_blocks.{i}.{side}_block.{attn}.qkv.{kind}"] = torch.cat(parts)
     for name, value in state.items():
         if found := re.match(r"transformer_blocks\.(\d+)\.(.*)", name):
             if int(found[1]) == last and "norm1_context" in name:

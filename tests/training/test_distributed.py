@@ -71,7 +71,12 @@ def trained(tiny_sdxl, tmp_path_factory):
             "--train.device",
             "cpu",
         )
-        options += ("--teacher.gradient_checkpointing", str(kind == "full").lower(), "--train.batch_size", "1")
+        options += (
+            "--teacher.gradient_checkpointing",
+            str(kind == "full").lower(),
+            "--train.batch_size",
+            "1",
+        )
         options += ("--method.num_steps", "2", "--method.critic_steps", "1", "--train.checkpoint_every", "1")
         options += ("--train.sample_every", "0", "--samples.count", "1", "--evaluation.num", "0")
         options += ("--export.kohya", "false")  # of an adapter only
