@@ -38,7 +38,11 @@ ONE_NOISE = ("--method.one_noise=true", "--method.gan_time_range=[0.02, 0.98]")
 
 @pytest.fixture(
     scope="module",
-    params=[("sdxl_dmd2_4step_24gb",), ("sdxl_dmd2_4step", *ONE_NOISE), ("sdxl_sid_4step",)],
+    params=[
+        ("sdxl_dmd2_4step_24gb",),
+        pytest.param(("sdxl_dmd2_4step", *ONE_NOISE), marks=pytest.mark.long),
+        ("sdxl_sid_4step",),
+    ],
     ids=["dmd2", "dmd2-one-noise", "sid"],
 )
 def trained(request, tiny_sdxl, tmp_path_factory):

@@ -291,7 +291,15 @@ def distance_after(trainer, mixture, step, count=3000):
         return joint_distance(student.rollout(noise, cond, Rng(6).normal_like, step), cond, mixture)
 
 
-OTHERS = {"dmd", "sid", "sim", "fdistill", "swiftbrush"}  # which reach the ring in files of their own
+OTHERS = {
+    "dmd",
+    "sid",
+    "sim",
+    "fdistill",
+    "swiftbrush",
+    "diff_instruct",
+    "disback",
+}  # which reach the ring in files of their own
 
 
 @pytest.mark.slow

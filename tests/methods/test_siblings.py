@@ -546,7 +546,7 @@ def test_h_sends_no_gradient_anywhere(ring, fitted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["js", "kl"])
+@pytest.mark.parametrize("kind", ["js", pytest.param("kl", marks=pytest.mark.long)])
 def test_f_distill_reaches_the_ring(ring, fitted, kind):
     config = FDistill.Config(**{**SHARED, "critic_steps": 1}, divergence=kind)
     trainer = with_gan(FDistill, config, ring, fitted, steps=300, batch_size=256)

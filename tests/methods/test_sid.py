@@ -857,7 +857,7 @@ def distilled(ring, fitted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", [1.0, 1.2])
+@pytest.mark.parametrize("alpha", [1.0, pytest.param(1.2, marks=pytest.mark.long)])
 def test_one_step_reaches_the_ring(ring, distilled, alpha):
     trainer, before = distilled(alpha)
     assert before > 0.3

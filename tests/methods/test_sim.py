@@ -258,7 +258,10 @@ def test_guidance_without_a_null_condition_is_refused(ring, fitted):  # noqa: F8
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "steps, bound, options",
-    [(700, 0.03, {"distance": "pseudo_huber"}), (400, 0.06, {"distance": "log_cosh", "c": 0.3})],
+    [
+        pytest.param(700, 0.03, {"distance": "pseudo_huber"}, marks=pytest.mark.long),
+        (400, 0.06, {"distance": "log_cosh", "c": 0.3}),
+    ],
 )
 def test_one_step_reaches_the_ring(ring, fitted, steps, bound, options):  # noqa: F811
     trainer = toy(ring, fitted, steps=steps, batch_size=512 if steps == 700 else 256, **options)

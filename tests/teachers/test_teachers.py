@@ -570,8 +570,11 @@ def student_of(teacher, times, noise="fresh", kind="lora"):
 STUDENTS = [
     (n, k, s) for n in (*TWO_SHIFTS, "FLUX.1-dev") for k in (1, 2, 4) for s in ("fresh", "ddim", "fixed")
 ]
+STUDENTS += [(n, *case) for n in NEWER if n != "FLUX.2-dev" for case in ((4, "fresh"), (2, "ddim"))]
 STUDENTS += [
-    (n, *case) for n in NEWER if n != "FLUX.2-dev" for case in ((4, "fresh"), (2, "ddim"), (2, "fixed"))
+    pytest.param(n, 2, "fixed", marks=() if n in ("Qwen-Image", "FLUX.2-klein") else pytest.mark.long)
+    for n in NEWER
+    if n != "FLUX.2-dev"
 ]
 
 
