@@ -256,8 +256,8 @@ def test_hours_rate_each_kind_of_arithmetic():
     assert meter.flops == {"tf32": 128, "float32": 128, "bfloat16": 128}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.long), "full"])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["lora", "full"])
 def test_blocks_executed_once_cost_what_they_cost_each_time(planned, kind, monkeypatch):
     monkeypatch.setattr("fewstep.cost.count.remember", lambda *_: None)
     monkeypatch.setattr("fewstep.cost.meter.described", lambda *_: None)

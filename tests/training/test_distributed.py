@@ -27,6 +27,7 @@ KINDS = {  # how weights are trained, and over how many of two processes, and of
     "a sharded LoRA": ("lora", 2, 3),
     "all sharded": ("full", 2, 3),
 }
+SHOWN = ["replicas of a LoRA", pytest.param("a sharded LoRA", marks=pytest.mark.long), "all sharded"]
 
 
 @cache
@@ -53,70 +54,58 @@ def differences(one: dict, other: dict) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def trained(tiny_sdxl, tmp_path_factory):
-    """Kind -> runs of an iteration of six micro-batches, by one process and by two, and one more by one and three.
+    """(kind, run) -> its folder: an iteration of six micro-batches by one process and by two, and one more by one and
+    three. Each run is made when a test first asks for it.
 
     One process does the same with both kinds of LoRA, since it has nobody to share weights with.
     """
     folder = tmp_path_factory.mktemp("distributed")
-    made: dict[str, dict[str, recipes.Recipe]] = {}
-    for name, (kind, *shards) in KINDS.items():
-        (folder / name).mkdir()
+
+    @cache
+    def recipe(name, run):
+        kind, *shards = KINDS[name]
+        steps, accumulate, shard = {
+            "one": (2, 6, 1),
+            "two": (1, 3, shards[0]),
+            "on one": (2, 6, 1),
+            "on three": (2, 2, shards[1]),
+        }[run]
         options = (
-            "--student.kind",
-            kind,
-            "--critic.kind",
-            kind,
-            "--student.ema",
-            "0.5",
-            "--train.device",
-            "cpu",
+            *("--student.kind", kind, "--critic.kind", kind, "--student.ema", "0.5", "--train.device", "cpu"),
+            *("--teacher.gradient_checkpointing", str(kind == "full").lower(), "--train.batch_size", "1"),
+            *("--method.num_steps", "2", "--method.critic_steps", "1", "--train.checkpoint_every", "1"),
+            *("--train.sample_every", "0", "--samples.count", "1", "--evaluation.num", "0"),
+            *("--export.kohya", "false"),  # of an adapter only
         )
-        options += (
-            "--teacher.gradient_checkpointing",
-            str(kind == "full").lower(),
-            "--train.batch_size",
-            "1",
-        )
-        options += ("--method.num_steps", "2", "--method.critic_steps", "1", "--train.checkpoint_every", "1")
-        options += ("--train.sample_every", "0", "--samples.count", "1", "--evaluation.num", "0")
-        options += ("--export.kohya", "false")  # of an adapter only
-        recipe = tiny("sdxl_dmd2_4step", tiny_sdxl, folder / name, *options)
+        (folder / name).mkdir(exist_ok=True)
+        made = tiny("sdxl_dmd2_4step", tiny_sdxl, folder / name, *options)
+        train = replace(made.train, steps=steps, accumulate=accumulate, shard=shard)
+        made = replace(made, output=str(folder / name / run), train=train)
+        (folder / f"{name} {run}.yaml").write_text(recipes.dump(made))
+        return made
 
-        def variant(run, steps, accumulate, shard, recipe=recipe, name=name):
-            train = replace(recipe.train, steps=steps, accumulate=accumulate, shard=shard)
-            return replace(recipe, output=str(folder / name / run), train=train)
-
-        made[name] = {
-            "one": variant("one", 2, 6, 1),
-            "two": variant("two", 1, 3, shards[0]),
-            "on one": variant("on one", 2, 6, 1),
-            "on three": variant("on three", 2, 2, shards[1]),
-        }
-        for run, chosen in made[name].items():
-            (folder / f"{name} {run}.yaml").write_text(recipes.dump(chosen))
-        if name == "a sharded LoRA":
-            made[name]["one"] = made["replicas of a LoRA"]["one"]
+    @cache
+    def get(name, run):
+        if (name, run) == ("a sharded LoRA", "one"):
+            return get("replicas of a LoRA", "one")
+        made = recipe(name, run)
+        if run.startswith("on "):
+            shutil.copytree(get(name, "two") / "checkpoints", Path(made.output, "checkpoints"))
+        if run.endswith("one"):
+            processes.train(made, resuming=run == "on one")
         else:
-            processes.train(made[name]["one"])
+            first = "execute" if name == "all sharded" else "train"
+            task = first if run == "two" else "resume"
+            processes.run(2 if run == "two" else 3, [(task, str(folder / f"{name} {run}.yaml"))], folder)
+        return Path(made.output)
 
-    def tasks(run, *what):
-        return [(task, str(folder / f"{name} {run}.yaml")) for task, name in zip(what, KINDS)]
-
-    processes.run(2, tasks("two", "train", "train", "execute"), folder)
-    for runs in made.values():
-        for further in ("on one", "on three"):
-            shutil.copytree(
-                Path(runs["two"].output, "checkpoints"), Path(runs[further].output, "checkpoints")
-            )
-        processes.train(runs["on one"], resuming=True)
-    processes.run(3, tasks("on three", "resume", "resume", "resume"), folder)
-    return {name: {run: Path(recipe.output) for run, recipe in runs.items()} for name, runs in made.items()}
+    return get
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SHOWN)
 def test_two_processes_train_what_one_trains_with_accumulation(kind, trained):
-    one, two = (state(trained[kind][run], 1) for run in ("one", "two"))
+    one, two = (state(trained(kind, run), 1) for run in ("one", "two"))
     found = differences(one, two)
     assert found["weight"] < 1e-4 and found["average"] < 1e-4
     moved = [n for n in one if n.startswith("student/weight") and "lora_A" not in n]
@@ -124,22 +113,36 @@ def test_two_processes_train_what_one_trains_with_accumulation(kind, trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["on one", "on three"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "run"),
+    [
+        ("all sharded", "on three"),
+        ("replicas of a LoRA", "on one"),
+        *(
+            pytest.param(kind, run, marks=pytest.mark.long)
+            for kind, run in [
+                ("all sharded", "on one"),
+                ("replicas of a LoRA", "on three"),
+                ("a sharded LoRA", "on one"),
+                ("a sharded LoRA", "on three"),
+            ]
+        ),
+    ],
+)
 def test_what_two_processes_saved_any_number_continues(kind, run, trained):
-    ends = [state(trained[kind][which], 2) for which in (run, "one")]
+    ends = [state(trained(kind, which), 2) for which in (run, "one")]
     found = differences(*ends)
     assert found["weight"] < 1e-4 and found["average"] < 1e-4
-    saved = state(trained[kind]["two"], 1)
+    saved = state(trained(kind, "two"), 1)
     assert differences(ends[0], saved)["weight"] > 1e-3  # it did go on
 
 
 @pytest.mark.slow
 def test_each_process_writes_what_it_holds(trained):
     """No rank gathers the whole state; together the files hold every weight once."""
-    saved = trained["all sharded"]["two"] / "checkpoints" / "step_00000001"
+    saved = trained("all sharded", "two") / "checkpoints" / "step_00000001"
     files = sorted(saved.glob("*.safetensors"))
-    whole = trained["all sharded"]["one"] / "checkpoints" / "step_00000001" / "state.safetensors"
+    whole = trained("all sharded", "one") / "checkpoints" / "step_00000001" / "state.safetensors"
     sizes = [path.stat().st_size for path in files]
     assert len(sizes) == 2 and max(sizes) < 0.7 * whole.stat().st_size < 0.8 * sum(sizes)
     listed = {line.split()[1] for line in (saved / "SHA256SUMS").read_text().splitlines()}
@@ -149,7 +152,7 @@ def test_each_process_writes_what_it_holds(trained):
 @pytest.mark.slow
 def test_sharded_weights_are_exported_whole(trained):
     """Stock diffusers made the trainer's own sample of it, or the run would have ended with an error."""
-    assert (trained["all sharded"]["two"] / "export" / "pipeline" / "model_index.json").is_file()
+    assert (trained("all sharded", "two") / "export" / "pipeline" / "model_index.json").is_file()
 
 
 def clipped(process=None):
