@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(standin.compiler() is None, reason="the stand-in
 
 HERE = Path(__file__).parent
 # One of each kind of network in the ordinary suite, the rest with --long.
-FAST = {"sdxl_dmd2_4step", "emoji_dmd2_1step", "sd3_scm_1step", "var_d16_dd1_2step"}
+FAST = {"sdxl_dmd2_4step", "sd3_scm_1step", "var_d16_dd1_2step"}
 
 
 # Their networks rotate by complex numbers, in whose backward pass torch's engine crashes on this device.

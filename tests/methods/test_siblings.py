@@ -360,7 +360,7 @@ def test_swiftbrush_reaches_the_ring(ring, fitted):
     assert distance(trainer, ring) < 0.04
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_swiftbrush_reaches_the_half_ring_of_each_label_with_both_guided(halves, fitted_halves):
     """At any scale the rest point is the data; but guidance multiplies the errors of a learned critic."""
     labels, config = torch.arange(1000) % 2, SwiftBrush.Config(guidance_scale=2.0, critic_steps=2)

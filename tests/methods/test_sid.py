@@ -864,7 +864,7 @@ def test_one_step_reaches_the_ring(ring, distilled, alpha):
     assert distance(trainer, ring) < 0.06  # 0.03 and 0.035; below 0.03 after 700 of 512
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_naive_loss_does_not_reach_the_ring(ring, fitted, monkeypatch):
     def naive(x0, real, fake, weight, alpha, _subtracted):
         return (weight[:, None] * (real - fake) ** 2).mean()

@@ -387,9 +387,22 @@ def test_a_damaged_checkpoint_is_passed_over(sdxl_run, capsys):
 
 READERS = ("stock diffusers", "LlamaGenPipeline", "VARPipeline")
 # Every recipe runs on the stand-in (test_standin.py); here one of each teacher, or all where that cannot be compiled.
-SMOKES = ["ddpm_sid_1step", "dit_sid_1step", "emoji_ar_dd1_2step", "sana_sprint", "sd15_dmd_1step", "sd3_ladd_4step"]
+SMOKES = [
+    "ddpm_sid_1step",
+    "dit_sid_1step",
+    "emoji_ar_dd1_2step",
+    "sana_sprint",
+    "sd15_dmd_1step",
+    "sd3_ladd_4step",
+]
 SMOKES += ["sdxl_sim_1step"]
-LARGER = ["emoji_flow_sid_1step", "emoji_hyper_sd", "flux_dmd2_4step", "llamagen_l_dd2_1step", "var_d16_dd1_2step"]
+LARGER = [
+    "emoji_flow_sid_1step",
+    "emoji_hyper_sd",
+    "flux_dmd2_4step",
+    "llamagen_l_dd2_1step",
+    "var_d16_dd1_2step",
+]
 SMOKES += [pytest.param(name, marks=pytest.mark.long) for name in LARGER]
 
 

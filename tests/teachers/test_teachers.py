@@ -569,8 +569,17 @@ def student_of(teacher, times, noise="fresh", kind="lora"):
     return role, Student(teacher.denoiser.with_net(role.module), times, noise)
 
 
+FEW = (
+    (1, "fresh"),
+    (4, "fresh"),
+    (2, "ddim"),
+    (2, "fixed"),
+)  # every number and every noise, not their product
 STUDENTS = [
-    (n, k, s) for n in (*TWO_SHIFTS, "FLUX.1-dev") for k in (1, 2, 4) for s in ("fresh", "ddim", "fixed")
+    pytest.param(n, k, s, marks=() if (k, s) in FEW else pytest.mark.long)
+    for n in (*TWO_SHIFTS, "FLUX.1-dev")
+    for k in (1, 2, 4)
+    for s in ("fresh", "ddim", "fixed")
 ]
 STUDENTS += [(n, *case) for n in NEWER if n != "FLUX.2-dev" for case in ((4, "fresh"), (2, "ddim"))]
 STUDENTS += [

@@ -3,13 +3,11 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from processes import Fork, command, meeting
+from processes import Fork, command, launch, meeting
 from safetensors.torch import load_file
 from test_end_to_end import tiny
 
@@ -85,24 +83,20 @@ def test_a_signal_to_torchrun_stops_all_processes_with_everything_saved(tiny_sd1
     recipe = tiny("sd15_dmd2_1step", tiny_sd15, tmp_path, *WORDS, *words)
     path, run = tmp_path / "recipe.yaml", Path(recipe.output)
     path.write_text(dump(recipe))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    child = subprocess.Popen(
-        [*torchrun, "--signals-to-handle", "SIGTERM,SIGUSR1", "-m", "fewstep", "train", str(path)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    torchrun += ["--signals-to-handle", "SIGTERM,SIGUSR1", "-m", "fewstep", "train", str(path)]
+    child = launch(torchrun, said := tmp_path / "said.txt")
     try:
         deadline = time.time() + 240
         while len(read_metrics(run / "metrics.jsonl")) < 3:
-            assert time.time() < deadline and child.poll() is None, "it did not start"
+            assert time.time() < deadline and child.poll() is None, said.read_text()[-3000:]
             time.sleep(0.1)
         child.send_signal(signal.SIGUSR1)
-        _, errors = child.communicate(timeout=120)
+        code = child.wait(120)
     finally:
         child.kill()
-    assert child.returncode and "stopped by SIGUSR1 at step" in errors, errors[-3000:]
+    errors = said.read_text()
+    assert code and "stopped by SIGUSR1 at step" in errors, errors[-3000:]
     (saved,) = checkpoint.every(run / "checkpoints")
     assert checkpoint.fault(saved) is None and f"at step {checkpoint.step_of(saved)}, saved" in errors
 

@@ -85,7 +85,7 @@ def stopped(code, run, capsys, path):
     return lines[0]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["cut short", pytest.param("gone", marks=pytest.mark.long)])
 def test_a_file_of_pairs(loss, command, tmp_path, capsys, tally):
     code, straight = command("sd15_dmd_1step", "straight")
     assert code == 0
