@@ -11,9 +11,10 @@ BIN := $(VENV)/bin
 
 install: $(VENV)/.installed
 
+# Most modules are never imported: compiling those that are, when they are, halves the time.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[test,docs]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[test,docs]"
 	@touch $@
 
 # Distils the built-in teacher into one step, exports, loads in stock diffusers, measures, writes a report.
