@@ -3,8 +3,8 @@
     make demo                                                (or: fewstep train demo)
 
 Hardware: two CPU cores, 4 GB of memory, with or without units for bf16. ``emoji_dmd2_1step`` in a fifth of the time:
-fewer and smaller iterations at higher rates, and fewer images measured, in three rows; the teacher's have 20 steps. What
-that costs is in the report, beside the teacher.
+fewer and smaller iterations at higher rates, and fewer images measured, in three rows; the teacher's have 20 steps.
+What that costs is in the report, beside the teacher.
 """
 
 from fewstep.methods.dmd2 import DMD2
