@@ -377,7 +377,7 @@ def test_the_gradient_at_one_noise_is_that_of_two_forwards_at_equal_draws(sdxl, 
         )
         assert sum(g.abs().sum() for g in wanted) > 0
         for a, b in zip(found, wanted):
-            assert (a - b).norm() < 1e-2 * b.norm()  # the smallest have 1e-7 of the largest left after cancelling
+            assert (a - b).norm() < 1e-2 * b.norm()  # of entries that cancel, processors keep other digits
 
 
 def test_one_noise_needs_one_law_of_times():
