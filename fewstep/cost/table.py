@@ -153,7 +153,7 @@ class Plan:
         ]
         for name, store in self.cache.items():
             known = "" if store["bytes"] is None else f", {gb(store['bytes'])} GB for {store['rows']}"
-            lines.append(f"{name + ' on disk':28}{store['bytes_each'] / 1e3:.1f} kB each{known}")
+            lines.append(f"{name + ' on disk':28}{store['bytes_each'] / 1e3:.1f} kB each{known}, at most")
         for turn in self.turns:
             each = sum(turn.flops_at(size).values()) / 1e12
             lines.append(

@@ -6,12 +6,11 @@ or not at all, so an interrupted encoding goes on where it stopped.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,18 @@ import torch
 from torch import Tensor
 
 from ..diffusion.cond import Cond
-from ..files import Need, ReadError, sweep, write_tensors
+from ..files import Need, sweep, write_tensors
 from ..report.bar import Bar
 from ..teachers.base import Teacher
-from ..teachers.lengths import too_long, unsaid
+from ..teachers.lengths import token_counts, too_long, unsaid
 from ..teachers.origin import lora_file
 from ..teachers.references import check_references, identity_of
+from . import store
 from .images import CaptionedImages
+from .store import Store, joined, rows_to_make, shard_path, without_padding
 
-SHARD = 1024  # rows of one file
 PLACE = "FEWSTEP_CACHE"  # the variable that says where
-IN_MEMORY = 2 << 30  # stores up to this size are read once
+LAYOUT = "without padding"  # of stored prompts; those of another are not read
 
 
 def cache_root() -> Path:
@@ -38,105 +38,35 @@ def cache_root() -> Path:
     return Path(os.environ.get(PLACE, base / "fewstep"))
 
 
-class Shard:
-    """Rows of one safetensors file by plain reads: one that is cut short, or whose disk is gone, is an error then.
-
-    Were it mapped into memory, as safetensors does, the system would end the process without a word.
-    """
-
-    def __init__(self, path: Path):
-        from safetensors import safe_open
-
-        self.path = path
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        self.kinds = {name: (value.dtype, value.shape[1:]) for name, value in tensors.items()}
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        self.begins = {name: 8 + size + header[name]["data_offsets"][0] for name in tensors}
-
-    def row(self, row: int) -> dict[str, Tensor]:
-        with self.path.open("rb", buffering=0) as file:
-            return {name: self._read(file.fileno(), name, row) for name in self.kinds}
-
-    def _read(self, file: int, name: str, row: int) -> Tensor:
-        dtype, shape = self.kinds[name]
-        size = shape.numel() * dtype.itemsize
-        data = os.pread(file, size, self.begins[name] + row * size)
-        if len(data) < size:
-            raise OSError(errno.EIO, "cut short", str(self.path))
-        return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
-
-
-class Store:
-    """Rows of named tensors on disk; ``rows(index)`` gathers any of them.
-
-    Args:
-        remedy: for a file that cannot be read any more.
-    """
-
-    def __init__(
-        self, folder: Path, length: int, shard: int = SHARD, remedy: str = "fewstep resume encodes it again"
-    ):
-        from safetensors.torch import load_file
-
-        self.folder, self.length, self.shard, self.remedy = folder, length, shard, remedy
-        paths = [shard_path(folder, start) for start in range(0, length, shard)]
-        self.memory: dict[str, Tensor] | None = None
-        self.files: list[Shard] = []
-        if sum(path.stat().st_size for path in paths) <= IN_MEMORY:
-            parts = [load_file(path) for path in paths]
-            self.memory = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        else:
-            self.files = [Shard(path) for path in paths]
-
-    def __len__(self) -> int:
-        return self.length
-
-    def rows(self, index: Tensor) -> dict[str, Tensor]:
-        """(n,) row numbers -> tensors of n rows, floating-point ones in fp32.
-
-        Raises:
-            ReadError: a file that was there when the store was opened is gone or cut short.
-        """
-        if self.memory is not None:
-            rows = {name: value[index] for name, value in self.memory.items()}
-        else:
-            found = [self._row(*divmod(i, self.shard)) for i in index.tolist()]
-            rows = {name: torch.stack([row[name] for row in found]) for name in self.files[0].kinds}
-        return {n: v.float() if v.is_floating_point() else v for n, v in rows.items()}
-
-    def _row(self, file: int, row: int) -> dict[str, Tensor]:
-        try:
-            return self.files[file].row(row)
-        except OSError as error:
-            raise ReadError(f"{self.files[file].path}: {error.strerror}; {self.remedy}") from error
-
-
 def encode_prompts(
     teacher: Teacher, prompts: Sequence[str], batch_size: int = 32, quiet: bool = False
 ) -> Store:
     """Conditions of all prompts, as a store with one row per prompt."""
     check_references(teacher, prompts)
 
-    def encode(start: int, stop: int) -> dict[str, Tensor]:
-        with unsaid():
-            parts = [
-                teacher.encode(prompts[i : min(i + batch_size, stop)]) for i in range(start, stop, batch_size)
-            ]
-        return dict(Cond.cat(*parts).tensors)
+    def encode(start: int, stop: int) -> Iterator[dict[str, Tensor]]:
+        for i in range(start, stop, batch_size):
+            with unsaid():
+                yield without_padding(
+                    _stored(teacher.encode(prompts[i : min(i + batch_size, stop)]), teacher)
+                )
 
     folder = prompts_folder(teacher, prompts)
     if not quiet and rows_to_make(folder, len(prompts)) and (cut := too_long(teacher.pipe, prompts)):
         print(f"fewstep: note: {cut}", file=sys.stderr)
-    return _store(folder, len(prompts), encode, teacher.net.dtype, quiet)
+    return _store(folder, len(prompts), encode, quiet)
+
+
+def _stored(cond: Cond, teacher: Teacher) -> dict[str, Tensor]:
+    """Floating-point parts in the dtype of the frozen network."""
+    dtype = teacher.net.dtype
+    return {n: v.to("cpu", dtype if v.is_floating_point() else v.dtype) for n, v in cond.tensors.items()}
 
 
 def prompts_folder(teacher: Teacher, prompts: Sequence[str]) -> Path:
     """Where the store of these prompts is, or will be."""
     return _folder(
-        "prompts", ["prompts", identity(teacher), teacher.resolution, list(map(identity_of, prompts))]
+        "prompts", ["prompts", LAYOUT, identity(teacher), teacher.resolution, list(map(identity_of, prompts))]
     )
 
 
@@ -145,17 +75,15 @@ def encode_images(
 ) -> Store:
     """Scaled latents of all images at the teacher's resolution; one fixed draw of the VAE's posterior each."""
 
-    def encode(start: int, stop: int) -> dict[str, Tensor]:
-        parts = []
+    def encode(start: int, stop: int) -> Iterator[dict[str, Tensor]]:
         for i in range(start, stop, batch_size):
             pixels = [
                 torch.tensor(images.load(j, teacher.resolution)) for j in range(i, min(i + batch_size, stop))
             ]
             generator = torch.Generator().manual_seed(i)  # of the CPU: the same draw on every device
-            parts.append(teacher.latents(torch.stack(pixels), generator))
-        return {"latents": torch.cat(parts)}
+            yield {"latents": teacher.latents(torch.stack(pixels), generator).to("cpu", torch.float32)}
 
-    return _store(images_folder(teacher, images), len(images), encode, torch.float32, quiet)
+    return _store(images_folder(teacher, images), len(images), encode, quiet)
 
 
 def images_folder(teacher: Teacher, images: CaptionedImages) -> Path:
@@ -170,25 +98,36 @@ def _folder(kind: str, key: list[Any]) -> Path:
     return cache_root() / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}"
 
 
-def rows_to_make(folder: Path, length: int, shard: int = SHARD) -> int:
-    """Rows of a store whose files are not there yet."""
-    starts = range(0, length, shard)
-    return sum(min(shard, length - s) for s in starts if not shard_path(folder, s).is_file())
-
-
 def need_of_prompts(teacher: Teacher, prompts: Sequence[str], what: str) -> Need:
-    """Bytes that :func:`encode_prompts` will write for these."""
+    """Bytes that :func:`encode_prompts` will write for these, at most."""
     folder = prompts_folder(teacher, prompts)
-    rows = rows_to_make(folder, len(prompts))
-    return Need(what, PLACE, folder, rows * condition_bytes(teacher, prompts) if rows else 0)
+    missing = [prompts[row] for row in rows_to_make(folder, len(prompts))]
+    return Need(what, PLACE, folder, _prompt_bytes(teacher, missing) if missing else 0)
+
+
+def _prompt_bytes(teacher: Teacher, prompts: Sequence[str]) -> int:
+    """What these take on disk at most: what the shortest does, and a token's room for each that another has more."""
+    counts = token_counts(teacher.pipe, prompts)
+    shortest = min(range(len(prompts)), key=counts.__getitem__) if counts else 0
+    with unsaid():
+        row = _stored(teacher.encode([prompts[shortest]]), teacher)
+    found = joined([without_padding(row)])
+    short = [name for name in found if name.endswith(store.KEPT)]
+    most = _bytes(row) + sum(found[name].nbytes for name in short)
+    each = sum(row[name.removesuffix(store.KEPT)][0, 0].nbytes for name in short)
+    if counts is None:
+        return len(prompts) * most
+    return sum(min(most, _bytes(found) + (count - counts[shortest]) * each) for count in counts)
 
 
 def condition_bytes(teacher: Teacher, prompts: Sequence[str]) -> int:
-    """What one encoded prompt takes on disk, floating-point parts in the dtype of the frozen network."""
+    """What one encoded prompt takes on disk at most, with all of its padding."""
     with unsaid():
-        row = teacher.encode(prompts[:1]).tensors.values()
-    kept = ((value, teacher.net.dtype if value.is_floating_point() else value.dtype) for value in row)
-    return sum(value.numel() * dtype.itemsize for value, dtype in kept)
+        return _bytes(_stored(teacher.encode(prompts[:1]), teacher))
+
+
+def _bytes(row: Mapping[str, Tensor]) -> int:
+    return sum(value.nbytes for value in row.values())
 
 
 def latent_bytes(teacher: Teacher) -> int:
@@ -227,30 +166,21 @@ def _fingerprint(images: CaptionedImages) -> list[str]:
     return [hashlib.sha256(images.files.tobytes()).hexdigest()]
 
 
-def shard_path(folder: Path, start: int) -> Path:
-    return folder / f"{start:09d}.safetensors"
-
-
 def _store(
     folder: Path,
     length: int,
-    encode: Callable[[int, int], dict[str, Tensor]],
-    dtype: torch.dtype,
+    encode: Callable[[int, int], Iterator[dict[str, Tensor]]],
     quiet: bool,
 ) -> Store:
     kind = folder.name.partition("-")[0]
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, length, SHARD)
+    starts = range(0, length, store.SHARD)
     sweep(folder)
     missing = [start for start in starts if not is_whole(shard_path(folder, start))]
-    rows = [range(start, min(start + SHARD, length)) for start in missing]
+    rows = [range(start, min(start + store.SHARD, length)) for start in missing]
     with Bar("encoding", sum(map(len, rows)), kind, quiet=quiet) as bar:
         for part in rows:
-            tensors = encode(part.start, part.stop)
-            tensors = {
-                n: v.to("cpu", dtype if v.is_floating_point() else v.dtype) for n, v in tensors.items()
-            }
-            write_tensors(shard_path(folder, part.start), tensors)
+            write_tensors(shard_path(folder, part.start), joined(list(encode(part.start, part.stop))))
             bar.update(len(part))
     return Store(folder, length)
 

@@ -27,7 +27,8 @@ from ..report.bar import Bar
 from ..teachers.base import Teacher
 from ..teachers.fingerprint import of_file, of_network
 from ..teachers.origin import lora_file
-from .cache import PLACE, Store, encode_prompts, identity, is_whole, need_of_prompts, rows_to_make, shard_path
+from .cache import PLACE, encode_prompts, identity, is_whole, need_of_prompts
+from .store import Store, rows_to_make, shard_path
 
 SHARD = 256  # rows of one file
 OWN = ("num", "solver", "steps", "seed")  # of what is recorded, what a run need not share
@@ -188,7 +189,7 @@ def make_pairs(
 
 
 def _check_room(folder: Path, teacher: Teacher, prompts: list[str]) -> None:
-    size = rows_to_make(folder, len(prompts), SHARD) * teacher.pair_bytes
+    size = len(rows_to_make(folder, len(prompts), SHARD)) * teacher.pair_bytes
     conditions = need_of_prompts(teacher, prompts, "their prompts")
     remedy = f"lower --num, give another --out, or set {PLACE} to another disk"
     check_room([Need("pairs", "--out", folder, size), conditions], remedy)

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from ..data.cache import Store, encode_images, encode_prompts
+from ..data.cache import encode_images, encode_prompts
 from ..data.images import CaptionedImages
 from ..data.pairs import Pairs, check_pairs, load_pairs
+from ..data.store import Store
 from ..diffusion import kernels
 from ..errors import RecipeError
 from ..methods import Method

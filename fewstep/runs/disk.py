@@ -15,12 +15,12 @@ from ..data.cache import (
     images_folder,
     latent_bytes,
     need_of_prompts,
-    rows_to_make,
 )
 from ..data.image_sets import split, walk
 from ..data.images import CaptionedImages, load_images
 from ..data.pairs import load_pairs
 from ..data.prompts import load_prompts
+from ..data.store import rows_to_make
 from ..data.texts import column_for
 from ..errors import FewstepError
 from ..files import Need, existing
@@ -38,7 +38,7 @@ def to_encode(
         if images.captions != prompts:
             found.append(need_of_prompts(teacher, images.captions, "captions"))
         folder = images_folder(teacher, images)
-        size = rows_to_make(folder, len(images)) * latent_bytes(teacher)
+        size = len(rows_to_make(folder, len(images))) * latent_bytes(teacher)
         found.append(Need("images", PLACE, folder, size))
     if "pairs" in needs:
         found.append(need_of_prompts(teacher, load_pairs(recipe.data.pairs).prompts, "prompts of pairs"))
@@ -48,8 +48,8 @@ def to_encode(
 def on_disk(recipe: Recipe, teacher: Teacher) -> dict[str, dict[str, int | None]]:
     """Stores of :mod:`fewstep.data.cache` and of pairs: ``bytes_each`` row, and ``rows`` and ``bytes`` where known.
 
-    A condition is stored in the dtype of the frozen network, a latent in fp32; an image and a pair bring the condition
-    of their caption.
+    A condition is stored in the dtype of the frozen network, and counted here with the padding that it is stored
+    without; a latent in fp32. An image and a pair bring the condition of their caption.
     """
     needs, data = recipe.method_class.needs(recipe.method), recipe.data
     prompt, column = condition_bytes(teacher, [""]), column_for(data.prompts, data.column)
@@ -71,7 +71,7 @@ def doubt(cache: Mapping[str, Mapping[str, Any]]) -> str | None:
     if needed <= free:
         return None
     return (
-        f"{', '.join(cache)} take {needed / 1e9:.2f} GB on disk once they are encoded, and {cache_root()} has "
+        f"{', '.join(cache)} take {needed / 1e9:.2f} GB on disk at most once they are encoded, and {cache_root()} has "
         f"{free / 1e9:.2f} GB free; set {PLACE} to another disk"
     )
 

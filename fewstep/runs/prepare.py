@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from ..bounds import Bounded, Count, Positive, Seed, Share
 from ..configs import RoleConfig, TrainConfig
 from ..data.batches import Batches
-from ..data.cache import Store, encode_images, encode_prompts
+from ..data.cache import encode_images, encode_prompts
 from ..data.images import CaptionedImages
+from ..data.store import Store
 from ..diffusion.cond import Cond, drop_rows
 from ..diffusion.consistency import along, angles, refusing_without
 from ..diffusion.denoiser import NetDenoiser, ScheduleView

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from .. import export, extensions
 from .. import recipe as recipes
 from ..data.batches import Ahead, Batches
-from ..data.cache import PLACE, Store
+from ..data.cache import PLACE
 from ..data.images import CaptionedImages
 from ..data.pairs import Pairs
+from ..data.store import Store
 from ..device import choose, keep_freed
 from ..diffusion import kernels
 from ..errors import FewstepError, LostProcess, RecipeError, TrainingError, interruptible, tell

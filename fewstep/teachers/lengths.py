@@ -83,6 +83,12 @@ def too_long(pipe: Any, prompts: Sequence[str]) -> str | None:
     return "; ".join(parts) or None
 
 
+def token_counts(pipe: Any, prompts: Sequence[str]) -> list[int] | None:
+    """Tokens of each prompt alone by a pipeline's first tokenizer, if it has one."""
+    tokenizer = _tokenizer(pipe, "tokenizer")
+    return None if tokenizer is None else _lengths(tokenizer, prompts)
+
+
 def _lengths(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
     lengths: list[int] = []
     with hushed(), unsaid():

@@ -21,8 +21,8 @@ from test_sid import Spy as SidSpy
 
 from fewstep.cost.blank import Blank
 from fewstep.data.batches import Ahead, Batches, Data, Rows
-from fewstep.data.cache import Store
 from fewstep.data.pairs import Pairs
+from fewstep.data.store import Store
 from fewstep.diffusion.denoiser import Denoiser, NetDenoiser, ScheduleView
 from fewstep.diffusion.student import Sampler, Student
 from fewstep.methods.disback import Target

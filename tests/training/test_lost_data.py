@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_end_to_end import tiny
 
 from fewstep import cli
-from fewstep.data import cache, pairs
+from fewstep.data import pairs, store
 from fewstep.data.images import load_images
 from fewstep.errors import tell
 from fewstep.files import ReadError
@@ -33,9 +33,8 @@ def main(words):
 @pytest.fixture(autouse=True)
 def many_small_files(monkeypatch):
     """Every row is read when it is needed, as with data larger than the memory kept for them."""
-    monkeypatch.setattr(cache, "IN_MEMORY", 0)
-    monkeypatch.setattr(cache, "SHARD", 2)
-    monkeypatch.setattr(cache.Store.__init__, "__defaults__", (2, *cache.Store.__init__.__defaults__[1:]))
+    monkeypatch.setattr(store, "IN_MEMORY", 0)
+    monkeypatch.setattr(store, "SHARD", 2)
     monkeypatch.setattr(pairs, "SHARD", 4)
 
 
@@ -154,16 +153,19 @@ def test_rows_on_disk_are_the_rows_in_memory(tmp_path, monkeypatch):
         "c": torch.arange(5),
         "d": torch.arange(10).view(5, 2) % 3 == 0,
     }
+    rows["a"][[0, 1, 3], 1:] = 0  # padding of other lengths, of which one row is all
+    rows["b"][1:3] = 0
+    rows["e"] = torch.zeros(5, 3, 2).bfloat16()
     for start in (0, 2, 4):
-        part = {name: value[start : start + 2].contiguous() for name, value in rows.items()}
-        save_file(part, cache.shard_path(tmp_path, start))
-    index = torch.tensor([4, 0, 3, 3, 1])
-    disk = cache.Store(tmp_path, 5)
-    monkeypatch.setattr(cache, "IN_MEMORY", 1 << 20)
-    memory = cache.Store(tmp_path, 5)
-    assert disk.memory is None and memory.memory is not None
-    for store in (disk, memory):
-        found = store.rows(index)
+        part = {name: value[start : start + 2] for name, value in rows.items()}
+        save_file(store.joined([store.without_padding(part)]), store.shard_path(tmp_path, start))
+    index = torch.tensor([4, 0, 3, 3, 1, 2])
+    disk = store.Store(tmp_path, 5)
+    monkeypatch.setattr(store, "IN_MEMORY", 1 << 20)
+    memory = store.Store(tmp_path, 5)
+    assert memory.in_memory and not disk.in_memory
+    for one in (disk, memory):
+        found = one.rows(index)
         assert found.keys() == rows.keys()
         for name, value in found.items():
             wanted = rows[name][index]

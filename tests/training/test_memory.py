@@ -140,7 +140,7 @@ def test_saving_makes_no_second_copy(tmp_path):
 # -------------------------------------------------------------------------------------------------- data and previews
 def test_what_is_cached_is_not_encoded_again_and_a_cut_goes_on(tiny_sdxl, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("fewstep.data.cache.SHARD", 2)
+    monkeypatch.setattr("fewstep.data.store.SHARD", 2)
     path = tmp_path / "recipe.yaml"
     path.write_text(dump(tiny("sdxl_dmd2_4step", tiny_sdxl, tmp_path)))
     assert main(["cache", str(path)]) == 0
