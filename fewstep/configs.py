@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from .bounds import Bound, Bounded, Count, Count0, Decay, Least0, Number, Positive, Seed, Steps
+from .bounds import Bound, Bounded, Count, Count0, Decay, Least0, Number, Positive, Seed, Share, Steps
 from .device import check_name
 
 
@@ -72,22 +72,30 @@ class TeacherConfig(Bounded):
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Bounded):
     """What is generated and what is real.
 
     Attributes:
-        prompts: text file, one prompt per line; a table (JSON lines, JSON, CSV, TSV, Parquet); or ``builtin:emoji``. A
-            table for a teacher that edits has a column ``reference`` too: an image or a list of them.
-        images: folder of captioned images, or ``builtin:emoji``; a data-free method only measures itself against them,
-            and null is then allowed.
+        prompts: text file, one prompt per line; a table (JSON lines, JSON, CSV, TSV, Parquet); a folder of tables, or
+            of WebDataset shards, whose captions are meant; or ``builtin:emoji``. A table for a teacher that edits has a
+            column ``reference`` too: an image or a list of them.
+        images: folder of captioned images: files, WebDataset shards, or tables with images in them; or
+            ``builtin:emoji``; a data-free method only measures itself against them, and null is then allowed.
         pairs: folder that ``fewstep pairs`` wrote; null where the method needs none.
         column: of the texts in tables of prompts and of captions; null is the only one called text, caption or prompt.
+        upscale: enlarge images below the teacher's resolution; without it they cannot be used.
+        max_bad: share of the images that may be left out because they cannot be used; each is named, and another one
+            stands in for it. Above it the run stops.
     """
+
+    PLACE: ClassVar[str] = "data."
 
     prompts: str
     images: str | None = None
     pairs: str | None = None
     column: str | None = None
+    upscale: bool = False
+    max_bad: Share = 0.01
 
 
 @dataclass

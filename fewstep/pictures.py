@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -11,7 +12,7 @@ MAX_PIXELS = 64_000_000  # a larger file is a mistake or a bomb
 ORIENTATION = 0x0112  # of EXIF; from 5 on width and height are swapped
 
 
-def fault(path: Path) -> str | None:
+def fault(path: Path | IO[bytes]) -> str | None:
     """Why it cannot be read, in a few words; None where it can."""
     try:
         with Image.open(path) as image:  # reads the header only
@@ -32,7 +33,7 @@ def size_of(path: Path) -> tuple[int, int]:
         return (image.height, image.width) if turned else image.size
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_picture(path: Path | IO[bytes]) -> Image.Image:
     """Upright RGB; transparent pixels become white, 16 bits become 8."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)

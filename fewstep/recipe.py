@@ -286,6 +286,9 @@ def digest(recipe: Recipe) -> str:
     ]:
         if not part[name]:
             del part[name]
+    for new in dataclasses.fields(DataConfig):
+        if new.name in ("upscale", "max_bad") and plain["data"][new.name] == new.default:
+            del plain["data"][new.name]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 

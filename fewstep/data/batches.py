@@ -63,8 +63,9 @@ class Batches:
         if self.latents is not None:
             assert self.captions is not None
             index = self._index("images", position, len(self.latents))
-            real = self._upload(self.latents.rows(index))["latents"]
-            host["real_cond"] = Cond(self.captions.rows(index))
+            images = self.latents.rows(index)
+            real = upload(images["latents"], self.device)
+            host["real_cond"] = Cond(self.captions.rows(images.get("row", index)))  # where another stands in
         pairs = pair_cond = None
         if self.pairs is not None:
             assert self.pair_conditions is not None

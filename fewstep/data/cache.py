@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,16 +25,11 @@ from ..teachers.origin import lora_file
 from ..teachers.references import check_references, identity_of
 from . import store
 from .images import CaptionedImages
+from .left_out import FILE
+from .places import PLACE, cache_root
 from .store import Store, joined, rows_to_make, shard_path, without_padding
 
-PLACE = "FEWSTEP_CACHE"  # the variable that says where
 LAYOUT = "without padding"  # of stored prompts; those of another are not read
-
-
-def cache_root() -> Path:
-    """``$FEWSTEP_CACHE``, or ``fewstep`` in the user's cache folder."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get(PLACE, base / "fewstep"))
 
 
 def encode_prompts(
@@ -73,22 +67,36 @@ def prompts_folder(teacher: Teacher, prompts: Sequence[str]) -> Path:
 def encode_images(
     teacher: Teacher, images: CaptionedImages, batch_size: int = 16, quiet: bool = False
 ) -> Store:
-    """Scaled latents of all images at the teacher's resolution; one fixed draw of the VAE's posterior each."""
+    """Scaled latents of all images at the teacher's resolution; one fixed draw of the VAE's posterior each.
+
+    What a row holds is the image that its ``row`` says: another one where its own is of no use.
+    """
+    folder = images_folder(teacher, images)
+    images.left_out.keep(folder / FILE)
 
     def encode(start: int, stop: int) -> Iterator[dict[str, Tensor]]:
         for i in range(start, stop, batch_size):
-            pixels = [
-                torch.tensor(images.load(j, teacher.resolution)) for j in range(i, min(i + batch_size, stop))
-            ]
+            found = [images.sound(j, teacher.resolution) for j in range(i, min(i + batch_size, stop))]
+            pixels = [torch.tensor(image) for _, image in found]
             generator = torch.Generator().manual_seed(i)  # of the CPU: the same draw on every device
-            yield {"latents": teacher.latents(torch.stack(pixels), generator).to("cpu", torch.float32)}
+            yield {
+                "latents": teacher.latents(torch.stack(pixels), generator).to("cpu", torch.float32),
+                "row": torch.tensor([row for row, _ in found]),
+            }
 
-    return _store(images_folder(teacher, images), len(images), encode, quiet)
+    return _store(folder, len(images), encode, quiet)
 
 
 def images_folder(teacher: Teacher, images: CaptionedImages) -> Path:
     """Where the store of these images is, or will be."""
-    key = ["images", identity(teacher), teacher.resolution, _fingerprint(images), len(images)]
+    key = [
+        "images, rows",
+        identity(teacher),
+        teacher.resolution,
+        _fingerprint(images),
+        len(images),
+        images.upscale,
+    ]
     if teacher.autoencoder == "vae":  # what was kept under another rule of scaling is not taken for this one
         key.append([torch.as_tensor(value).flatten().tolist() for value in teacher.latent_scale()])
     return _folder("latents", key)
@@ -131,8 +139,8 @@ def _bytes(row: Mapping[str, Tensor]) -> int:
 
 
 def latent_bytes(teacher: Teacher) -> int:
-    """What one encoded image takes on disk, in fp32."""
-    return 4 * torch.Size(teacher.latent_shape).numel()
+    """What one encoded image takes on disk, in fp32, with the number of its row."""
+    return 4 * torch.Size(teacher.latent_shape).numel() + 8
 
 
 def identity(teacher: Teacher) -> list[str]:
@@ -162,7 +170,7 @@ def _stat(path: Path) -> str:
 
 def _fingerprint(images: CaptionedImages) -> list[str]:
     if isinstance(images.files, Sequence):
-        return [f"{p}:{_stat(p)}" for p in images.files]
+        return [f"{p}:{_stat(p)}" for p in images.on_disk()]
     return [hashlib.sha256(images.files.tobytes()).hexdigest()]
 
 

@@ -1,11 +1,16 @@
-"""Captioned training images: a folder with tables of captions or sidecar text files, or the built-in emoji."""
+"""Captioned training images: folders of files, WebDataset shards, sets of tables, or the built-in emoji.
+
+A picture is decoded when it is wanted. One that cannot be used is left out then, see :mod:`.left_out`, and the next one
+that can be used stands in for it: a rule of the set alone, so a run that is resumed sees the same.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,75 +22,183 @@ from ..files import ReadError
 from ..pictures import fault, read_picture
 from . import emoji, texts
 from .image_sets import EXTENSIONS, split, walk
+from .left_out import BadRecord, LeftOut
+from .shards import Member, read_shards, shards_of
+from .tables import Cell, open_tables, tables_in
 
 TABLES = (".jsonl", ".csv", ".parquet")  # with captions: metadata.jsonl and so on
+LOOK = 64  # pictures that are decoded before anything expensive starts
+Picture = Path | Member | Cell
 
 
 @dataclass(frozen=True)
 class CaptionedImages:
     """Captions and their images; ``load(i, size)`` is uint8 (size, size, 3).
 
-    With twice as many captions as files every file has two: i and ``i + len(files)``. ``passed_over`` says what else
-    lay there.
+    With twice as many captions as files every file has two: i and ``i + len(files)``.
+
+    Attributes:
+        passed_over: what else lay there. places: files on disk that hold the images; None where each is one.
+        upscale: whether an image may be smaller than what is asked for. source, max_bad: see :class:`LeftOut`.
     """
 
     captions: list[str]
-    files: Sequence[Path] | np.ndarray
+    files: Sequence[Picture] | np.ndarray
     passed_over: tuple[str, ...] = ()
+    places: Sequence[Path] | None = None
+    upscale: bool = False
+    source: str = "images"
+    max_bad: float = 0.0
+    left_out: LeftOut = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "left_out", LeftOut(self.source, len(self.files), self.max_bad))
 
     def __len__(self) -> int:
         return len(self.captions)
 
+    def on_disk(self) -> Sequence[Path]:
+        """The files that hold them."""
+        return self.places if self.places is not None else [f for f in self.files if isinstance(f, Path)]
+
     def load(self, index: int, size: int) -> np.ndarray:
-        """Centre crop to a square, then Lanczos to ``size``; transparent pixels become white."""
+        """Centre crop to a square, then Lanczos to ``size``; transparent pixels become white.
+
+        Raises:
+            BadRecord: no picture, or one whose shorter side is below ``size``, unless ``upscale``.
+            ReadError: the disk does not give it, as when its file is gone.
+        """
         item = self.files[index % len(self.files)]
         try:
-            image = Image.fromarray(item) if isinstance(item, np.ndarray) else read_picture(item)
-        except Exception as error:  # it was fine when the run began
-            raise ReadError(
-                f"data.images: {item}: {why(error) or error}; put it back, then go on with fewstep resume"
-            ) from error
+            image = Image.fromarray(item) if isinstance(item, np.ndarray) else _read(item)
+        except (ReadError, BadRecord):
+            raise
+        except Exception as error:  # Pillow raises many kinds on hostile files
+            if reason := why(error):  # it was there when the run began
+                raise ReadError(
+                    f"data.images: {item}: {reason}; put it back, then go on with fewstep resume"
+                ) from error
+            raise BadRecord(str(error).splitlines()[0][:80] or type(error).__name__) from error
+        if min(image.size) < size and not self.upscale and not isinstance(item, np.ndarray):
+            raise BadRecord(
+                f"{image.width}x{image.height} pixels, below {size}; data.upscale would enlarge it"
+            )
         return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
+    def sound(self, index: int, size: int) -> tuple[int, np.ndarray]:
+        """The first record from ``index`` on that can be used, and its pixels.
 
-def load_images(source: str, column: str | None = None) -> CaptionedImages:
+        Raises:
+            RecipeError: too many cannot, see :class:`LeftOut`. ReadError: as :meth:`load`.
+        """
+        for row in (i % len(self) for i in range(index, index + len(self))):
+            if (record := row % len(self.files)) in self.left_out.reasons:
+                continue
+            try:
+                return row, self.load(row, size)
+            except BadRecord as error:
+                self.left_out.add(record, name_of(self.files[record]), str(error))
+        raise RecipeError(f"data.images: {self.source}: no image of it can be used")
+
+
+def name_of(item: Picture | np.ndarray) -> str:
+    return "an array" if isinstance(item, np.ndarray) else item.name
+
+
+def _read(item: Picture) -> Image.Image:
+    return read_picture(item if isinstance(item, Path) else item.open())
+
+
+def load_images(
+    source: str, column: str | None = None, *, upscale: bool = False, max_bad: float = 0.0
+) -> CaptionedImages:
     """Captioned images of a folder, or ``builtin:emoji``, where every image comes under both its captions.
 
-    A folder's captions are in ``NAME.txt`` files, or in tables as Hugging Face's image folders have them: a
-    ``metadata.jsonl`` (or .csv, .parquet) in the folder or in those within it, with ``file_name`` and ``text``.
-    Every file is checked before anything expensive starts.
+    - image files, captioned by ``NAME.txt`` files, or by tables as Hugging Face's image folders have them: a
+      ``metadata.jsonl`` (or .csv, .parquet) in the folder or in those within it, with ``file_name`` and ``text``;
+    - WebDataset shards, ``*.tar``, see :mod:`.shards`;
+    - tables with pictures in them, or what ``datasets`` saved, see :mod:`.tables`.
+
+    Of many, 64 are decoded before anything expensive starts, and each of the others when it is wanted.
 
     Args:
         column: of the captions in tables; None is their only one called text, caption or prompt.
+        upscale, max_bad: see :class:`CaptionedImages`.
 
     Raises:
         RecipeError: folder missing or empty, a caption missing or no text, or corrupt files (up to ten are named).
     """
     if (captions := emoji.prompts(source)) is not None:
         return CaptionedImages(captions, emoji.load()[0])
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
+    place = Path(source).expanduser()
+    if not place.exists():
         raise RecipeError(f"data.images: {source} is no folder; expected captioned images, or builtin:emoji")
-    found = split(walk(folder)[0])
-    files = sorted(
-        folder / name for name in found.names
-    )  # captions go by name, so runs keep the order they had
-    if not files:
-        raise RecipeError(f"data.images: {source} holds no image; looked for {', '.join(EXTENSIONS)}")
     try:
-        captions = _captions(folder, files, column)
+        captions, files, passed_over, places = _open(place, column)
     except RecipeError:
         raise
     except FewstepError as error:
         raise RecipeError(f"data.images: {error}") from error
-    corrupt = [f"{f.name} ({reason})" for f in files if (reason := fault(f))]
-    if corrupt:
-        more = f" and {len(corrupt) - 10} more" if len(corrupt) > 10 else ""
-        raise RecipeError(
-            f"data.images: {source}: {len(corrupt)} of {len(files)} files cannot be read: {', '.join(corrupt[:10])}"
-            f"{more}; remove or replace them"
-        )
-    return CaptionedImages(captions, files, found.passed_over)
+    images = CaptionedImages(captions, files, passed_over, places, upscale, source, max_bad)
+    look(images, range(0, len(files), -(-len(files) // LOOK)))
+    return images
+
+
+def look(images: CaptionedImages, records: Sequence[int]) -> None:
+    """Decodes some of them; what is of no use is left out already.
+
+    Raises:
+        RecipeError: more than may be.
+    """
+    for record in records:
+        item = images.files[record]
+        try:
+            reason = (
+                None
+                if isinstance(item, np.ndarray)
+                else fault(item if isinstance(item, Path) else item.open())
+            )
+        except BadRecord as error:
+            reason = str(error)
+        if reason:
+            images.left_out.reasons[record] = (name_of(item), reason)
+    images.left_out.check(len(records))
+
+
+def faults(images: CaptionedImages, size: int, threads: int | None = None) -> Iterator[tuple[str, str]]:
+    """Name of every record in turn, and why it is of no use at this size; an empty reason where it is."""
+
+    def fault_of(record: int) -> tuple[str, str]:
+        try:
+            images.load(record, size)
+            return "", ""
+        except (BadRecord, ReadError) as error:
+            return name_of(images.files[record]), str(error)
+
+    chunk = 1024  # results that wait to be told
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        for begin in range(0, len(images.files), chunk):
+            yield from pool.map(fault_of, range(begin, min(begin + chunk, len(images.files))))
+
+
+def _open(
+    place: Path, column: str | None
+) -> tuple[list[str], Sequence[Picture], tuple[str, ...], Sequence[Path] | None]:
+    """Captions, images, what was passed over, and the files that hold the images where they are not those."""
+    found = split(walk(place)[0] if place.is_dir() else [])
+    if found.names:
+        # Captions go by name, so runs keep the order they had.
+        files = sorted(place / name for name in found.names)
+        return _captions(place, files, column), files, found.passed_over, None
+    if shards := shards_of(place):
+        members, captions = read_shards(shards, column)
+        return captions, members, (), shards
+    if tables_in(place):
+        tables = open_tables(place)
+        return tables.texts(column), tables.pictures(), (), tables.files
+    raise RecipeError(
+        f"data.images: {place} holds no image; looked for {', '.join(EXTENSIONS)}, for .tar shards, and for tables"
+    )
 
 
 def tables(source: str | Path) -> list[Path]:

@@ -27,7 +27,8 @@ from ..report.bar import Bar
 from ..teachers.base import Teacher
 from ..teachers.fingerprint import of_file, of_network
 from ..teachers.origin import lora_file
-from .cache import PLACE, encode_prompts, identity, is_whole, need_of_prompts
+from .cache import encode_prompts, identity, is_whole, need_of_prompts
+from .places import PLACE
 from .store import Store, rows_to_make, shard_path
 
 SHARD = 256  # rows of one file

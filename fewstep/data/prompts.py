@@ -7,6 +7,8 @@ from pathlib import Path
 from ..errors import FewstepError, RecipeError
 from ..teachers.references import Edit
 from . import emoji, texts
+from .shards import read_shards, shards_of
+from .tables import open_tables
 
 CLASSES = "builtin:imagenet-classes"  # the labels 0 to 999, for teachers that are conditioned on them
 UNCONDITIONAL = "builtin:unconditional"  # for teachers that are conditioned on nothing
@@ -15,6 +17,8 @@ UNCONDITIONAL = "builtin:unconditional"  # for teachers that are conditioned on 
 def load_prompts(source: str, name: str = "data.prompts", column: str | None = None) -> list[str]:
     """Prompts of a file (see :mod:`.texts`; blank lines are skipped), or of ``builtin:emoji`` (``-names``, ``-groups``,
     ``-mostly-names``); ``builtin:imagenet-classes`` are the labels "0" to "999", ``builtin:unconditional`` 64 empty.
+
+    A folder of tables (:mod:`.tables`), or of WebDataset shards, gives all its texts.
 
     A table with a column ``reference`` gives an :class:`~fewstep.teachers.references.Edit` a row.
 
@@ -32,11 +36,19 @@ def load_prompts(source: str, name: str = "data.prompts", column: str | None = N
         return [str(label) for label in range(1000)]
     if source == UNCONDITIONAL:
         return [""] * 64
-    if not Path(source).expanduser().is_file():
+    place = Path(source).expanduser()
+    if not place.exists():
         raise RecipeError(
-            f"{name}: {source} is no file; expected a text file with one prompt per line, a table, or builtin:emoji"
+            f"{name}: {source} is no file; expected a text file with one prompt per line, a table, a folder of "
+            "tables or shards, or builtin:emoji"
         )
     try:
+        if place.is_dir() or place.suffix in (".arrow", ".tar"):
+            return (
+                read_shards(shards, column)[1]
+                if (shards := shards_of(place))
+                else open_tables(place).texts(column)
+            )
         found = texts.read(source, column, blank="skip")
     except FewstepError as error:
         raise RecipeError(f"{name}: {error}") from error

@@ -67,7 +67,12 @@ def is_table(path: str | Path) -> bool:
 
 def column_for(source: str | None, column: str | None) -> str | None:
     """The column of a recipe for this file, which lines and built-in prompts have no use for."""
-    return column if source is not None and is_table(source) else None
+    return column if source is not None and has_columns(source) else None
+
+
+def has_columns(source: str) -> bool:
+    """Whether it is a table, or a set of tables or of shards."""
+    return is_table(source) or Path(source).suffix in (".arrow", ".tar") or Path(source).is_dir()
 
 
 def read(path: str | Path, column: str | None = None, blank: Literal["skip", "refuse"] = "refuse") -> Texts:
@@ -351,7 +356,7 @@ def _parquet(path: Path) -> list[Row]:
         import pyarrow.parquet as parquet
     except ImportError:
         raise FewstepError(
-            f"{path}: Parquet needs pyarrow, which is not installed: pip install pyarrow, or save it as CSV"
+            f'{path}: Parquet needs pyarrow, which is not installed: pip install "fewstep[data]", or save it as CSV'
         ) from None
     try:
         found = parquet.read_table(path).to_pylist()

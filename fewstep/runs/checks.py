@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.cache import PLACE
+from ..data.image_sets import split, walk
 from ..data.images import CaptionedImages, load_images, tables
 from ..data.pairs import load_pairs
+from ..data.places import PLACE
 from ..data.prompts import load_prompts
-from ..data.texts import column_for, is_table
+from ..data.texts import column_for, has_columns
 from ..errors import FewstepError, RecipeError
 from ..files import Need, check_room, check_writable, contents
 from ..methods.base import Method, Progress
@@ -69,14 +70,14 @@ def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
     needs = recipe.method_class.needs(recipe.method)
     if "pairs" in needs:
         load_pairs(recipe.data.pairs, Path(recipe.output).name)
-    if recipe.data.images is None and "images" not in needs:
+    if data.images is None and "images" not in needs:
         return prompts, None
-    if recipe.data.images is None:
+    if data.images is None:
         raise RecipeError(
             "data.images: missing; this configuration needs real images. Give a folder of captioned images"
             + _without_images(recipe)
         )
-    images = load_images(recipe.data.images, recipe.data.column)
+    images = load_images(data.images, data.column, upscale=data.upscale, max_bad=data.max_bad)
     if images.passed_over:
         over = ", ".join(images.passed_over)
         print(f"fewstep: note: data.images: {recipe.data.images}: passed over {over}", file=sys.stderr)
@@ -102,9 +103,13 @@ def _check_column(recipe: Recipe) -> None:
     """A column that nothing has would be an option without effect."""
     data, images = recipe.data, recipe.data.images
     files = [source for source in (data.prompts, recipe.evaluation.prompts) if source]
-    if data.column is None or any(map(is_table, files)):
+    if data.column is None or any(map(has_columns, files)):
         return
-    if images is None or not Path(images).is_dir() or not tables(images):
+    if (
+        images is None
+        or not has_columns(images)
+        or (split(walk(Path(images))[0]).names and not tables(images))
+    ):
         raise RecipeError(
             f"data.column: {data.column}: neither prompts nor captions are in a table; leave it out"
         )

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..data.cache import (
-    PLACE,
-    cache_root,
     condition_bytes,
     images_folder,
     latent_bytes,
@@ -19,6 +17,7 @@ from ..data.cache import (
 from ..data.image_sets import split, walk
 from ..data.images import CaptionedImages, load_images
 from ..data.pairs import load_pairs
+from ..data.places import PLACE, cache_root
 from ..data.prompts import load_prompts
 from ..data.store import rows_to_make
 from ..data.texts import column_for
@@ -90,7 +89,7 @@ def _images(source: str) -> int:
     folder = Path(source).expanduser()
     if not source or not folder.is_dir():
         raise FewstepError(f"{folder} is no folder")
-    return len(split(walk(folder)[0]).names)
+    return len(split(walk(folder)[0]).names) or len(load_images(source))
 
 
 def _pairs(source: str) -> int:

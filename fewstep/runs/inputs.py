@@ -1,8 +1,9 @@
 """What a run depends on beside its recipe, as hashes of its content: a run that goes on goes on with the same.
 
 Of a teacher 64 numbers of every tensor are hashed, and its scheduler's configuration; prompts and captions as a whole;
-of image files, pairs and a reward's files the size and up to 16 blocks of 4 kB. Where they lie does not matter, and
-neither does when they were written: what is moved or copied is the same.
+of image files, shards, tables, pairs and a reward's files the size and up to 16 blocks of 4 kB. Of more than 1,024
+files of images as many, evenly spread, are read so, and of the others the name and the size count. Where they lie does
+not matter, and neither does when they were written: what is moved or copied is the same.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ..teachers.references import identity_of
 
 FILE = "inputs.json"  # in a run directory
 PLACES = "places"  # in it: whole paths and ids of the hub
+SKETCHED = 1024  # files of images that are read, at most
 LOOSE = (
     "_diffusers_version",
     "_name_or_path",
@@ -79,8 +81,16 @@ def _of_images(images: CaptionedImages) -> str:
         return hash_of(
             [*map(identity_of, images.captions), hashlib.sha256(images.files.tobytes()).hexdigest()]
         )
+    places = images.on_disk()
+    looked = -(-len(places) // SKETCHED)
     return hash_of(
-        [*map(identity_of, images.captions), *(f"{path.name} {sketch(path)}" for path in images.files)]
+        [
+            *map(identity_of, images.captions),
+            *(
+                f"{path.name} {path.stat().st_size if i % looked else sketch(path)}"
+                for i, path in enumerate(places)
+            ),
+        ]
     )
 
 

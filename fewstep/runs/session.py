@@ -17,9 +17,9 @@ import torch.distributed as dist
 from .. import export, extensions
 from .. import recipe as recipes
 from ..data.batches import Ahead, Batches
-from ..data.cache import PLACE
 from ..data.images import CaptionedImages
 from ..data.pairs import Pairs
+from ..data.places import PLACE
 from ..data.store import Store
 from ..device import choose, keep_freed
 from ..diffusion import kernels

@@ -41,9 +41,9 @@ def smoke(recipe: Recipe, given: Collection[str] = ()) -> Recipe:
     data = dataclasses.replace(
         data,
         prompts=data.prompts
-        if data.prompts in (CLASSES, UNCONDITIONAL) or Path(data.prompts).is_file()
+        if data.prompts in (CLASSES, UNCONDITIONAL) or Path(data.prompts).exists()
         else str(few / ("metadata.jsonl" if edits else "prompts.txt")),
-        images=data.images if data.images is None or Path(data.images).is_dir() else str(few),
+        images=data.images if data.images is None or Path(data.images).exists() else str(few),
     )
     method = recipe.method.smoke()
     names = (*recipe.method_class.networks_for(method), *recipe.method_class.extras)

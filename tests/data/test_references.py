@@ -49,10 +49,10 @@ def table(folder, rows, suffix=".jsonl"):
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([("prompt", "reference"), *((t, json.dumps(f)) for t, f in rows)])
     else:
-        arrow = pytest.importorskip("pyarrow")
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
         columns = {"prompt": [t for t, _ in rows], "reference": [f for _, f in rows]}
-        arrow.parquet.write_table(arrow.table(columns), path)
+        parquet.write_table(arrow.table(columns), path)
     return path
 
 

@@ -249,7 +249,7 @@ def test_a_damaged_table_is_refused_with_its_place(file, read, refused, suffix, 
 def test_parquet_needs_a_library(file, read, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    refused(read, file("p.parquet", b"PAR1"), "pip install pyarrow")
+    refused(read, file("p.parquet", b"PAR1"), "fewstep[data]")
 
 
 def test_parquet_is_a_table_like_any_other(file, read, refused, tmp_path):

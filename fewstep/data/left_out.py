@@ -1,0 +1,84 @@
+"""Records that cannot be used: left out one by one while a run reads, counted, named and capped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from ..errors import FewstepError, RecipeError
+from ..files import ReadError, write
+
+FILE = "left_out.jsonl"  # in a run's folder, or in that of a store: a record a line
+NAMED = 10  # of them in a message
+
+
+class BadRecord(FewstepError):
+    """One record of a set is of no use; its message is the reason, in a few words."""
+
+
+class LeftOut:
+    """What was left out of a set so far.
+
+    Args:
+        source: of the set, for errors. total: records in it. share: of them that may be left out (``data.max_bad``).
+
+    Attributes:
+        reasons: record -> name and reason. path: file that keeps them, once there is a place for it.
+    """
+
+    def __init__(self, source: str, total: int, share: float):
+        self.source, self.total, self.share = source, total, share
+        self.reasons: dict[int, tuple[str, str]] = {}
+        self.path: Path | None = None
+
+    def keep(self, path: Path) -> None:
+        """From here on they are written to this file; those that stand in it count.
+
+        Raises:
+            RecipeError: as :meth:`add`.
+        """
+        self.path = path
+        self._read()
+        self.check()
+
+    def add(self, record: int, name: str, reason: str) -> None:
+        """Leaves one out, with a word on it.
+
+        Raises:
+            RecipeError: more than the share allows, with the first of their names.
+        """
+        if self.path:
+            self._read()  # what other ranks have left out
+        self.reasons[record] = (name, reason)
+        if self.path:
+            rows = ({"record": n, "name": a, "reason": b} for n, (a, b) in sorted(self.reasons.items()))
+            write(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self.check()
+        if len(self.reasons) <= NAMED:
+            print(f"fewstep: note: data.images: {name} is left out: {reason}", file=sys.stderr)
+
+    def check(self, checked: int | None = None) -> None:
+        """Refuses a set of which too much is of no use.
+
+        Args:
+            checked: records that have been looked at, where that is known.
+        """
+        if len(self.reasons) <= int(self.share * self.total):
+            return
+        named = [f"{name} ({reason})" for name, reason in list(self.reasons.values())[:NAMED]]
+        more = f" and {len(self.reasons) - NAMED} more" if len(self.reasons) > NAMED else ""
+        raise RecipeError(
+            f"data.images: {self.source}: {len(self.reasons)} of {checked or self.total} files cannot be read: "
+            f"{', '.join(named)}{more}; remove or replace them (fewstep data check names all), or raise data.max_bad, "
+            f"which allows {int(self.share * self.total)} of {self.total}"
+        )
+
+    def _read(self) -> None:
+        assert self.path is not None
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+            for row in map(json.loads, lines):
+                self.reasons[row["record"]] = (row["name"], row["reason"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ReadError(f"{self.path}: cannot be read ({error}); remove it") from error
