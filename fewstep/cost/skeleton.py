@@ -12,9 +12,8 @@ import torch
 from ..errors import FewstepError
 from ..files import at_home
 from ..teachers import adapters, pipeline_class_of, resolve
-from ..teachers.ar import PIPELINES
 from ..teachers.base import Teacher
-from ..teachers.load import ASSETS, with_arithmetic
+from ..teachers.load import ASSETS, pipeline_type, with_arithmetic
 from ..teachers.origin import Origin
 from ..teachers.pipelines import hushed
 from ..teachers.single import header, publisher
@@ -67,7 +66,7 @@ def skeleton_pipeline(source: str, network: str, dtype: torch.dtype, config: str
                         components[name] = _built(cls, config, dtype)
             options = {k: v for k, v in index.items() if k not in parts and not k.startswith("_")}
             name = index["_class_name"]
-            return (PIPELINES.get(name) or getattr(diffusers, name))(**components, **options)
+            return pipeline_type(name)(**components, **options)
     except (OSError, ValueError, AttributeError) as error:
         raise FewstepError(f"teacher.path: cannot read the configurations of {source}: {error}") from error
 

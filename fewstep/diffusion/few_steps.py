@@ -72,7 +72,8 @@ def sample(
         states (K, B, ...) at the times, predictions x0 (K, B, ...) there, and the sample (B, ...), which is the
         last of them where it has no noise.
     """
-    x, states, predictions, level = noise, [], [], levels(denoiser.schedule, times, end).T
+    begun = denoiser.schedule.begin(noise, torch.tensor(times[:1]))
+    x, states, predictions, level = begun, [], [], levels(denoiser.schedule, times, end).T
     for k, now in enumerate(times):
         t = repeated(now, x)
         states.append(x)

@@ -149,6 +149,13 @@ class Schedule:
         """``alpha(t) x0 + sigma(t) eps``; shapes of x0."""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * eps
 
+    def begin(self, noise: Tensor, t: Tensor) -> Tensor:
+        """What a sampler is given at its first time t, of unit noise: the same, for a path of bounded size.
+
+        The paths of stock schedulers end at a non-zero SNR, and their samplers start from unit noise all the same.
+        """
+        return noise
+
     def renoise(self, x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """From level s to a noisier level t with fresh noise (Phased DMD, arXiv 2510.27684, eq. 2).
 
@@ -367,6 +374,9 @@ class EDM(Schedule):
     def fraction_above(self, t: float) -> float:
         low, high = self.t_min ** (1 / 7), self.t_max ** (1 / 7)
         return (t ** (1 / 7) - low) / (high - low)
+
+    def begin(self, noise: Tensor, t: Tensor) -> Tensor:
+        return expand(self.sigma(t), noise) * noise
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(_real(t))

@@ -38,7 +38,7 @@ def ddim(
     times = torch.linspace(start, schedule.t_min, num_steps + 1, dtype=torch.float64)
     if isinstance(schedule, Flow):  # even before the shift
         times = schedule.shifted(times / start * schedule.fraction_above(start))
-    x, last = noise, times[-1].item()
+    x, last = schedule.begin(noise, times[:1]), times[-1].item()
     for now, following in pairwise(times.tolist()):
         t, s = repeated(now, x), repeated(following, x)
         x0 = denoiser.x0(x, t, cond, guidance=guidance)
@@ -65,7 +65,7 @@ def ode(
     """
     schedule = denoiser.schedule
     times = torch.linspace(schedule.t_max, end, num_steps + 1, dtype=real(noise.device), device=noise.device)
-    x = noise
+    x = schedule.begin(noise, times[:1])
 
     def slope(x: Tensor, t: Tensor) -> Tensor:
         return schedule.convert(denoiser.x0(x, t, cond, guidance=guidance), x, t, "x0", "flow")

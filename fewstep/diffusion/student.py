@@ -116,7 +116,7 @@ class Student:
         This is DMD2's backward simulation (arXiv 2405.14867, section 4.5): training sees the inputs that
         inference will see.
         """
-        x_t = noise
+        x_t = self.schedule.begin(noise, self._time(0, noise))
         with torch.no_grad():
             for i in range(step):
                 x_t = self.advance(x_t, self.x0(x_t, i, cond), i, self._time(i + 1, x_t), noise, draw)

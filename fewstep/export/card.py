@@ -13,6 +13,7 @@ from . import comfyui
 from .weights import LORA_FILE, adapters
 
 UNPROMPTED = "DDPMPipeline"  # hands on no labels
+EDM = "EDMPipeline"  # which is fewstep's
 IMAGE_FIRST = ("Flux2Pipeline", "Flux2KleinPipeline")  # whose calls begin with an image
 ENCODED = {"pooled": "encoded[2][0]", "embeds": "encoded[0][0].mean(0)"}
 # A program for each kind of export, of parts that some share; the words in braces are those of `_words`.
@@ -33,6 +34,11 @@ image = pipe({prompt}, {call}).images[0]
 image.save('image.png')"""
 TOKENS = """\
 from fewstep.tokens.pipeline import {pipeline_class}
+
+pipe = {pipeline_class}.from_pretrained({pipeline!r})
+"""
+OURS = """\
+from fewstep.teachers.edm.pipeline import {pipeline_class}
 
 pipe = {pipeline_class}.from_pretrained({pipeline!r})
 """
@@ -112,6 +118,8 @@ def _program(record: Mapping[str, Any]) -> str:
         return ROUTED_ADAPTED if lora else ROUTED_WHOLE
     if "experts" in record:
         return ADAPTED + EXPERTS + IMAGE
+    if record["pipeline_class"] == EDM:
+        return OURS + IMAGE
     return ADAPTED + IMAGE if lora else WHOLE + IMAGE
 
 

@@ -12,6 +12,7 @@ import torch
 from ..diffusion import schedules
 from ..diffusion.times import start_below, uniform_times
 from ..errors import RecipeError
+from ..teachers.edm.scheduler import EDMScheduler
 from ..teachers.schedulers import is_flow
 
 
@@ -22,10 +23,11 @@ def student_scheduler(
     explicit: bool = False,
     eta: float = 0.0,
     handed: bool = False,
+    grids: Sequence[Sequence[float]] = (),
 ):
     """A stock scheduler that samples as the student was trained, and the call it needs.
 
-    A flow's are in :func:`flow_scheduler`. Else fresh (and fixed) noise is ``LCMScheduler``;
+    A flow's are in :func:`flow_scheduler`, an EDM pipeline's is its own. Else fresh (and fixed) noise is ``LCMScheduler``;
     ``original_inference_steps`` and the length of the table are set such that ``num_inference_steps=K`` alone gives the
     trained times, and only an uneven grid needs ``timesteps=`` at the call. Deterministic steps are ``DDIMScheduler``,
     "tcd" ones ``TCDScheduler`` on a table without noise at time 0, where its last step ends: with the teacher's own
@@ -35,6 +37,7 @@ def student_scheduler(
         explicit: the call names the times even where they are an even grid, for a student of several numbers of steps,
             whose scheduler's configuration can have the defaults of one only.
         eta: of "tcd", goes into the call. handed: see :func:`fewstep.teachers.pipelines.hands_sigmas`.
+        grids: the times at other numbers of steps, of which an EDM pipeline's keeps all.
 
     Returns:
         (scheduler, call): call holds the arguments of the pipeline's ``__call__`` beside the prompt.
@@ -42,6 +45,8 @@ def student_scheduler(
     Raises:
         RecipeError: deterministic steps on an uneven grid, which no stock scheduler takes.
     """
+    if isinstance(teacher_scheduler, EDMScheduler):
+        return _edm_scheduler(teacher_scheduler, [times, *grids], noise)
     if is_flow(teacher_scheduler):
         if noise == "tcd":
             raise RecipeError(
@@ -49,6 +54,15 @@ def student_scheduler(
             )
         return flow_scheduler(times, noise, teacher_scheduler.config, explicit, handed)
     return _table_scheduler(teacher_scheduler, times, noise, explicit, eta)
+
+
+def _edm_scheduler(teacher_scheduler: EDMScheduler, grids: Sequence[Sequence[float]], noise: str):
+    """As :func:`student_scheduler`, for an EDM pipeline."""
+    if noise == "tcd":
+        raise RecipeError("method.noise: tcd: an EDM pipeline has no such steps; use ddim or fresh")
+    options = {"solver": "euler" if noise == "ddim" else "fresh", "sigmas": [list(grid) for grid in grids]}
+    call = {"num_inference_steps": len(grids[0]), "guidance_scale": 0.0}
+    return EDMScheduler.from_config(teacher_scheduler.config, **options), call
 
 
 def _table_scheduler(teacher_scheduler: Any, times: list[float], noise: str, explicit: bool, eta: float):

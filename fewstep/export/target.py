@@ -201,7 +201,10 @@ class Stock(Target):
         pipe, student, variants = self.teacher.pipe, self.student, self.student.variants()
         stock, handed = pipe.scheduler, hands_sigmas(pipe)
         scheduler, call = student_scheduler(
-            stock, student.times, student.noise, eta=student.eta, handed=handed
+            *(stock, student.times, student.noise),
+            eta=student.eta,
+            handed=handed,
+            grids=[one.times for one in variants[1:]],
         )
         if "num_inference_steps" in call and all(meets(scheduler, one.times, handed) for one in variants):
             return {

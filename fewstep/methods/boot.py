@@ -118,7 +118,8 @@ class BOOT(Method):
     def signal(self, noise: Tensor, level: Tensor, guidance: Guidance, cond: Cond) -> Tensor:
         """The student's y(eps, s), (B, ...), at levels given as fractions (B,) of the schedule, 0 is clean."""
         told = {"guidance": guidance} if isinstance(guidance, Tensor) else {}
-        return self.student.x0(noise, 0, Cond({**cond.tensors, "level": level, **told}))
+        first = self.schedule.begin(noise, repeated(self.student.times[0], noise))
+        return self.student.x0(first, 0, Cond({**cond.tensors, "level": level, **told}))
 
     def step(
         self, signal: Tensor, noise: Tensor, now: Tensor, following: Tensor, guidance: Guidance, cond: Cond
@@ -138,4 +139,5 @@ class BOOT(Method):
         """The signal where the trajectory begins."""
         if self.exact:
             return trajectory.terminal_signal(noise, self.schedule)
-        return self.teacher.x0(noise, repeated(self.schedule.t_max, noise), cond, guidance=guidance)
+        t = repeated(self.schedule.t_max, noise)
+        return self.teacher.x0(self.schedule.begin(noise, t), t, cond, guidance=guidance)

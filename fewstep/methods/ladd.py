@@ -195,5 +195,6 @@ class LADD(Method):
         t = batch.rng.choice(len(x0), self.times, c.early_proposals if early else c.proposals)
         noise, denoiser = batch.rng.normal_like(x0), self.student.denoiser
         first = expand(t == self.times[0], x0).bool()
-        x_t = torch.where(first, noise, denoiser.schedule.add_noise(x0, noise, t))
+        schedule = denoiser.schedule
+        x_t = torch.where(first, schedule.begin(noise, t), schedule.add_noise(x0, noise, t))
         return denoiser.x0(x_t, t, cond)

@@ -19,7 +19,7 @@ def num_classes(pipe: Any) -> int | None:
     config = network_of(pipe).config
     if type(pipe).__name__ == "DiTPipeline":
         return config.num_embeds_ada_norm
-    return config.get("num_class_embeds") if type(pipe).__name__ == "DDPMPipeline" else None
+    return config.get("num_class_embeds") if type(pipe).__name__ in ("DDPMPipeline", "EDMPipeline") else None
 
 
 def labels_of(pipe: Any, prompts: Sequence[str]) -> list[int]:

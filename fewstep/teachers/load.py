@@ -48,6 +48,7 @@ def adapters() -> dict[str, type[Teacher]]:
     from .ar import PIPELINES, Autoregressive
     from .chroma import Chroma
     from .classes import DDPM, DiT
+    from .edm.teacher import EDM
     from .flux import Flux
     from .flux2 import Flux2, Flux2Klein
     from .krea2 import Krea2
@@ -60,7 +61,7 @@ def adapters() -> dict[str, type[Teacher]]:
 
     known = (
         *(StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Sana, PixArtAlpha, PixArtSigma),
-        *(QwenImage, QwenImageEdit, ZImage, Flux2, Flux2Klein, Krea2, Chroma, Lumina2, DiT, DDPM),
+        *(QwenImage, QwenImageEdit, ZImage, Flux2, Flux2Klein, Krea2, Chroma, Lumina2, DiT, DDPM, EDM),
     )
     stock = {cls.pipeline_class: cls for cls in known}
     return {
@@ -76,11 +77,12 @@ def pipeline_type(name: str):
     import diffusers
 
     from .ar import PIPELINES
+    from .edm.pipeline import EDMPipeline
 
     if name in EDITING:  # what our stand-ins name, diffusers takes only from a module that has been imported
         from . import processor  # noqa: F401
     # DDIMPipeline makes DDIM's of any scheduler, and holds the same parts.
-    own = {"DDIMPipeline": diffusers.DDPMPipeline, **PIPELINES}
+    own = {"DDIMPipeline": diffusers.DDPMPipeline, "EDMPipeline": EDMPipeline, **PIPELINES}
     # The loader would not take null for a part that its class can do without.
     return own.get(name) or getattr(diffusers, name, diffusers.DiffusionPipeline)
 

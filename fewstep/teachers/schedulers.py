@@ -12,8 +12,9 @@ from torch import Tensor
 from ..device import real
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import NetDenoiser
-from ..diffusion.schedules import VP, Flow, Schedule, noise_table
+from ..diffusion.schedules import EDM, VP, Flow, Schedule, noise_table
 from ..errors import FewstepError
+from .edm.scheduler import EDMScheduler
 
 BY_STEPS = "shift_by_steps"  # of a scheduler whose shift was fixed: what it is for a number of steps, where they differ
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
@@ -33,6 +34,8 @@ def schedule_of(scheduler: Any) -> Schedule:
         FewstepError: a shift that depends on the size of the image, or a path of another kind (EDM's, tokens').
     """
     config = scheduler.config
+    if isinstance(scheduler, EDMScheduler):
+        return EDM(config.sigma_min, config.sigma_max)
     if not is_flow(scheduler):
         return VP.from_scheduler(scheduler)
     if config.get("use_dynamic_shifting"):
@@ -77,12 +80,18 @@ def scheduler_sample(
     return x.float()
 
 
-def _make(name: str, flow: str | None = None, **options) -> Callable:
-    """A scheduler of this class on the table of another; ``flow`` is its class for a flow, where that is another."""
+def _make(name: str, flow: str | None = None, edm: str | None = None, **options) -> Callable:
+    """A scheduler of this class on the table of another.
+
+    Args:
+        flow: its class for a flow, where that is another. edm: what an EDM pipeline's scheduler calls it.
+    """
 
     def build(scheduler):
         import diffusers
 
+        if isinstance(scheduler, EDMScheduler):
+            return _of_edm(scheduler, name, edm)
         if is_flow(scheduler):
             flowing: Any = schedule_of(scheduler)
             steps, shift = scheduler.config.num_train_timesteps, flowing.shift
@@ -109,6 +118,12 @@ def _make(name: str, flow: str | None = None, **options) -> Callable:
     return build
 
 
+def _of_edm(scheduler: EDMScheduler, name: str, solver: str | None) -> EDMScheduler:
+    if solver is None:
+        raise FewstepError(f"{name}: no solver of an EDM pipeline; expected ddim, euler, heun or dpm++")
+    return EDMScheduler.from_config(scheduler.config, solver=solver, sigmas=None)
+
+
 def _rescaled(cls: type, scheduler: Any) -> dict[str, Any]:
     """A table of zero terminal SNR for a class that rescales it by itself, or else with 2^-24 at its end (Heun)."""
     if "rescale_betas_zero_snr" in inspect.signature(cls).parameters:
@@ -121,9 +136,9 @@ def _rescaled(cls: type, scheduler: Any) -> dict[str, Any]:
 # Training-free samplers in diffusers; each takes a pipeline's scheduler and gives one on the same noise table or flow.
 # FlowMap is Euler on an even grid before the shift; FlowMatchEuler's own grid spends its last step on 0.001.
 FLOOR: dict[str, Callable] = {
-    "ddim": _make("DDIMScheduler", "FlowMapEulerDiscreteScheduler", clip_sample=False, set_alpha_to_one=True),
-    "euler": _make("EulerDiscreteScheduler", "FlowMapEulerDiscreteScheduler"),
-    "heun": _make("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-    "dpm++": _make("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", lower_order_final=True),
+    "ddim": _make("DDIMScheduler", "FlowMapEulerDiscreteScheduler", "euler", clip_sample=False, set_alpha_to_one=True),
+    "euler": _make("EulerDiscreteScheduler", "FlowMapEulerDiscreteScheduler", "euler"),
+    "heun": _make("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "heun"),
+    "dpm++": _make("DPMSolverMultistepScheduler", edm="dpm++", algorithm_type="dpmsolver++", lower_order_final=True),
     "unipc": _make("UniPCMultistepScheduler"),
 }

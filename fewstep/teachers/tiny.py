@@ -50,6 +50,7 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "DiTPipeline": _dit,
         "DDPMPipeline": _unet2d,
         "DDIMPipeline": _unet2d,
+        "EDMPipeline": _edm,
     }
     if pipeline_class in TOKENS:
         return _write_tokens(pipeline_class, Path(folder), seed, options)
@@ -742,6 +743,33 @@ def _unet2d(_tokenizer, pipeline_class, options):
         unet=diffusers.UNet2DModel(**{**network, **options}),
         scheduler=scheduler[pipeline_class](beta_schedule="linear"),
     )
+
+
+def _edm(_tokenizer, _pipeline_class, options):
+    from .edm.networks import EDM2Precond, EDMPrecond
+    from .edm.pipeline import EDMPipeline
+    from .edm.scheduler import EDMScheduler
+
+    network: dict[str, Any] = {"sample_size": 16, "model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1}
+    network |= {"attn_resolutions": (8,), **options}
+    kind = network.pop("model_type", "ddpm++")
+    if kind == "edm2":
+        own = {"in_channels": 4, "num_class_embeds": 10, "channels_per_head": 16, "logvar_channels": 16}
+        vae = _vae(scaling_factor=0.5, latents_mean=[5.81, 3.25, 0.12, -2.15], latents_std=[4.17, 4.62, 3.71, 3.28])
+        net = EDM2Precond(**{**own, **network})
+    else:
+        vae, net = None, EDMPrecond(model_type=kind, **network)
+    _awake(net)
+    return EDMPipeline(net, EDMScheduler(), vae)
+
+
+def _awake(net: Any) -> None:
+    """What begins at zero is filled, so that every weight moves the output."""
+    import torch
+
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
 
 
 def _pixart(_tokenizer, pipeline_class, _options):

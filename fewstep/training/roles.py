@@ -217,7 +217,9 @@ def _in_fp32(tensors: Iterable[Tensor]) -> None:
 
 
 def default_targets(module: nn.Module) -> list[str]:
-    """Layers that are adapted unless a recipe says otherwise: DMD2's for UNets, attention and feed-forward else."""
+    """Layers that are adapted unless a recipe says otherwise: a network's own, DMD2's for UNets, else attention and feed-forward."""
+    if own := getattr(module, "lora_targets", None):
+        return list(own)
     if "UNet" in type(module).__name__:
         return list(UNET_TARGETS)
     # One layer where others have a list of two, whose first is adapted (FLUX.2's blocks of one stream).
@@ -242,11 +244,11 @@ def _check_lora(name: str, module: nn.Module, config: RoleConfig) -> None:
     if not layers:
         raise RecipeError(f"{name}.targets: {config.targets} match no layer of {type(module).__name__}")
     for path, layer in layers.items():
-        weight = getattr(layer, "weight", None)
-        if weight is None or weight.ndim not in (2, 4):
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
             raise RecipeError(
                 f"{name}.targets: {path} is a {type(layer).__name__}; LoRA adapts Linear and Conv2d"
             )
+        weight = layer.weight
         limit = min(weight.shape[0], weight[0].numel())
         if config.rank > limit:
             raise RecipeError(

@@ -29,7 +29,7 @@ EDITS = (
     Edit("red apple", [REFERENCES / "wide.png", REFERENCES / "square.png"], "the first edit"),
     Edit("a dog on a skateboard", [REFERENCES / "other.png", REFERENCES / "red.png"], "the second edit"),
 )
-UNET = ("mid_block",)
+UNET, EDM, EDM2 = ("mid_block",), ("model.dec.8x8_in0",), ("unet.dec.8x8_in0",)
 SD21 = {"prediction_type": "v_prediction", "use_linear_projection": True, "attention_head_dim": (1, 2)}
 ZOO = {
     "SD 1.5": Kind("StableDiffusionPipeline", taps=UNET),
@@ -64,4 +64,6 @@ ZOO = {
     "DiT": Kind("DiTPipeline", prompts=("207", "3")),
     "UNet2D": Kind("DDPMPipeline", taps=UNET, prompts=("", ""), guided=False),
     "UNet2D by class": Kind("DDIMPipeline", {"num_class_embeds": 10}, None, UNET, ("7", "3"), False),
+    "EDM": Kind("EDMPipeline", {"num_class_embeds": 10, "null_label": True}, None, EDM, ("7", "3")),
+    "EDM2": Kind("EDMPipeline", {"model_type": "edm2"}, None, EDM2, ("7", "3"), False),
 }

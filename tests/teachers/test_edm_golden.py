@@ -9,6 +9,7 @@ import torch
 
 from fewstep.teachers.edm.edm2 import normalise_weights
 from fewstep.teachers.edm.networks import EDM2Precond, EDMPrecond
+from fewstep.teachers.edm.scheduler import EDMScheduler
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SLACK = 5  # times what the authors' module itself is off in fp32, as the README of the numbers says
@@ -84,3 +85,20 @@ def test_stored_weights_are_normalised_as_a_forward_in_training_does():
     after = net(io["y"], io["sigma"], numbers(io["labels"]))[0]
     assert (after - io["D_after_train_forward"]).abs().max() <= 4e-6
     assert (after - io["D"]).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_heuns_sampler_is_the_authors_own():
+    net, io, off = network("edm_ddpmpp_uncond"), arrays("edm_heun.io"), about("edm_heun")["max_diff_official_fp32"]
+    scheduler = EDMScheduler()
+    scheduler.set_timesteps(18)
+    assert torch.allclose(scheduler.timesteps, io["call_sigmas_f64"], rtol=1e-12, atol=0)
+    assert torch.allclose(scheduler.sigmas, io["t_steps_f64"], rtol=1e-12, atol=0)
+    made, inputs = io["latents"].double() * scheduler.init_noise_sigma, []
+    for sigma in scheduler.timesteps:
+        inputs.append(made)
+        made = scheduler.step(net(made, sigma)[0], sigma, made).prev_sample
+    states = [inputs[0], *inputs[2::2], made]  # the start of each step, and the end
+    for ours, theirs in zip(states, io["states"], strict=True):
+        assert (ours - theirs).abs().max() <= SLACK * off["states"]
+    assert (states[-1] - io["images"]).abs().max() <= SLACK * off["images"]

@@ -19,7 +19,7 @@ from fewstep.cli import main
 from fewstep.diffusion.cond import Cond, unconditional
 from fewstep.diffusion.discriminator import Discriminator, tap_features
 from fewstep.diffusion.few_steps import sample
-from fewstep.diffusion.schedules import VP, Flow
+from fewstep.diffusion.schedules import EDM, VP, Flow
 from fewstep.diffusion.solvers import ddim
 from fewstep.diffusion.student import Student
 from fewstep.diffusion.times import even_times
@@ -63,6 +63,7 @@ SHIFTS = {
     **dict.fromkeys(STACKED, math.exp(compute_empirical_mu(64, 50))),
 }
 TRANSFORMERS = (*FLOWS, "PixArt-alpha", "PixArt-Sigma", "DiT")
+EDMS = ("EDM", "EDM2")
 IN_PIXELS = ("DiT", "UNet2D", "UNet2D by class")  # their pipelines give no latents
 PROMPTS = list(ZOO["SDXL"].prompts)
 
@@ -113,6 +114,8 @@ def test_schedule_and_prediction_are_the_schedulers(name, teachers):
             denoiser.schedule.shift == pytest.approx(SHIFTS.get(name, 3.0))
             and denoiser.schedule.time_scale == 1000
         )
+    elif name in EDMS:
+        assert isinstance(denoiser.schedule, EDM) and denoiser.prediction == "x0"
     else:
         assert isinstance(denoiser.schedule, VP)
         assert denoiser.prediction == ("v" if name == "SD 2.1, v" else "eps")

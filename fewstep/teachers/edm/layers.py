@@ -49,48 +49,62 @@ def norm(channels: int, eps: float) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels // 4), channels, eps)
 
 
-class Conv(nn.Module):
-    """A convolution that also halves or doubles the side, by a fixed filter; without weights where ``kernel`` is 0.
+class Resample(nn.Module):
+    """Halves or doubles the side of a map by a fixed filter.
 
     Args:
-        resample: "up", "down" or None. taps: the filter's, along one side.
-        fused: halves behind the convolution rather than before it, where its own padding has been widened.
+        direction: "up" or "down". taps: the filter's, along one side.
     """
 
     resample_filter: Tensor
 
-    def __init__(
-        self,
-        cin: int,
-        cout: int,
-        kernel: int,
-        resample: str | None = None,
-        taps: Sequence[int] = (1, 1),
-        fused: bool = False,
-    ):
+    def __init__(self, direction: str, taps: Sequence[int] = (1, 1)):
         super().__init__()
-        self.resample, self.fused, self.padding = resample, fused, kernel // 2
-        if kernel:
-            bound = 1 / math.sqrt(cin * kernel**2)
-            self.weight = nn.Parameter(torch.empty(cout, cin, kernel, kernel).uniform_(-bound, bound))
-            self.bias = nn.Parameter(torch.zeros(cout))
-        if resample:
-            row = torch.tensor(taps, dtype=torch.float32)
-            self.register_buffer("resample_filter", (torch.outer(row, row) / row.sum() ** 2)[None, None])
+        self.direction = direction
+        self.register_buffer("resample_filter", _filter(taps))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = (self.resample_filter.shape[-1] - 1) // 2 if self.resample else 0
-        if self.resample and not self.fused:
-            x = self._resampled(x, wide)
-        if hasattr(self, "weight"):
-            padding = self.padding + (wide if self.fused else 0)
-            x = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
-        return self._resampled(x, 0) if self.resample and self.fused else x
+        return resampled(x, self.resample_filter, self.direction)
 
-    def _resampled(self, x: Tensor, padding: int) -> Tensor:
-        taps = self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)
-        options = {"stride": 2, "padding": padding, "groups": x.shape[1]}
-        return F.conv2d(x, taps, **options) if self.resample == "down" else F.conv_transpose2d(x, 4 * taps, **options)
+
+class ResampledConv(nn.Conv2d):
+    """The same, then a convolution; or before it where ``fused``, whose padding is widened instead of the filter's."""
+
+    resample_filter: Tensor
+
+    def __init__(
+        self, cin: int, cout: int, kernel: int, direction: str, taps: Sequence[int] = (1, 1), fused: bool = False
+    ):
+        super().__init__(cin, cout, kernel, padding=kernel // 2 + (_reach(len(taps)) if fused else 0))
+        self.direction, self.fused = direction, fused
+        self.register_buffer("resample_filter", _filter(taps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return resampled(super().forward(x), self.resample_filter, self.direction, 0)
+        return super().forward(resampled(x, self.resample_filter, self.direction))
+
+
+def resampled(x: Tensor, taps: Tensor, direction: str, padding: int | None = None) -> Tensor:
+    """A map (B, C, H, W) of half or twice the side, by a filter (1, 1, k, k) on each channel."""
+    channels, padding = x.shape[1], _reach(taps.shape[-1]) if padding is None else padding
+    taps = taps.to(x.dtype).expand(channels, 1, -1, -1)
+    if direction == "down":
+        return F.conv2d(x, taps, stride=2, padding=padding, groups=channels)
+    return F.conv_transpose2d(x, 4 * taps, stride=2, padding=padding, groups=channels)
+
+
+def _filter(taps: Sequence[int]) -> Tensor:
+    row = torch.tensor(taps, dtype=torch.float32)
+    return (torch.outer(row, row) / row.sum() ** 2)[None, None]
+
+
+def _reach(taps: int) -> int:
+    return (taps - 1) // 2
+
+
+def conv(cin: int, cout: int, kernel: int) -> nn.Conv2d:
+    return nn.Conv2d(cin, cout, kernel, padding=kernel // 2)
 
 
 @dataclass(frozen=True)
@@ -121,21 +135,23 @@ class Block(nn.Module):
         super().__init__()
         self.style, self.attention = style, attention
         self.norm0 = norm(cin, style.eps)
-        self.conv0 = Conv(cin, cout, 3, resample, style.taps)
+        self.conv0: nn.Module = ResampledConv(cin, cout, 3, resample, style.taps) if resample else conv(cin, cout, 3)
         self.affine = nn.Linear(style.emb, cout * (2 if style.modulates else 1))
         self.norm1 = norm(cout, style.eps)
         self.dropout = nn.Dropout(style.dropout)
-        self.conv1 = Conv(cout, cout, 3)
-        _begin_at_zero(self.conv1)
-        self.skip: Conv | None = None
-        if cin != cout or resample:
-            weighted = style.resamples_by_weights or cin != cout
-            self.skip = Conv(cin, cout, 1 if weighted else 0, resample, style.taps)
+        self.conv1 = conv(cout, cout, 3)
+        nn.init.zeros_(self.conv1.weight)
+        self.skip: nn.Module | None = None
+        if resample and (style.resamples_by_weights or cin != cout):
+            self.skip = ResampledConv(cin, cout, 1, resample, style.taps)
+        elif resample:
+            self.skip = Resample(resample, style.taps)
+        elif cin != cout:
+            self.skip = conv(cin, cout, 1)
         if attention:
             self.norm2 = norm(cout, style.eps)
-            self.qkv = Conv(cout, 3 * cout, 1)
-            self.proj = Conv(cout, cout, 1)
-            _begin_at_zero(self.proj)
+            self.qkv, self.proj = conv(cout, 3 * cout, 1), conv(cout, cout, 1)
+            nn.init.zeros_(self.proj.weight)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         told = self.affine(emb)[:, :, None, None].to(x.dtype)
@@ -156,7 +172,3 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm2(x)).reshape(b, heads, c // heads, 3, h * w).transpose(2, 4).unbind(3)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(2, 3).reshape(b, c, h, w))
-
-
-def _begin_at_zero(layer: Conv) -> None:
-    nn.init.zeros_(layer.weight)

@@ -7,7 +7,7 @@ state dict has the published names: ``model.`` of EDM's files, ``unet.`` and ``l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -77,6 +77,7 @@ class EDMPrecond(Preconditioned):
     """
 
     _no_split_modules = [Block.__name__]  # noqa: RUF012  (diffusers reads this list)
+    lora_targets: ClassVar = ["qkv", "proj", "affine", "conv1"]  # whatever keeps the side of its map
 
     @register_to_config
     def __init__(
@@ -121,6 +122,8 @@ class EDM2Precond(Preconditioned):
     """
 
     _no_split_modules = [Block2.__name__]  # noqa: RUF012
+    # Its layers normalise their weights, which an adapter beside them would not be part of.
+    lora_targets: ClassVar = ["unet"]
 
     @register_to_config
     def __init__(

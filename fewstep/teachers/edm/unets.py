@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import HEAD, Block, Conv, Fourier, Style, norm, sinusoids, swapped
+from .layers import HEAD, Block, Fourier, ResampledConv, Style, conv, norm, sinusoids, swapped
 
 
 def decoder_plan(widths: Sequence[int], skips: Sequence[int], blocks: int) -> list[tuple[int, str, int, int]]:
@@ -86,11 +86,11 @@ class SongUNet(Checkpointed):
         for level, wide in enumerate(widths):
             side = size >> level
             if level == 0:
-                self.enc[f"{side}x{side}_conv"] = Conv(channels, now, 3)
+                self.enc[f"{side}x{side}_conv"] = conv(channels, now, 3)
             else:
                 self.enc[f"{side}x{side}_down"] = Block(now, now, style, "down")
                 if fourier:
-                    self.enc[f"{side}x{side}_aux_residual"] = Conv(image, now, 3, "down", taps, fused=True)
+                    self.enc[f"{side}x{side}_aux_residual"] = ResampledConv(image, now, 3, "down", taps, fused=True)
                     image = now
                 skips.append(now)
             for i in range(blocks):
@@ -103,7 +103,7 @@ class SongUNet(Checkpointed):
             resample = "up" if name == "up" else None
             self.dec[f"{side}x{side}_{name}"] = Block(cin, cout, style, resample, attends)
         self.dec[f"{size}x{size}_aux_norm"] = norm(widths[0], style.eps)
-        self.dec[f"{size}x{size}_aux_conv"] = out = Conv(widths[0], channels, 3)
+        self.dec[f"{size}x{size}_aux_conv"] = out = conv(widths[0], channels, 3)
         nn.init.zeros_(out.weight)
 
     def embed(self, time: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
@@ -158,7 +158,7 @@ class DhariwalUNet(Checkpointed):
         for level, wide in enumerate(widths):
             side = size >> level
             if level == 0:
-                self.enc[f"{side}x{side}_conv"] = Conv(channels, now, 3)
+                self.enc[f"{side}x{side}_conv"] = conv(channels, now, 3)
             else:
                 self.enc[f"{side}x{side}_down"] = Block(now, now, style, "down")
                 skips.append(now)
@@ -172,7 +172,7 @@ class DhariwalUNet(Checkpointed):
             resample = "up" if name == "up" else None
             self.dec[f"{side}x{side}_{name}"] = Block(cin, cout, style, resample, attends)
         self.out_norm = norm(widths[0], style.eps)
-        self.out_conv = Conv(widths[0], channels, 3)
+        self.out_conv = conv(widths[0], channels, 3)
         nn.init.zeros_(self.out_conv.weight)
 
     def embed(self, time: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
