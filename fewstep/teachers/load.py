@@ -315,9 +315,10 @@ def load_teacher(
     origin = Origin.of(source, **weights)
     cls = adapters()[pipeline_class_of(origin)]
     pipe = load_pipeline(origin, dtype)
-    if cls.autoencoder:
+    autoencoder = getattr(pipe, cls.autoencoder or "", None)
+    if autoencoder is not None:
         with hushed():
-            getattr(pipe, cls.autoencoder).to(torch.float32)
+            autoencoder.to(torch.float32)
     teacher = with_arithmetic(partial(cls, pipe, source, resolution), autocast, attention, device)
     teacher.origin = origin
     return teacher.to(device)

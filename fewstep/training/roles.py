@@ -218,7 +218,7 @@ def _in_fp32(tensors: Iterable[Tensor]) -> None:
 
 def default_targets(module: nn.Module) -> list[str]:
     """Layers that are adapted unless a recipe says otherwise: a network's own, DMD2's for UNets, else attention and feed-forward."""
-    if own := getattr(module, "lora_targets", None):
+    if (own := getattr(module, "lora_targets", None)) is not None:
         return list(own)
     if "UNet" in type(module).__name__:
         return list(UNET_TARGETS)
@@ -240,6 +240,8 @@ def lora_targets(module: nn.Module, targets: list[str] | None) -> dict[str, nn.M
 
 
 def _check_lora(name: str, module: nn.Module, config: RoleConfig) -> None:
+    if getattr(module, "lora_targets", None) == []:
+        raise RecipeError(f"{name}.kind: lora: a {type(module).__name__} takes no adapters; expected full")
     layers = lora_targets(module, config.targets)
     if not layers:
         raise RecipeError(f"{name}.targets: {config.targets} match no layer of {type(module).__name__}")

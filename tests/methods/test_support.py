@@ -84,7 +84,8 @@ def two_steps(teacher, kind, method: str) -> tuple[str, Trainer]:
     told = (
         method == "SANA-Sprint" and teacher.pipeline_class == "SanaPipeline"
     )  # exported whole, see check_exportable
-    role = RoleConfig(kind="full" if told else "lora", rank=2, lr=1e-3)
+    whole = told or not kind.adapts
+    role = RoleConfig(kind="full" if whole else "lora", rank=2, lr=1e-3)
     recipe = Recipe(
         output="none",
         teacher=TeacherConfig(path=teacher.source),

@@ -14,6 +14,7 @@ class Kind:
     Attributes:
         pipeline_class, options: see ``write_tiny_pipeline``. resolution: where the pipeline's own is too large to test.
         taps: blocks with features for a discriminator. prompts: texts, or labels. guided: it has a guidance scale.
+        adapts: its network takes LoRAs.
     """
 
     pipeline_class: str
@@ -22,6 +23,7 @@ class Kind:
     taps: tuple[str, ...] = ("transformer_blocks.0", "transformer_blocks.1")
     prompts: tuple[str, ...] = ("red apple", "a dog on a skateboard")
     guided: bool = True
+    adapts: bool = True
 
 
 REFERENCES = Path(__file__).parent / "references"
@@ -65,5 +67,5 @@ ZOO = {
     "UNet2D": Kind("DDPMPipeline", taps=UNET, prompts=("", ""), guided=False),
     "UNet2D by class": Kind("DDIMPipeline", {"num_class_embeds": 10}, None, UNET, ("7", "3"), False),
     "EDM": Kind("EDMPipeline", {"num_class_embeds": 10, "null_label": True}, None, EDM, ("7", "3")),
-    "EDM2": Kind("EDMPipeline", {"model_type": "edm2"}, None, EDM2, ("7", "3"), False),
+    "EDM2": Kind("EDMPipeline", {"model_type": "edm2"}, None, EDM2, ("7", "3"), False, False),
 }

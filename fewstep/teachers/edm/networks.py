@@ -77,7 +77,7 @@ class EDMPrecond(Preconditioned):
     """
 
     _no_split_modules = [Block.__name__]  # noqa: RUF012  (diffusers reads this list)
-    lora_targets: ClassVar = ["qkv", "proj", "affine", "conv1"]  # whatever keeps the side of its map
+    lora_targets: ClassVar[list[str]] = ["qkv", "proj", "affine", "conv1"]  # whatever keeps the side of its map
 
     @register_to_config
     def __init__(
@@ -122,8 +122,8 @@ class EDM2Precond(Preconditioned):
     """
 
     _no_split_modules = [Block2.__name__]  # noqa: RUF012
-    # Its layers normalise their weights, which an adapter beside them would not be part of.
-    lora_targets: ClassVar = ["unet"]
+    # None: its layers normalise their weights, which an adapter beside them would not be part of.
+    lora_targets: ClassVar[list[str]] = []
 
     @register_to_config
     def __init__(

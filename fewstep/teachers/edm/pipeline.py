@@ -96,7 +96,8 @@ class EDMPipeline(DiffusionPipeline):
             return self.unet(x, sigma, labels)[0]
         if not config.null_label:
             raise FewstepError(
-                f"guidance_scale: {scale}: this network was trained without a null label; expected 1"
+                f"guidance_scale: {scale}: this EDMPipeline has no guidance: its network was trained without a null "
+                "label; expected 1"
             )
         none = torch.full_like(labels, config.num_class_embeds)
         without, told = self.unet(torch.cat([x, x]), sigma, torch.cat([none, labels]))[0].chunk(2)
