@@ -3,8 +3,8 @@
     python recipes/train_emoji_edm.py --run runs/emoji-edm      # both stages; Ctrl-C and rerun to continue
     python recipes/train_emoji_edm.py --run runs/emoji-edm --stage save
 
-Stages: ``net`` (DDPM++ with EDM's preconditioning, loss and law of noise, arXiv 2206.00364, table 1; one label in ten is
-dropped, so that guidance has its branch), ``save`` (an ``EDMPipeline`` folder, fp16 weights).
+Stages: ``net`` (DDPM++ with EDM's preconditioning, loss and law of noise, arXiv 2206.00364, table 1; one label in ten
+is dropped, so that guidance has its branch), ``save`` (an ``EDMPipeline`` folder, fp16 weights).
 """
 
 import argparse

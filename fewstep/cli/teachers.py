@@ -120,10 +120,12 @@ def _entries(text: str) -> list[int]:
 
 @COMMANDS.command(
     "convert",
-    "published weights of an autoregressive model as a teacher's folder, of a student of one as an export",
-    argument("family", choices=["llamagen", "var"]),
-    argument("--transformer", required=True, help=".safetensors, .pt or .pth"),
-    argument("--tokenizer", required=True, help=".safetensors, .pt or .pth"),
+    "published weights of EDM or an autoregressive model as a teacher's folder, of a student as an export",
+    argument("family", choices=["edm", "edm2", "llamagen", "var"]),
+    argument("file", nargs="?", metavar="FILE", help="of edm and edm2: .safetensors, .pt or .pth"),
+    argument("--vae", metavar="F", help="of an EDM2 in latents: stabilityai/sd-vae-ft-mse"),
+    argument("--transformer", help="of llamagen and var: .safetensors, .pt or .pth"),
+    argument("--tokenizer", help="of llamagen and var: .safetensors, .pt or .pth"),
     argument(
         "--tokens",
         type=number(Count),
@@ -146,6 +148,12 @@ def _entries(text: str) -> list[int]:
 )
 def convert(args: argparse.Namespace) -> int:
     """Published checkpoints as a pipeline folder that recipes take as their teacher, or as an export."""
+    if args.family in ("edm", "edm2"):
+        return _convert_edm(args)
+    _refuse_options(args, ("file", "vae"))
+    for name in ("transformer", "tokenizer"):
+        if getattr(args, name) is None:
+            raise FewstepError(f"convert {args.family}: give --{name}, a .safetensors, .pt or .pth file")
     from ..export.tokens import export_released
     from ..teachers.pipelines import hushed
     from ..tokens.convert import CHECKPOINTS
@@ -174,6 +182,33 @@ def convert(args: argparse.Namespace) -> int:
             pipe.save_pretrained(part)
     print(args.to)
     return 0
+
+
+def _convert_edm(args: argparse.Namespace) -> int:
+    from ..teachers.edm.convert import CHECKPOINTS
+    from ..teachers.pipelines import hushed
+
+    _refuse_options(
+        args, ("transformer", "tokenizer", "tokens", "text_encoder", "top_k", "top_p", "split", "entries")
+    )
+    if args.file is None:
+        raise FewstepError(f"convert {args.family}: give FILE, its weights as .safetensors, .pt or .pth")
+    if args.family == "edm":
+        _refuse_options(args, ("vae",))
+    options = {"vae": args.vae} if args.family == "edm2" else {}
+    pipe = CHECKPOINTS[args.family](args.file, **options)
+    with hushed(), replacing(args.to) as part:
+        pipe.save_pretrained(part)
+    print(args.to)
+    return 0
+
+
+def _refuse_options(args: argparse.Namespace, names: tuple[str, ...]) -> None:
+    """Those of other families."""
+    for name in names:
+        if (value := getattr(args, name)) is not None:
+            option = "FILE" if name == "file" else f"--{name.replace('_', '-')}"
+            raise FewstepError(f"{option} {value}: is not of {args.family}; leave it out")
 
 
 # Defaults of a search; what is not here has none.

@@ -48,8 +48,8 @@ def noise_table(scheduler: Any) -> Tensor:
         raise FewstepError(
             f"teacher.path: a {type(scheduler).__name__} has no table of noise levels (alphas_cumprod) and is no flow; "
             "expected such as DDIMScheduler, EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler. Where the "
-            "network was trained on one, save that in the teacher's folder scheduler/; networks of EDM and consistency "
-            "models are no teachers here"
+            "network was trained on one, save that in the teacher's folder scheduler/; networks of EDM are an "
+            "EDMPipeline (fewstep convert edm), consistency models are no teachers"
         )
     table: Tensor = scheduler.alphas_cumprod.detach().to("cpu", torch.float64).clone()
     if scheduler.config.get("rescale_betas_zero_snr"):

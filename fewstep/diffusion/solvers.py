@@ -10,7 +10,7 @@ from torch import Tensor
 from ..device import real
 from .cond import Cond
 from .denoiser import Denoiser
-from .schedules import Flow, repeated
+from .schedules import EDM, Flow, repeated
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def ddim(
 ) -> Tensor:
     """Probability-flow ODE by first-order exponential steps on an even grid of times (DDIM, arXiv 2010.02502).
 
-    For a flow this is Euler's method, on a grid that is even before the shift.
+    For a flow this is Euler's method, on a grid that is even before the shift; EDM's grid is its own (rho 7).
 
     Args:
         noise: unit noise (B, ...). num_steps: network calls, doubled by guidance. start: first time, default t_max.
@@ -38,6 +38,9 @@ def ddim(
     times = torch.linspace(start, schedule.t_min, num_steps + 1, dtype=torch.float64)
     if isinstance(schedule, Flow):  # even before the shift
         times = schedule.shifted(times / start * schedule.fraction_above(start))
+    elif isinstance(schedule, EDM):  # even steps of sigma would leave the image to the last of them
+        times = schedule.draw_times(torch.linspace(schedule.fraction_above(start), 0, num_steps + 1).double())
+        times[0], times[-1] = start, schedule.t_min
     x, last = schedule.begin(noise, times[:1]), times[-1].item()
     for now, following in pairwise(times.tolist()):
         t, s = repeated(now, x), repeated(following, x)

@@ -12,14 +12,16 @@ from .schedules import Schedule, expand, repeated
 def terminal_signal(noise: Tensor, schedule: Schedule) -> Tensor:
     """The signal y for which ``alpha y + sigma eps`` at t_max is what samplers begin with, mostly the noise eps itself.
 
-    Then it is ``(1 - sigma)/alpha eps``: the schedules of SD and SDXL end at a non-zero SNR (alpha 0.068). On EDM's path
-    it is 0.
+    Then it is ``(1 - sigma)/alpha eps``: the schedules of SD and SDXL end at a non-zero SNR (alpha 0.068). On EDM's
+    path it is 0.
 
     Args:
         noise: eps (B, ...).
     """
     t = repeated(schedule.t_max, noise)
-    return (schedule.begin(noise, t) - expand(schedule.sigma(t), noise) * noise) / expand(schedule.alpha(t), noise)
+    return (schedule.begin(noise, t) - expand(schedule.sigma(t), noise) * noise) / expand(
+        schedule.alpha(t), noise
+    )
 
 
 def signal_gain(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:

@@ -27,11 +27,12 @@ def student_scheduler(
 ):
     """A stock scheduler that samples as the student was trained, and the call it needs.
 
-    A flow's are in :func:`flow_scheduler`, an EDM pipeline's is its own. Else fresh (and fixed) noise is ``LCMScheduler``;
-    ``original_inference_steps`` and the length of the table are set such that ``num_inference_steps=K`` alone gives the
-    trained times, and only an uneven grid needs ``timesteps=`` at the call. Deterministic steps are ``DDIMScheduler``,
-    "tcd" ones ``TCDScheduler`` on a table without noise at time 0, where its last step ends: with the teacher's own
-    table, which a user may put in its place, a sample keeps that noise (0.03 of Stable Diffusion's).
+    A flow's are in :func:`flow_scheduler`, an EDM pipeline's is its own. Else fresh (and fixed) noise is
+    ``LCMScheduler``; ``original_inference_steps`` and the length of the table are set such that
+    ``num_inference_steps=K`` alone gives the trained times, and only an uneven grid needs ``timesteps=`` at the
+    call. Deterministic steps are ``DDIMScheduler``, "tcd" ones ``TCDScheduler`` on a table without noise at time 0,
+    where its last step ends: with the teacher's own table, which a user may put in its place, a sample keeps that
+    noise (0.03 of Stable Diffusion's).
 
     Args:
         explicit: the call names the times even where they are an even grid, for a student of several numbers of steps,

@@ -136,9 +136,13 @@ def _rescaled(cls: type, scheduler: Any) -> dict[str, Any]:
 # Training-free samplers in diffusers; each takes a pipeline's scheduler and gives one on the same noise table or flow.
 # FlowMap is Euler on an even grid before the shift; FlowMatchEuler's own grid spends its last step on 0.001.
 FLOOR: dict[str, Callable] = {
-    "ddim": _make("DDIMScheduler", "FlowMapEulerDiscreteScheduler", "euler", clip_sample=False, set_alpha_to_one=True),
+    "ddim": _make(
+        "DDIMScheduler", "FlowMapEulerDiscreteScheduler", "euler", clip_sample=False, set_alpha_to_one=True
+    ),
     "euler": _make("EulerDiscreteScheduler", "FlowMapEulerDiscreteScheduler", "euler"),
     "heun": _make("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "heun"),
-    "dpm++": _make("DPMSolverMultistepScheduler", edm="dpm++", algorithm_type="dpmsolver++", lower_order_final=True),
+    "dpm++": _make(
+        "DPMSolverMultistepScheduler", edm="dpm++", algorithm_type="dpmsolver++", lower_order_final=True
+    ),
     "unipc": _make("UniPCMultistepScheduler"),
 }

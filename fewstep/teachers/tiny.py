@@ -750,12 +750,19 @@ def _edm(_tokenizer, _pipeline_class, options):
     from .edm.pipeline import EDMPipeline
     from .edm.scheduler import EDMScheduler
 
-    network: dict[str, Any] = {"sample_size": 16, "model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1}
+    network: dict[str, Any] = {
+        "sample_size": 16,
+        "model_channels": 16,
+        "channel_mult": (1, 2),
+        "num_blocks": 1,
+    }
     network |= {"attn_resolutions": (8,), **options}
     kind = network.pop("model_type", "ddpm++")
     if kind == "edm2":
         own = {"in_channels": 4, "num_class_embeds": 10, "channels_per_head": 16, "logvar_channels": 16}
-        vae = _vae(scaling_factor=0.5, latents_mean=[5.81, 3.25, 0.12, -2.15], latents_std=[4.17, 4.62, 3.71, 3.28])
+        vae = _vae(
+            scaling_factor=0.5, latents_mean=[5.81, 3.25, 0.12, -2.15], latents_std=[4.17, 4.62, 3.71, 3.28]
+        )
         net = EDM2Precond(**{**own, **network})
     else:
         vae, net = None, EDMPrecond(model_type=kind, **network)

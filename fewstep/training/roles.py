@@ -217,7 +217,8 @@ def _in_fp32(tensors: Iterable[Tensor]) -> None:
 
 
 def default_targets(module: nn.Module) -> list[str]:
-    """Layers that are adapted unless a recipe says otherwise: a network's own, DMD2's for UNets, else attention and feed-forward."""
+    """Layers that are adapted unless a recipe says otherwise: a network's own, DMD2's for UNets, attention and
+    feed-forward else."""
     if (own := getattr(module, "lora_targets", None)) is not None:
         return list(own)
     if "UNet" in type(module).__name__:

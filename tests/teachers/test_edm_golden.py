@@ -13,7 +13,15 @@ from fewstep.teachers.edm.scheduler import EDMScheduler
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SLACK = 5  # times what the authors' module itself is off in fp32, as the README of the numbers says
-EDM = ("ddpmpp_uncond", "ddpmpp_cond", "ddpmpp_augment", "ncsnpp_uncond", "ncsnpp_cond", "ncsnpp_augment", "adm_cond")
+EDM = (
+    "ddpmpp_uncond",
+    "ddpmpp_cond",
+    "ddpmpp_augment",
+    "ncsnpp_uncond",
+    "ncsnpp_cond",
+    "ncsnpp_augment",
+    "adm_cond",
+)
 EDM2 = ("edm2_uncond", "edm2_cond", "edm2_knobs")
 
 
@@ -89,7 +97,11 @@ def test_stored_weights_are_normalised_as_a_forward_in_training_does():
 
 @torch.no_grad()
 def test_heuns_sampler_is_the_authors_own():
-    net, io, off = network("edm_ddpmpp_uncond"), arrays("edm_heun.io"), about("edm_heun")["max_diff_official_fp32"]
+    net, io, off = (
+        network("edm_ddpmpp_uncond"),
+        arrays("edm_heun.io"),
+        about("edm_heun")["max_diff_official_fp32"],
+    )
     scheduler = EDMScheduler()
     scheduler.set_timesteps(18)
     assert torch.allclose(scheduler.timesteps, io["call_sigmas_f64"], rtol=1e-12, atol=0)

@@ -144,11 +144,7 @@ def test_x0_is_the_stock_pipelines_own_prediction(name, guidance, teachers, with
     assert (own - expected).abs().max() < 1e-4 * expected.abs().max()
     if guidance == 1.0:
         with torch.no_grad():
-            guided = (
-                teacher.denoiser.x0(x, t, cond, guidance=5.0)
-                if ZOO[name].guided
-                else own + 1
-            )
+            guided = teacher.denoiser.x0(x, t, cond, guidance=5.0) if ZOO[name].guided else own + 1
         assert (own - guided).abs().max() > 1e-3 * expected.abs().max()  # or the scale would prove nothing
 
 

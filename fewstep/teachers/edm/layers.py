@@ -73,7 +73,13 @@ class ResampledConv(nn.Conv2d):
     resample_filter: Tensor
 
     def __init__(
-        self, cin: int, cout: int, kernel: int, direction: str, taps: Sequence[int] = (1, 1), fused: bool = False
+        self,
+        cin: int,
+        cout: int,
+        kernel: int,
+        direction: str,
+        taps: Sequence[int] = (1, 1),
+        fused: bool = False,
     ):
         super().__init__(cin, cout, kernel, padding=kernel // 2 + (_reach(len(taps)) if fused else 0))
         self.direction, self.fused = direction, fused
@@ -131,11 +137,15 @@ class Style:
 class Block(nn.Module):
     """A residual block, behind it self-attention where ``attention``."""
 
-    def __init__(self, cin: int, cout: int, style: Style, resample: str | None = None, attention: bool = False):
+    def __init__(
+        self, cin: int, cout: int, style: Style, resample: str | None = None, attention: bool = False
+    ):
         super().__init__()
         self.style, self.attention = style, attention
         self.norm0 = norm(cin, style.eps)
-        self.conv0: nn.Module = ResampledConv(cin, cout, 3, resample, style.taps) if resample else conv(cin, cout, 3)
+        self.conv0: nn.Module = (
+            ResampledConv(cin, cout, 3, resample, style.taps) if resample else conv(cin, cout, 3)
+        )
         self.affine = nn.Linear(style.emb, cout * (2 if style.modulates else 1))
         self.norm1 = norm(cout, style.eps)
         self.dropout = nn.Dropout(style.dropout)

@@ -50,7 +50,9 @@ class Preconditioned(ModelMixin, ConfigMixin):
         size = (sigma**2 + data**2).sqrt()
         x = sample.to(torch.float32)
         time = sigma.flatten().log() / 4
-        prediction = self.raw((x / size).to(self.dtype), time.to(self.dtype), self.one_hot(class_labels, len(x)))
+        prediction = self.raw(
+            (x / size).to(self.dtype), time.to(self.dtype), self.one_hot(class_labels, len(x))
+        )
         return ((data / size) ** 2 * x + sigma * data / size * prediction.to(torch.float32),)
 
     def one_hot(self, class_labels: Tensor | None, rows: int) -> Tensor | None:
@@ -77,7 +79,12 @@ class EDMPrecond(Preconditioned):
     """
 
     _no_split_modules = [Block.__name__]  # noqa: RUF012  (diffusers reads this list)
-    lora_targets: ClassVar[list[str]] = ["qkv", "proj", "affine", "conv1"]  # whatever keeps the side of its map
+    lora_targets: ClassVar[list[str]] = [
+        "qkv",
+        "proj",
+        "affine",
+        "conv1",
+    ]  # whatever keeps the side of its map
 
     @register_to_config
     def __init__(
@@ -99,7 +106,14 @@ class EDMPrecond(Preconditioned):
         super().__init__()
         if model_type not in ARCHITECTURES:
             raise ValueError(f"model_type {model_type!r}: expected one of {ARCHITECTURES}")
-        given = (sample_size, in_channels, num_class_embeds or 0, augment_dim, model_channels, tuple(channel_mult))
+        given = (
+            sample_size,
+            in_channels,
+            num_class_embeds or 0,
+            augment_dim,
+            model_channels,
+            tuple(channel_mult),
+        )
         rest = (num_blocks, tuple(attn_resolutions), dropout, channel_mult_emb)
         self.model: nn.Module = (
             DhariwalUNet(*given, *rest)
@@ -150,8 +164,22 @@ class EDM2Precond(Preconditioned):
     ):
         super().__init__()
         self.unet = MagnitudeUNet(
-            *(sample_size, in_channels, num_class_embeds or 0, model_channels, tuple(channel_mult), num_blocks),
-            *(tuple(attn_resolutions), channel_mult_noise, channel_mult_emb, label_balance, concat_balance, dropout),
+            *(
+                sample_size,
+                in_channels,
+                num_class_embeds or 0,
+                model_channels,
+                tuple(channel_mult),
+                num_blocks,
+            ),
+            *(
+                tuple(attn_resolutions),
+                channel_mult_noise,
+                channel_mult_emb,
+                label_balance,
+                concat_balance,
+                dropout,
+            ),
             *(res_balance, attn_balance, clip_act, channels_per_head),
         )
         self.logvar_fourier = MPFourier(logvar_channels)

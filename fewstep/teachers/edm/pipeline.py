@@ -71,7 +71,7 @@ class EDMPipeline(DiffusionPipeline):
         Raises:
             FewstepError: a label of no class, or guidance without a null label.
         """
-        prompts = [prompt] if isinstance(prompt, (str, int)) else list(prompt)
+        prompts = [str(p) for p in ([prompt] if isinstance(prompt, (str, int)) else prompt)]
         device, config, scheduler = self._execution_device, self.unet.config, self.scheduler
         labels = torch.tensor(labels_of(self, prompts), device=device) if config.num_class_embeds else None
         steps = num_inference_steps or scheduler.num_inference_steps

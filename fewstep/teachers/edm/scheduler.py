@@ -67,7 +67,9 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         if config.sigmas:
             known = {len(levels): levels for levels in config.sigmas}
             if num_inference_steps not in known:
-                raise ValueError(f"{num_inference_steps} steps: this student has {', '.join(map(str, known))}")
+                raise ValueError(
+                    f"{num_inference_steps} steps: this student has {', '.join(map(str, known))}"
+                )
             levels = torch.tensor(known[num_inference_steps], dtype=torch.float64)
         else:
             ends = (config.sigma_max ** (1 / config.rho), config.sigma_min ** (1 / config.rho))
@@ -76,7 +78,9 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         twice = torch.cat([levels[:1], levels[1:].repeat_interleave(2)])
         self.timesteps = (twice if config.solver == "heun" else levels).to(device or "cpu")
         self.num_inference_steps, self._call = num_inference_steps, 0
-        self._before: tuple[Tensor, Tensor] | None = None  # of the call before: sample and slope, or prediction
+        self._before: tuple[Tensor, Tensor] | None = (
+            None  # of the call before: sample and slope, or prediction
+        )
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         return sample

@@ -34,7 +34,9 @@ class EDM(Teacher):
         return Cond({"label": torch.tensor(labels_of(self.pipe, prompts), device=self.device)})
 
     def blank(self, rows: int) -> Cond:
-        return Cond({"label": torch.zeros(rows, dtype=torch.long)} if self.net.config.num_class_embeds else {})
+        return Cond(
+            {"label": torch.zeros(rows, dtype=torch.long)} if self.net.config.num_class_embeds else {}
+        )
 
     def null(self) -> Cond | None:
         config = self.net.config

@@ -90,7 +90,9 @@ class SongUNet(Checkpointed):
             else:
                 self.enc[f"{side}x{side}_down"] = Block(now, now, style, "down")
                 if fourier:
-                    self.enc[f"{side}x{side}_aux_residual"] = ResampledConv(image, now, 3, "down", taps, fused=True)
+                    self.enc[f"{side}x{side}_aux_residual"] = ResampledConv(
+                        image, now, 3, "down", taps, fused=True
+                    )
                     image = now
                 skips.append(now)
             for i in range(blocks):
@@ -115,8 +117,11 @@ class SongUNet(Checkpointed):
             emb = emb + self.map_augment(augment)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
-        emb, skips, image = self.embed(time, label, augment).to(x.dtype), [], x
+    def forward(
+        self, x: Tensor, time: Tensor, label: Tensor | None = None, augment: Tensor | None = None
+    ) -> Tensor:
+        emb, image = self.embed(time, label, augment).to(x.dtype), x
+        skips: list[Tensor] = []
         for name, layer in self.enc.items():
             if name.endswith("aux_residual"):
                 image = x = skips[-1] = (x + layer(image)) * math.sqrt(0.5)
@@ -184,7 +189,9 @@ class DhariwalUNet(Checkpointed):
             emb = emb + self.map_label(label)
         return F.silu(emb)
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, label: Tensor | None = None, augment: Tensor | None = None
+    ) -> Tensor:
         emb, skips = self.embed(time, label, augment).to(x.dtype), []
         for layer in self.enc.values():
             x = self.run(layer, x, emb) if isinstance(layer, Block) else layer(x)
