@@ -140,7 +140,8 @@ def gradients(name, mixture, fitted, pairs, schedule):
         torch.manual_seed(0)
         built = method(method.Config(**options, **where), On(mixture, schedule), (16,), **views)
     built.prepare(Rows(1000, label=LABELS))
-    scale = schedule.sigma(torch.tensor(times[0], dtype=torch.float64)).item()
+    first = torch.tensor(times[:1], dtype=torch.float64)
+    scale = (schedule.sigma(first) / schedule.begin(torch.ones_like(first), first)).item()  # EDM's samplers scale it
     weights = {n: trainer.roles[n].weights for n in views}
     weights |= {n: dict(head.named_parameters()) for n, head in built.heads().items()}
     found = {}
