@@ -141,7 +141,9 @@ def gradients(name, mixture, fitted, pairs, schedule):
         built = method(method.Config(**options, **where), On(mixture, schedule), (16,), **views)
     built.prepare(Rows(1000, label=LABELS))
     first = torch.tensor(times[:1], dtype=torch.float64)
-    scale = (schedule.sigma(first) / schedule.begin(torch.ones_like(first), first)).item()  # EDM's samplers scale it
+    scale = (
+        schedule.sigma(first) / schedule.begin(torch.ones_like(first), first)
+    ).item()  # EDM's samplers scale it
     weights = {n: trainer.roles[n].weights for n in views}
     weights |= {n: dict(head.named_parameters()) for n, head in built.heads().items()}
     found = {}
