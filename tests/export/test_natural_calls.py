@@ -13,7 +13,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from zoo import REFERENCES, ZOO
 
-from fewstep.diffusion.schedules import Flow
+from fewstep.diffusion.schedules import VP, Flow
 from fewstep.diffusion.student import Student
 from fewstep.diffusion.times import even_times
 from fewstep.export import export_student, student_scheduler
@@ -23,6 +23,7 @@ from fewstep.pictures import read_picture
 from fewstep.process import Process
 from fewstep.recipe import DataConfig, Recipe, RoleConfig, TeacherConfig, TrainConfig
 from fewstep.runs.build import build
+from fewstep.teachers.pipelines import takes
 from fewstep.training.roles import build_role
 
 FLOWS = {
@@ -84,6 +85,7 @@ def run_card(folder, monkeypatch, code=None):
     return names
 
 
+EDMS = ("EDM", "EDM2")
 # Handed a grid as Flux is, so that two cases tell.
 FLUX2 = ("FLUX.2-dev", "FLUX.2-klein")
 HANDED = ("Qwen-Image", "Qwen-Image-Edit", "Z-Image", "Krea-2", *FLUX2, "Chroma", "Lumina 2")
@@ -95,9 +97,10 @@ CALLS += [(n, *case) for n in HANDED for case in ((4, "fresh"), (1, "ddim"))]
 def test_the_card_and_the_natural_call_give_the_trained_times(
     name, steps, noise, teachers, tmp_path, given, monkeypatch
 ):
-    teacher, flow = teachers(name), name in FLOWS
-    times = even_times(teacher.denoiser.schedule, steps) if flow else TABLES[steps]
-    exported(teacher, times, noise, tmp_path / "e", prompt=ZOO[name].prompts[0] or "x")
+    teacher, table = teachers(name), isinstance(teachers(name).denoiser.schedule, VP)
+    times = TABLES[steps] if table else even_times(teacher.denoiser.schedule, steps)
+    kind = "lora" if ZOO[name].adapts else "full"
+    exported(teacher, times, noise, tmp_path / "e", kind, prompt=ZOO[name].prompts[0] or "x")
     expected = pytest.approx([t * FLOWS.get(name, 1.0) for t in times], rel=1e-5)
     seen = given(teacher.net)
     pipe = run_card(tmp_path / "e", monkeypatch)["pipe"]
@@ -106,9 +109,13 @@ def test_the_card_and_the_natural_call_give_the_trained_times(
     card = (tmp_path / "e" / "README.md").read_text()
     assert f"`num_inference_steps={steps}` alone" in card
     prompt = {"prompt": "a cat"} if "prompt" in inspect.signature(pipe.__call__).parameters else {}
-    prompt = {"class_labels": [7]} if name == "DiT" else prompt
+    prompt = {"class_labels": [7]} if name == "DiT" else {"prompt": "7"} if name in EDMS else prompt
     size = {"max_sequence_length": 60} if name.startswith("PixArt") or name == "SANA" else {}
-    size |= {"height": teacher.resolution, "width": teacher.resolution} if prompt and name != "DiT" else {}
+    size |= (
+        {"height": teacher.resolution, "width": teacher.resolution}
+        if prompt and takes(pipe, "height")
+        else {}
+    )
     size |= {"use_resolution_binning": False} if name.startswith("PixArt") or name == "SANA" else {}
     guidance = (
         {"guidance_scale": 0.0 if name == "Krea-2" else 1.0}

@@ -10,6 +10,7 @@ from fewstep.errors import FewstepError
 from fewstep.export import ExportError, export_student, rehearse_export, trainer_sample, verify
 from fewstep.recipe import RoleConfig
 from fewstep.teachers import load_teacher
+from fewstep.teachers.pipelines import size_options
 from fewstep.teachers.sd import StableDiffusionXL
 from fewstep.teachers.tiny import write_tiny_pipeline
 from fewstep.training.roles import build_role
@@ -17,7 +18,7 @@ from fewstep.training.roles import build_role
 STATISTICS = {"latents_mean": [0.5, -1.0, 2.0, 0.1], "latents_std": [3.0, 0.5, 1.5, 2.0]}
 SHIFT = {"shift_factor": 0.7}
 # Qwen-Image-Edit has the VAE of Qwen-Image, which is here.
-IN_LATENTS = [name for name in ZOO if name not in ("UNet2D", "UNet2D by class", "Qwen-Image-Edit")]
+IN_LATENTS = [name for name in ZOO if name not in ("UNet2D", "UNet2D by class", "EDM", "Qwen-Image-Edit")]
 
 
 def with_vae(name, folder, **config):
@@ -32,9 +33,9 @@ def with_vae(name, folder, **config):
 
 def stock_pixels(teacher, prompts):
     """(latents, images in [-1, 1]) of one call each of the stock pipeline."""
-    pipe, size = teacher.pipe, teacher.resolution
+    pipe = teacher.pipe
     pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 2, "height": size, "width": size}
+    options = {"num_inference_steps": 2, **size_options(pipe, teacher.resolution)}
     if (
         "SANA" in teacher.pipeline_class
         or "PixArt" in teacher.pipeline_class
