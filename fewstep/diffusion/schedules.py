@@ -156,6 +156,10 @@ class Schedule:
         """
         return noise
 
+    def first_scale(self, t: Tensor) -> Tensor:
+        """The factor of :meth:`begin`, float64."""
+        return torch.ones_like(_real(t))
+
     def renoise(self, x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """From level s to a noisier level t with fresh noise (Phased DMD, arXiv 2510.27684, eq. 2).
 
@@ -376,7 +380,10 @@ class EDM(Schedule):
         return (t ** (1 / 7) - low) / (high - low)
 
     def begin(self, noise: Tensor, t: Tensor) -> Tensor:
-        return expand(self.sigma(t), noise) * noise
+        return expand(self.first_scale(t), noise) * noise
+
+    def first_scale(self, t: Tensor) -> Tensor:
+        return self.sigma(t)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(_real(t))

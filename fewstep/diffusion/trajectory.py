@@ -19,9 +19,7 @@ def terminal_signal(noise: Tensor, schedule: Schedule) -> Tensor:
         noise: eps (B, ...).
     """
     t = repeated(schedule.t_max, noise)
-    return (schedule.begin(noise, t) - expand(schedule.sigma(t), noise) * noise) / expand(
-        schedule.alpha(t), noise
-    )
+    return expand((schedule.first_scale(t) - schedule.sigma(t)) / schedule.alpha(t), noise) * noise
 
 
 def signal_gain(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ import torch
 from ..diffusion import schedules
 from ..diffusion.times import start_below, uniform_times
 from ..errors import RecipeError
-from ..teachers.edm.scheduler import EDMScheduler
-from ..teachers.schedulers import is_flow
+from ..teachers.schedulers import is_edm, is_flow
 
 
 def student_scheduler(
@@ -46,7 +45,7 @@ def student_scheduler(
     Raises:
         RecipeError: deterministic steps on an uneven grid, which no stock scheduler takes.
     """
-    if isinstance(teacher_scheduler, EDMScheduler):
+    if is_edm(teacher_scheduler):
         return _edm_scheduler(teacher_scheduler, [times, *grids], noise)
     if is_flow(teacher_scheduler):
         if noise == "tcd":
@@ -57,13 +56,13 @@ def student_scheduler(
     return _table_scheduler(teacher_scheduler, times, noise, explicit, eta)
 
 
-def _edm_scheduler(teacher_scheduler: EDMScheduler, grids: Sequence[Sequence[float]], noise: str):
+def _edm_scheduler(teacher_scheduler: Any, grids: Sequence[Sequence[float]], noise: str):
     """As :func:`student_scheduler`, for an EDM pipeline."""
     if noise == "tcd":
         raise RecipeError("method.noise: tcd: an EDM pipeline has no such steps; use ddim or fresh")
     options = {"solver": "euler" if noise == "ddim" else "fresh", "sigmas": [list(grid) for grid in grids]}
     call = {"num_inference_steps": len(grids[0]), "guidance_scale": 0.0}
-    return EDMScheduler.from_config(teacher_scheduler.config, **options), call
+    return type(teacher_scheduler).from_config(teacher_scheduler.config, **options), call
 
 
 def _table_scheduler(teacher_scheduler: Any, times: list[float], noise: str, explicit: bool, eta: float):

@@ -14,7 +14,6 @@ from ..diffusion.cond import Cond
 from ..diffusion.denoiser import NetDenoiser
 from ..diffusion.schedules import EDM, VP, Flow, Schedule, noise_table
 from ..errors import FewstepError
-from .edm.scheduler import EDMScheduler
 
 BY_STEPS = "shift_by_steps"  # of a scheduler whose shift was fixed: what it is for a number of steps, where they differ
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
@@ -27,6 +26,11 @@ def is_flow(scheduler: Any) -> bool:
     return getattr(scheduler, "config", {}).get("prediction_type") == "flow_prediction"
 
 
+def is_edm(scheduler: Any) -> bool:
+    """Whether it is an EDM pipeline's own, by name: its class costs an import of diffusers."""
+    return type(scheduler).__name__ == "EDMScheduler"
+
+
 def schedule_of(scheduler: Any) -> Schedule:
     """The noise path of a diffusers scheduler; a flow's shift is the scheduler's.
 
@@ -34,7 +38,7 @@ def schedule_of(scheduler: Any) -> Schedule:
         FewstepError: a shift that depends on the size of the image, or a path of another kind (EDM's, tokens').
     """
     config = scheduler.config
-    if isinstance(scheduler, EDMScheduler):
+    if is_edm(scheduler):
         return EDM(config.sigma_min, config.sigma_max)
     if not is_flow(scheduler):
         return VP.from_scheduler(scheduler)
@@ -90,7 +94,7 @@ def _make(name: str, flow: str | None = None, edm: str | None = None, **options)
     def build(scheduler):
         import diffusers
 
-        if isinstance(scheduler, EDMScheduler):
+        if is_edm(scheduler):
             return _of_edm(scheduler, name, edm)
         if is_flow(scheduler):
             flowing: Any = schedule_of(scheduler)
@@ -118,10 +122,10 @@ def _make(name: str, flow: str | None = None, edm: str | None = None, **options)
     return build
 
 
-def _of_edm(scheduler: EDMScheduler, name: str, solver: str | None) -> EDMScheduler:
+def _of_edm(scheduler: Any, name: str, solver: str | None) -> Any:
     if solver is None:
         raise FewstepError(f"{name}: no solver of an EDM pipeline; expected ddim, euler, heun or dpm++")
-    return EDMScheduler.from_config(scheduler.config, solver=solver, sigmas=None)
+    return type(scheduler).from_config(scheduler.config, solver=solver, sigmas=None)
 
 
 def _rescaled(cls: type, scheduler: Any) -> dict[str, Any]:
