@@ -150,14 +150,13 @@ class Schedule:
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * eps
 
     def begin(self, noise: Tensor, t: Tensor) -> Tensor:
-        """What a sampler is given at its first time t, of unit noise: the same, for a path of bounded size.
-
-        The paths of stock schedulers end at a non-zero SNR, and their samplers start from unit noise all the same.
-        """
-        return noise
+        """What a sampler is given at its first time t (B,): unit noise, times :meth:`first_scale`."""
+        return expand(self.first_scale(t), noise) * noise
 
     def first_scale(self, t: Tensor) -> Tensor:
-        """The factor of :meth:`begin`, float64."""
+        """1 for a path of bounded size: those of stock schedulers end at a non-zero SNR, and samplers start from unit
+        noise all the same.
+        """
         return torch.ones_like(_real(t))
 
     def renoise(self, x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
@@ -378,9 +377,6 @@ class EDM(Schedule):
     def fraction_above(self, t: float) -> float:
         low, high = self.t_min ** (1 / 7), self.t_max ** (1 / 7)
         return (t ** (1 / 7) - low) / (high - low)
-
-    def begin(self, noise: Tensor, t: Tensor) -> Tensor:
-        return expand(self.first_scale(t), noise) * noise
 
     def first_scale(self, t: Tensor) -> Tensor:
         return self.sigma(t)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .unets import Checkpointed, decoder_plan
+from .unets import Checkpointed, decoder_plan, encoder_plan
 
 EPS = 1e-4
 
@@ -188,20 +188,15 @@ class MagnitudeUNet(Checkpointed):
         self.emb_noise = Weighted(noisy, told)
         self.emb_label = Weighted(classes, told) if classes else None
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        now, skips = widths[0], [widths[0]]
-        for level, wide in enumerate(widths):
-            side = size >> level
-            if level == 0:
-                self.enc[f"{side}x{side}_conv"] = Weighted(channels + 1, now, 3)
-            else:
-                self.enc[f"{side}x{side}_down"] = Block2(now, now, balance, False, "down")
-                skips.append(now)
-            for i in range(blocks):
-                attends = side in attention
-                self.enc[f"{side}x{side}_block{i}"] = Block2(now, wide, balance, False, None, attends)
-                skips.append(wide)
-                now = wide
-        for level, name, cin, cout in decoder_plan(widths, skips, blocks):
+        encoder = encoder_plan(widths, widths[0], blocks)
+        for level, name, cin, cout in encoder:
+            side, down = size >> level, "down" if name == "down" else None
+            self.enc[f"{side}x{side}_{name}"] = (
+                Weighted(channels + 1, cout, 3)
+                if name == "conv"
+                else Block2(cin, cout, balance, False, down, side in attention and not down)
+            )
+        for level, name, cin, cout in decoder_plan(widths, encoder, blocks):
             side = size >> level
             attends = name == "in0" or ("block" in name and side in attention)
             resample = "up" if name == "up" else None

@@ -15,15 +15,33 @@ from torch.nn import functional as F
 
 from .layers import HEAD, Block, Fourier, ResampledConv, Style, conv, norm, sinusoids, swapped
 
+Plan = list[tuple[int, str, int, int]]
 
-def decoder_plan(widths: Sequence[int], skips: Sequence[int], blocks: int) -> list[tuple[int, str, int, int]]:
-    """(level, name, channels in, channels out) of every block of a decoder, from the smallest map up.
+
+def encoder_plan(widths: Sequence[int], width: int, blocks: int) -> Plan:
+    """(level, name, channels in, channels out) of every part of an encoder, from the largest map down.
 
     Args:
-        widths: channels of each level. skips: channels of what the encoder left, in its order.
-        blocks: of a level of the encoder; the decoder has one more, each fed a skip.
+        widths: channels of each level. width: of the first convolution, whose input, the image, is 0 here.
+        blocks: of a level.
     """
-    left, plan, now = list(skips), [], widths[-1]
+    plan, now = [(0, "conv", 0, width)], width
+    for level, wide in enumerate(widths):
+        if level:
+            plan.append((level, "down", now, now))
+        for i in range(blocks):
+            plan.append((level, f"block{i}", now, wide))
+            now = wide
+    return plan
+
+
+def decoder_plan(widths: Sequence[int], encoder: Plan, blocks: int) -> Plan:
+    """The same of a decoder, from the smallest map up.
+
+    Args:
+        encoder: every part of which leaves a skip. blocks: of a level of it; the decoder has one more, each fed a skip.
+    """
+    left, plan, now = [cout for *_, cout in encoder], [], widths[-1]
     for level in reversed(range(len(widths))):
         names = ("in0", "in1") if level == len(widths) - 1 else ("up",)
         for name in names:
@@ -32,6 +50,13 @@ def decoder_plan(widths: Sequence[int], skips: Sequence[int], blocks: int) -> li
             plan.append((level, f"block{i}", now + left.pop(), widths[level]))
             now = widths[level]
     return plan
+
+
+def encoder_part(name: str, channels: int, cin: int, cout: int, style: Style, attends: bool) -> nn.Module:
+    """What stands at a place of an :func:`encoder_plan`, of images of so many channels."""
+    if name == "conv":
+        return conv(channels, cout, 3)
+    return Block(cin, cout, style, "down" if name == "down" else None, attends and name != "down")
 
 
 class Checkpointed(nn.Module):
@@ -82,24 +107,16 @@ class SongUNet(Checkpointed):
         self.map_layer0, self.map_layer1 = nn.Linear(noise, emb), nn.Linear(emb, emb)
         widths = [width * m for m in multiples]
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        now, image, skips = width, channels, [width]
-        for level, wide in enumerate(widths):
+        image, encoder = channels, encoder_plan(widths, width, blocks)
+        for level, name, cin, cout in encoder:
             side = size >> level
-            if level == 0:
-                self.enc[f"{side}x{side}_conv"] = conv(channels, now, 3)
-            else:
-                self.enc[f"{side}x{side}_down"] = Block(now, now, style, "down")
-                if fourier:
-                    self.enc[f"{side}x{side}_aux_residual"] = ResampledConv(
-                        image, now, 3, "down", taps, fused=True
-                    )
-                    image = now
-                skips.append(now)
-            for i in range(blocks):
-                self.enc[f"{side}x{side}_block{i}"] = Block(now, wide, style, attention=side in attention)
-                skips.append(wide)
-                now = wide
-        for level, name, cin, cout in decoder_plan(widths, skips, blocks):
+            self.enc[f"{side}x{side}_{name}"] = encoder_part(
+                name, channels, cin, cout, style, side in attention
+            )
+            if fourier and name == "down":
+                fed = ResampledConv(image, cout, 3, "down", taps, fused=True)
+                self.enc[f"{side}x{side}_aux_residual"], image = fed, cout
+        for level, name, cin, cout in decoder_plan(widths, encoder, blocks):
             side = size >> level
             attends = name == "in0" or (name == f"block{blocks}" and side in attention)
             resample = "up" if name == "up" else None
@@ -159,19 +176,13 @@ class DhariwalUNet(Checkpointed):
         self.map_label = nn.Linear(classes, emb, bias=False) if classes else None
         widths = [width * m for m in multiples]
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        now, skips = widths[0], [widths[0]]
-        for level, wide in enumerate(widths):
+        encoder = encoder_plan(widths, widths[0], blocks)
+        for level, name, cin, cout in encoder:
             side = size >> level
-            if level == 0:
-                self.enc[f"{side}x{side}_conv"] = conv(channels, now, 3)
-            else:
-                self.enc[f"{side}x{side}_down"] = Block(now, now, style, "down")
-                skips.append(now)
-            for i in range(blocks):
-                self.enc[f"{side}x{side}_block{i}"] = Block(now, wide, style, attention=side in attention)
-                skips.append(wide)
-                now = wide
-        for level, name, cin, cout in decoder_plan(widths, skips, blocks):
+            self.enc[f"{side}x{side}_{name}"] = encoder_part(
+                name, channels, cin, cout, style, side in attention
+            )
+        for level, name, cin, cout in decoder_plan(widths, encoder, blocks):
             side = size >> level
             attends = name == "in0" or ("block" in name and side in attention)
             resample = "up" if name == "up" else None
