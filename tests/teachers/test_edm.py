@@ -148,3 +148,26 @@ def test_without_classes_a_prompt_is_only_counted_and_edm2_takes_no_lora(tmp_pat
         build_role("student", two.net, RoleConfig(rank=2))
     index = json.loads((tmp_path / "t2" / "model_index.json").read_text())
     assert index["unet"] == ["fewstep.teachers.edm.networks", "EDM2Precond"]
+
+
+def test_a_fresh_step_has_the_noise_of_the_next_level_and_the_last_has_none():
+    made = EDMScheduler(solver="fresh", sigmas=[[80.0, 2.5]])
+    x0, spread = torch.full((4, 3, 16, 16), 0.3), []
+    for t in made.timesteps:
+        x = made.step(x0, t, torch.zeros_like(x0), torch.Generator().manual_seed(0), return_dict=False)[0]
+        spread.append((x - x0).std().item())
+    assert spread[0] == pytest.approx(2.5, rel=0.05) and spread[1] == 0
+
+
+def test_latents_of_edm2_are_the_vaes_with_each_channel_at_mean_0_and_half_its_spread(tmp_path):
+    weights = {k: v.float() for k, v in arrays("edm2_cond.weights").items()}
+    save_file(weights, tmp_path / "w.safetensors")
+    tiny = write_tiny_pipeline("StableDiffusionPipeline", tmp_path / "sd")
+    pipe = edm2(tmp_path / "w.safetensors", vae=tiny / "vae", channels_per_head=16)
+    config, raw = pipe.vae.config, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
+    with torch.no_grad():
+        expected = (pipe.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
+        found = pipe._images((raw - mean) / std / 2, "pt")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert expected.std() > 1e-3
