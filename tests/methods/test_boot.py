@@ -9,7 +9,7 @@ from toys import NONE, SD, Mlp, TimedMlp, distance, fit, per_noise, toy, view
 from fewstep.diffusion import trajectory
 from fewstep.diffusion.cond import Cond
 from fewstep.diffusion.rng import Rng
-from fewstep.diffusion.schedules import VP, Flow, TrigFlow
+from fewstep.diffusion.schedules import EDM, VP, Flow, TrigFlow
 from fewstep.diffusion.solvers import ddim
 from fewstep.errors import RecipeError
 from fewstep.methods import Batch, Progress
@@ -116,6 +116,21 @@ def test_the_boundary_is_right_where_the_schedule_ends_at_a_non_zero_snr():
     teacher = mixture(SD)
     other = SD.add_noise(teacher.x0(eps, last, NONE), eps, last)
     assert 0.01 < (other - eps).abs().max() < 3 * SD.alpha(last)[0]
+
+
+def test_on_edms_path_all_begins_at_sigma_times_noise(monkeypatch):
+    schedule, eps, given = EDM(), Rng(1).normal(5, 2).double(), {}
+    last = torch.full((5,), schedule.t_max, dtype=torch.float64)
+    assert schedule.begin(eps, last).equal(80 * eps)
+    assert trajectory.terminal_signal(eps, schedule).abs().max() == 0
+    method, _ = method_of(mixture(schedule))
+    for name in ("student", "teacher"):
+        monkeypatch.setattr(
+            getattr(method, name), "x0", lambda x, *_, name=name, **__: given.setdefault(name, x)
+        )
+    method.exact = False
+    method.signal(eps, last / 80, 1.0, NONE), method.edge(eps, 1.0, NONE)
+    assert all(x.equal(80 * eps) for x in given.values()) and len(given) == 2
 
 
 def test_at_the_start_every_level_is_the_teachers_prediction_from_pure_noise():

@@ -11,7 +11,7 @@ from fewstep.diffusion import objectives
 from fewstep.diffusion.cond import Cond
 from fewstep.diffusion.denoiser import ScheduleView
 from fewstep.diffusion.rng import Rng
-from fewstep.diffusion.schedules import Flow, TrigFlow
+from fewstep.diffusion.schedules import EDM, Flow, TrigFlow
 from fewstep.diffusion.solvers import ddim
 from fewstep.errors import RecipeError
 from fewstep.methods import Batch, Progress
@@ -229,6 +229,16 @@ def test_levels_are_proposed_as_the_paper_does(ring, fitted, iteration, expected
     assert shares == pytest.approx(expected, abs=0.03)
     if expected[0]:
         assert x_t[t == 1].std() == pytest.approx(1, abs=0.03)
+
+
+def test_ladds_noisiest_input_on_edms_path_is_sigma_times_noise(ring, fitted):
+    net = view(fitted, EDM())
+    method = LADD(LADD.Config(taps=["layers.0"], early=0), net, (2,), student=view(fitted, EDM()))
+    seen, x0 = [], method.student.denoiser.x0
+    method.student.denoiser.x0 = lambda x_t, t, cond: seen.append((x_t, t)) or x0(x_t, t, cond)
+    method.generate(batch_of(ring, 4000), Progress(1, 100))
+    x_t, t = seen[0]
+    assert x_t[t == 80].std() == pytest.approx(80, rel=0.03)
 
 
 def test_levels_become_the_students_times_for_each_number_of_steps(fitted):
