@@ -213,10 +213,15 @@ def test_a_folder_of_tables_of_prompts(kind, tmp_path):
         load_prompts(str(folder), column="text")
 
 
-def test_a_set_without_its_library_is_refused_by_the_extra(tmp_path, monkeypatch):
+def test_a_damaged_set_is_refused(tmp_path):
+    pytest.importorskip("datasets")
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(RecipeError, match=r"cannot be read: .*mend or remove"):
         load_prompts(str(tmp_path))
+
+
+def test_a_set_without_its_library_is_refused_by_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(RecipeError, match=r"pip install \"fewstep\[data\]\""):
         load_prompts(str(tmp_path))
