@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -158,6 +159,23 @@ def test_small_images_are_enlarged_where_it_is_said(write):
     with pytest.raises(FewstepError, match="below 64"):
         load_images(str(folder)).load(0, 64)
     assert load_images(str(folder), upscale=True).load(0, 64).shape == (64, 64, 3)
+
+
+def test_it_is_the_shorter_side_that_counts(tmp_path):
+    write_shards(tmp_path, [picture(1)])  # 32 x 36
+    images = load_images(str(tmp_path))
+    assert images.load(0, 32).shape == (32, 32, 3)
+    with pytest.raises(FewstepError, match="32x36 pixels, below 33"):
+        images.load(0, 33)
+
+
+def test_a_shard_of_the_same_size_that_was_written_anew_is_read_anew(tmp_path):
+    shard = tmp_path / "s.tar"
+    for second, text in enumerate((b"one", b"two")):
+        with tarfile.open(shard, "w") as tar:
+            add(tar, "0.png", picture(1)), add(tar, "0.txt", text)
+        os.utime(shard, (second, second))
+        assert load_images(str(tmp_path)).captions == [text.decode()]
 
 
 def test_a_start_decodes_some_images_only(write, monkeypatch):
