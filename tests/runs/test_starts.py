@@ -494,6 +494,8 @@ def test_the_hash_of_a_recipe_knows_only_a_start_that_is_given(tiny_sd15, tmp_pa
         plain["output"],
         plain["roles"]["student"]["start_from"],
         plain["data"]["column"],
+        plain["data"]["upscale"],
+        plain["data"]["max_bad"],
         plain["teacher"]["variant"],
         plain["teacher"]["config"],
         plain["teacher"]["loras"],
