@@ -71,7 +71,7 @@ class NetDenoiser:
         example: one row of any condition, for a trial call; by default the null one.
         guide: how the two predictions of guidance become one, where the stock pipeline does more than :func:`plainly`.
         image_of: the image's part of what a block gives in a call with this condition, (B, n, D) of (B, m, D) tokens or
-            a whole map; all of it by default.
+            a whole map; all of it by default. image_first: of blocks that give the tokens of image and text apart.
         embeds_guidance: a network distilled from a guided one, which is told the scale as ``cond[EMBEDDED]``: the
             guidance it is called with, or ``embedded`` where that is 1, as students and critics are called.
         autocast: dtype of the network's arithmetic, or None for the weights' own. x_t and x0 stay fp32.
@@ -92,12 +92,13 @@ class NetDenoiser:
         embeds_guidance: bool = False,
         guide: Guide = plainly,
         image_of: ImageOf = all_of_it,
+        image_first: bool = False,
     ):
         self.net, self.schedule, self.prediction = net, schedule, prediction
         self.call, self.null, self.autocast, self.attention = call, null, autocast, attention
         self.example = example or null or Cond({})
         self.embeds_guidance, self.embedded = embeds_guidance, 1.0
-        self.guide, self.image_of = guide, image_of
+        self.guide, self.image_of, self.image_first = guide, image_of, image_first
         self.products: Callable[[], AbstractContextManager[None]] = (
             nullcontext  # how fp32 ones are made, see fewstep.diffusion.kernels
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,23 +17,28 @@ from torch import Tensor, nn
 
 from ..errors import RecipeError
 from .cond import Cond
-from .denoiser import NetDenoiser, all_of_it
+from .denoiser import NetDenoiser
 
 
 class _LastTap(Exception):
     """Ends a forward once every wanted feature is there; the decoder half would be wasted work."""
 
 
-def _image_of(output) -> Tensor:
-    """A UNet's block returns its map and a tuple of skips, Stable Diffusion 3's the text's tokens and the image's."""
+def _image_of(output, first: bool = False) -> Tensor:
+    """A UNet's block returns its map and a tuple of skips, Stable Diffusion 3's the text's tokens and the image's,
+    HiDream's the image's ``first``."""
     if not isinstance(output, tuple):
         return output
-    return output[1] if len(output) > 1 and isinstance(output[1], Tensor) else output[0]
+    return output[1] if not first and len(output) > 1 and isinstance(output[1], Tensor) else output[0]
+
+
+def _tokens(denoiser: NetDenoiser, cond: Cond, output) -> Tensor:
+    return denoiser.image_of(_image_of(output, denoiser.image_first), cond)
 
 
 @contextmanager
 def _taps(
-    net: nn.Module, names: Sequence[str], stop: bool, image_of: Callable[[Tensor], Tensor] = all_of_it
+    net: nn.Module, names: Sequence[str], stop: bool, image_of: Callable[[Any], Tensor] = _image_of
 ) -> Iterator[dict[str, Tensor]]:
     """Features by name. After the last one the forward stops, or goes on without a graph, which nothing would use."""
     features: dict[str, Tensor] = {}
@@ -40,7 +46,7 @@ def _taps(
 
     def keep(name: str):
         def hook(_module, _inputs, output):
-            features[name] = image_of(_image_of(output)).float()
+            features[name] = image_of(output).float()
             if len(features) == len(names):
                 if stop:
                     raise _LastTap
@@ -75,7 +81,7 @@ def tap_features(
     # A sharded module frees its gathered weights in a hook after its forward, so it has to finish.
     stop = not hasattr(denoiser.net, "unshard")
     with (
-        _taps(denoiser.net, names, stop, lambda features: denoiser.image_of(features, cond)) as features,
+        _taps(denoiser.net, names, stop, partial(_tokens, denoiser, cond)) as features,
         suppress(_LastTap),
     ):
         denoiser.predict(x_t, t, cond)
@@ -280,9 +286,7 @@ class Discriminator(nn.Module):
         self, denoiser: NetDenoiser, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Logits as of :meth:`logits` and x0 without gradient, by one forward; guidance takes one of the null too."""
-        with _taps(
-            denoiser.net, self.taps, False, lambda features: denoiser.image_of(features, cond)
-        ) as features:
+        with _taps(denoiser.net, self.taps, False, partial(_tokens, denoiser, cond)) as features:
             made = denoiser.predict(x_t, t, cond).detach()
         if guidance != 1.0:
             with torch.no_grad():

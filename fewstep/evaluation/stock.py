@@ -14,7 +14,7 @@ from ..diffusion.schedules import Flow, Schedule, noise_table
 from ..diffusion.walks import Walk, noise_at
 from ..errors import FewstepError
 from ..files import replacing, write_json
-from ..teachers.pipelines import class_of, hands_sigmas, network_of
+from ..teachers.pipelines import TELLS_SHIFT, class_of, hands_sigmas, network_of
 from ..teachers.schedulers import FLOOR, for_steps, is_flow, schedule_of
 
 AYS = {"StableDiffusionPipeline": "StableDiffusion", "StableDiffusionXLPipeline": "StableDiffusionXL"}
@@ -129,6 +129,9 @@ def floor_sampler(solver: str, pipe: Any, scheduler: Any, num_steps: int) -> tup
         made = FLOOR[solver](for_steps(scheduler, num_steps))
         if hands_sigmas(pipe):
             made = _handed(made, solver, class_of(pipe))
+        elif class_of(pipe) in TELLS_SHIFT and solver != "unipc":
+            made = _handed(made, solver, class_of(pipe))
+            return made, {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps).tolist()}
         return made, {"num_inference_steps": num_steps}
     if solver == "ays":
         times = ays_times(type(pipe).__name__, schedule_of(scheduler), num_steps)
@@ -147,7 +150,7 @@ def floor_sampler(solver: str, pipe: Any, scheduler: Any, num_steps: int) -> tup
 
 
 def _handed(scheduler: Any, solver: str, pipeline: str) -> Any:
-    """For a pipeline that gives every scheduler a shift, and a grid that is even before it."""
+    """For a pipeline that gives every scheduler a shift, and a grid that is even before it or none."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     config = scheduler.config

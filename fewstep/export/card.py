@@ -15,7 +15,7 @@ from .weights import LORA_FILE, adapters
 UNPROMPTED = "DDPMPipeline"  # hands on no labels
 EDM = "EDMPipeline"  # which is fewstep's
 IMAGE_FIRST = ("Flux2Pipeline", "Flux2KleinPipeline")  # whose calls begin with an image
-ENCODED = {"pooled": "encoded[2][0]", "embeds": "encoded[0][0].mean(0)"}
+ENCODED = {"pooled": "encoded[-2][0]", "embeds": "encoded[0][0].mean(0)"}
 # A program for each kind of export, of parts that some share; the words in braces are those of `_words`.
 ADAPTED = """\
 {imports}from diffusers import {loader}, {scheduler}

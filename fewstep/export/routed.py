@@ -131,7 +131,7 @@ class RoutedPipeline:
         )
         pooled = self.router.feature == "pooled"
         router: Router = self.router
-        return router(Cond({"pooled": encoded[2]} if pooled else {"embeds": encoded[0]}))
+        return router(Cond({"pooled": encoded[-2]} if pooled else {"embeds": encoded[0]}))
 
     @torch.no_grad()
     def __call__(

@@ -48,13 +48,14 @@ class Teacher:
             stock call takes one at a time.
             comfyui: what ComfyUI's names for this network's adapters begin with, the layer's path behind it; None where
             it reads none. comfyui_whole: whether it reads the whole network as diffusers keeps it.
+            image_first: whether blocks that give image and text apart give the image first.
     """
 
     pipeline_class: str
     network: ClassVar[str] = "unet"
     autoencoder: ClassVar[str | None] = "vae"
     packing: ClassVar[int] = 1
-    patch: ClassVar[int] = 1
+    patch: int = 1
     shifts_latents: ClassVar[bool] = False
     normalises: ClassVar[bool] = False
     films: ClassVar[bool] = False
@@ -63,6 +64,7 @@ class Teacher:
     needs: ClassVar[dict[str, str]] = {}
     comfyui: ClassVar[str | None] = None
     comfyui_whole: ClassVar[bool] = True
+    image_first: ClassVar[bool] = False
     kind: ClassVar[str] = "diffusion"
     solver: ClassVar[tuple[str, int]] = ("ddim", 50)
     floor: ClassVar[bool] = True
@@ -116,6 +118,7 @@ class Teacher:
             bool(self.net.config.get("guidance_embeds")),
             type(self).guide,
             partial(type(self).image_of, self.positions // (self.packing * self.patch) ** 2),
+            self.image_first,
         )
 
     # ------------------------------------------------------------------------------ what differs between pipelines

@@ -25,6 +25,7 @@ FORGET = (
     *("QwenImagePipeline", "QwenImageEditPlusPipeline", "ZImagePipeline"),
     *("ChromaPipeline", "Lumina2Pipeline"),
     *("Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline"),
+    "HiDreamImagePipeline",
 )
 
 

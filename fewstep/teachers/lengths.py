@@ -21,7 +21,7 @@ def limits(pipe: Any) -> dict[str, int]:
     if class_of(pipe) in EDITING:  # which read all of a text
         return found
     parameter = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
-    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"):
         tokenizer = _tokenizer(pipe, name)
         if tokenizer is not None:
             clip = "CLIP" in type(tokenizer).__name__  # whose length is its model's, whatever the call says
@@ -29,6 +29,8 @@ def limits(pipe: Any) -> dict[str, int]:
             if hasattr(pipe, "backbone"):  # of tokens
                 asked = pipe.backbone.config.cls_token_num
             found[name] = min(tokenizer.model_max_length, asked or tokenizer.model_max_length)
+            if clip and class_of(pipe) == "HiDreamImagePipeline" and parameter is not None:
+                found[name] = parameter.default  # of CLIPs with places for more
             found[name] -= _around(pipe, tokenizer)
     return found
 

@@ -51,6 +51,7 @@ def adapters() -> dict[str, type[Teacher]]:
     from .edm.teacher import EDM
     from .flux import Flux
     from .flux2 import Flux2, Flux2Klein
+    from .hidream import HiDream
     from .krea2 import Krea2
     from .lumina2 import Lumina2
     from .qwen_image import QwenImage
@@ -61,7 +62,20 @@ def adapters() -> dict[str, type[Teacher]]:
 
     known = (
         *(StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Sana, PixArtAlpha, PixArtSigma),
-        *(QwenImage, QwenImageEdit, ZImage, Flux2, Flux2Klein, Krea2, Chroma, Lumina2, DiT, DDPM, EDM),
+        *(
+            QwenImage,
+            QwenImageEdit,
+            ZImage,
+            Flux2,
+            Flux2Klein,
+            Krea2,
+            Chroma,
+            Lumina2,
+            HiDream,
+            DiT,
+            DDPM,
+            EDM,
+        ),
     )
     stock = {cls.pipeline_class: cls for cls in known}
     return {

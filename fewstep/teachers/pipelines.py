@@ -29,6 +29,7 @@ def pixels_per_latent(pipe: Any) -> int:
     return factor
 
 
+ONE_SIZE = ("HiDreamImagePipeline",)  # whose call scales every size to the area of its network's
 NATIVE = dict.fromkeys(("ZImagePipeline", "Krea2Pipeline"), 1024)  # which the code of their calls says alone
 
 
@@ -60,8 +61,13 @@ def fix_shift(pipe: Any, resolution: int | None = None) -> None:
     side = (
         (resolution or native_resolution(pipe)) // pixels_per_latent(pipe) // getattr(pipe, "patch_size", 2)
     )
-    # Lumina's stock call takes the number of channels for that of tokens.
-    tokens = network_of(pipe).config.in_channels if class_of(pipe) == "Lumina2Pipeline" else side**2
+    tokens = side**2
+    if (
+        class_of(pipe) == "Lumina2Pipeline"
+    ):  # whose stock call takes the number of channels for that of tokens
+        tokens = network_of(pipe).config.in_channels
+    elif class_of(pipe) == "HiDreamImagePipeline":
+        tokens = network_of(pipe).max_seq
     shift = partial(_shift, class_of(pipe), dict(config), bool(pipe.config.get("is_distilled")), tokens)
     usual = inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
     pipe.scheduler = shifted(pipe.scheduler, shift(usual))
@@ -77,6 +83,8 @@ def _shift(name: str, config: dict[str, Any], distilled: bool, tokens: int, step
         mu = compute_empirical_mu(tokens, steps)
     elif name == "Krea2Pipeline" and distilled:
         mu = 1.15
+    elif name == "HiDreamImagePipeline":  # whatever the scheduler's configuration says
+        mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
     else:
         low, high = config["base_image_seq_len"], config["max_image_seq_len"]
         mu = config["base_shift"] + (config["max_shift"] - config["base_shift"]) * (tokens - low) / (
@@ -102,6 +110,10 @@ HANDS_SIGMAS = (
     *("ChromaPipeline", "Lumina2Pipeline"),
     *("Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline"),
 )
+
+TELLS_SHIFT = (
+    "HiDreamImagePipeline",
+)  # to every scheduler but UniPC, whether it takes one or not; and no grid
 
 
 def hands_sigmas(pipe: Any) -> bool:
@@ -150,6 +162,10 @@ def check_size(pipe: Any, size: int) -> None:
     """
     if not takes(pipe, "height") or getattr(pipe, "vae", None) is None:
         return
+    if class_of(pipe) in ONE_SIZE and size != native_resolution(pipe):
+        raise FewstepError(
+            f"--size {size}: a {class_of(pipe)} makes images of {native_resolution(pipe)} pixels only"
+        )
     side = math.lcm(
         8, pixels_per_latent(pipe) * getattr(pipe, "patch_size", 1)
     )  # stock pipelines ask for the 8
@@ -159,7 +175,7 @@ def check_size(pipe: Any, size: int) -> None:
 
 def size_options(pipe: Any, resolution: int | None = None) -> dict[str, Any]:
     """Arguments of the stock pipeline's call for square images of this many pixels, by default its own."""
-    if not takes(pipe, "height"):
+    if not takes(pipe, "height") or class_of(pipe) in ONE_SIZE:
         return {}
     size = resolution or native_resolution(pipe)
     options = {"height": size, "width": size}

@@ -31,6 +31,8 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
     """
     import torch
 
+    from .tiny_hidream import hidream
+
     builders = {
         "StableDiffusionPipeline": _sd,
         "StableDiffusionXLPipeline": _sdxl,
@@ -45,6 +47,7 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "ChromaPipeline": _chroma,
         "Lumina2Pipeline": _lumina2,
         "Krea2Pipeline": _krea2,
+        "HiDreamImagePipeline": hidream,
         "Flux2Pipeline": _flux2,
         "Flux2KleinPipeline": _flux2_klein,
         "DiTPipeline": _dit,

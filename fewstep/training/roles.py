@@ -65,6 +65,8 @@ TRANSFORMER_TARGETS = [
     *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),  # Qwen-Image
     *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),  # Z-Image
     *("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3"),  # Lumina
+    *("to_q_t", "to_k_t", "to_v_t", "to_out_t", "ff_t.w1", "ff_t.w2", "ff_t.w3"),  # HiDream, its text
+    *(f"{name}.w{i}" for name in ("ff_i", "ff_i.shared_experts") for i in (1, 2, 3)),  # not what is routed
 ]
 
 
@@ -223,9 +225,11 @@ def default_targets(module: nn.Module) -> list[str]:
         return list(own)
     if "UNet" in type(module).__name__:
         return list(UNET_TARGETS)
-    # One layer where others have a list of two, whose first is adapted (FLUX.2's blocks of one stream).
+    # One layer where others have a list of two, whose first is adapted (FLUX.2's blocks of one stream, HiDream).
     alone = [
-        n for n, layer in module.named_modules() if n.endswith("attn.to_out") and isinstance(layer, nn.Linear)
+        n
+        for n, layer in module.named_modules()
+        if n.endswith(("attn.to_out", "attn1.to_out")) and isinstance(layer, nn.Linear)
     ]
     return [*TRANSFORMER_TARGETS, *alone]
 

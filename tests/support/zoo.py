@@ -60,6 +60,7 @@ ZOO = {
         taps=("transformer_blocks.0", "single_transformer_blocks.0"),
     ),
     "Krea-2": Kind("Krea2Pipeline", resolution=RESOLUTION["Krea2Pipeline"]),
+    "HiDream": Kind("HiDreamImagePipeline", taps=("double_stream_blocks.0", "single_stream_blocks.1")),
     "SANA": Kind("SanaPipeline"),
     "PixArt-alpha": Kind("PixArtAlphaPipeline"),
     "PixArt-Sigma": Kind("PixArtSigmaPipeline"),
