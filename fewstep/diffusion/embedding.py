@@ -22,6 +22,7 @@ TIME_EMBEDDERS = (
     "time_text_embed.timestep_embedder",  # SD3, Flux
     "time_embed.emb.timestep_embedder",  # SANA
     "adaln_single.emb.timestep_embedder",  # PixArt
+    "t_embedder.timestep_embedder",  # HiDream
 )
 CHANNELS = 256  # sinusoids of an embedded scalar, as in SANA-Sprint's class
 

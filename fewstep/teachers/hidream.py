@@ -1,4 +1,4 @@
-"""HiDream-I1: a flow with four text encoders, whose blocks each read a layer of Llama, and whose experts share tokens."""
+"""HiDream-I1: a flow with four text encoders, whose blocks each read a layer of Llama, some through experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import MethodType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..diffusion.cond import Cond

@@ -58,7 +58,9 @@ def hidream(tokenizer, _pipeline_class, options):
         scheduler=diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
-        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        vae=_vae(
+            scaling_factor=0.3611, shift_factor=0.1159, mid_block_add_attention=False
+        ),  # of 16384 tokens
         text_encoder=clips[0],
         tokenizer=tokenizer,
         text_encoder_2=clips[1],

@@ -36,6 +36,7 @@ FLOWS = {
     "Chroma": 1.0,
     "Lumina 2": -1.0,
     "Krea-2": 1.0,
+    "HiDream": 1000.0,
     "FLUX.2-dev": 1.0,
     "FLUX.2-klein": 1.0,
     "Z-Image": -1.0,  # from 1 down to 0, and so from 0 up
@@ -56,7 +57,11 @@ def given(monkeypatch):
 
         def watched(self, *args, **options):
             given = names.bind(self, *args, **options).arguments
-            time = torch.as_tensor(given["timestep" if "timestep" in given else "t"]).flatten()[0].item()
+            time = (
+                torch.as_tensor(next(given[n] for n in ("timestep", "timesteps", "t") if n in given))
+                .flatten()[0]
+                .item()
+            )
             times.append(time - 1 if type(net).__name__ in REVERSED else time)
             return forward(self, *args, **options)
 

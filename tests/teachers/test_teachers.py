@@ -51,7 +51,7 @@ FIXED = ("Chroma", "Lumina 2")  # whose texts have the length of the stock call,
 STACKED = ("FLUX.2-dev", "FLUX.2-klein")  # texts of several layers
 NEWER = (*RAGGED, *FIXED, *STACKED)
 HANDED = ("FLUX.1-dev", "FLUX.1-schnell", *NEWER)  # whose stock call's grid is not the scheduler's
-FLOWS = (*TWO_SHIFTS, *HANDED)
+FLOWS = (*TWO_SHIFTS, *HANDED, "HiDream")
 BY_SIZE = {name: math.exp(0.5 + 0.65 * (64 - 256) / (4096 - 256)) for name in HANDED[:2]}
 QWENS = dict.fromkeys(RAGGED[:2], math.exp(0.5 + 0.4 * (16 - 256) / (8192 - 256)))
 SHIFTS = {
@@ -149,9 +149,10 @@ def test_x0_is_the_stock_pipelines_own_prediction(name, guidance, teachers, with
 
 
 # A pipeline's own scheduler, where it is deterministic and walks its own grid in our sampler too.
-OWN = ("SD 1.5", "SD 2.1, v", "SDXL", "SANA", "PixArt-alpha", "PixArt-Sigma", "DiT")
+OWN = ("SD 1.5", "SD 2.1, v", "SDXL", "SANA", "PixArt-alpha", "PixArt-Sigma", "DiT", "HiDream")
 RUNS = [(n, s) for n in ZOO for s in FLOOR if s in ("ddim", "dpm++") or n in TWO_SHIFTS]
-RUNS = [(n, s) for n, s in RUNS if n not in NEWER or s == "ddim"] + [(n, "own") for n in OWN]
+RUNS = [(n, s) for n, s in RUNS if n not in (*NEWER, "HiDream") or s == "ddim"] + [(n, "own") for n in OWN]
+RUNS += [("HiDream", "euler"), ("HiDream", "unipc")]
 
 
 @pytest.mark.parametrize("name, solver", RUNS)
@@ -160,14 +161,14 @@ def test_our_sampler_reproduces_stock_sampling_with_the_same_scheduler(
 ):
     teacher, prompts = teachers(name), ZOO[name].prompts
     noise, before, cond = noise_for(teacher), teacher.pipe.scheduler, teacher.encode(prompts)
-    scheduler = deepcopy(before) if solver == "own" else floor_sampler(solver, teacher.pipe, before, 3)[0]
+    scheduler, call = deepcopy(before), {"num_inference_steps": 3}
+    if solver != "own":
+        scheduler, call = floor_sampler(solver, teacher.pipe, before, 3)
     guidance = 2.0 if ZOO[name].guided and name != "FLUX.1-schnell" else 1.0
     own = scheduler_sample(teacher.denoiser, deepcopy(scheduler), noise, cond, 3, guidance=guidance)
-    if name in HANDED and solver == "ddim":
+    if (name in HANDED and solver == "ddim") or "sigmas" in call:
         own = ddim(teacher.denoiser, noise, cond, 3, guidance=guidance)
-    expected = stock(
-        with_scheduler(teacher, scheduler), prompts, num_inference_steps=3, guidance_scale=guidance
-    )
+    expected = stock(with_scheduler(teacher, scheduler), prompts, guidance_scale=guidance, **call)
     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4 * max(1.0, expected.abs().max().item()))
     if (
         solver == "euler"
@@ -191,11 +192,15 @@ def test_the_fixed_shift_is_that_of_the_stock_call(kind, teachers, with_schedule
 
 
 @pytest.mark.parametrize(
-    "name, solver", [("FLUX.1-dev", "heun"), *((n, s) for n in RAGGED for s in ("heun", "unipc"))]
+    "name, solver",
+    [
+        *(("FLUX.1-dev", "heun"), ("HiDream", "heun"), ("HiDream", "dpm++")),
+        *((n, s) for n in RAGGED for s in ("heun", "unipc")),
+    ],
 )
 def test_a_solver_that_takes_no_grid_is_refused(name, solver, teachers):
     pipe = teachers(name).pipe
-    with pytest.raises(FewstepError, match=rf"solver {solver}: .* takes no sigmas and no shift"):
+    with pytest.raises(FewstepError, match=rf"solver {re.escape(solver)}: .* takes no sigmas and no shift"):
         floor_sampler(solver, pipe, pipe.scheduler, 3)
 
 
@@ -240,6 +245,7 @@ def test_every_step_of_a_guided_stock_call_is_ours(name, teachers, with_schedule
         ("Z-Image", {"guidance_scale": 2.0}, 6.0),
         ("Chroma", {"guidance_scale": 3.0}, 5.0),
         ("Lumina 2", {"guidance_scale": 3.0}, 4.0),
+        ("HiDream", {"guidance_scale": 3.0}, 5.0),
     ],
 )
 def test_a_stock_call_is_told_guidance_in_its_own_words(name, told, own, teachers):
@@ -315,7 +321,7 @@ def test_luminas_shift_by_size_is_that_of_its_stock_call(teachers, with_schedule
     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*TWO_SHIFTS, "FLUX.1-dev"])
+@pytest.mark.parametrize("name", [*TWO_SHIFTS, "FLUX.1-dev", "HiDream"])
 def test_a_stock_flow_pipeline_walks_exactly_the_sigmas_of_the_searched_floor(
     name, teachers, with_scheduler, tmp_path
 ):
@@ -411,7 +417,7 @@ def test_packing_is_the_stock_pipelines(teachers):
     assert torch.equal(unpack(pack(latents), 16, 16), latents)
 
 
-@pytest.mark.parametrize("name", ["DiT", "UNet2D"])
+@pytest.mark.parametrize("name", ["DiT", "UNet2D", "HiDream"])
 def test_a_size_that_the_stock_pipeline_cannot_make_is_refused(name, teachers):
     with pytest.raises(FewstepError, match=r"makes images of .* pixels only; leave it null"):
         load_teacher(teachers(name).source, resolution=64)
@@ -478,8 +484,9 @@ def test_lora_adapts_attention_and_feed_forward_of_every_block(name, teachers):
     layers = set(lora_targets(net, role.config.targets))
     for index in range(2):
         block = "layers" if name in ("Z-Image", "Lumina 2") else "transformer_blocks"
+        block = "double_stream_blocks" if name == "HiDream" else block
         inside = {n.split(f"{block}.{index}.")[1] for n in layers if f"{block}.{index}." in n}
-        forward = ("ff.", "feed_forward.", "img_mlp.")
+        forward = ("ff.", "feed_forward.", "img_mlp.", "block.ff_i.shared")
         assert any(n.endswith("to_q") for n in inside) and any(n.startswith(forward) for n in inside)
     assert not [n for n in layers if "proj_out" in n or "embed" in n]  # narrower than a usual rank
 
@@ -528,7 +535,8 @@ def test_heads_on_blocks_pass_gradient_to_the_image(name, teachers):
     x = noise_for(teacher).requires_grad_()
     t = torch.full((2,), 0.5 * teacher.denoiser.schedule.t_max)
     logits = judge.logits(teacher.denoiser, x, t, teacher.encode(ZOO[name].prompts))
-    tokens = (teacher.latent_shape[1] // (1 if name in ("SANA", *STACKED) else 2)) ** 2
+    side = {"SANA": 1, "HiDream": 16, **dict.fromkeys(STACKED, 1)}.get(name, 2)
+    tokens = (teacher.latent_shape[1] // side) ** 2
     assert logits.shape == (2, len(taps) * tokens if name in TRANSFORMERS else 1)
     logits.sum().backward()
     assert x.grad.abs().sum() > 0
@@ -539,6 +547,7 @@ def test_heads_on_blocks_pass_gradient_to_the_image(name, teachers):
     [
         *(("FLUX.1-dev", "single_transformer_blocks.0"), ("Chroma", "single_transformer_blocks.0")),
         *((n, ZOO[n].taps[-1]) for n in ("Qwen-Image-Edit", "Z-Image", "Lumina 2", "FLUX.2-klein", "Krea-2")),
+        ("HiDream", "single_stream_blocks.1"),
     ],
 )
 def test_heads_read_of_all_tokens_those_that_become_the_image(name, tap, teachers):
@@ -584,10 +593,12 @@ STUDENTS = [
     for k in (1, 2, 4)
     for s in ("fresh", "ddim", "fixed")
 ]
-STUDENTS += [(n, *case) for n in NEWER if n != "FLUX.2-dev" for case in ((4, "fresh"), (2, "ddim"))]
+STUDENTS += [
+    (n, *case) for n in (*NEWER, "HiDream") if n != "FLUX.2-dev" for case in ((4, "fresh"), (2, "ddim"))
+]
 STUDENTS += [
     pytest.param(n, 2, "fixed", marks=() if n in ("Qwen-Image", "FLUX.2-klein") else pytest.mark.long)
-    for n in NEWER
+    for n in (*NEWER, "HiDream")
     if n != "FLUX.2-dev"
 ]
 
@@ -710,7 +721,7 @@ def test_the_names_of_dits_classes_are_exported(teachers, tmp_path, monkeypatch)
     assert load_exported(tmp_path / "e")[0].get_label_ids(["Carassius auratus", "tench"]) == [1, 0]
 
 
-@pytest.mark.parametrize("name", [*TWO_SHIFTS, "FLUX.1-dev", *NEWER, *IN_PIXELS, "EDM"])
+@pytest.mark.parametrize("name", [*TWO_SHIFTS, "FLUX.1-dev", *NEWER, "HiDream", *IN_PIXELS, "EDM"])
 def test_a_sample_is_the_same_in_any_batch(name, teachers, tmp_path):
     """Some pipelines keep their generator from the scheduler; fresh noise would depend on the batch."""
     teacher, prompts = teachers(name), list(ZOO[name].prompts)
@@ -744,6 +755,7 @@ def test_a_shift_that_depends_on_the_size_is_refused():
         ("Z-Image", "transformers", "4.50.3"),
         ("Chroma", "diffusers", "0.33.1"),
         ("Lumina 2", "diffusers", "0.32.2"),
+        ("HiDream", "diffusers", "0.33.1"),
     ],
 )
 def test_a_library_without_the_class_is_refused_by_version(name, library, old, teachers, monkeypatch):
