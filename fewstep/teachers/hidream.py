@@ -74,12 +74,10 @@ class HiDream(Teacher):
             pooled_embeds=cond["pooled"],
             return_dict=False,
         )[0]
-        if net.training and not net.config.get(
-            "force_inference_output"
-        ):  # which leaves its patches (B, C, n, p p) apart
-            patch, side = net.config.patch_size, x_t.shape[-1] // net.config.patch_size
-            out = out.unflatten(3, (patch, patch)).unflatten(2, (side, side))
-            out = out.transpose(3, 4).reshape(x_t.shape[0], -1, *x_t.shape[2:])
+        if out.shape[2:] != x_t.shape[2:]:  # patches (B, C, n, p p), which train mode leaves apart
+            patch = net.config.patch_size
+            grid = out.unflatten(3, (patch, patch)).unflatten(2, (-1, x_t.shape[-1] // patch))
+            out = grid.transpose(3, 4).reshape(len(x_t), -1, *x_t.shape[2:])
         return -out
 
     @staticmethod
