@@ -20,6 +20,9 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that 
 OPTIONAL = {
     "text_encoder_3": "tokenizer_3"
 }  # encoders without which a pipeline runs as well, and what goes with them
+APART = {
+    "HiDreamImagePipeline": (("text_encoder_4", "tokenizer_4"), "Llama 3.1 8B Instruct")
+}  # parts that a class needs and its publishers leave out, and what they are
 RESAVE = (
     'python -c "from diffusers import DiffusionPipeline as P; P.from_pretrained({folder!r}, {how})'
     ".save_pretrained('NEW')\""
@@ -90,7 +93,9 @@ def check_parts(source: str, folder: str | Path, variant: str | None = None) -> 
         FewstepError: with the part and the remedy.
     """
     folder = Path(folder)
-    listed = listed_parts(_index(folder / "model_index.json"))
+    index = _index(folder / "model_index.json")
+    check_apart(source, index)
+    listed = listed_parts(index)
     weighed = [name for name, kind in listed.items() if not any(word in kind for word in WITHOUT_WEIGHTS)]
     known = {one for name in weighed for one in _variants(folder / name)} - {""}
     if variant and listed and variant not in known:
@@ -106,6 +111,25 @@ def check_parts(source: str, folder: str | Path, variant: str | None = None) -> 
             )
         if name in weighed and name not in lacking:
             _check_weights(source, folder, name, variant)
+
+
+def check_apart(source: str, index: Mapping[str, Any]) -> None:
+    """Refuses a pipeline without the parts that are published elsewhere.
+
+    Args:
+        index: its ``model_index.json``; one that could not be read is left to others.
+
+    Raises:
+        FewstepError: with the command that puts them there.
+    """
+    name = index.get("_class_name")
+    names, what = APART.get(str(name), ((), ""))
+    if absent := [n for n in names if n not in listed_parts(index)]:
+        given = ", ".join(f"{n}=..." for n in names)
+        raise FewstepError(
+            f"teacher.path: {source}: a {name} without {' and '.join(absent)}, which are {what} and published apart: "
+            f"{name}.from_pretrained({source!r}, {given}).save_pretrained('NEW'), then give NEW"
+        )
 
 
 def listed_parts(index: Mapping[str, Any]) -> dict[str, str]:

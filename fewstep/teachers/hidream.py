@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..diffusion.cond import Cond
-from ..errors import FewstepError
 from .base import Teacher
 
 LENGTH = 128  # tokens that each encoder reads in a stock call, and the network sees, padding included
@@ -33,12 +32,6 @@ class HiDream(Teacher):
     comfyui = "lycoris_"
 
     def __init__(self, pipe: Any, source: str, *args: Any):
-        if absent := [name for name in self.encoders if getattr(pipe, name, None) is None]:
-            raise FewstepError(
-                f"teacher.path: {source}: {', '.join(absent)} is absent; expected all four encoders. The published "
-                "folders leave out the fourth, Llama 3.1 8B Instruct: HiDreamImagePipeline.from_pretrained(..., "
-                "text_encoder_4=, tokenizer_4=).save_pretrained(FOLDER), then teacher.path: FOLDER"
-            )
         net = pipe.transformer
         self.patch = net.config.patch_size
         for module in net.modules():

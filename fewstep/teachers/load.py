@@ -16,7 +16,7 @@ from ..errors import FewstepError, in_line
 from ..extensions import plugins
 from ..files import at_home
 from .base import Teacher
-from .folders import absent_parts, check_parts, check_pipeline_folder
+from .folders import absent_parts, check_apart, check_parts, check_pipeline_folder
 from .origin import Origin, check_loras, merge_loras
 from .pipelines import EDITING, heard, hushed
 from .single import check_single, config_of, load_single
@@ -279,6 +279,7 @@ def _load_folder(origin: Origin, name: str, options: dict[str, Any]):
     place = resolve(origin.path)
     check_parts(origin.path, place, origin.variant)
     index = DiffusionPipeline.load_config(place)
+    check_apart(origin.path, index)
     _check_processor(origin.path, index)
     absent = absent_parts(origin.path, index, Path(place))
     if origin.variant:
