@@ -68,11 +68,11 @@ def _tokenizer(pipe: Any, name: str) -> Any:
 
 def too_long(pipe: Any, prompts: Sequence[str]) -> str | None:
     """How many prompts lose their end, the longest and where it is; None where all are read whole."""
-    by_limit: dict[int, list[str]] = {}
+    alike: dict[tuple[int, str], list[str]] = {}  # tokenizers of one class count alike
     for name, limit in limits(pipe).items():
-        by_limit.setdefault(limit, []).append(name)
+        alike.setdefault((limit, type(_tokenizer(pipe, name)).__name__), []).append(name)
     parts = []
-    for limit, names in by_limit.items():
+    for (limit, _), names in alike.items():
         lengths = _lengths(_tokenizer(pipe, names[0]), prompts)
         if count := sum(length > limit for length in lengths):
             longest = max(range(len(lengths)), key=lengths.__getitem__)

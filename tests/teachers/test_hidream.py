@@ -13,8 +13,9 @@ from torch import nn
 from zoo import ZOO
 
 from fewstep.diffusion.consistency import central_difference, forward_mode
-from fewstep.diffusion.denoiser import ScheduleView
+from fewstep.diffusion.denoiser import Scalar, ScheduleView
 from fewstep.diffusion.discriminator import Discriminator, tap_features
+from fewstep.diffusion.embedding import with_scalar
 from fewstep.diffusion.schedules import TrigFlow
 from fewstep.diffusion.student import Student
 from fewstep.diffusion.times import even_times
@@ -213,6 +214,21 @@ def test_forward_mode_agrees_with_the_difference_where_no_token_changes_its_expe
 
 
 # -------------------------------------------------------------------------------------------------------- blocks
+def test_what_a_student_is_told_is_added_to_its_time(teacher):
+    role = build_role("student", teacher.net, RoleConfig(kind="full"))
+    view = with_scalar(teacher.denoiser.with_net(role.module), "level", Scalar(1.0))
+    given = noise_of(teacher), torch.full((2,), 0.5)
+    cond = teacher.encode(PROMPTS)
+    with torch.no_grad():
+        assert torch.equal(view.predict(*given, cond), teacher.denoiser.predict(*given, cond))
+        nn.init.normal_(view.net.level_embedding.embedder.linear_2.weight)
+        told = [
+            view.predict(*given, type(cond)({**cond.tensors, "level": torch.full((2,), v)}))
+            for v in (1.0, 5.0)
+        ]
+    assert (told[0] - told[1]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("tap", ZOO["HiDream"].taps)
 def test_heads_read_the_image_which_comes_first(tap, teacher):
     held = []
