@@ -30,6 +30,7 @@ FAMILIES = {  # the published configuration, and what stands in for it
     "qwen_image": ("Qwen--Qwen-Image", "transformer", "Qwen-Image"),
     "flux2": ("black-forest-labs--FLUX.2-klein-base-4B", "transformer", "FLUX.2-klein"),
     "krea2": ("krea--Krea-2-Raw", "transformer", "Krea-2"),
+    "hidream": ("HiDream-ai--HiDream-I1-Full", "transformer", "HiDream"),
     "chroma": ("lodestones--Chroma1-HD", "transformer", "Chroma"),
     "z_image": ("Tongyi-MAI--Z-Image", "transformer", "Z-Image"),
 }
@@ -169,7 +170,9 @@ def simple(table, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("name", ["SDXL", "SD 3", "FLUX.1-dev", "FLUX.2-klein", "Chroma", "Qwen-Image"])
+@pytest.mark.parametrize(
+    "name", ["SDXL", "SD 3", "HiDream", "FLUX.1-dev", "FLUX.2-klein", "Chroma", "Qwen-Image"]
+)
 def test_the_settings_call_the_network_where_it_was_trained(name, steps, teachers, tmp_path):
     teacher, flow = teachers(name), name != "SDXL"
     start = None if flow or 1000 % steps == 0 else 998

@@ -42,7 +42,10 @@ ROWS = {
     "a LoRA, `pytorch_lora_weights.safetensors`": [
         ("yes, and fused", DAY + "test_fused_weights_equal_unfused_and_kohya_keys_mean_the_same"),
         ("yes", DAY + "test_an_exported_student_is_sampled_from_the_command_line"),
-        ("SD 3, Flux, Chroma, Qwen-Image, Z-Image: yes; SD 1.5, SDXL: no, the file of `--kohya`", AS_IT_IS),
+        (
+            "SD 3, Flux, Chroma, Qwen-Image, Z-Image, HiDream: yes; SD 1.5, SDXL: no, the file of `--kohya`",
+            AS_IT_IS,
+        ),
         ("yes, without its prefix", PEFT),
     ],
     "the same with `export.dtype: float16`": [
@@ -75,7 +78,10 @@ ROWS = {
     "a student trained whole, `pipeline/`": [
         ("yes", "export/test_trajectory_export.py::test_what_a_student_is_told_is_folded_into_stock_weights"),
         ("yes", NO_ADAPTER),
-        ("its network, of SD, SDXL, SD 3, Flux, Qwen-Image", HERE + "test_a_whole_student_has_no_adapter"),
+        (
+            "its network, of SD, SDXL, SD 3, Flux, Qwen-Image, HiDream",
+            HERE + "test_a_whole_student_has_no_adapter",
+        ),
         ("no adapter", NO_ADAPTER),
     ],
     "experts, a LoRA each and a callback": [
@@ -209,7 +215,7 @@ def test_what_comfyui_does_not_know_has_no_names_for_it():
         "QwenImageEditPlus",
         "ZImage",
         "Chroma",
-        *("Flux2", "Flux2Klein", "Krea2"),
+        *("Flux2", "Flux2Klein", "Krea2", "HiDreamImage"),
     )
     assert known == {f"{name}Pipeline" for name in families}
     assert {"VARPipeline", "LlamaGenPipeline", "SanaPipeline", "DiTPipeline"} <= set(adapters()) - known

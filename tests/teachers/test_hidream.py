@@ -12,6 +12,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, HiDreamImagePipeline, Uni
 from torch import nn
 from zoo import ZOO
 
+from fewstep.cost.meter import Meter
+from fewstep.cost.shapes import Shapeless
+from fewstep.cost.skeleton import skeleton_teacher
 from fewstep.diffusion.consistency import central_difference, forward_mode
 from fewstep.diffusion.denoiser import Scalar, ScheduleView
 from fewstep.diffusion.discriminator import Discriminator, tap_features
@@ -213,6 +216,18 @@ def test_forward_mode_agrees_with_the_difference_where_no_token_changes_its_expe
     assert (estimate - exact).norm() < 1e-2 * exact.norm() and exact.norm() > 1e-3
 
 
+def test_a_plan_counts_the_experts_that_a_token_has():
+    """Two of four, the shared one, the choice: arithmetic of the whole layer at the published size, and a gradient."""
+    with Shapeless():
+        net = skeleton_teacher("HiDream-ai/HiDream-I1-Full", dtype="bfloat16").net
+        layer = layers(net)[0]
+        tokens = torch.empty(1, 4097, 2560, dtype=torch.bfloat16)
+        with torch.no_grad(), Meter() as meter:
+            assert layer(tokens).shape == tokens.shape
+    width, shared = 6912, 3584  # 2/3 of 4 x 2560, and of half of it, in steps of 256
+    assert meter.flops["bfloat16"] == 2 * 4097 * (2 * 3 * 2560 * width + 3 * 2560 * shared + 2560 * 4)
+
+
 # -------------------------------------------------------------------------------------------------------- blocks
 def test_what_a_student_is_told_is_added_to_its_time(teacher):
     role = build_role("student", teacher.net, RoleConfig(kind="full"))
@@ -257,6 +272,25 @@ def test_adapters_leave_out_what_is_routed(teacher):
     assert not [n for n in layers if ".experts." in n or "caption" in n or "final" in n]
 
 
+def test_adapters_on_experts_are_trained_and_exported_when_a_recipe_names_them(teacher, tmp_path):
+    """As the page of this teacher has it."""
+    config = RoleConfig(rank=2, targets=["to_q", "to_k", "to_v", "to_out", "w1", "w2", "w3"])
+    role = build_role("student", teacher.net, config)
+    g = torch.Generator().manual_seed(1)
+    for weight in role.weights.values():
+        weight.data += 0.1 * torch.randn(weight.shape, generator=g)
+    student = Student(teacher.denoiser.with_net(role.module), [1.0, 0.5], "fresh")
+    student.denoisers[0].x0(
+        noise_of(teacher), torch.ones(2), teacher.encode(PROMPTS)
+    ).square().mean().backward()
+    routed = [weight for name, weight in role.weights.items() if ".experts." in name]
+    assert len(routed) == 2 * 3 * 4 * 4 and all(weight.grad.any() for weight in routed)
+    own = trainer_sample(student, teacher, PROMPTS)
+    weights = {"student": role.final_weights()}
+    export_student(tmp_path / "e", teacher, student, weights, [role.config], about={"method": "x"})
+    assert verify(tmp_path / "e", own, teacher, PROMPTS, 1e-4, "float32") < 1e-4
+
+
 # ------------------------------------------------------------------------------------------- export, refusals
 def test_a_full_student_is_an_ordinary_pipeline(teacher, tmp_path):
     """With nothing in its configuration of how it was trained."""
@@ -286,6 +320,24 @@ def test_a_full_student_is_an_ordinary_pipeline(teacher, tmp_path):
         **teacher.net.config,
         "_name_or_path": pipe.transformer.config["_name_or_path"],
     }
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_student_that_is_told_more_is_folded_into_an_ordinary_one(kind, teacher, tmp_path):
+    role = build_role("student", teacher.net, RoleConfig(kind=kind, rank=2, alpha=2))
+    view = with_scalar(teacher.denoiser.with_net(role.module), "level", Scalar(0.7, scale=3.0))
+    role.collect()
+    g = torch.Generator().manual_seed(1)
+    for name, weight in role.weights.items():
+        if "level_embedding" in name or ".lora_B." in name:
+            weight.data += 0.1 * torch.randn(weight.shape, generator=g)
+    student = Student(view, even_times(teacher.denoiser.schedule, 2), "fresh")
+    own = trainer_sample(student, teacher, PROMPTS)
+    untrained = trainer_sample(Student(teacher.denoiser, student.times, "fresh"), teacher, PROMPTS)
+    assert (own - untrained).abs().max() > 1e-2
+    weights = {"student": role.final_weights()}
+    export_student(tmp_path / "e", teacher, student, weights, [role.config], about={"method": "x"})
+    assert verify(tmp_path / "e", own, teacher, PROMPTS, 1e-3, "float32") < 1e-3
 
 
 def test_other_sizes_are_refused_for_the_stock_call_makes_one(teacher, untouched):
