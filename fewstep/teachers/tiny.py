@@ -31,8 +31,6 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
     """
     import torch
 
-    from .tiny_hidream import hidream
-
     builders = {
         "StableDiffusionPipeline": _sd,
         "StableDiffusionXLPipeline": _sdxl,
@@ -47,7 +45,7 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "ChromaPipeline": _chroma,
         "Lumina2Pipeline": _lumina2,
         "Krea2Pipeline": _krea2,
-        "HiDreamImagePipeline": hidream,
+        "HiDreamImagePipeline": _hidream,
         "Flux2Pipeline": _flux2,
         "Flux2KleinPipeline": _flux2_klein,
         "DiTPipeline": _dit,
@@ -684,6 +682,23 @@ def _chroma(_tokenizer, _pipeline_class, options):
         tokenizer=tokenizer,
         transformer=ChromaTransformer2DModel(**{**network, **options}),
     )
+
+
+def _hidream(tokenizer, _pipeline_class, options):
+    from transformers import CLIPTextModelWithProjection, LlamaConfig, LlamaForCausalLM
+
+    from .tiny_hidream import hidream, llama_tokenizer
+
+    texts = {"max_position_embeddings": 128}
+    clips = [
+        CLIPTextModelWithProjection(_text_config(tokenizer, projection_dim=width, **texts))
+        for width in (12, 20)
+    ]
+    llama = llama_tokenizer()
+    language = LlamaForCausalLM(LlamaConfig(**{**_stacked(llama, 4), "hidden_size": 24}))
+    # Without attention among its 16384 latents.
+    vae = _vae(scaling_factor=0.3611, shift_factor=0.1159, mid_block_add_attention=False)
+    return hidream(vae, (tokenizer, *clips), tiny_t5(), (llama, language), options)
 
 
 def _lumina2(_tokenizer, _pipeline_class, options):

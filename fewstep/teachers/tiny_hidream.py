@@ -1,4 +1,4 @@
-"""The tiny random HiDream-I1; see :mod:`.tiny`."""
+"""The tiny random HiDream-I1, of parts that :mod:`.tiny` makes."""
 
 from __future__ import annotations
 
@@ -19,30 +19,21 @@ def llama_tokenizer():
         single=f"{begin} $A", special_tokens=[(begin, symbols.index(begin))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=begin, eos_token=end, model_max_length=2048
+        tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token=end, model_max_length=2048
     )
 
 
-def hidream(tokenizer, _pipeline_class, options):
+def hidream(vae, clips, t5, llama, options: dict[str, Any]):
     """Patches of 16 x 16 latents, for its stock call makes latents of 128 x 128 whatever it is told.
 
     Blocks read three of Llama's four layers, one of them twice.
+
+    Args:
+        clips: a tokenizer, and two encoders. t5, llama: a tokenizer and an encoder each.
     """
     import diffusers
-    from transformers import CLIPTextModelWithProjection, LlamaConfig, LlamaForCausalLM
 
-    from .tiny import _stacked, _text_config, _vae, tiny_t5
-
-    clips = [
-        CLIPTextModelWithProjection(
-            _text_config(tokenizer, projection_dim=width, max_position_embeddings=128)
-        )
-        for width in (12, 20)
-    ]
-    t5_tokenizer, t5 = tiny_t5()
-    llama = llama_tokenizer()
-    llama.pad_token = llama.eos_token  # as the pipeline sets it
-    network: dict[str, Any] = {
+    network = {
         "patch_size": 16,
         "in_channels": 4,
         "num_layers": 2,
@@ -58,16 +49,14 @@ def hidream(tokenizer, _pipeline_class, options):
         scheduler=diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
-        vae=_vae(
-            scaling_factor=0.3611, shift_factor=0.1159, mid_block_add_attention=False
-        ),  # of 16384 tokens
-        text_encoder=clips[0],
-        tokenizer=tokenizer,
-        text_encoder_2=clips[1],
-        tokenizer_2=tokenizer,
-        text_encoder_3=t5,
-        tokenizer_3=t5_tokenizer,
-        text_encoder_4=LlamaForCausalLM(LlamaConfig(**{**_stacked(llama, 4), "hidden_size": 24})),
-        tokenizer_4=llama,
+        vae=vae,
+        text_encoder=clips[1],
+        tokenizer=clips[0],
+        text_encoder_2=clips[2],
+        tokenizer_2=clips[0],
+        text_encoder_3=t5[1],
+        tokenizer_3=t5[0],
+        text_encoder_4=llama[1],
+        tokenizer_4=llama[0],
         transformer=diffusers.HiDreamImageTransformer2DModel(**{**network, **options}),
     )
