@@ -86,6 +86,7 @@ class Teacher:
                 component.requires_grad_(False).eval()
         self.net: Any = getattr(pipe, self.network)  # with its `config`, `dtype` and the like
         _without_dropout(self.net)
+        self.prepare(self.net)
         native, factor = native_resolution(pipe), pixels_per_latent(pipe)
         size, unit = resolution or native, factor * self.packing * self.patch * self.folds
         if size % unit:
@@ -125,6 +126,10 @@ class Teacher:
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditions of prompts, exactly as the stock pipeline computes them; len(prompts) rows."""
         raise NotImplementedError
+
+    @staticmethod
+    def prepare(net: Any) -> None:
+        """Gives a stock network what it lacks for training, in place; those of another size too."""
 
     def blank(self, rows: int) -> Cond:
         """Zeros of the shape of encoded prompts, from configurations alone; for planning.

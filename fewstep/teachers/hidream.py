@@ -32,14 +32,17 @@ class HiDream(Teacher):
     comfyui = "lycoris_"
 
     def __init__(self, pipe: Any, source: str, *args: Any):
-        net = pipe.transformer
-        self.patch = net.config.patch_size
+        self.patch = pipe.transformer.config.patch_size
+        super().__init__(pipe, source, *args)
+
+    @staticmethod
+    def prepare(net: Any) -> None:
+        """Its experts are those of inference in either mode, with a gradient."""
         for module in net.modules():
             if hasattr(module, "_force_inference_output"):  # of experts, and of what chooses them
                 module._force_inference_output = True
             if hasattr(module, "moe_infer"):
                 module.moe_infer = MethodType(experts, module)
-        super().__init__(pipe, source, *args)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:

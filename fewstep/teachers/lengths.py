@@ -12,7 +12,10 @@ from .pipelines import EDITING, class_of, hushed
 
 PIECE = 1024  # prompts that are split into tokens at a time
 THINKING = {"ZImagePipeline": True, "Flux2KleinPipeline": False}  # what their templates of a chat are told
-SAID = ("part of your input was truncated", "Token indices sequence length is longer")
+SAID = (
+    *("part of your input was truncated", "Token indices sequence length is longer"),
+    "does not support `output_attentions=True`",  # for which HiDream's call asks, and which it does not read
+)
 
 
 def limits(pipe: Any) -> dict[str, int]:
@@ -102,7 +105,8 @@ def _lengths(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
 
 @contextmanager
 def unsaid() -> Iterator[None]:
-    """Without the libraries' lines of what was cut from a prompt, each of which prints all of it."""
+    """Without the libraries' lines of what was cut from a prompt, each of which prints all of it, and of what is no
+    fault of anyone's."""
     handlers = [h for name in ("diffusers", "transformers") for h in logging.getLogger(name).handlers]
 
     def keep(record: logging.LogRecord) -> bool:

@@ -62,9 +62,8 @@ def fix_shift(pipe: Any, resolution: int | None = None) -> None:
         (resolution or native_resolution(pipe)) // pixels_per_latent(pipe) // getattr(pipe, "patch_size", 2)
     )
     tokens = side**2
-    if (
-        class_of(pipe) == "Lumina2Pipeline"
-    ):  # whose stock call takes the number of channels for that of tokens
+    if class_of(pipe) == "Lumina2Pipeline":
+        # Whose stock call takes the number of channels for that of tokens.
         tokens = network_of(pipe).config.in_channels
     elif class_of(pipe) == "HiDreamImagePipeline":
         tokens = network_of(pipe).max_seq
@@ -111,9 +110,8 @@ HANDS_SIGMAS = (
     *("Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline"),
 )
 
-TELLS_SHIFT = (
-    "HiDreamImagePipeline",
-)  # to every scheduler but UniPC, whether it takes one or not; and no grid
+# To every scheduler but UniPC, whether it takes one or not, and no grid.
+TELLS_SHIFT = ("HiDreamImagePipeline",)
 
 
 def hands_sigmas(pipe: Any) -> bool:

@@ -42,6 +42,7 @@ def resize(teacher: Teacher, changes: Mapping[str, Any], option: str) -> nn.Modu
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             small = type(net).from_config({**net.config, **changes}).to(x.device)
+        teacher.prepare(small)
         if denoiser.null is not None:  # one forward tells whether it fits
             made = denoiser.with_net(small).predict(x, time, denoiser.example.to(x.device))
             if made.shape != x.shape:

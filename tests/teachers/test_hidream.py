@@ -24,11 +24,15 @@ from fewstep.diffusion.student import Student
 from fewstep.diffusion.times import even_times
 from fewstep.errors import FewstepError
 from fewstep.export import export_student, load_exported, trainer_sample, verify
+from fewstep.export.card import ENCODED
+from fewstep.export.routed import RoutedPipeline
+from fewstep.methods.router import FEATURES
 from fewstep.recipe import RoleConfig
 from fewstep.teachers import load_teacher
 from fewstep.teachers.load import check_origin
 from fewstep.teachers.origin import Origin
 from fewstep.teachers.pipelines import check_size, fix_shift, size_options
+from fewstep.teachers.resize import resize
 from fewstep.teachers.schedulers import schedule_of, scheduler_sample
 from fewstep.teachers.tiny import write_tiny_pipeline
 from fewstep.training.roles import build_role
@@ -181,6 +185,13 @@ def test_an_expert_that_no_token_chose_has_a_gradient_of_zero(teacher):
     layer.gate.weight.data[:2] = 10.0
     layer(torch.ones(1, 3, 32)).sum().backward()
     assert [layer.experts[i].w1.weight.grad.any().item() for i in range(4)] == [True, True, False, False]
+
+
+def test_smaller_networks_of_the_class_have_it_too(teacher):
+    small = resize(teacher, {"num_layers": 1, "llama_layers": [0, 1, 3]}, "x")
+    given = noise_of(teacher).requires_grad_(), torch.full((2,), 0.5), teacher.encode(PROMPTS)
+    teacher.denoiser.with_net(small.requires_grad_(True)).predict(*given).square().sum().backward()
+    assert all(layer.experts[0].w1.weight.grad.any() for layer in layers(small)) and len(layers(small)) == 3
 
 
 def test_full_students_are_recomputed_to_the_same_gradient(teacher):
@@ -338,6 +349,23 @@ def test_a_student_that_is_told_more_is_folded_into_an_ordinary_one(kind, teache
     weights = {"student": role.final_weights()}
     export_student(tmp_path / "e", teacher, student, weights, [role.config], about={"method": "x"})
     assert verify(tmp_path / "e", own, teacher, PROMPTS, 1e-3, "float32") < 1e-3
+
+
+@pytest.mark.parametrize("feature", ["pooled", "embeds"])
+def test_a_router_reads_in_the_stock_pipeline_what_it_was_fitted_on(feature, teacher, untouched):
+    class Asked:
+        def __init__(self):
+            self.feature = feature
+
+        def __call__(self, cond):
+            return cond[feature]
+
+    with torch.no_grad():
+        read = RoutedPipeline(untouched, Asked(), None).route(PROMPTS)
+        assert torch.equal(read, teacher.encode(PROMPTS)[feature])
+        encoded = untouched.encode_prompt(PROMPTS[:1], do_classifier_free_guidance=False)
+        shown = eval(ENCODED[feature], {"encoded": encoded})  # in the program of the model card
+    torch.testing.assert_close(shown, FEATURES[feature](read[:1])[0])
 
 
 def test_other_sizes_are_refused_for_the_stock_call_makes_one(teacher, untouched):
