@@ -237,6 +237,8 @@ def test_a_plan_counts_the_experts_that_a_token_has():
             assert layer(tokens).shape == tokens.shape
     width, shared = 6912, 3584  # 2/3 of 4 x 2560, and of half of it, in steps of 256
     assert meter.flops["bfloat16"] == 2 * 4097 * (2 * 3 * 2560 * width + 3 * 2560 * shared + 2560 * 4)
+    given = made = 2 * 8194 * 2560  # bytes of the tokens of all experts; each holds its own in three widths
+    assert given + made < meter.peak < given + made + 2 * 4097 * 2560 + 3 * 2 * 2049 * width
 
 
 # -------------------------------------------------------------------------------------------------------- blocks

@@ -85,6 +85,13 @@ def test_limits_are_those_at_which_conditions_stop_to_change(name, teachers, cap
     capfd.readouterr()
 
 
+def test_tokenizers_of_one_limit_that_count_otherwise_are_named_apart(teachers):
+    """A letter of two bytes is one token of T5, which knows none such, and two of CLIP's and Llama's."""
+    said = too_long(teachers("HiDream").pipe, ["\u00e9" * 100])
+    assert "tokenizer and tokenizer_2 take, " in said and "tokenizer_4 takes, " in said
+    assert "tokenizer_3" not in said and "has 202: " in said and "has 201: " in said
+
+
 @pytest.mark.parametrize("name", ["SD 1.5", "SDXL", "SD 3", "FLUX.1-dev", "SANA", "PixArt-Sigma"])
 def test_many_long_prompts_are_one_line(name, teachers, cache, capfd, heard):
     teacher = load_teacher(teachers(name).source, resolution=ZOO[name].resolution)
