@@ -7,6 +7,7 @@ embedding's bias, and what is left is a network of the teacher's own class.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import RecipeError
 from .cond import Cond
 from .denoiser import NetCall, NetDenoiser, Scalar
+from .schedules import repeated
 
 # Where networks keep the pair of modules `time_proj` (sinusoids) and the MLP on them, by the MLP's path.
 TIME_EMBEDDERS = (
@@ -41,6 +43,28 @@ def time_embedder(net: nn.Module) -> tuple[str, Any, Any]:
     raise RecipeError(
         f"{type(net).__name__} has no time embedding that fewstep knows; expected one of {', '.join(TIME_EMBEDDERS)}"
     )
+
+
+@torch.no_grad()
+def given_to_sinusoids(denoiser: NetDenoiser, latent_shape: Sequence[int], times: Sequence[float]) -> Tensor:
+    """What the network hands its sinusoids at each of these times, (K,) in float64; some divide by 1000 before.
+
+    Raises:
+        RecipeError: of :func:`time_embedder`.
+    """
+    _, _, sinusoids = time_embedder(denoiser.net)
+    seen: list[Tensor] = []
+    handle = sinusoids.register_forward_pre_hook(
+        lambda _module, inputs: seen.append(inputs[0][:1].cpu().double())
+    )
+    device = next(denoiser.net.parameters()).device
+    try:
+        x = torch.zeros(1, *latent_shape, device=device)
+        for time in times:
+            denoiser.predict(x, repeated(time, x), denoiser.example.to(device))
+    finally:
+        handle.remove()
+    return torch.cat(seen)
 
 
 class ScalarEmbedding(nn.Module):
