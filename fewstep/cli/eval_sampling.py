@@ -225,8 +225,8 @@ def _spec_of(args: argparse.Namespace) -> Any:
     solver, guidance = tuple(args.solver or ("own",)), tuple(args.guidance or (None,))
     steps = tuple(args.steps or (1, 2, 4, 8))
     of_teacher = partial(Entry, pipeline=args.teacher, steps=steps, **weights_of(args))
-    teacher = of_teacher("teacher", kind="teacher", solver=solver, guidance=guidance)
-    students = [of_teacher(f"student {path}", lora=path, kind="student") for path in args.student]
+    teacher = of_teacher(name="teacher", kind="teacher", solver=solver, guidance=guidance)
+    students = [of_teacher(name=f"student {path}", lora=path, kind="student") for path in args.student]
     return Spec(
         args.prompts,
         (teacher, *students),

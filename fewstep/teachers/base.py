@@ -18,7 +18,7 @@ from ..diffusion.denoiser import Guidance, NetDenoiser, plainly
 from ..diffusion.solvers import ddim
 from ..errors import FewstepError
 from .origin import Origin
-from .pipelines import fix_shift, native_resolution, pixels_per_latent, size_options, takes
+from .pipelines import encoding, fix_shift, native_resolution, pixels_per_latent, size_options, takes
 from .references import Edit
 from .schedulers import FLOOR, PREDICTIONS, for_steps, is_flow, schedule_of, scheduler_sample
 
@@ -46,6 +46,7 @@ class Teacher:
             needs: the oldest version of each library that has the class.
             edits: whether prompts are :class:`~fewstep.teachers.references.Edit`, with images that they change; its
             stock call takes one at a time.
+            encoded_at: place in what the pipeline's ``encode_prompt`` gives of what prompts may be split by.
             comfyui: what ComfyUI's names for this network's adapters begin with, the layer's path behind it; None where
             it reads none. comfyui_whole: whether it reads the whole network as diffusers keeps it.
     """
@@ -63,6 +64,7 @@ class Teacher:
     needs: ClassVar[dict[str, str]] = {}
     comfyui: ClassVar[str | None] = None
     comfyui_whole: ClassVar[bool] = True
+    encoded_at: ClassVar[dict[str, int]] = {"pooled": 2, "embeds": 0}
     kind: ClassVar[str] = "diffusion"
     solver: ClassVar[tuple[str, int]] = ("ddim", 50)
     floor: ClassVar[bool] = True
@@ -119,6 +121,10 @@ class Teacher:
         )
 
     # ------------------------------------------------------------------------------ what differs between pipelines
+    def encoding(self) -> dict[str, Any]:
+        """What the pipeline's ``encode_prompt`` is told beside a prompt and a device, as JSON."""
+        return encoding(self.pipe)
+
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditions of prompts, exactly as the stock pipeline computes them; len(prompts) rows."""
         raise NotImplementedError

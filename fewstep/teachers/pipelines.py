@@ -91,6 +91,16 @@ def takes(pipe: Any, argument: str) -> bool:
     return argument in inspect.signature(routed.__call__).parameters
 
 
+def encoding(pipe: Any) -> dict[str, Any]:
+    """What ``encode_prompt`` is told beside a prompt and a device: one image of it, unguided, and no other texts."""
+    known = inspect.signature(pipe.encode_prompt).parameters
+    unsaid = {
+        n: None for n, p in known.items() if p.default is p.empty and n not in ("prompt", "device", "kwargs")
+    }
+    asked = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    return {**unsaid, **{name: value for name, value in asked.items() if name in known}}
+
+
 def class_of(pipe: Any) -> str:
     """Name of a stock pipeline's class, a router's around it left aside."""
     return type(getattr(pipe, "pipe", pipe)).__name__

@@ -128,7 +128,9 @@ def test_the_card_and_the_natural_call_give_the_trained_times(
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_a_full_student_is_a_pipeline_of_its_own_whose_card_runs(name, teachers, tmp_path, given, monkeypatch):
+def test_a_full_student_is_a_pipeline_of_its_own_whose_card_runs(
+    name, teachers, tmp_path, given, monkeypatch
+):
     teacher, table = teachers(name), isinstance(teachers(name).denoiser.schedule, VP)
     times = TABLES[2] if table else even_times(teacher.denoiser.schedule, 2)
     exported(teacher, times, "ddim", tmp_path / "e", "full", prompt=ZOO[name].prompts[0] or "x")
