@@ -183,7 +183,8 @@ class SampleConfig(Bounded):
     """Grids drawn while training.
 
     Attributes:
-        prompts: shown from left to right; null takes some of ``data.prompts``.
+        prompts: shown from left to right: texts, or a file as ``data.prompts`` (for an editing teacher a table with
+            references); null takes some of ``data.prompts``.
         count: how many when ``prompts`` is null. teacher_steps: of the teacher's row. columns: of the grid.
         scale: integer enlargement of small images.
         vae: folder or hub id of an AutoencoderTiny that decodes them, e.g. madebyollin/taesdxl; null is the teacher's.
@@ -194,7 +195,7 @@ class SampleConfig(Bounded):
 
     PLACE: ClassVar[str] = "samples."
 
-    prompts: list[str] | None = None
+    prompts: str | list[str] | None = None
     count: Count = 16
     teacher_steps: Count0 = 25
     columns: Count = 8

@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from .. import recipe as recipes
+from ..data.prompts import shown_prompts
 from ..diffusion.kernels import ATTENTION
 from ..errors import FewstepError, RecipeError
 from ..methods.base import Method
@@ -74,7 +75,8 @@ def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
                     turn.told &= any(
                         set(turn.phases) < set(o.phases) and turn.peak[size] <= o.peak[size] for o in turns
                     )
-        teacher, images = rehearsal.teacher, len(recipe.samples.prompts or ()) or recipe.samples.count
+        teacher, shown = rehearsal.teacher, shown_prompts(recipe.samples.prompts, recipe.data.column)
+        images = len(shown or ()) or recipe.samples.count
         preview = 0 if recipe.samples.vae else _preview(teacher, images)
         parts = _parts(full, teacher, rehearsal.trainer)
         return Plan(full, processes, *parts, preview, turns, on_disk(full, teacher))
