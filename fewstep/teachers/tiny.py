@@ -18,6 +18,7 @@ RESOLUTION = {
     **{"FluxPipeline": 32, "QwenImagePipeline": 32, "QwenImageEditPlusPipeline": 128, "ZImagePipeline": 32},
     **{"ChromaPipeline": 32, "Lumina2Pipeline": 32},
     **{"Flux2Pipeline": 32, "Flux2KleinPipeline": 32, "Krea2Pipeline": 32},
+    "QwenImage21Pipeline": 64,
 }
 SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
@@ -30,6 +31,8 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
             scheduler.
     """
     import torch
+
+    from .tiny_qwen_image21 import qwen_image21
 
     builders = {
         "StableDiffusionPipeline": _sd,
@@ -45,6 +48,7 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "ChromaPipeline": _chroma,
         "Lumina2Pipeline": _lumina2,
         "Krea2Pipeline": _krea2,
+        "QwenImage21Pipeline": qwen_image21,
         "Flux2Pipeline": _flux2,
         "Flux2KleinPipeline": _flux2_klein,
         "DiTPipeline": _dit,
@@ -60,7 +64,9 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         files = folder / "tokenizer_files"
-        tokenizer = (_qwen_tokenizer if builders[pipeline_class] in QWEN else _tokenizer)(files)
+        tokenizer = (_qwen_tokenizer if builders[pipeline_class] in (*QWEN, qwen_image21) else _tokenizer)(
+            files
+        )
         pipe = builders[pipeline_class](tokenizer, pipeline_class, options)
     from .pipelines import hushed
 
