@@ -46,3 +46,17 @@ class TextProcessor(ProcessorMixin):
             name: value for name, value in options.items() if name not in ("images", "videos", "audio")
         }
         return BatchFeature(self.tokenizer([text] if isinstance(text, str) else list(text), **options))
+
+
+class Wordless:
+    """In place of a processor where no text is read: a stock pipeline asks its own how long its template is."""
+
+    @property
+    def tokenizer(self) -> Wordless:
+        return self
+
+    def apply_chat_template(self, *_args: Any, **_options: Any) -> list[list[int]]:
+        return [[]]
+
+    def encode(self, _text: str) -> list[int]:
+        return [0]

@@ -28,6 +28,7 @@ FAMILIES = {  # the published configuration, and what stands in for it
     "sd35": ("stabilityai--stable-diffusion-3.5-medium", "transformer", "SD 3"),
     "flux1": ("black-forest-labs--FLUX.1-dev", "transformer", "FLUX.1-dev"),
     "qwen_image": ("Qwen--Qwen-Image", "transformer", "Qwen-Image"),
+    "qwen_image21": ("Qwen--Qwen-Image-2.1", "transformer", "Qwen-Image-2.1"),
     "flux2": ("black-forest-labs--FLUX.2-klein-base-4B", "transformer", "FLUX.2-klein"),
     "krea2": ("krea--Krea-2-Raw", "transformer", "Krea-2"),
     "chroma": ("lodestones--Chroma1-HD", "transformer", "Chroma"),
