@@ -71,9 +71,8 @@ class QwenImage21(Ragged):
 def _row(net: Any, x_t: Tensor, time: Tensor, text: Tensor) -> Tensor:
     """One sample (1, C, h, w) with its text (n, D)."""
     height, width = x_t.shape[-2:]
-    slots = torch.arange(
-        len(text) + height * width // 4, device=x_t.device
-    )  # of four latents each, behind the text
+    # Slots of four latents each, behind the text.
+    slots = torch.arange(len(text) + height * width // 4, device=x_t.device)
     out = net(
         QwenImage21.pack(x_t),
         encoder_hidden_states=text[None],

@@ -13,10 +13,12 @@ from zoo import ZOO
 
 from fewstep.cost.shapes import Shapeless
 from fewstep.cost.skeleton import skeleton_teacher
+from fewstep.diffusion.denoiser import Scalar
 from fewstep.diffusion.discriminator import Discriminator, tap_features
+from fewstep.diffusion.embedding import with_scalar
 from fewstep.diffusion.student import Student
 from fewstep.diffusion.times import even_times
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, RecipeError
 from fewstep.export import export_student, load_exported, trainer_sample, verify
 from fewstep.methods.dmd2 import DMD2
 from fewstep.process import Process
@@ -232,6 +234,14 @@ def test_generated_images_are_the_stock_ones_over_white(teacher):
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
+def test_a_student_that_is_told_a_scalar_is_refused_for_it_could_not_be_exported(teacher):
+    """Exports keep it as a part of a bias, of which this network has none; and a call has two times for each row."""
+    with pytest.raises(
+        RecipeError, match=r"QwenImage21Transformer2DModel has no time embedding .* with a bias"
+    ):
+        with_scalar(teacher.denoiser, "level", Scalar(1.0))
+
+
 @pytest.mark.parametrize("size", [48, 80])
 def test_sizes_that_the_stock_call_rounds_are_refused(size, teacher):
     with pytest.raises(FewstepError, match=rf"teacher.resolution: {size}: expected a multiple of 32"):
