@@ -32,8 +32,6 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
     """
     import torch
 
-    from .tiny_qwen_image21 import qwen_image21
-
     builders = {
         "StableDiffusionPipeline": _sd,
         "StableDiffusionXLPipeline": _sdxl,
@@ -48,7 +46,7 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "ChromaPipeline": _chroma,
         "Lumina2Pipeline": _lumina2,
         "Krea2Pipeline": _krea2,
-        "QwenImage21Pipeline": qwen_image21,
+        "QwenImage21Pipeline": _qwen_image21,
         "Flux2Pipeline": _flux2,
         "Flux2KleinPipeline": _flux2_klein,
         "DiTPipeline": _dit,
@@ -64,9 +62,7 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         files = folder / "tokenizer_files"
-        tokenizer = (_qwen_tokenizer if builders[pipeline_class] in (*QWEN, qwen_image21) else _tokenizer)(
-            files
-        )
+        tokenizer = (_qwen_tokenizer if builders[pipeline_class] in QWEN else _tokenizer)(files)
         pipe = builders[pipeline_class](tokenizer, pipeline_class, options)
     from .pipelines import hushed
 
@@ -356,6 +352,12 @@ def _krea2(tokenizer, _pipeline_class, options):
     )
 
 
+def _qwen_image21(tokenizer, _pipeline_class, options):
+    from .tiny_qwen_image21 import qwen_image21
+
+    return qwen_image21(tokenizer, _stacked(tokenizer, 2), options)
+
+
 def _film_vae(sizes: dict[str, Any] | None = None):
     import diffusers
 
@@ -370,7 +372,7 @@ def _film_vae(sizes: dict[str, Any] | None = None):
 
 
 # Whose texts a tokenizer of Qwen's reads.
-QWEN = (_qwen_image, _qwen_image_edit, _z_image, _flux2_klein, _flux2, _krea2)
+QWEN = (_qwen_image, _qwen_image_edit, _z_image, _flux2_klein, _flux2, _krea2, _qwen_image21)
 
 
 def _text_config(tokenizer, width: int = 16, **options):

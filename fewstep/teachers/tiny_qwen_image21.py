@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from .processor import TextProcessor
-from .tiny import _stacked
 
 CHAT = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% for part in m['content'] %}{{ part['text'] }}"
@@ -15,15 +14,15 @@ CHAT = (
 WORDS = ("Comprehend", " and", " analyze", " the", " provided", " prompt", "<|image_pad|>")
 
 
-def qwen_image21(tokenizer, _pipeline_class, options):
+def qwen_image21(tokenizer: Any, language_model: dict[str, Any], options: dict[str, Any]) -> Any:
+    """With a tokenizer that is given the words of the template."""
     import diffusers
     import torch
 
     tokenizer.add_tokens(list(WORDS), special_tokens=True)
-    encoder = _encoder(tokenizer)
-    torch.nn.init.uniform_(
-        encoder.model.language_model.norm.weight, 0.2, 3.0
-    )  # or nobody would see that it is left out
+    encoder = _encoder({**language_model, "vocab_size": len(tokenizer)})
+    # Or nobody would see that it is left out.
+    torch.nn.init.uniform_(encoder.model.language_model.norm.weight, 0.2, 3.0)
     network = {
         "in_channels": 4,
         "out_channels": 4,
@@ -55,12 +54,12 @@ def qwen_image21(tokenizer, _pipeline_class, options):
     )
 
 
-def _encoder(tokenizer) -> Any:
+def _encoder(language_model: dict[str, Any]) -> Any:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     rope = {"mrope_section": [2, 1, 1], "rope_type": "default", "mrope_interleaved": True}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    texts = {**_stacked(tokenizer, 2), "rope_scaling": rope}
+    texts = {**language_model, "rope_scaling": rope}
     return Qwen3VLForConditionalGeneration(
         Qwen3VLConfig(text_config=texts, vision_config={**vision, "deepstack_visual_indexes": [0]})
     )
