@@ -191,12 +191,12 @@ def pipeline_class_of(source: str | Origin) -> str:
             "subclass fewstep.teachers.base.Teacher (encode, call) under @fewstep.teachers.register in your recipe, as "
             "in fewstep/teachers/sd.py"
         )
-    _check_versions(origin.path, name)
+    check_versions(origin.path, name)
     return name
 
 
-def _check_versions(source: str, name: str) -> None:
-    """Refuses a pipeline that an installed library is too old for."""
+def check_versions(source: str, name: str) -> None:
+    """Refuses a pipeline of a class that an installed library is too old for."""
     from importlib.metadata import version
 
     from packaging.version import Version

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FewstepError
+from .load import check_versions
 
 TOKENS = ("LlamaGenPipeline", "VARPipeline")
 # Pixels for tiny networks, where the class of the pipeline has a size of its own.
@@ -58,6 +59,7 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         return _write_tokens(pipeline_class, Path(folder), seed, options)
     if pipeline_class not in builders:
         raise FewstepError(f"no tiny stand-in for {pipeline_class}; known: {', '.join([*builders, *TOKENS])}")
+    check_versions(f"the tiny stand-in in {folder}", pipeline_class)
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

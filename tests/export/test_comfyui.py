@@ -55,7 +55,8 @@ def accepted(family):
 def test_every_layer_of_the_published_network_has_a_name_that_is_read(family):
     folder, network, _ = FAMILIES[family]
     index = json.loads((PUBLISHED / folder / "model_index.json").read_text())
-    cls = getattr(diffusers, index[network][1])
+    if (cls := getattr(diffusers, index[network][1], None)) is None:
+        pytest.skip("an older diffusers")
     with torch.device("meta"):
         net = cls.from_config(cls.load_config(PUBLISHED / folder, subfolder=network))
     names, adapter = set(accepted(family)), adapters()[index["_class_name"]]

@@ -1,5 +1,6 @@
 """Qwen-Image-2.1: rows of their own length, a text before the last norm, an alpha channel, sizes and grids refused."""
 
+import importlib.metadata
 import json
 import math
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import QwenImage21Pipeline
+from packaging.version import Version
 from PIL import Image
 from zoo import ZOO
 
@@ -28,10 +29,15 @@ from fewstep.teachers import load as loading
 from fewstep.teachers import load_pipeline, load_teacher
 from fewstep.teachers.generate import call_pipeline, generate, opaque
 from fewstep.teachers.lengths import token_counts
+from fewstep.teachers.load import pipeline_type
 from fewstep.teachers.pipelines import check_size
+from fewstep.teachers.qwen_image21 import QwenImage21
+from fewstep.teachers.tiny import write_tiny_pipeline
 from fewstep.training.roles import build_role
 
 NAME = "Qwen-Image-2.1"
+HAVE, NEEDS = Version(importlib.metadata.version("diffusers")), QwenImage21.needs["diffusers"]
+pytestmark = pytest.mark.skipif(Version(NEEDS) > HAVE, reason=f"needs diffusers {NEEDS}")
 PROMPTS = list(ZOO[NAME].prompts)
 
 
@@ -255,12 +261,23 @@ def test_a_pipeline_with_a_grid_of_its_own_is_refused(copied):
     """Its call walks that grid whatever the number of steps: a student's would not be the trained one."""
     index = json.loads((copied / "model_index.json").read_text())
     (copied / "model_index.json").write_text(json.dumps({**index, "sample_sigmas": [1.0, 0.7, 0.4]}))
-    pipe = QwenImage21Pipeline.from_pretrained(copied)
+    pipe = pipeline_type("QwenImage21Pipeline").from_pretrained(copied)
     pipe.set_progress_bar_config(disable=True)
     pipe("a", num_inference_steps=7, height=64, width=64, output_type="latent")
     assert pipe.num_timesteps == 3
     with pytest.raises(FewstepError, match=r"sample_sigmas, a grid of 3 steps .*expected null"):
         load_pipeline(str(copied))
+
+
+def test_older_diffusers_has_no_stand_in_either_and_says_so(monkeypatch, tmp_path):
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda of: "0.41.0" if of == "diffusers" else version(of)
+    )
+    with pytest.raises(
+        FewstepError, match=r"is a QwenImage21Pipeline, .* 0.41.0 is too old; expected 0.42 or newer"
+    ):
+        write_tiny_pipeline("QwenImage21Pipeline", tmp_path / "t")
 
 
 def test_the_published_processor_wants_torchvision_and_says_so(copied, monkeypatch):
@@ -318,7 +335,7 @@ def test_a_student_comes_back_from_its_export(kind, teachers, tmp_path):
     folder = export_student(tmp_path / "e", teacher, student, weights, [role.config], about=about)
     assert verify(folder, own, teacher, PROMPTS, 1e-4, "float32") < 1e-4
     pipe, record = load_exported(folder)
-    assert type(pipe) is QwenImage21Pipeline and pipe.config.sample_sigmas is None
+    assert type(pipe).__name__ == "QwenImage21Pipeline" and pipe.config.sample_sigmas is None
     assert record["call"] == {"num_inference_steps": 4, "height": 64, "width": 64}
     card = (folder / "README.md").read_text()
     mu = math.log(teacher.denoiser.schedule.shift)
