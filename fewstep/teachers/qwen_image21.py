@@ -25,7 +25,7 @@ class QwenImage21(Ragged):
     """
 
     pipeline_class = "QwenImage21Pipeline"
-    needs: ClassVar[dict[str, str]] = {"diffusers": "0.42", "transformers": "4.57"}
+    needs: ClassVar[dict[str, str]] = {"diffusers": "0.41", "transformers": "4.57"}
     normalises = True
     films = True
     alpha = True

@@ -272,10 +272,10 @@ def test_a_pipeline_with_a_grid_of_its_own_is_refused(copied):
 def test_older_diffusers_has_no_stand_in_either_and_says_so(monkeypatch, tmp_path):
     version = importlib.metadata.version
     monkeypatch.setattr(
-        importlib.metadata, "version", lambda of: "0.41.0" if of == "diffusers" else version(of)
+        importlib.metadata, "version", lambda of: "0.40.0" if of == "diffusers" else version(of)
     )
     with pytest.raises(
-        FewstepError, match=r"is a QwenImage21Pipeline, .* 0.41.0 is too old; expected 0.42 or newer"
+        FewstepError, match=r"is a QwenImage21Pipeline, .* 0.40.0 is too old; expected 0.41 or newer"
     ):
         write_tiny_pipeline("QwenImage21Pipeline", tmp_path / "t")
 

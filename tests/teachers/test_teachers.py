@@ -748,7 +748,7 @@ def test_a_shift_that_depends_on_the_size_is_refused():
     "name, library, old",
     [
         ("Qwen-Image", "diffusers", "0.34.0"),
-        ("Qwen-Image-2.1", "diffusers", "0.41.0"),
+        ("Qwen-Image-2.1", "diffusers", "0.40.0"),
         ("Z-Image", "transformers", "4.50.3"),
         ("Chroma", "diffusers", "0.33.1"),
         ("Lumina 2", "diffusers", "0.32.2"),
