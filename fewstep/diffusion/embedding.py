@@ -38,10 +38,12 @@ def time_embedder(net: nn.Module) -> tuple[str, Any, Any]:
     for path in TIME_EMBEDDERS:
         parent = path.rpartition(".")[0]
         sinusoids = modules.get(f"{parent}.time_proj".lstrip("."))
-        if path in modules and sinusoids is not None:
-            return path, modules[path], sinusoids
+        mlp: Any = modules.get(path)
+        if mlp is not None and sinusoids is not None and mlp.linear_2.bias is not None:  # where a scalar ends
+            return path, mlp, sinusoids
     raise RecipeError(
-        f"{type(net).__name__} has no time embedding that fewstep knows; expected one of {', '.join(TIME_EMBEDDERS)}"
+        f"{type(net).__name__} has no time embedding that fewstep knows; expected one of {', '.join(TIME_EMBEDDERS)}, "
+        "with a bias"
     )
 
 

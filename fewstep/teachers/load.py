@@ -18,7 +18,7 @@ from ..files import at_home
 from .base import Teacher
 from .folders import absent_parts, check_parts, check_pipeline_folder
 from .origin import Origin, check_loras, merge_loras
-from .pipelines import EDITING, heard, hushed
+from .pipelines import PROCESSED, heard, hushed
 from .single import check_single, config_of, load_single
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def adapters() -> dict[str, type[Teacher]]:
     from .krea2 import Krea2
     from .lumina2 import Lumina2
     from .qwen_image import QwenImage
+    from .qwen_image21 import QwenImage21
     from .qwen_image_edit import QwenImageEdit
     from .sd import StableDiffusion, StableDiffusionXL
     from .transformers import PixArtAlpha, PixArtSigma, Sana, StableDiffusion3
@@ -61,7 +62,20 @@ def adapters() -> dict[str, type[Teacher]]:
 
     known = (
         *(StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Sana, PixArtAlpha, PixArtSigma),
-        *(QwenImage, QwenImageEdit, ZImage, Flux2, Flux2Klein, Krea2, Chroma, Lumina2, DiT, DDPM, EDM),
+        *(
+            QwenImage,
+            QwenImageEdit,
+            QwenImage21,
+            ZImage,
+            Flux2,
+            Flux2Klein,
+            Krea2,
+            Chroma,
+            Lumina2,
+            DiT,
+            DDPM,
+            EDM,
+        ),
     )
     stock = {cls.pipeline_class: cls for cls in known}
     return {
@@ -79,7 +93,9 @@ def pipeline_type(name: str):
     from .ar import PIPELINES
     from .edm.pipeline import EDMPipeline
 
-    if name in EDITING:  # what our stand-ins name, diffusers takes only from a module that has been imported
+    if (
+        name in PROCESSED
+    ):  # what our stand-ins name, diffusers takes only from a module that has been imported
         from . import processor  # noqa: F401
     # DDIMPipeline makes DDIM's of any scheduler, and holds the same parts.
     own = {"DDIMPipeline": diffusers.DDPMPipeline, "EDMPipeline": EDMPipeline, **PIPELINES}
@@ -175,12 +191,12 @@ def pipeline_class_of(source: str | Origin) -> str:
             "subclass fewstep.teachers.base.Teacher (encode, call) under @fewstep.teachers.register in your recipe, as "
             "in fewstep/teachers/sd.py"
         )
-    _check_versions(origin.path, name)
+    check_versions(origin.path, name)
     return name
 
 
-def _check_versions(source: str, name: str) -> None:
-    """Refuses a pipeline that an installed library is too old for."""
+def check_versions(source: str, name: str) -> None:
+    """Refuses a pipeline of a class that an installed library is too old for."""
     from importlib.metadata import version
 
     from packaging.version import Version
@@ -266,6 +282,7 @@ def _load_folder(origin: Origin, name: str, options: dict[str, Any]):
     check_parts(origin.path, place, origin.variant)
     index = DiffusionPipeline.load_config(place)
     _check_processor(origin.path, index)
+    _check_grid(origin.path, index)
     absent = absent_parts(origin.path, index, Path(place))
     if origin.variant:
         options = {**options, "variant": origin.variant}
@@ -277,9 +294,18 @@ def _check_processor(source: str, index: Mapping[str, Any]) -> None:
     from transformers.utils import is_torchvision_available
 
     kind = (index.get("processor") or ["", ""])[1]
-    if kind == "Qwen2VLProcessor" and not is_torchvision_available():
+    if kind in ("Qwen2VLProcessor", "Qwen3VLProcessor") and not is_torchvision_available():
         raise FewstepError(
             f"teacher.path: {source}: its processor of images, a {kind}, needs torchvision: pip install torchvision"
+        )
+
+
+def _check_grid(source: str, index: Mapping[str, Any]) -> None:
+    """Refuses a pipeline whose call walks a grid of its own whatever number of steps it is told (Qwen-Image-2.1)."""
+    if index.get("sample_sigmas"):
+        raise FewstepError(
+            f"teacher.path: {source}: its model_index.json has sample_sigmas, a grid of {len(index['sample_sigmas'])} "
+            "steps that its call walks whatever number it is told, with a student's LoRA too; expected null there"
         )
 
 

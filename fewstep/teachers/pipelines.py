@@ -29,7 +29,10 @@ def pixels_per_latent(pipe: Any) -> int:
     return factor
 
 
-NATIVE = dict.fromkeys(("ZImagePipeline", "Krea2Pipeline"), 1024)  # which the code of their calls says alone
+# Which the code of their calls says alone.
+NATIVE = dict.fromkeys(("ZImagePipeline", "Krea2Pipeline", "QwenImage21Pipeline"), 1024)
+SIDES = {"QwenImage21Pipeline": 32}  # pixels, of whose multiples an image is; others its call rounds down
+UNPACKED = ("QwenImage21Pipeline",)  # whose network takes each latent as a token
 
 
 def native_resolution(pipe: Any) -> int:
@@ -57,9 +60,8 @@ def fix_shift(pipe: Any, resolution: int | None = None) -> None:
     config = pipe.scheduler.config
     if not config.get("use_dynamic_shifting"):
         return
-    side = (
-        (resolution or native_resolution(pipe)) // pixels_per_latent(pipe) // getattr(pipe, "patch_size", 2)
-    )
+    packed = 1 if class_of(pipe) in UNPACKED else getattr(pipe, "patch_size", 2)
+    side = (resolution or native_resolution(pipe)) // pixels_per_latent(pipe) // packed
     # Lumina's stock call takes the number of channels for that of tokens.
     tokens = network_of(pipe).config.in_channels if class_of(pipe) == "Lumina2Pipeline" else side**2
     shift = partial(_shift, class_of(pipe), dict(config), bool(pipe.config.get("is_distilled")), tokens)
@@ -107,10 +109,13 @@ def class_of(pipe: Any) -> str:
 
 
 EDITING = ("QwenImageEditPlusPipeline",)  # whose call takes one prompt with its images
+PROCESSED = (*EDITING, "QwenImage21Pipeline")  # whose texts a processor of images reads, all of a text
+# Beside a longer text this one reads a text otherwise than alone.
+SINGLY = (*EDITING, "QwenImage21Pipeline")
 HANDS_SIGMAS = (
     *("FluxPipeline", "QwenImagePipeline", "QwenImageEditPlusPipeline", "ZImagePipeline"),
     *("ChromaPipeline", "Lumina2Pipeline"),
-    *("Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline"),
+    *("Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline", "QwenImage21Pipeline"),
 )
 
 
@@ -130,6 +135,7 @@ class Guiding(NamedTuple):
 GUIDING = {
     "QwenImagePipeline": Guiding("true_cfg_scale", negative=" "),  # as its model card calls it
     "QwenImageEditPlusPipeline": Guiding("true_cfg_scale", negative=" "),
+    "QwenImage21Pipeline": Guiding("true_cfg_scale", negative=" "),
     "ZImagePipeline": Guiding(beside=-1.0),  # c + scale (c - u)
     "Krea2Pipeline": Guiding(beside=-1.0),
 }
@@ -160,9 +166,8 @@ def check_size(pipe: Any, size: int) -> None:
     """
     if not takes(pipe, "height") or getattr(pipe, "vae", None) is None:
         return
-    side = math.lcm(
-        8, pixels_per_latent(pipe) * getattr(pipe, "patch_size", 1)
-    )  # stock pipelines ask for the 8
+    # Stock pipelines ask for the 8.
+    side = math.lcm(8, pixels_per_latent(pipe) * getattr(pipe, "patch_size", 1), SIDES.get(class_of(pipe), 1))
     if size % side:
         raise FewstepError(f"--size {size}: expected a multiple of {side} pixels")
 

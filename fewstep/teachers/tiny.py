@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FewstepError
+from .load import check_versions
 
 TOKENS = ("LlamaGenPipeline", "VARPipeline")
 # Pixels for tiny networks, where the class of the pipeline has a size of its own.
@@ -18,6 +19,7 @@ RESOLUTION = {
     **{"FluxPipeline": 32, "QwenImagePipeline": 32, "QwenImageEditPlusPipeline": 128, "ZImagePipeline": 32},
     **{"ChromaPipeline": 32, "Lumina2Pipeline": 32},
     **{"Flux2Pipeline": 32, "Flux2KleinPipeline": 32, "Krea2Pipeline": 32},
+    "QwenImage21Pipeline": 64,
 }
 SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
@@ -45,6 +47,7 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "ChromaPipeline": _chroma,
         "Lumina2Pipeline": _lumina2,
         "Krea2Pipeline": _krea2,
+        "QwenImage21Pipeline": _qwen_image21,
         "Flux2Pipeline": _flux2,
         "Flux2KleinPipeline": _flux2_klein,
         "DiTPipeline": _dit,
@@ -56,6 +59,7 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         return _write_tokens(pipeline_class, Path(folder), seed, options)
     if pipeline_class not in builders:
         raise FewstepError(f"no tiny stand-in for {pipeline_class}; known: {', '.join([*builders, *TOKENS])}")
+    check_versions(f"the tiny stand-in in {folder}", pipeline_class)
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -350,6 +354,12 @@ def _krea2(tokenizer, _pipeline_class, options):
     )
 
 
+def _qwen_image21(tokenizer, _pipeline_class, options):
+    from .tiny_qwen_image21 import qwen_image21
+
+    return qwen_image21(tokenizer, _stacked(tokenizer, 2), options)
+
+
 def _film_vae(sizes: dict[str, Any] | None = None):
     import diffusers
 
@@ -364,7 +374,7 @@ def _film_vae(sizes: dict[str, Any] | None = None):
 
 
 # Whose texts a tokenizer of Qwen's reads.
-QWEN = (_qwen_image, _qwen_image_edit, _z_image, _flux2_klein, _flux2, _krea2)
+QWEN = (_qwen_image, _qwen_image_edit, _z_image, _flux2_klein, _flux2, _krea2, _qwen_image21)
 
 
 def _text_config(tokenizer, width: int = 16, **options):

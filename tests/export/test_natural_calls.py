@@ -36,6 +36,7 @@ FLOWS = {
     "Chroma": 1.0,
     "Lumina 2": -1.0,
     "Krea-2": 1.0,
+    "Qwen-Image-2.1": 1.0,
     "FLUX.2-dev": 1.0,
     "FLUX.2-klein": 1.0,
     "Z-Image": -1.0,  # from 1 down to 0, and so from 0 up
@@ -88,7 +89,16 @@ def run_card(folder, monkeypatch, code=None):
 EDMS = ("EDM", "EDM2")
 # Handed a grid as Flux is, so that two cases tell.
 FLUX2 = ("FLUX.2-dev", "FLUX.2-klein")
-HANDED = ("Qwen-Image", "Qwen-Image-Edit", "Z-Image", "Krea-2", *FLUX2, "Chroma", "Lumina 2")
+HANDED = (
+    "Qwen-Image",
+    "Qwen-Image-Edit",
+    "Z-Image",
+    "Krea-2",
+    *FLUX2,
+    "Chroma",
+    "Lumina 2",
+    "Qwen-Image-2.1",
+)
 CALLS = [(n, k, s) for n in ZOO if n not in HANDED for k in (1, 2, 4) for s in ("fresh", "ddim")]
 CALLS += [(n, *case) for n in HANDED for case in ((4, "fresh"), (1, "ddim"))]
 

@@ -209,7 +209,7 @@ def test_what_comfyui_does_not_know_has_no_names_for_it():
         "QwenImageEditPlus",
         "ZImage",
         "Chroma",
-        *("Flux2", "Flux2Klein", "Krea2"),
+        *("Flux2", "Flux2Klein", "Krea2", "QwenImage21"),
     )
     assert known == {f"{name}Pipeline" for name in families}
     assert {"VARPipeline", "LlamaGenPipeline", "SanaPipeline", "DiTPipeline"} <= set(adapters()) - known

@@ -60,6 +60,7 @@ ZOO = {
         taps=("transformer_blocks.0", "single_transformer_blocks.0"),
     ),
     "Krea-2": Kind("Krea2Pipeline", resolution=RESOLUTION["Krea2Pipeline"]),
+    "Qwen-Image-2.1": Kind("QwenImage21Pipeline", resolution=RESOLUTION["QwenImage21Pipeline"]),
     "SANA": Kind("SanaPipeline"),
     "PixArt-alpha": Kind("PixArtAlphaPipeline"),
     "PixArt-Sigma": Kind("PixArtSigmaPipeline"),
