@@ -20,6 +20,8 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that 
 OPTIONAL = {
     "text_encoder_3": "tokenizer_3"
 }  # encoders without which a pipeline runs as well, and what goes with them
+# Processors of texts and images, which take films too.
+NEED_TORCHVISION = ("Qwen2VLProcessor", "Qwen3VLProcessor", "PixtralProcessor")
 RESAVE = (
     'python -c "from diffusers import DiffusionPipeline as P; P.from_pretrained({folder!r}, {how})'
     ".save_pretrained('NEW')\""
@@ -90,7 +92,9 @@ def check_parts(source: str, folder: str | Path, variant: str | None = None) -> 
         FewstepError: with the part and the remedy.
     """
     folder = Path(folder)
-    listed = listed_parts(_index(folder / "model_index.json"))
+    index = _index(folder / "model_index.json")
+    check_index(source, index)
+    listed = listed_parts(index)
     weighed = [name for name, kind in listed.items() if not any(word in kind for word in WITHOUT_WEIGHTS)]
     known = {one for name in weighed for one in _variants(folder / name)} - {""}
     if variant and listed and variant not in known:
@@ -106,6 +110,27 @@ def check_parts(source: str, folder: str | Path, variant: str | None = None) -> 
             )
         if name in weighed and name not in lacking:
             _check_weights(source, folder, name, variant)
+
+
+def check_index(source: str, index: Mapping[str, Any]) -> None:
+    """Refuses what a ``model_index.json`` says that cannot be loaded here, or not be distilled.
+
+    Raises:
+        FewstepError: a processor of images and films without its library, which would say so in its own words; a call
+            that walks a grid of its own whatever number of steps it is told (Qwen-Image-2.1).
+    """
+    from transformers.utils import is_torchvision_available
+
+    kind = next((kind for kind in listed_parts(index).values() if kind in NEED_TORCHVISION), None)
+    if kind and not is_torchvision_available():
+        raise FewstepError(
+            f"teacher.path: {source}: its processor of images, a {kind}, needs torchvision: pip install torchvision"
+        )
+    if index.get("sample_sigmas"):
+        raise FewstepError(
+            f"teacher.path: {source}: its model_index.json has sample_sigmas, a grid of {len(index['sample_sigmas'])} "
+            "steps that its call walks whatever number it is told, with a student's LoRA too; expected null there"
+        )
 
 
 def listed_parts(index: Mapping[str, Any]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..errors import FewstepError, in_line
 from ..extensions import plugins
 from ..files import at_home
 from .base import Teacher
-from .folders import absent_parts, check_parts, check_pipeline_folder
+from .folders import absent_parts, check_index, check_parts, check_pipeline_folder
 from .origin import Origin, check_loras, merge_loras
 from .pipelines import PROCESSED, heard, hushed
 from .single import check_single, config_of, load_single
@@ -93,9 +93,10 @@ def pipeline_type(name: str):
     from .ar import PIPELINES
     from .edm.pipeline import EDMPipeline
 
-    if (
-        name in PROCESSED
-    ):  # what our stand-ins name, diffusers takes only from a module that has been imported
+    if name in (
+        *PROCESSED,
+        "Flux2Pipeline",
+    ):  # diffusers takes stand-ins' only from a module that is imported
         from . import processor  # noqa: F401
     # DDIMPipeline makes DDIM's of any scheduler, and holds the same parts.
     own = {"DDIMPipeline": diffusers.DDPMPipeline, "EDMPipeline": EDMPipeline, **PIPELINES}
@@ -281,32 +282,11 @@ def _load_folder(origin: Origin, name: str, options: dict[str, Any]):
     place = resolve(origin.path)
     check_parts(origin.path, place, origin.variant)
     index = DiffusionPipeline.load_config(place)
-    _check_processor(origin.path, index)
-    _check_grid(origin.path, index)
+    check_index(origin.path, index)
     absent = absent_parts(origin.path, index, Path(place))
     if origin.variant:
         options = {**options, "variant": origin.variant}
     return pipeline_type(name).from_pretrained(place, use_safetensors=True, **{**absent, **options})
-
-
-def _check_processor(source: str, index: Mapping[str, Any]) -> None:
-    """Refuses one of images and films where its library cannot make it, and would say so in its own words."""
-    from transformers.utils import is_torchvision_available
-
-    kind = (index.get("processor") or ["", ""])[1]
-    if kind in ("Qwen2VLProcessor", "Qwen3VLProcessor") and not is_torchvision_available():
-        raise FewstepError(
-            f"teacher.path: {source}: its processor of images, a {kind}, needs torchvision: pip install torchvision"
-        )
-
-
-def _check_grid(source: str, index: Mapping[str, Any]) -> None:
-    """Refuses a pipeline whose call walks a grid of its own whatever number of steps it is told (Qwen-Image-2.1)."""
-    if index.get("sample_sigmas"):
-        raise FewstepError(
-            f"teacher.path: {source}: its model_index.json has sample_sigmas, a grid of {len(index['sample_sigmas'])} "
-            "steps that its call walks whatever number it is told, with a student's LoRA too; expected null there"
-        )
 
 
 def _origin(source: str | Origin) -> Origin:

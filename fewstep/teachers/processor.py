@@ -33,7 +33,7 @@ class ImageTextProcessor(ProcessorMixin):
 
 
 class TextProcessor(ProcessorMixin):
-    """Qwen3VLProcessor for texts alone."""
+    """Qwen3VLProcessor and PixtralProcessor for texts alone."""
 
     attributes: ClassVar[list[str]] = ["tokenizer"]
     tokenizer_class = "AutoTokenizer"

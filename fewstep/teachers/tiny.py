@@ -300,11 +300,12 @@ MESSAGES = (
 
 
 def _flux2(tokenizer, _pipeline_class, options):
-    """As :func:`_flux2_klein`, told the guidance scale; a tokenizer stands for the processor of the published one."""
+    """As :func:`_flux2_klein`, told the guidance scale; its processor reads texts alone."""
     import diffusers
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-    tokenizer.chat_template = MESSAGES
+    from .processor import TextProcessor
+
     texts = {**_stacked(tokenizer, 31), "model_type": "mistral"}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Mistral3Config(
@@ -313,7 +314,7 @@ def _flux2(tokenizer, _pipeline_class, options):
     )
     return diffusers.Flux2Pipeline(
         text_encoder=Mistral3ForConditionalGeneration(config),
-        tokenizer=tokenizer,
+        tokenizer=TextProcessor(tokenizer, chat_template=MESSAGES),
         **_flux2_parts(True, options),
     )
 

@@ -114,6 +114,25 @@ def test_a_part_that_is_listed_and_missing(folder, refused, part, empty):
     refused(folder, f"lists {part} (", str(folder / part), "put it there")
 
 
+@pytest.mark.parametrize(
+    "name, part, kind",
+    [
+        ("FLUX.2-dev", "tokenizer", "PixtralProcessor"),
+        ("Qwen-Image-Edit", "processor", "Qwen2VLProcessor"),
+        ("Qwen-Image-2.1", "processor", "Qwen3VLProcessor"),
+    ],
+)
+def test_published_processors_want_torchvision_and_say_so(
+    name, part, kind, teachers, refused, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(teachers(name).source, tmp_path / "own")
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index[part][1].endswith("Processor")  # as the published one
+    (folder / "model_index.json").write_text(json.dumps({**index, part: ["transformers", kind]}))
+    monkeypatch.setattr("transformers.utils.is_torchvision_available", lambda: False)
+    refused(folder, f"a {kind}, needs torchvision: pip install torchvision")
+
+
 def test_the_third_encoder_of_stable_diffusion_3(tmp_path, teachers, refused, capsys):
     folder = shutil.copytree(teachers("SD 3").source, tmp_path / "sd3")
     path = folder / "model_index.json"
