@@ -334,9 +334,16 @@ class Teacher:
         home: torch.device = next(self.net.parameters()).device
         return home
 
-    def drop_encoders(self, vae: bool = False) -> None:
-        """Prompts are cached: the text encoders leave the device, and the VAE but for the time of :meth:`decode`."""
-        for name in (*self.encoders, *([self.autoencoder] if vae and self.autoencoder else [])):
+    def drop_encoders(self, vae: bool = False, texts: bool = True) -> None:
+        """Prompts are cached: the text encoders leave the device, and the VAE but for the time of :meth:`decode`.
+
+        Args:
+            vae: it leaves too. texts: false where prompts are encoded beside training: the text encoders stay.
+        """
+        for name in (
+            *(self.encoders if texts else ()),
+            *([self.autoencoder] if vae and self.autoencoder else []),
+        ):
             if getattr(self.pipe, name, None) is not None:
                 getattr(self.pipe, name).to("cpu")
 
