@@ -6,12 +6,14 @@ CONSTRAINTS ?=
 RUN ?= runs/demo
 COVERAGE ?=
 BIN := $(VENV)/bin
+# Where it is set, every process would compile torch and diffusers anew: twice the time of each start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-long coverage install lint docs notebooks release clean
 
 install: $(VENV)/.installed
 
-# Most modules are never imported: compiling those that are, when they are, halves the time.
+# Most modules are never imported: those that are get compiled once, by their first import; halves the time.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[test,docs]"

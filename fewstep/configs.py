@@ -86,6 +86,9 @@ class DataConfig(Bounded):
         upscale: enlarge images below the teacher's resolution; without it they cannot be used.
         max_bad: share of the images that may be left out because they cannot be used; each is named, and another one
             stands in for it. Above it the run stops.
+        cache_prompts: encode all prompts before training, onto the disk; false encodes those of each batch beside the
+            batch before; null encodes them before where they take at most ``cache_gb`` (GB, with captions).
+        encoder_device: where the text encoders are that work beside training: cpu, cuda:1; null is with the networks.
     """
 
     PLACE: ClassVar[str] = "data."
@@ -96,6 +99,9 @@ class DataConfig(Bounded):
     column: str | None = None
     upscale: bool = False
     max_bad: Share = 0.01
+    cache_prompts: bool | None = None
+    cache_gb: Least0 = 64.0
+    encoder_device: str | None = None
 
 
 @dataclass
@@ -183,7 +189,8 @@ class SampleConfig(Bounded):
     """Grids drawn while training.
 
     Attributes:
-        prompts: shown from left to right; null takes some of ``data.prompts``.
+        prompts: shown from left to right: texts, or a file as ``data.prompts`` (for an editing teacher a table with
+            references); null takes some of ``data.prompts``.
         count: how many when ``prompts`` is null. teacher_steps: of the teacher's row. columns: of the grid.
         scale: integer enlargement of small images.
         vae: folder or hub id of an AutoencoderTiny that decodes them, e.g. madebyollin/taesdxl; null is the teacher's.
@@ -194,7 +201,7 @@ class SampleConfig(Bounded):
 
     PLACE: ClassVar[str] = "samples."
 
-    prompts: list[str] | None = None
+    prompts: str | list[str] | None = None
     count: Count = 16
     teacher_steps: Count0 = 25
     columns: Count = 8

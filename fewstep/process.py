@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,8 @@ from .errors import RecipeError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+PATIENCE = timedelta(days=7)
 
 
 @dataclass
@@ -65,8 +68,9 @@ class Process:
         return values
 
     def barrier(self) -> None:
+        """Waits for the others, however long one of them encodes; of a device's own group it would be ten minutes."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
 
 
 def start(device: str = "auto", shard: int = 1) -> Process:
@@ -96,4 +100,5 @@ def start(device: str = "auto", shard: int = 1) -> Process:
 
     state = PartialState(cpu=chosen.type == "cpu")
     mesh = init_device_mesh(state.device.type, (world // shard, shard), mesh_dim_names=("replicate", "shard"))
-    return Process(state.process_index, world, state.device, mesh, dist.new_group(backend="gloo"))
+    control = dist.new_group(backend="gloo", timeout=PATIENCE)  # one that has died is known at once
+    return Process(state.process_index, world, state.device, mesh, control)

@@ -15,6 +15,8 @@ import pytest
 import standin
 import torch
 
+os.fsync = lambda handle: None  # a killed process loses nothing that it has written, and no test pulls a plug
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests that take more than ten seconds")
@@ -175,6 +177,7 @@ def teachers(tmp_path_factory):
     """Name in the zoo -> a frozen tiny teacher of that kind, loaded once; ``teacher.source`` is its folder."""
     from zoo import ZOO
 
+    from fewstep.errors import FewstepError
     from fewstep.teachers import load_teacher
 
     made = {}
@@ -182,7 +185,12 @@ def teachers(tmp_path_factory):
     def get(name):
         if name not in made:
             kind = ZOO[name]
-            folder = _tiny(tmp_path_factory, kind.pipeline_class, **kind.options)
+            try:
+                folder = _tiny(tmp_path_factory, kind.pipeline_class, **kind.options)
+            except FewstepError as error:  # the oldest libraries have not all classes
+                if "is too old" not in str(error):
+                    raise
+                pytest.skip(str(error))
             made[name] = load_teacher(str(folder), resolution=kind.resolution)
         return made[name]
 

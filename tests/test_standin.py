@@ -23,7 +23,7 @@ FAST = {"sdxl_dmd2_4step", "sd3_scm_1step", "var_d16_dd1_2step"}
 
 
 # Their networks rotate by complex numbers, in whose backward pass torch's engine crashes on this device.
-COMPLEX = ("QwenImagePipeline", "QwenImageEditPlusPipeline", "ZImagePipeline")
+COMPLEX = ("QwenImagePipeline", "QwenImageEditPlusPipeline", "ZImagePipeline", "QwenImage21Pipeline")
 
 
 def kinds():

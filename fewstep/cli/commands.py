@@ -128,6 +128,31 @@ COLUMN = argument(
 RECIPE = argument("recipe", help="a name, a script or a recipe.yaml")
 RUN = argument("run_folder", type=Path, metavar="RUN", help="folder of a run")
 
+# What a pipeline's weights are besides its path, in the words of a recipe's `teacher`.
+WEIGHTS = (
+    argument("--variant", metavar="NAME", help="of a folder's weights, e.g. fp16"),
+    argument("--config", metavar="FOLDER", help="pipeline whose parts a file of a network lacks"),
+    argument(
+        "--base-lora",
+        action="append",
+        default=[],
+        metavar="FILE[=WEIGHT]",
+        help="merged into it before anything else; may be repeated",
+    ),
+)
+
+
+def weights_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options ``WEIGHTS``, as :meth:`fewstep.teachers.origin.Origin.of` takes them."""
+    loras = []
+    for word in args.base_lora:
+        path, _, weight = word.rpartition("=")
+        try:
+            loras.append({"path": path, "weight": float(weight)} if path else {"path": word})
+        except ValueError:  # the = is one of its name's
+            loras.append({"path": word})
+    return {"variant": args.variant, "config": args.config, "loras": tuple(loras)}
+
 
 def number(hint: Any) -> Callable[[str], Any]:
     """Reads a number that keeps to an annotation, such as :data:`~fewstep.bounds.Count`."""

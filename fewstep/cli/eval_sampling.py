@@ -2,11 +2,12 @@
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fewstep.bounds import Count, Count0, Number, Seed
-from fewstep.cli.commands import COLUMN, Commands, argument, integers, number, output
+from fewstep.cli.commands import COLUMN, WEIGHTS, Commands, argument, integers, number, output, weights_of
 from fewstep.files import SHARED
 
 SAMPLING = Commands()
@@ -44,6 +45,9 @@ IMAGES = (
 # What a file says in place of these options of `run`.
 ROWS = (
     "teacher",
+    "variant",
+    "config",
+    "base_lora",
     "student",
     "steps",
     "solver",
@@ -94,6 +98,7 @@ def job_of(args: argparse.Namespace, steps: int, **others: Any) -> Any:
     ),
     argument("--layout", default="flat", help="flat or geneval (00000/samples/0000.png)"),
     output("--out", record=SHARED, required=True, metavar="DIR", help="gets DIR/4-steps/000000.png"),
+    *WEIGHTS,
     *MODEL,
     *IMAGES,
 )
@@ -104,6 +109,7 @@ def _generate(args: argparse.Namespace) -> int:
     from fewstep.evaluation.prompts import read_prompts
     from fewstep.evaluation.sampling import check_batches, check_num, read_manifest, sample_folder
     from fewstep.files import check_place
+    from fewstep.teachers.origin import Origin
 
     own = {"solver": args.solver, "guidance": args.guidance, "layout": args.layout}
     own["timesteps"] = tuple(args.timesteps) if args.timesteps else None
@@ -118,7 +124,8 @@ def _generate(args: argparse.Namespace) -> int:
     for folder in folders:
         check_place(folder, True, MANIFEST, "--out")
         read_manifest(folder)
-    model = open_model(args.pipeline, args.lora, args.network, args.dtype, args.device, args.size)
+    base = Origin.of(args.pipeline, **weights_of(args))
+    model = open_model(base, args.lora, args.network, args.dtype, args.device, args.size)
     for job, folder in zip(jobs, folders):
         manifest = sample_folder(
             model,
@@ -140,6 +147,7 @@ def _generate(args: argparse.Namespace) -> int:
     "teacher and students over steps and solvers: one table, one page",
     argument("spec", metavar="SPEC.yaml", nargs="?", help="see eval/README.md; or else these options:"),
     argument("--teacher", metavar="PIPELINE", help="pipeline of the first rows, and under the students"),
+    *WEIGHTS,
     argument("--student", action="append", default=[], metavar="EXPORT", help="may be repeated"),
     argument("--steps", type=integers, metavar="1,2,4", help="numbers of steps (default: 1,2,4,8)"),
     argument("--solver", action="append", metavar="S", help="of the teacher; may be repeated"),
@@ -168,7 +176,7 @@ def _run(args: argparse.Namespace) -> int:
         from fewstep.errors import FewstepError
 
         raise FewstepError(
-            f"--{given[0]} beside {args.spec}, which says it itself: change the file, or leave it out"
+            f"--{given[0].replace('_', '-')} beside {args.spec}, which says it itself: change the file, or leave it out"
         )
     spec = load_spec(args.spec) if args.spec else _spec_of(args)
     rank, world = process()
@@ -216,10 +224,9 @@ def _spec_of(args: argparse.Namespace) -> Any:
         raise FewstepError("eval run: give a SPEC.yaml, or --teacher and --prompts")
     solver, guidance = tuple(args.solver or ("own",)), tuple(args.guidance or (None,))
     steps = tuple(args.steps or (1, 2, 4, 8))
-    teacher = Entry("teacher", args.teacher, kind="teacher", steps=steps, solver=solver, guidance=guidance)
-    students = [
-        Entry(f"student {path}", args.teacher, path, kind="student", steps=steps) for path in args.student
-    ]
+    of_teacher = partial(Entry, pipeline=args.teacher, steps=steps, **weights_of(args))
+    teacher = of_teacher(name="teacher", kind="teacher", solver=solver, guidance=guidance)
+    students = [of_teacher(name=f"student {path}", lora=path, kind="student") for path in args.student]
     return Spec(
         args.prompts,
         (teacher, *students),

@@ -10,7 +10,18 @@ from ..bounds import Count, Count0, Number, Part, Positive, Seed
 from ..errors import FewstepError
 from ..files import check_place, replacing
 from ..runs.library import load_recipe, recipe_files
-from .commands import COLUMN, DEVICE, RECIPE, Commands, argument, integers, number, output
+from .commands import (
+    COLUMN,
+    DEVICE,
+    RECIPE,
+    WEIGHTS,
+    Commands,
+    argument,
+    integers,
+    number,
+    output,
+    weights_of,
+)
 
 COMMANDS = Commands()
 
@@ -229,6 +240,7 @@ SEARCH: dict[str, Any] = {
         "teacher",
         help="pipeline folder, hub id or builtin:...; or a recipe, to measure its floors as its evaluation does",
     ),
+    *WEIGHTS,
     argument("--steps", type=integers, required=True, metavar="4,8", help="numbers of steps"),
     output("--out", record="floor.json", required=True, help="folder for floor.json and scheduler/"),
     argument(
@@ -283,7 +295,7 @@ def _searched_floor(args: argparse.Namespace) -> int:
 
     prompts = load_prompts(args.prompts, "--prompts", args.column)
     options = {"dtype": args.dtype, "resolution": args.size, "device": args.device}
-    teacher = load_teacher(args.teacher, **options)
+    teacher = load_teacher(args.teacher, **options, **weights_of(args))
     record = calibrate(
         teacher,
         prompts,
@@ -297,7 +309,8 @@ def _searched_floor(args: argparse.Namespace) -> int:
         seed=args.seed,
         batch_size=args.batch_size,
     )
-    write_floor(args.out, teacher.pipe.scheduler, {**record, "prompts": args.prompts})
+    record |= {**teacher.origin.record(), "prompts": args.prompts}
+    write_floor(args.out, teacher.pipe.scheduler, record)
     found = record["schedules"].items()
     names = list(dict.fromkeys(name for _, entry in found for name in entry["error"]))
     rows = [
@@ -324,6 +337,9 @@ def _chosen(entry: dict[str, Any]) -> str:
 
 # Options of a search -> the field of a recipe that says the same of its evaluation.
 OF_A_RECIPE = {
+    "variant": "teacher.variant",
+    "config": "teacher.config",
+    "base_lora": "teacher.loras",
     "prompts": "evaluation.prompts",
     "column": "data.column",
     "num": "evaluation.num",
@@ -347,7 +363,7 @@ def _measured_floor(args: argparse.Namespace) -> int:
     from ..teachers import load_teacher
 
     for name, field in OF_A_RECIPE.items():
-        if getattr(args, name) not in (SEARCH.get(name), False):
+        if getattr(args, name) not in (SEARCH.get(name), False, []):
             option = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise FewstepError(f"{option}: {args.teacher} is a recipe, whose {field} counts; give --{field}")
     words = [*args.overrides, "--evaluation.floor_steps", str(args.steps)]

@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from .. import recipe as recipes
+from ..data.prompts import shown_prompts
 from ..diffusion.kernels import ATTENTION
 from ..errors import FewstepError, RecipeError
 from ..methods.base import Method
@@ -17,7 +18,7 @@ from ..process import Process
 from ..recipe import Recipe
 from ..report.bar import Bar
 from ..runs.build import build, on_pixels
-from ..runs.disk import on_disk
+from ..runs.disk import cached, on_disk
 from ..teachers.base import Teacher
 from ..training.optimizers import bytes_8bit
 from ..training.trainer import Trainer
@@ -74,10 +75,12 @@ def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
                     turn.told &= any(
                         set(turn.phases) < set(o.phases) and turn.peak[size] <= o.peak[size] for o in turns
                     )
-        teacher, images = rehearsal.teacher, len(recipe.samples.prompts or ()) or recipe.samples.count
+        teacher, shown = rehearsal.teacher, shown_prompts(recipe.samples.prompts, recipe.data.column)
+        images = len(shown or ()) or recipe.samples.count
         preview = 0 if recipe.samples.vae else _preview(teacher, images)
-        parts = _parts(full, teacher, rehearsal.trainer)
-        return Plan(full, processes, *parts, preview, turns, on_disk(full, teacher))
+        disk = on_disk(full, teacher)
+        parts = _parts(full, teacher, rehearsal.trainer, beside=not cached(full, disk))
+        return Plan(full, processes, *parts, preview, turns, disk)
 
 
 class Rehearsal:
@@ -148,8 +151,12 @@ def _fill_optimizers(trainer: Trainer) -> None:
         trainer.optimizers[role.name].zero_grad(set_to_none=True)
 
 
-def _parts(recipe: Recipe, teacher: Teacher, trainer: Trainer) -> tuple[list[Part], int]:
-    """What stays on the device through the run, and bytes that leave it once prompts are encoded."""
+def _parts(recipe: Recipe, teacher: Teacher, trainer: Trainer, beside: bool) -> tuple[list[Part], int]:
+    """What stays on the device through the run, and bytes that leave it once prompts are encoded.
+
+    Args:
+        beside: whether prompts are encoded beside training.
+    """
 
     def size(module: nn.Module) -> int:
         return storage_bytes([*module.parameters(), *module.buffers()])
@@ -176,7 +183,10 @@ def _parts(recipe: Recipe, teacher: Teacher, trainer: Trainer) -> tuple[list[Par
     if on_pixels(recipe) and getattr(pipe, "vae", None) is not None:
         parts.append(Part("vae", numel(pipe.vae), 0, size(pipe.vae)))
     encoders = [getattr(pipe, name) for name in teacher.encoders if getattr(pipe, name, None) is not None]
-    return parts, sum(size(encoder) for encoder in encoders)
+    texts = sum(map(size, encoders))
+    if beside and not recipe.data.encoder_device:
+        parts.append(Part("text encoders", sum(map(numel, encoders)), 0, texts))
+    return parts, 0 if beside else texts
 
 
 def _turns(trainer: Trainer) -> list[Turn]:

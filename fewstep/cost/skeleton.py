@@ -16,6 +16,7 @@ from ..teachers.base import Teacher
 from ..teachers.load import ASSETS, pipeline_type, with_arithmetic
 from ..teachers.origin import Origin
 from ..teachers.pipelines import hushed
+from ..teachers.processor import Wordless
 from ..teachers.single import header, publisher
 from ..tokens.pipeline import AutoregressivePipeline
 
@@ -54,7 +55,7 @@ def skeleton_pipeline(source: str, network: str, dtype: torch.dtype, config: str
             }
             for name, (library, class_name) in parts.items():
                 cls = _class(library, class_name)
-                components[name] = None
+                components[name] = Wordless() if name == "processor" else None
                 if name == "scheduler":
                     components[name] = cls.from_config(cls.load_config(path, subfolder=name))
                 elif cls is not None and issubclass(cls, diffusers.ModelMixin):

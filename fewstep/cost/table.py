@@ -149,8 +149,9 @@ class Plan:
             f"total                       {gb(self.total())} GB of {gb(device.memory)} on {gpu}"
             + (f", {self.processes} of them" if self.processes > 1 else ""),
             f"largest micro-batch         {best or 'none fits'}",
-            f"text encoders               {gb(self.leaving)} GB, gone once prompts are encoded",
         ]
+        if self.leaving:
+            lines.append(f"text encoders               {gb(self.leaving)} GB, gone once prompts are encoded")
         for name, store in self.cache.items():
             known = "" if store["bytes"] is None else f", {gb(store['bytes'])} GB for {store['rows']}"
             lines.append(f"{name + ' on disk':28}{store['bytes_each'] / 1e3:.1f} kB each{known}, at most")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from typing import Protocol
 
@@ -102,12 +103,16 @@ class Batches:
 
 
 class Ahead:
-    """Micro-batches that a thread reads and uploads while the device works on those before them."""
+    """Micro-batches that a thread reads and uploads while the device works on those before them.
+
+    Attributes:
+        waited: seconds for which one was not there yet.
+    """
 
     def __init__(self, data: Data):
         self.data, self.thread = data, ThreadPoolExecutor(1)
         self.coming: dict[tuple[int, int], Future[Batch]] = {}
-        self.rows = data.rows
+        self.rows, self.waited = data.rows, 0.0
 
     def batch(self, iteration: int, micro: int) -> Batch:
         found = self.coming.pop((iteration, micro), None)
@@ -115,7 +120,49 @@ class Ahead:
         following = (iteration + 1, micro)
         if following not in self.coming:
             self.coming[following] = self.thread.submit(self.data.batch, *following)
-        return found.result() if found else self.data.batch(iteration, micro)
+        begin = time.perf_counter()
+        try:
+            return found.result() if found else self.data.batch(iteration, micro)
+        finally:
+            self.waited += time.perf_counter() - begin
+
+    def settle(self) -> None:
+        """Nothing is read beside what comes next."""
+        wait(self.coming.values())
+
+
+class Waits:
+    """For what share of the time training waited for micro-batches, as :class:`Ahead` counts; said once if it is much.
+
+    Attributes:
+        share: since this process began to train.
+    """
+
+    MUCH, LONG = 0.2, 60.0  # of the time; seconds that are enough to tell
+
+    def __init__(self, data: Data):
+        self.data, self.share, self.said = data, 0.0, False
+        self.begin: float | None = None
+
+    def read(self, seconds: float) -> str | None:
+        """A line where there is much to say.
+
+        Args:
+            seconds: of the whole run so far.
+        """
+        waited = getattr(self.data, "waited", 0.0)
+        if self.begin is None:
+            self.begin, self.before = seconds, waited
+            return None
+        lasted, waited = seconds - self.begin, waited - self.before
+        self.share = waited / lasted if lasted > 0 else 0.0
+        if self.said or lasted < self.LONG or self.share < self.MUCH:
+            return None
+        self.said = True
+        return (
+            f"warning: {self.share:.0%} of the time training waits for its data; a faster disk, data.cache_prompts "
+            "true, or another data.encoder_device would spare it"
+        )
 
 
 @lru_cache(maxsize=8)

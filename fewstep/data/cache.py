@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from ..diffusion.cond import Cond
+from ..diffusion.rng import Rng
 from ..files import Need, sweep, write_tensors
+from ..process import Process
 from ..report.bar import Bar
 from ..teachers.base import Teacher
 from ..teachers.lengths import token_counts, too_long, unsaid
@@ -29,30 +31,33 @@ from .left_out import FILE
 from .places import PLACE, cache_root
 from .store import Store, joined, rows_to_make, shard_path, without_padding
 
+TOLD_BY = 20_000  # prompts by whose lengths the space of more is told
 LAYOUT = "without padding"  # of stored prompts; those of another are not read
 
 
 def encode_prompts(
-    teacher: Teacher, prompts: Sequence[str], batch_size: int = 32, quiet: bool = False
+    teacher: Teacher,
+    prompts: Sequence[str],
+    batch_size: int = 32,
+    quiet: bool = False,
+    process: Process | None = None,
 ) -> Store:
-    """Conditions of all prompts, as a store with one row per prompt."""
+    """Conditions of all prompts, as a store with one row per prompt; each process encodes its share of the files."""
     check_references(teacher, prompts)
 
     def encode(start: int, stop: int) -> Iterator[dict[str, Tensor]]:
         for i in range(start, stop, batch_size):
             with unsaid():
-                yield without_padding(
-                    _stored(teacher.encode(prompts[i : min(i + batch_size, stop)]), teacher)
-                )
+                yield without_padding(stored(teacher.encode(prompts[i : min(i + batch_size, stop)]), teacher))
 
     folder = prompts_folder(teacher, prompts)
     if not quiet and rows_to_make(folder, len(prompts)) and (cut := too_long(teacher.pipe, prompts)):
         print(f"fewstep: note: {cut}", file=sys.stderr)
-    return _store(folder, len(prompts), encode, quiet)
+    return _store(folder, len(prompts), encode, quiet, process or Process())
 
 
-def _stored(cond: Cond, teacher: Teacher) -> dict[str, Tensor]:
-    """Floating-point parts in the dtype of the frozen network."""
+def stored(cond: Cond, teacher: Teacher) -> dict[str, Tensor]:
+    """Conditions as they are kept: floating-point parts in the dtype of the frozen network."""
     dtype = teacher.net.dtype
     return {n: v.to("cpu", dtype if v.is_floating_point() else v.dtype) for n, v in cond.tensors.items()}
 
@@ -84,7 +89,7 @@ def encode_images(
                 "row": torch.tensor([row for row, _ in found]),
             }
 
-    return _store(folder, len(images), encode, quiet)
+    return _store(folder, len(images), encode, quiet, Process())
 
 
 def images_folder(teacher: Teacher, images: CaptionedImages) -> Path:
@@ -107,10 +112,19 @@ def _folder(kind: str, key: list[Any]) -> Path:
 
 
 def need_of_prompts(teacher: Teacher, prompts: Sequence[str], what: str) -> Need:
-    """Bytes that :func:`encode_prompts` will write for these, at most."""
+    """Bytes that :func:`encode_prompts` will write for these, at most; of very many by a part of them."""
     folder = prompts_folder(teacher, prompts)
     missing = [prompts[row] for row in rows_to_make(folder, len(prompts))]
-    return Need(what, PLACE, folder, _prompt_bytes(teacher, missing) if missing else 0)
+    some = some_of(missing)
+    size = _prompt_bytes(teacher, some) * len(missing) // len(some) if some else 0
+    return Need(what, PLACE, folder, size)
+
+
+def some_of(prompts: Sequence[str]) -> Sequence[str]:
+    """All of them, or of very many a part that tells of the rest."""
+    if len(prompts) <= TOLD_BY:
+        return prompts
+    return [prompts[i] for i in Rng(0, "some").permutation(len(prompts))[:TOLD_BY].tolist()]
 
 
 def _prompt_bytes(teacher: Teacher, prompts: Sequence[str]) -> int:
@@ -118,7 +132,7 @@ def _prompt_bytes(teacher: Teacher, prompts: Sequence[str]) -> int:
     counts = token_counts(teacher.pipe, prompts)
     shortest = min(range(len(prompts)), key=counts.__getitem__) if counts else 0
     with unsaid():
-        row = _stored(teacher.encode([prompts[shortest]]), teacher)
+        row = stored(teacher.encode([prompts[shortest]]), teacher)
     found = joined([without_padding(row)])
     short = [name for name in found if name.endswith(store.KEPT)]
     most = _bytes(row) + sum(found[name].nbytes for name in short)
@@ -131,7 +145,7 @@ def _prompt_bytes(teacher: Teacher, prompts: Sequence[str]) -> int:
 def condition_bytes(teacher: Teacher, prompts: Sequence[str]) -> int:
     """What one encoded prompt takes on disk at most, with all of its padding."""
     with unsaid():
-        return _bytes(_stored(teacher.encode(prompts[:1]), teacher))
+        return _bytes(stored(teacher.encode(prompts[:1]), teacher))
 
 
 def _bytes(row: Mapping[str, Tensor]) -> int:
@@ -179,17 +193,21 @@ def _store(
     length: int,
     encode: Callable[[int, int], Iterator[dict[str, Tensor]]],
     quiet: bool,
+    process: Process,
 ) -> Store:
     kind = folder.name.partition("-")[0]
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, length, store.SHARD)
     sweep(folder)
-    missing = [start for start in starts if not is_whole(shard_path(folder, start))]
-    rows = [range(start, min(start + store.SHARD, length)) for start in missing]
-    with Bar("encoding", sum(map(len, rows)), kind, quiet=quiet) as bar:
-        for part in rows:
-            write_tensors(shard_path(folder, part.start), joined(list(encode(part.start, part.stop))))
-            bar.update(len(part))
+    every = range(0, length, store.SHARD)
+    # What others have encoded is on this disk, unless nodes have disks of their own.
+    for starts in (every[process.rank :: process.world], every):
+        missing = [start for start in starts if not is_whole(shard_path(folder, start))]
+        rows = [range(start, min(start + store.SHARD, length)) for start in missing]
+        with Bar("encoding", sum(map(len, rows)), kind, quiet=quiet) as bar:
+            for part in rows:
+                write_tensors(shard_path(folder, part.start), joined(list(encode(part.start, part.stop))))
+                bar.update(len(part))
+        process.barrier()
     return Store(folder, length)
 
 

@@ -14,6 +14,19 @@ CLASSES = "builtin:imagenet-classes"  # the labels 0 to 999, for teachers that a
 UNCONDITIONAL = "builtin:unconditional"  # for teachers that are conditioned on nothing
 
 
+def shown_prompts(given: str | list[str] | None, column: str | None = None) -> list[str] | None:
+    """Those of ``samples.prompts``, a file or the texts themselves; None where it says nothing.
+
+    Raises:
+        RecipeError: as :func:`load_prompts`.
+    """
+    return (
+        load_prompts(given, "samples.prompts", texts.column_for(given, column))
+        if isinstance(given, str)
+        else given
+    )
+
+
 def load_prompts(source: str, name: str = "data.prompts", column: str | None = None) -> list[str]:
     """Prompts of a file (see :mod:`.texts`; blank lines are skipped), or of ``builtin:emoji`` (``-names``, ``-groups``,
     ``-mostly-names``); ``builtin:imagenet-classes`` are the labels "0" to "999", ``builtin:unconditional`` 64 empty.

@@ -38,16 +38,25 @@ def _tokens(denoiser: NetDenoiser, cond: Cond, output) -> Tensor:
 
 @contextmanager
 def _taps(
-    net: nn.Module, names: Sequence[str], stop: bool, image_of: Callable[[Any], Tensor] = _image_of
+    net: nn.Module,
+    names: Sequence[str],
+    stop: bool,
+    image_of: Callable[[Any], Tensor] = _image_of,
+    rows: int = 1,
 ) -> Iterator[dict[str, Tensor]]:
-    """Features by name. After the last one the forward stops, or goes on without a graph, which nothing would use."""
+    """Features by name. After the last one the forward stops, or goes on without a graph, which nothing would use.
+
+    Args:
+        rows: to wait for, of a network that may be called with some of them at a time.
+    """
     features: dict[str, Tensor] = {}
     grad = torch.is_grad_enabled()
 
     def keep(name: str):
         def hook(_module, _inputs, output):
-            features[name] = image_of(output).float()
-            if len(features) == len(names):
+            found = image_of(output).float()
+            features[name] = torch.cat([features[name], found]) if name in features else found
+            if all(name in features and len(features[name]) >= rows for name in names):
                 if stop:
                     raise _LastTap
                 torch.set_grad_enabled(False)
@@ -81,7 +90,7 @@ def tap_features(
     # A sharded module frees its gathered weights in a hook after its forward, so it has to finish.
     stop = not hasattr(denoiser.net, "unshard")
     with (
-        _taps(denoiser.net, names, stop, partial(_tokens, denoiser, cond)) as features,
+        _taps(denoiser.net, names, stop, partial(_tokens, denoiser, cond), len(x_t)) as features,
         suppress(_LastTap),
     ):
         denoiser.predict(x_t, t, cond)

@@ -7,6 +7,7 @@ embedding's bias, and what is left is a network of the teacher's own class.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import RecipeError
 from .cond import Cond
 from .denoiser import NetCall, NetDenoiser, Scalar
+from .schedules import repeated
 
 # Where networks keep the pair of modules `time_proj` (sinusoids) and the MLP on them, by the MLP's path.
 TIME_EMBEDDERS = (
@@ -37,11 +39,35 @@ def time_embedder(net: nn.Module) -> tuple[str, Any, Any]:
     for path in TIME_EMBEDDERS:
         parent = path.rpartition(".")[0]
         sinusoids = modules.get(f"{parent}.time_proj".lstrip("."))
-        if path in modules and sinusoids is not None:
-            return path, modules[path], sinusoids
+        mlp: Any = modules.get(path)
+        if mlp is not None and sinusoids is not None and mlp.linear_2.bias is not None:  # where a scalar ends
+            return path, mlp, sinusoids
     raise RecipeError(
-        f"{type(net).__name__} has no time embedding that fewstep knows; expected one of {', '.join(TIME_EMBEDDERS)}"
+        f"{type(net).__name__} has no time embedding that fewstep knows; expected one of {', '.join(TIME_EMBEDDERS)}, "
+        "with a bias"
     )
+
+
+@torch.no_grad()
+def given_to_sinusoids(denoiser: NetDenoiser, latent_shape: Sequence[int], times: Sequence[float]) -> Tensor:
+    """What the network hands its sinusoids at each of these times, (K,) in float64; some divide by 1000 before.
+
+    Raises:
+        RecipeError: of :func:`time_embedder`.
+    """
+    _, _, sinusoids = time_embedder(denoiser.net)
+    seen: list[Tensor] = []
+    handle = sinusoids.register_forward_pre_hook(
+        lambda _module, inputs: seen.append(inputs[0][:1].cpu().double())
+    )
+    device = next(denoiser.net.parameters()).device
+    try:
+        x = torch.zeros(1, *latent_shape, device=device)
+        for time in times:
+            denoiser.predict(x, repeated(time, x), denoiser.example.to(device))
+    finally:
+        handle.remove()
+    return torch.cat(seen)
 
 
 class ScalarEmbedding(nn.Module):

@@ -15,7 +15,7 @@ from .weights import LORA_FILE, adapters
 UNPROMPTED = "DDPMPipeline"  # hands on no labels
 EDM = "EDMPipeline"  # which is fewstep's
 IMAGE_FIRST = ("Flux2Pipeline", "Flux2KleinPipeline")  # whose calls begin with an image
-ENCODED = {"pooled": "encoded[-2][0]", "embeds": "encoded[0][0].mean(0)"}
+ENCODED = {"pooled": "encoded[0]", "embeds": "encoded[0].mean(0)"}
 # A program for each kind of export, of parts that some share; the words in braces are those of `_words`.
 ADAPTED = """\
 {imports}from diffusers import {loader}, {scheduler}
@@ -75,12 +75,13 @@ for part in {parts}}}
 ROUTE = """
 with open({tree!r}) as file:
     children = json.load(file)["children"]
+with open({record!r}) as file:
+    options = json.load(file)["encoding"]
+place = options.pop("at")
 router = load_file({tensors!r})
 
 def route(prompt):
-    encoded = pipe.encode_prompt(
-        prompt, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
+    encoded = pipe.encode_prompt(prompt, device=pipe.device, **options)[place]
     sides = router["directions"] @ {encoded}.double().cpu() > router["thresholds"]
     node = 0
     while node >= 0:  # to the half of the prompts on this side, and so on down to one part
@@ -140,9 +141,17 @@ def _words(record: Mapping[str, Any], folder: str) -> dict[str, Any]:
         "tree": os.path.join(folder, "router.json"),
         "tensors": os.path.join(folder, "router.safetensors"),
         "encoded": ENCODED.get(record.get("routed_on", "")),
+        "record": os.path.join(folder, "fewstep.json"),
         "asked": prompt,
         "prompt": named + ("prompt" if parts else prompt),
     }
+
+
+def encoding_of(record: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Of what prompts are routed on: its place in what ``encode_prompt`` gives, and what that is told beside them."""
+    before = {"at": 2 if record.get("routed_on") == "pooled" else 0, "num_images_per_prompt": 1}
+    options = dict(record.get("encoding", {**before, "do_classifier_free_guidance": False}))
+    return options.pop("at"), options
 
 
 def _base(record: Mapping[str, Any], folder: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ FLUX = (
     "Flux2Pipeline",
     "Flux2KleinPipeline",
     "Krea2Pipeline",
+    "QwenImage21Pipeline",
 )  # whose shift it tells by its logarithm
 FRACTIONS = (
     "QwenImagePipeline",

@@ -50,13 +50,17 @@ def folded_lora(
     Args:
         state: PEFT names and tensors of strength 1, and those of the embedding. net: the frozen network.
             The layer before the last must not be adapted.
-        times: (K,) in the network's own unit, all that it will ever be given.
+        times: (K,) as :func:`fewstep.diffusion.embedding.given_to_sinusoids` has them, all that there will ever be.
     """
     path, mlp, sinusoids = time_embedder(net)
     plain, added = _split(state, name, scalar)
     with torch.no_grad():
         weight = mlp.linear_1.weight
-        hidden = mlp.act(mlp.linear_1(sinusoids(times.to(weight.device)).to(weight.dtype))).cpu().double()
+        hidden = (
+            mlp.act(mlp.linear_1(sinusoids(times.to(weight.device, torch.float32)).to(weight.dtype)))
+            .cpu()
+            .double()
+        )
         one = torch.linalg.pinv(hidden) @ torch.ones(len(hidden), dtype=torch.float64)
     layer = f"{path}.linear_2.lora_"
     for side, rank, axis in (("A", one.float()[None], 0), ("B", added[:, None], 1)):

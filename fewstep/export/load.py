@@ -17,6 +17,7 @@ from ..teachers import load_pipeline
 from ..teachers.load import pipeline_type
 from ..teachers.origin import Origin
 from ..teachers.pipelines import hushed, network_of, takes
+from .card import encoding_of
 from .routed import PartNetworks, RoutedPipeline
 from .weights import LORA_FILE, adapters
 
@@ -65,6 +66,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             "noise": str,
             "network": str,
             "shift": float,
+            "encoding": dict,
         }
         wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key, kind()), kind)]
         names = [*record.get("parts", ()), *record.get("experts", ()), record.get("network", "unet")]
@@ -91,7 +93,7 @@ def _load(folder: Path, record: dict[str, Any], teacher: str | None, dtype: str,
             _adapt(pipe, folder, record)
     pipe.set_progress_bar_config(disable=True)
     if "parts" in record:
-        return RoutedPipeline(pipe, Router.load(folder), _chooser(pipe, record)), record
+        return RoutedPipeline(pipe, Router.load(folder), _chooser(pipe, record), *encoding_of(record)), record
     return pipe, record
 
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..configs import RoleConfig
-from ..diffusion.embedding import time_embedder
+from ..diffusion.embedding import given_to_sinusoids, time_embedder
 from ..diffusion.student import Sampler
 from ..errors import RecipeError
 from ..teachers.base import Teacher
@@ -55,11 +54,15 @@ class Adapted(Stock):
 
     def alone(self, tensors: Mapping[str, Tensor], role: RoleConfig) -> dict[str, Tensor]:
         """The LoRA alone; what the student is told is one of its ranks."""
-        state, scale = lora_state_dict(tensors, role), self.teacher.denoiser.schedule.time_scale
-        # All times the network is ever given, in its own unit.
-        times = sorted({float(t) for one in self.student.variants() for t in one.times})
-        for name, scalar in self.told.items():
-            state = folded_lora(state, self.teacher.net, name, scalar, torch.tensor(times) * scale)
+        state = lora_state_dict(tensors, role)
+        if self.told:  # at all times that the network is ever given
+            teacher, times = (
+                self.teacher,
+                sorted({float(t) for one in self.student.variants() for t in one.times}),
+            )
+            given = given_to_sinusoids(teacher.denoiser, teacher.latent_shape, times)
+            for name, scalar in self.told.items():
+                state = folded_lora(state, teacher.net, name, scalar, given)
         return state
 
 

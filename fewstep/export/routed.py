@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,16 @@ class Routed(Target):
 
     def record(self, edition: Edition) -> dict[str, Any]:
         parts, router = self.parts, self.student.router
-        routed = {"parts": list(parts), "routed_on": router.feature, "network": self.teacher.network}
+        teacher, encoding = (
+            self.teacher,
+            {"at": self.teacher.encoded_at[router.feature], **self.teacher.encoding()},
+        )
+        routed = {
+            "parts": list(parts),
+            "routed_on": router.feature,
+            "encoding": encoding,
+            "network": teacher.network,
+        }
         record = next(iter(parts.values())).record(edition) | routed
         record.pop("comfyui", None)  # which has no router
         return record
@@ -106,10 +115,13 @@ class RoutedPipeline:
 
     Args:
         pipe: the stock pipeline. use: makes the student of part k the one that is sampled.
+        at, options: see :func:`fewstep.export.card.encoding_of`.
     """
 
-    def __init__(self, pipe: Any, router: Router, use: Callable[[int], None]):
-        self.__dict__.update(pipe=pipe, router=router, use=use)
+    def __init__(
+        self, pipe: Any, router: Router, use: Callable[[int], None], at: int, options: Mapping[str, Any]
+    ):
+        self.__dict__.update(pipe=pipe, router=router, use=use, at=at, options=options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipe, name)
@@ -123,15 +135,9 @@ class RoutedPipeline:
 
     def route(self, prompts: Sequence[str]) -> Tensor:
         """Part (B,) of every prompt."""
-        encoded = self.pipe.encode_prompt(
-            list(prompts),
-            device=self.pipe.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-        pooled = self.router.feature == "pooled"
+        encoded = self.pipe.encode_prompt(prompt=list(prompts), device=self.pipe.device, **self.options)
         router: Router = self.router
-        return router(Cond({"pooled": encoded[-2]} if pooled else {"embeds": encoded[0]}))
+        return router(Cond({router.feature: encoded[self.at]}))
 
     @torch.no_grad()
     def __call__(
@@ -149,7 +155,7 @@ class RoutedPipeline:
             rows = (parts == k).nonzero()[:, 0].tolist()
             self.use(k)
             output = self.pipe(
-                [prompts[i] for i in rows],
+                prompt=[prompts[i] for i in rows],
                 guidance_scale=guidance_scale,
                 generator=[generator[i] for i in rows] if isinstance(generator, list) else generator,
                 latents=None if latents is None else latents[rows],

@@ -187,6 +187,11 @@ class Stock(Target):
                     f"method.times: {student.times}: a {kind} makes steps on an even grid only (its call has no "
                     f"{', '.join(odd)}); use num_steps and start"
                 )
+        if any("eta" in call for _, call in samplers.values()) and not takes(pipe, "eta"):
+            raise RecipeError(
+                f"method.noise: tcd: a {kind} hands its scheduler no eta; use fresh, which is an eta of 1, or ddim, "
+                "which is 0"
+            )
         if student.noise == "fixed" and student.num_steps > 1 and not takes(pipe, "callback_on_step_end"):
             raise RecipeError(
                 f"method.noise: fixed: a {kind} has no callback that could rewind its noise; use fresh or ddim"

@@ -32,7 +32,7 @@ def trainer_sample(student: Sampler, teacher: Teacher, prompts: list[str], seed:
     """
     with hushed():
         teacher.pipe.to(torch.float32)
-    if teacher.edits and len(prompts) > 1:  # whose stock call takes one
+    if teacher.singly and len(prompts) > 1:  # whose stock call takes one
         return torch.cat([trainer_sample(student, teacher, [p], seed + i) for i, p in enumerate(prompts)])
     generator = torch.Generator().manual_seed(seed)
     cond = teacher.encode(prompts).to(teacher.device)
@@ -67,7 +67,7 @@ def stock_sample(
     Args:
         decoded: images in any case.
     """
-    if teacher.edits and len(prompts) > 1:
+    if teacher.singly and len(prompts) > 1:
         rows = enumerate(prompts)
         return torch.cat([stock_sample(pipe, record, teacher, [p], seed + i, decoded) for i, p in rows])
     generator = torch.Generator().manual_seed(seed)

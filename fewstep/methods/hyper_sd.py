@@ -53,8 +53,8 @@ class HyperSD(Method):
             one_step_time: where the student of one step is called; null is the noisiest (800 for the paper's
                 dedicated one-step model).
             noise, eta: how it steps, see :class:`~student.Student`; null is "tcd", or "fresh" for a flow, whose
-                schedulers have no such steps. A student of one segment predicts clean images and steps by fresh noise,
-                "tcd" with eta 1.
+                schedulers have no such steps; pipelines that hand on no eta (DiT, DDPM) want "fresh" or "ddim".
+                A student of one segment predicts clean images and steps by fresh noise, "tcd" with eta 1.
             reward: of the feedback stage, ``module:function`` or a preference model, see :mod:`fewstep.vision.reward`.
             reward_margin: rewards above it are good enough (alpha_d); the loss is a hinge. reward_weight: of it.
             score_weight, score_norm: of the score difference on one-step samples, and its kind (DMD's ``weight``).

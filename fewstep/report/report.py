@@ -153,6 +153,8 @@ def _tiles(folder: Path, run: dict, rows: list[dict], records: list[dict]) -> st
     memory: Any = run.get("memory")
     if peak := drawable(memory.get("peak_gb")) if isinstance(memory, dict) else None:
         tiles.append(("memory while training", f"{pretty(peak)} GB", pretty(memory.get("kind"))))
+    if (waited := drawable(run.get("waited"))) and waited >= 0.01:
+        tiles.append(("waited for data", f"{waited:.0%}", "of the training time"))
     files = (folder / "export").glob("*.safetensors")
     if size := sum(path.stat().st_size for path in files):
         tiles.append(("student on disk", f"{size / 1e6:.3g} MB", "safetensors in export/"))

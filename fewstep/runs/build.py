@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..data.cache import encode_images, encode_prompts
 from ..data.images import CaptionedImages
+from ..data.live import Live
 from ..data.pairs import Pairs, check_pairs, load_pairs
 from ..data.store import Store
 from ..diffusion import kernels
@@ -83,21 +84,33 @@ def build(
 
 
 def encode(
-    recipe: Recipe, teacher: Teacher, prompts: list[str], images: CaptionedImages | None, quiet: bool = False
-) -> dict[str, Store | Pairs]:
+    recipe: Recipe,
+    teacher: Teacher,
+    prompts: list[str],
+    images: CaptionedImages | None,
+    process: Process | None = None,
+) -> dict[str, Store | Live | Pairs]:
     """Everything a recipe trains on, as :class:`~batches.Batches` takes it; what is cached is not made again."""
-    needs = recipe.method_class.needs(recipe.method)
-    found: dict[str, Store | Pairs] = {"conditions": encode_prompts(teacher, prompts, quiet=quiet)}
+    process, needs = process or Process(), recipe.method_class.needs(recipe.method)
+    quiet = not process.main
+
+    def conditions(texts: Sequence[str]) -> Store | Live:
+        if recipe.data.cache_prompts is False:
+            return Live(teacher, texts, quiet)
+        return encode_prompts(teacher, texts, quiet=quiet, process=process)
+
+    found: dict[str, Store | Live | Pairs] = {"conditions": conditions(prompts)}
     if images is not None and "images" in needs:
-        same = images.captions == prompts
-        found["captions"] = (
-            found["conditions"] if same else encode_prompts(teacher, images.captions, quiet=quiet)
-        )
+        found["captions"] = found["conditions"] if images.captions == prompts else conditions(images.captions)
+        if not process.main:
+            process.barrier()  # the first one encodes images, the others find them
         found["latents"] = encode_images(teacher, images, quiet=quiet)
+        if process.main:
+            process.barrier()
     if "pairs" in needs:
         found["pairs"] = pairs = load_pairs(recipe.data.pairs)
         check_pairs(pairs, teacher, guidance_of(recipe.method), quiet)
-        found["pair_conditions"] = encode_prompts(teacher, pairs.prompts, quiet=quiet)
+        found["pair_conditions"] = conditions(pairs.prompts)
     return found
 
 

@@ -11,7 +11,7 @@ from ..data.image_sets import split, walk
 from ..data.images import CaptionedImages, load_images, tables
 from ..data.pairs import load_pairs
 from ..data.places import PLACE
-from ..data.prompts import load_prompts
+from ..data.prompts import load_prompts, shown_prompts
 from ..data.texts import column_for, has_columns
 from ..errors import FewstepError, RecipeError
 from ..files import Need, check_room, check_writable, contents
@@ -130,13 +130,10 @@ def _check_references(
     recipe: Recipe, adapter: type[Teacher], prompts: Sequence[str], images: CaptionedImages | None
 ) -> None:
     """Every text that will be encoded has the images that the teacher reads, and none that it does not."""
-    data, measured, shown = recipe.data, recipe.evaluation.prompts, recipe.samples.prompts
-    if adapter.edits and shown is not None:
-        raise RecipeError(
-            f"samples.prompts: {len(shown)} texts without reference images, which a {adapter.pipeline_class} edits; "
-            "leave it null, which shows some of data.prompts"
-        )
+    data, measured = recipe.data, recipe.evaluation.prompts
     stores = {"data.prompts": prompts}
+    if shown := shown_prompts(recipe.samples.prompts, data.column):
+        stores["samples.prompts"] = shown
     if measured:
         stores["evaluation.prompts"] = load_prompts(measured, column=column_for(measured, data.column))
     if images is not None and "images" in recipe.method_class.needs(recipe.method):

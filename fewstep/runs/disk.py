@@ -23,6 +23,7 @@ from ..data.store import rows_to_make
 from ..data.texts import column_for
 from ..errors import FewstepError
 from ..files import Need, existing
+from ..methods.base import Method
 from ..recipe import Recipe
 from ..teachers.base import Teacher
 
@@ -31,17 +32,34 @@ def to_encode(
     recipe: Recipe, teacher: Teacher, prompts: list[str], images: CaptionedImages | None
 ) -> list[Need]:
     """What :func:`fewstep.runs.build.encode` will write, without what is cached already."""
-    needs, found = recipe.method_class.needs(recipe.method), []
-    found.append(need_of_prompts(teacher, prompts, "prompts"))
+    needs = recipe.method_class.needs(recipe.method)
+    found = [] if recipe.data.cache_prompts is False else texts_to_encode(recipe, teacher, prompts, images)
     if images is not None and "images" in needs:
-        if images.captions != prompts:
-            found.append(need_of_prompts(teacher, images.captions, "captions"))
         folder = images_folder(teacher, images)
         size = len(rows_to_make(folder, len(images))) * latent_bytes(teacher)
         found.append(Need("images", PLACE, folder, size))
+    return found
+
+
+def texts_to_encode(
+    recipe: Recipe, teacher: Teacher, prompts: list[str], images: CaptionedImages | None
+) -> list[Need]:
+    """What its conditions will take in the cache, without those that are there already."""
+    needs, found = recipe.method_class.needs(recipe.method), [need_of_prompts(teacher, prompts, "prompts")]
+    if images is not None and "images" in needs and images.captions != prompts:
+        found.append(need_of_prompts(teacher, images.captions, "captions"))
     if "pairs" in needs:
         found.append(need_of_prompts(teacher, load_pairs(recipe.data.pairs).prompts, "prompts of pairs"))
     return found
+
+
+def beside(recipe: Recipe, teacher: Teacher, prompts: list[str], images: CaptionedImages | None) -> float:
+    """GB that the conditions would take in the cache, where a recipe that leaves the choice has them encoded beside
+    training; 0 where they are cached, as for a method that looks at all of them first."""
+    if recipe.method_class.prepare is not Method.prepare:
+        return 0.0
+    gb = sum(need.size for need in texts_to_encode(recipe, teacher, prompts, images)) / 1e9
+    return gb if gb > recipe.data.cache_gb else 0.0
 
 
 def on_disk(recipe: Recipe, teacher: Teacher) -> dict[str, dict[str, int | None]]:
@@ -61,6 +79,13 @@ def on_disk(recipe: Recipe, teacher: Teacher) -> dict[str, dict[str, int | None]
         name: {"bytes_each": each, "rows": number, "bytes": None if number is None else each * number}
         for name, (each, number) in rows.items()
     }
+
+
+def cached(recipe: Recipe, disk: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether prompts are encoded before training, as far as :func:`on_disk` knows; :func:`beside` knows more."""
+    if recipe.data.cache_prompts is not None or recipe.method_class.prepare is not Method.prepare:
+        return recipe.data.cache_prompts is not False
+    return (disk["prompts"]["bytes"] or 0) / 1e9 <= recipe.data.cache_gb
 
 
 def doubt(cache: Mapping[str, Mapping[str, Any]]) -> str | None:

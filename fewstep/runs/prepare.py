@@ -30,7 +30,7 @@ from ..data.store import Store
 from ..diffusion.cond import Cond, drop_rows
 from ..diffusion.consistency import along, angles, refusing_without
 from ..diffusion.denoiser import NetDenoiser, ScheduleView
-from ..diffusion.embedding import time_embedder
+from ..diffusion.embedding import given_to_sinusoids, time_embedder
 from ..diffusion.kernels import gather
 from ..diffusion.schedules import TrigFlow, expand, repeated
 from ..diffusion.student import Student
@@ -99,17 +99,7 @@ class PrepareConfig(Bounded):
 def turns_of(denoiser: NetDenoiser, latent_shape: Sequence[int]) -> tuple[Tensor, float]:
     """Turns (C,) that each sinusoid makes over the times the network is given, and the largest of these times."""
     _, _, sinusoids = time_embedder(denoiser.net)
-    seen: list[Tensor] = []
-    handle = sinusoids.register_forward_pre_hook(
-        lambda _module, inputs: seen.append(inputs[0].cpu().double())
-    )
-    device = next(denoiser.net.parameters()).device
-    try:
-        x = torch.zeros(1, *latent_shape, device=device)
-        denoiser.predict(x, repeated(denoiser.schedule.t_max, x), denoiser.example.to(device))
-    finally:
-        handle.remove()
-    longest = seen[0].max().item()
+    longest = given_to_sinusoids(denoiser, latent_shape, [denoiser.schedule.t_max]).item()
     half = sinusoids.num_channels // 2
     exponent = torch.arange(half, dtype=torch.float64) / (half - sinusoids.downscale_freq_shift)
     turns = sinusoids.scale * 10_000.0**-exponent * longest / (2 * math.pi)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import CaptionedImages
+from ..data.prompts import shown_prompts
 from ..diffusion.cond import Cond
 from ..diffusion.rng import Rng
 from ..diffusion.schedules import repeated
@@ -74,7 +75,8 @@ class Preview:
         self.config, self.guidance = recipe.samples, guidance_of(recipe.method)
         self.teacher, self.method, self.roles, self.folder = teacher, method, roles, folder / "samples"
         order = Rng(self.config.seed, "preview").permutation(len(prompts))[: self.config.count]
-        self.prompts = self.config.prompts or [prompts[int(i)] for i in order]
+        shown = shown_prompts(self.config.prompts, recipe.data.column)
+        self.prompts = shown or [prompts[int(i)] for i in order]
         with unsaid():
             self.cond = teacher.encode(self.prompts).to(teacher.device)
         self.writer = ThreadPoolExecutor(1)

@@ -18,6 +18,7 @@ from .. import export, extensions
 from .. import recipe as recipes
 from ..data.batches import Ahead, Batches
 from ..data.images import CaptionedImages
+from ..data.live import Live
 from ..data.pairs import Pairs
 from ..data.places import PLACE
 from ..data.store import Store
@@ -38,7 +39,7 @@ from ..training.trainer import Trainer
 from . import inputs
 from .build import TOOLS, build, encode, on_pixels
 from .checks import check_class, check_data, check_length, check_output, check_space
-from .disk import to_encode
+from .disk import beside, to_encode
 from .preview import Preview
 from .starts import check_starts
 from .summary import hardware, memory, versions
@@ -169,7 +170,9 @@ def _execute(recipe: Recipe, folder: Path, resuming: bool, meant: Collection[str
     if not resuming:
         check_output(folder)
     check_writable(folder / "export", "output:", record=export.RECORD)
-    device = choose(recipe.train.device)
+    if recipe.data.encoder_device:
+        choose(recipe.data.encoder_device, "data.encoder_device")
+    device = choose(recipe.train.device)  # which becomes the current one
     kernels.check_attention(recipe.teacher.attention, device, recipe.teacher.autocast)
     prompts, images = check_data(recipe)
     check_class(recipe, prompts, images)
@@ -259,7 +262,7 @@ class Session:
         self.inputs = inputs.inputs_of(recipe, self.teacher, prompts, images)
         if begun:
             inputs.check_inputs(self.folder, self.inputs, recipe, meant)
-        self.recipe = recipe = settled(recipe, self.teacher, process)
+        self.recipe = recipe = self._placed(settled(recipe, self.teacher, process), prompts, images)
         kernels.set_precision(process.device, recipe.train.tf32)
         keep_freed(process.device)
         self.roles, self.method = build(recipe, self.teacher, process, read=not begun)
@@ -279,7 +282,10 @@ class Session:
             images if process.main else None,
         )
         self.export_prompts = [*self.preview.prompts[:2], *(prompts[i] for i in to_verify)]
-        self.teacher.drop_encoders(vae=not on_pixels(recipe))
+        live = recipe.data.cache_prompts is False
+        self.teacher.drop_encoders(
+            vae=not (on_pixels(recipe) or (live and self.teacher.edits)), texts=not live
+        )
         data = Batches(
             latent_shape=self.teacher.latent_shape,
             batch_size=recipe.train.batch_size,
@@ -288,10 +294,11 @@ class Session:
             device=process.device,
             **encoded,
         )
+        self.ahead = Ahead(data)
         self.trainer = Trainer(
             self.method,
             self.roles,
-            Ahead(data),
+            self.ahead,
             recipe.train,
             folder=self.folder,
             process=process,
@@ -301,18 +308,35 @@ class Session:
 
     def _encode(
         self, prompts: list[str], images: CaptionedImages | None
-    ) -> tuple[dict[str, Store | Pairs], list[int]]:
+    ) -> tuple[dict[str, Store | Live | Pairs], list[int]]:
         """What the method trains on, and the prompts that its export is to be verified on beside the first."""
-        main = self.process.main
-        if not main:
-            self.process.barrier()  # the first rank encodes, the others find the cache
-        encoded = encode(self.recipe, self.teacher, prompts, images, quiet=not main)
+        main, encoded = self.process.main, encode(self.recipe, self.teacher, prompts, images, self.process)
         to_verify = self.method.prepare(encoded["conditions"])
+        if not main:
+            self.process.barrier()  # the first one keeps what tools read, the others find it
         for tool in self.method.wants(self.recipe.method):
             setattr(self.method, tool, TOOLS[tool](self.recipe.method, self.teacher, prompts))
         if main:
             self.process.barrier()
         return encoded, to_verify
+
+    def _placed(self, recipe: Recipe, prompts: list[str], images: CaptionedImages | None) -> Recipe:
+        """With when prompts are encoded, where it is left open, for the run to go on alike; their encoders' device."""
+        data, device = recipe.data, recipe.data.encoder_device
+        if data.cache_prompts is None:
+            (gb, *_) = self.process.collect(beside(recipe, self.teacher, prompts, images))
+            if gb and self.process.main:
+                print(
+                    f"fewstep: note: prompts are encoded beside training: their cache would take {gb:.0f} GB; with "
+                    "data.cache_prompts true it is made first",
+                    file=sys.stderr,
+                )
+            data = dataclasses.replace(data, cache_prompts=not gb)
+        if device and data.cache_prompts is False:
+            for name in self.teacher.encoders:
+                if (encoder := getattr(self.teacher.pipe, name, None)) is not None:
+                    encoder.to(device)
+        return dataclasses.replace(recipe, data=data)
 
     def _check_export(self, prompt: str | None) -> None:
         """What an export would fail at is found before training; a prompt is for the first process to sample."""
@@ -345,6 +369,7 @@ class Session:
             with Trackers(names, self.folder, recipes.to_dict(self.recipe)) as trackers:
                 self.trainer.on_record = trackers.log
                 self.trainer.train()
+            self.ahead.settle()  # who encodes beside training has done
             self.preview.settle()
         except BaseException:
             with contextlib.suppress(WriteError):  # the first fault is the one to tell
@@ -411,6 +436,7 @@ class Session:
             "parameters": {n: sum(w.numel() for w in r.weights.values()) for n, r in self.roles.items()},
             "hardware": hardware(self.process),
             "memory": memory(self.process),
+            "waited": round(self.trainer.waits.share, 4),  # for data, of the time
             "arithmetic": {name: getattr(self.recipe.teacher, name) for name in ("autocast", "attention")},
             "versions": versions(),
         }
@@ -426,6 +452,7 @@ def cache(recipe: Recipe) -> dict[str, Store]:
         RecipeError: as :func:`execute`, for data and teacher.
     """
     recipe = recipes.from_dict(recipes.to_dict(recipe))
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, cache_prompts=True))
     choose(recipe.train.device)
     prompts, images = check_data(recipe)
     check_class(recipe, prompts, images)

@@ -18,7 +18,16 @@ from ..diffusion.denoiser import Guidance, NetDenoiser, plainly
 from ..diffusion.solvers import ddim
 from ..errors import FewstepError
 from .origin import Origin
-from .pipelines import fix_shift, native_resolution, pixels_per_latent, size_options, takes
+from .pipelines import (
+    SIDES,
+    class_of,
+    encoding,
+    fix_shift,
+    native_resolution,
+    pixels_per_latent,
+    size_options,
+    takes,
+)
 from .references import Edit
 from .schedulers import FLOOR, PREDICTIONS, for_steps, is_flow, schedule_of, scheduler_sample
 
@@ -44,8 +53,10 @@ class Teacher:
             image is one frame. folds: of the VAE's latents along the side of one of the teacher's, their channels side
             by side (FLUX.2).
             needs: the oldest version of each library that has the class.
-            edits: whether prompts are :class:`~fewstep.teachers.references.Edit`, with images that they change; its
-            stock call takes one at a time.
+            edits: whether prompts are :class:`~fewstep.teachers.references.Edit`, with images that they change.
+            singly: whether its stock call is given one prompt at a time: it takes no more, or reads a text otherwise
+            beside longer ones. alpha: whether the VAE has a fourth channel, of what covers white.
+            encoded_at: place in what the pipeline's ``encode_prompt`` gives of what prompts may be split by.
             comfyui: what ComfyUI's names for this network's adapters begin with, the layer's path behind it; None where
             it reads none. comfyui_whole: whether it reads the whole network as diffusers keeps it.
             image_first: whether blocks that give image and text apart give the image first.
@@ -60,11 +71,14 @@ class Teacher:
     normalises: ClassVar[bool] = False
     films: ClassVar[bool] = False
     edits: ClassVar[bool] = False
+    singly: ClassVar[bool] = False
+    alpha: ClassVar[bool] = False
     folds: ClassVar[int] = 1
     needs: ClassVar[dict[str, str]] = {}
     comfyui: ClassVar[str | None] = None
     comfyui_whole: ClassVar[bool] = True
     image_first: ClassVar[bool] = False
+    encoded_at: ClassVar[dict[str, int]] = {"pooled": 2, "embeds": 0}
     kind: ClassVar[str] = "diffusion"
     solver: ClassVar[tuple[str, int]] = ("ddim", 50)
     floor: ClassVar[bool] = True
@@ -89,6 +103,7 @@ class Teacher:
         self.prepare(self.net)
         native, factor = native_resolution(pipe), pixels_per_latent(pipe)
         size, unit = resolution or native, factor * self.packing * self.patch * self.folds
+        unit = math.lcm(unit, SIDES.get(class_of(pipe), 1))
         if size % unit:
             raise FewstepError(f"teacher.resolution: {size}: expected a multiple of {unit} for this pipeline")
         if size != native and not size_options(pipe):
@@ -123,6 +138,10 @@ class Teacher:
         )
 
     # ------------------------------------------------------------------------------ what differs between pipelines
+    def encoding(self) -> dict[str, Any]:
+        """What the pipeline's ``encode_prompt`` is told beside a prompt and a device, as JSON."""
+        return encoding(self.pipe)
+
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditions of prompts, exactly as the stock pipeline computes them; len(prompts) rows."""
         raise NotImplementedError
@@ -196,6 +215,7 @@ class Teacher:
         """uint8 images (B, H, W, 3) -> scaled latents (B, C, h, w): a draw of the VAE's posterior, if it has one."""
         vae = self.pipe.vae
         pixels = images.to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
+        pixels = nn.functional.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0) if self.alpha else pixels
         pixels = pixels[:, :, None] if self.films else pixels
         encoded = [vae.encode(p) for p in pixels.split(self._at_once())]
         parts = [
@@ -230,7 +250,8 @@ class Teacher:
         """The VAE's own z, as :meth:`fold` leaves it (B, C, h, w) -> what it makes of it, (B, 3, H, W)."""
         z = nn.functional.pixel_shuffle(z, self.folds) if self.folds > 1 else z
         decoded: Tensor = self.pipe.vae.decode(z[:, :, None] if self.films else z, return_dict=False)[0]
-        return decoded[:, :, 0] if self.films else decoded
+        decoded = decoded[:, :, 0] if self.films else decoded
+        return 1 - (1 - decoded[:, :3]) * (decoded[:, 3:] + 1) / 2 if self.alpha else decoded
 
     def latent_scale(self) -> tuple[Any, Any]:
         """(shift, factor), numbers or (C, 1, 1): latents are ``(z - shift) * factor`` of the VAE's own z.
@@ -321,9 +342,16 @@ class Teacher:
         home: torch.device = next(self.net.parameters()).device
         return home
 
-    def drop_encoders(self, vae: bool = False) -> None:
-        """Prompts are cached: the text encoders leave the device, and the VAE but for the time of :meth:`decode`."""
-        for name in (*self.encoders, *([self.autoencoder] if vae and self.autoencoder else [])):
+    def drop_encoders(self, vae: bool = False, texts: bool = True) -> None:
+        """Prompts are cached: the text encoders leave the device, and the VAE but for the time of :meth:`decode`.
+
+        Args:
+            vae: it leaves too. texts: false where prompts are encoded beside training: the text encoders stay.
+        """
+        for name in (
+            *(self.encoders if texts else ()),
+            *([self.autoencoder] if vae and self.autoencoder else []),
+        ):
             if getattr(self.pipe, name, None) is not None:
                 getattr(self.pipe, name).to("cpu")
 

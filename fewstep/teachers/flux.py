@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class Flux(Teacher):
     encoders = ("text_encoder", "text_encoder_2")
     packing = 2
     shifts_latents = True
+    encoded_at: ClassVar[dict[str, int]] = {"pooled": 1, "embeds": 0}
     comfyui = "lora_transformer_"
 
     @torch.no_grad()

@@ -23,6 +23,8 @@ OPTIONAL = {
 APART = {
     "HiDreamImagePipeline": (("text_encoder_4", "tokenizer_4"), "Llama 3.1 8B Instruct")
 }  # parts that a class needs and its publishers leave out, and what they are
+# Processors of texts and images, which take films too.
+NEED_TORCHVISION = ("Qwen2VLProcessor", "Qwen3VLProcessor", "PixtralProcessor")
 RESAVE = (
     'python -c "from diffusers import DiffusionPipeline as P; P.from_pretrained({folder!r}, {how})'
     ".save_pretrained('NEW')\""
@@ -94,7 +96,7 @@ def check_parts(source: str, folder: str | Path, variant: str | None = None) -> 
     """
     folder = Path(folder)
     index = _index(folder / "model_index.json")
-    check_apart(source, index)
+    check_index(source, index)
     listed = listed_parts(index)
     weighed = [name for name, kind in listed.items() if not any(word in kind for word in WITHOUT_WEIGHTS)]
     known = {one for name in weighed for one in _variants(folder / name)} - {""}
@@ -113,22 +115,36 @@ def check_parts(source: str, folder: str | Path, variant: str | None = None) -> 
             _check_weights(source, folder, name, variant)
 
 
-def check_apart(source: str, index: Mapping[str, Any]) -> None:
-    """Refuses a pipeline without the parts that are published elsewhere.
+def check_index(source: str, index: Mapping[str, Any]) -> None:
+    """Refuses what a ``model_index.json`` says that cannot be loaded here, or not be distilled.
 
     Args:
-        index: its ``model_index.json``; one that could not be read is left to others.
+        index: one that could not be read is left to others.
 
     Raises:
-        FewstepError: with the command that puts them there.
+        FewstepError: parts that are published elsewhere, with the command that puts them there; a processor of images
+            and films without its library, which would say so in its own words; a call that walks a grid of its own
+            whatever number of steps it is told (Qwen-Image-2.1).
     """
-    name = index.get("_class_name")
+    from transformers.utils import is_torchvision_available
+
+    name, listed = index.get("_class_name"), listed_parts(index)
     names, what = APART.get(str(name), ((), ""))
-    if absent := [n for n in names if n not in listed_parts(index)]:
+    if absent := [n for n in names if n not in listed]:
         given = ", ".join(f"{n}=..." for n in names)
         raise FewstepError(
             f"teacher.path: {source}: a {name} without {' and '.join(absent)}, which are {what} and published apart: "
             f"{name}.from_pretrained({source!r}, {given}).save_pretrained('NEW'), then give NEW"
+        )
+    kind = next((kind for kind in listed.values() if kind in NEED_TORCHVISION), None)
+    if kind and not is_torchvision_available():
+        raise FewstepError(
+            f"teacher.path: {source}: its processor of images, a {kind}, needs torchvision: pip install torchvision"
+        )
+    if index.get("sample_sigmas"):
+        raise FewstepError(
+            f"teacher.path: {source}: its model_index.json has sample_sigmas, a grid of {len(index['sample_sigmas'])} "
+            "steps that its call walks whatever number it is told, with a student's LoRA too; expected null there"
         )
 
 

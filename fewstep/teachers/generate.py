@@ -16,7 +16,7 @@ from ..errors import FewstepError
 from ..report.bar import Bar
 from .classes import labels_of, num_classes
 from .lengths import unsaid
-from .pipelines import EDITING, GUIDING, class_of, guided
+from .pipelines import EDITING, GUIDING, SINGLY, class_of, guided
 from .references import Edit, refuse_references
 from .transformers import text_length
 
@@ -24,7 +24,7 @@ FORGET = (
     *("StableDiffusion3Pipeline", "FluxPipeline", "DiTPipeline"),
     *("QwenImagePipeline", "QwenImageEditPlusPipeline", "ZImagePipeline"),
     *("ChromaPipeline", "Lumina2Pipeline"),
-    *("Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline"),
+    *("Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline", "QwenImage21Pipeline"),
     "HiDreamImagePipeline",
 )
 
@@ -34,7 +34,7 @@ def call_pipeline(
     pipe, prompts: Sequence[str], generator: torch.Generator | Sequence[torch.Generator], **options: Any
 ):
     """One ordinary call of a stock pipeline with texts, with class labels (DiT, UNet2DModel) or with neither; one for
-    each row, with its references, where it edits images.
+    each row of a pipeline that edits images or reads a text otherwise beside others.
 
     Args:
         generator: one, or one per prompt; all noise is drawn from it. options: of its call; ``guidance_scale`` is g of
@@ -44,7 +44,7 @@ def call_pipeline(
         FewstepError: a guidance scale for a pipeline without any, or a prompt that is no class of the network.
     """
     name, prompts = type(pipe).__name__, list(prompts)
-    if class_of(pipe) in EDITING:
+    if class_of(pipe) in SINGLY:
         return _each(pipe, prompts, generator, options)
     _bind_noise(pipe, generator)
     refuse_references(name, prompts)
@@ -66,21 +66,30 @@ def call_pipeline(
 
 
 def _each(pipe, prompts: list[str], generator, options: dict[str, Any]) -> SimpleNamespace:
-    """Editing pipelines take one row at a time."""
-    images = []
+    """One row at a time, with its references where the pipeline edits."""
+    images, edits = [], class_of(pipe) in EDITING
+    if not edits:
+        refuse_references(class_of(pipe), prompts)
     if "guidance_scale" in options:
         options |= guided(pipe, options.pop("guidance_scale"))
     for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, Edit):
+        if edits and not isinstance(prompt, Edit):
             raise FewstepError(
                 f"{prompt[:40]!r} has no reference image, which a {class_of(pipe)} edits; give one"
             )
         own = {name: value[i : i + 1] if name == "latents" else value for name, value in options.items()}
         rng = generator if isinstance(generator, torch.Generator) else generator[i]
         _bind_noise(pipe, rng)
-        images.append(pipe(image=prompt.images(), prompt=[str(prompt)], generator=rng, **own).images)
-    join = torch.cat if isinstance(images[0], torch.Tensor) else np.concatenate
-    return SimpleNamespace(images=join(images))
+        shown = {"image": prompt.images()} if isinstance(prompt, Edit) else {}
+        images.append(pipe(prompt=[str(prompt)], generator=rng, **shown, **own).images)
+    if isinstance(images[0], torch.Tensor):
+        return SimpleNamespace(images=torch.cat(images))
+    return SimpleNamespace(images=opaque(np.concatenate(images)))
+
+
+def opaque(images: np.ndarray) -> np.ndarray:
+    """Images (N, H, W, 3) in 0..1, of (N, H, W, 4) with their last channel as what covers white."""
+    return images if images.shape[-1] == 3 else 1 - (1 - images[..., :3]) * images[..., 3:]
 
 
 def _bind_noise(pipe, generator: torch.Generator | Sequence[torch.Generator]) -> None:

@@ -29,6 +29,7 @@ class HiDream(Teacher):
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
     shifts_latents = True
     image_first = True
+    encoded_at: ClassVar[dict[str, int]] = {"pooled": 4, "embeds": 0}
     comfyui = "lycoris_"
 
     def __init__(self, pipe: Any, source: str, *args: Any):

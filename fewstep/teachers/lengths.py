@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .pipelines import EDITING, class_of, hushed
+from .pipelines import PROCESSED, class_of, hushed
 
 PIECE = 1024  # prompts that are split into tokens at a time
 THINKING = {"ZImagePipeline": True, "Flux2KleinPipeline": False}  # what their templates of a chat are told
@@ -21,7 +21,7 @@ SAID = (
 def limits(pipe: Any) -> dict[str, int]:
     """Name of each tokenizer of a stock pipeline -> tokens that are read of a text, special ones included."""
     found: dict[str, int] = {}
-    if class_of(pipe) in EDITING:  # which read all of a text
+    if class_of(pipe) in PROCESSED:  # which read all of a text
         return found
     parameter = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"):
@@ -64,8 +64,10 @@ def _around(pipe: Any, tokenizer: Any) -> int:
 
 
 def _tokenizer(pipe: Any, name: str) -> Any:
-    """Itself, or that of the processor that a pipeline has in its place (FLUX.2)."""
+    """Itself, or that of the processor that a pipeline has in its place (FLUX.2) or beside it (Qwen-Image-2.1)."""
     part = getattr(pipe, name, None)
+    if part is None and name == "tokenizer":
+        part = getattr(pipe, "processor", None)
     return getattr(part, "tokenizer", part)
 
 

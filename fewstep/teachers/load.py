@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,9 @@ from ..errors import FewstepError, in_line
 from ..extensions import plugins
 from ..files import at_home
 from .base import Teacher
-from .folders import absent_parts, check_apart, check_parts, check_pipeline_folder
+from .folders import absent_parts, check_index, check_parts, check_pipeline_folder
 from .origin import Origin, check_loras, merge_loras
-from .pipelines import EDITING, heard, hushed
+from .pipelines import PROCESSED, heard, hushed
 from .single import check_single, config_of, load_single
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def adapters() -> dict[str, type[Teacher]]:
     from .krea2 import Krea2
     from .lumina2 import Lumina2
     from .qwen_image import QwenImage
+    from .qwen_image21 import QwenImage21
     from .qwen_image_edit import QwenImageEdit
     from .sd import StableDiffusion, StableDiffusionXL
     from .transformers import PixArtAlpha, PixArtSigma, Sana, StableDiffusion3
@@ -65,6 +66,7 @@ def adapters() -> dict[str, type[Teacher]]:
         *(
             QwenImage,
             QwenImageEdit,
+            QwenImage21,
             ZImage,
             Flux2,
             Flux2Klein,
@@ -93,7 +95,10 @@ def pipeline_type(name: str):
     from .ar import PIPELINES
     from .edm.pipeline import EDMPipeline
 
-    if name in EDITING:  # what our stand-ins name, diffusers takes only from a module that has been imported
+    if name in (
+        *PROCESSED,
+        "Flux2Pipeline",
+    ):  # diffusers takes stand-ins' only from a module that is imported
         from . import processor  # noqa: F401
     # DDIMPipeline makes DDIM's of any scheduler, and holds the same parts.
     own = {"DDIMPipeline": diffusers.DDPMPipeline, "EDMPipeline": EDMPipeline, **PIPELINES}
@@ -189,12 +194,12 @@ def pipeline_class_of(source: str | Origin) -> str:
             "subclass fewstep.teachers.base.Teacher (encode, call) under @fewstep.teachers.register in your recipe, as "
             "in fewstep/teachers/sd.py"
         )
-    _check_versions(origin.path, name)
+    check_versions(origin.path, name)
     return name
 
 
-def _check_versions(source: str, name: str) -> None:
-    """Refuses a pipeline that an installed library is too old for."""
+def check_versions(source: str, name: str) -> None:
+    """Refuses a pipeline of a class that an installed library is too old for."""
     from importlib.metadata import version
 
     from packaging.version import Version
@@ -279,23 +284,11 @@ def _load_folder(origin: Origin, name: str, options: dict[str, Any]):
     place = resolve(origin.path)
     check_parts(origin.path, place, origin.variant)
     index = DiffusionPipeline.load_config(place)
-    check_apart(origin.path, index)
-    _check_processor(origin.path, index)
+    check_index(origin.path, index)
     absent = absent_parts(origin.path, index, Path(place))
     if origin.variant:
         options = {**options, "variant": origin.variant}
     return pipeline_type(name).from_pretrained(place, use_safetensors=True, **{**absent, **options})
-
-
-def _check_processor(source: str, index: Mapping[str, Any]) -> None:
-    """Refuses one of images and films where its library cannot make it, and would say so in its own words."""
-    from transformers.utils import is_torchvision_available
-
-    kind = (index.get("processor") or ["", ""])[1]
-    if kind == "Qwen2VLProcessor" and not is_torchvision_available():
-        raise FewstepError(
-            f"teacher.path: {source}: its processor of images, a {kind}, needs torchvision: pip install torchvision"
-        )
 
 
 def _origin(source: str | Origin) -> Origin:

@@ -30,7 +30,10 @@ def pixels_per_latent(pipe: Any) -> int:
 
 
 ONE_SIZE = ("HiDreamImagePipeline",)  # whose call scales every size to the area of its network's
-NATIVE = dict.fromkeys(("ZImagePipeline", "Krea2Pipeline"), 1024)  # which the code of their calls says alone
+# Which the code of their calls says alone.
+NATIVE = dict.fromkeys(("ZImagePipeline", "Krea2Pipeline", "QwenImage21Pipeline"), 1024)
+SIDES = {"QwenImage21Pipeline": 32}  # pixels, of whose multiples an image is; others its call rounds down
+UNPACKED = ("QwenImage21Pipeline",)  # whose network takes each latent as a token
 
 
 def native_resolution(pipe: Any) -> int:
@@ -58,10 +61,8 @@ def fix_shift(pipe: Any, resolution: int | None = None) -> None:
     config = pipe.scheduler.config
     if not config.get("use_dynamic_shifting"):
         return
-    side = (
-        (resolution or native_resolution(pipe)) // pixels_per_latent(pipe) // getattr(pipe, "patch_size", 2)
-    )
-    tokens = side**2
+    packed = 1 if class_of(pipe) in UNPACKED else getattr(pipe, "patch_size", 2)
+    tokens = ((resolution or native_resolution(pipe)) // pixels_per_latent(pipe) // packed) ** 2
     if class_of(pipe) == "Lumina2Pipeline":
         # Whose stock call takes the number of channels for that of tokens.
         tokens = network_of(pipe).config.in_channels
@@ -98,16 +99,29 @@ def takes(pipe: Any, argument: str) -> bool:
     return argument in inspect.signature(routed.__call__).parameters
 
 
+def encoding(pipe: Any) -> dict[str, Any]:
+    """What ``encode_prompt`` is told beside a prompt and a device: one image of it, unguided, and no other texts."""
+    known = inspect.signature(pipe.encode_prompt).parameters
+    unsaid = {
+        n: None for n, p in known.items() if p.default is p.empty and n not in ("prompt", "device", "kwargs")
+    }
+    asked = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    return {**unsaid, **{name: value for name, value in asked.items() if name in known}}
+
+
 def class_of(pipe: Any) -> str:
     """Name of a stock pipeline's class, a router's around it left aside."""
     return type(getattr(pipe, "pipe", pipe)).__name__
 
 
 EDITING = ("QwenImageEditPlusPipeline",)  # whose call takes one prompt with its images
+PROCESSED = (*EDITING, "QwenImage21Pipeline")  # whose texts a processor of images reads, all of a text
+# Beside a longer text this one reads a text otherwise than alone.
+SINGLY = (*EDITING, "QwenImage21Pipeline")
 HANDS_SIGMAS = (
     *("FluxPipeline", "QwenImagePipeline", "QwenImageEditPlusPipeline", "ZImagePipeline"),
     *("ChromaPipeline", "Lumina2Pipeline"),
-    *("Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline"),
+    *("Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline", "QwenImage21Pipeline"),
 )
 
 # To every scheduler but UniPC, whether it takes one or not, and no grid.
@@ -130,6 +144,7 @@ class Guiding(NamedTuple):
 GUIDING = {
     "QwenImagePipeline": Guiding("true_cfg_scale", negative=" "),  # as its model card calls it
     "QwenImageEditPlusPipeline": Guiding("true_cfg_scale", negative=" "),
+    "QwenImage21Pipeline": Guiding("true_cfg_scale", negative=" "),
     "ZImagePipeline": Guiding(beside=-1.0),  # c + scale (c - u)
     "Krea2Pipeline": Guiding(beside=-1.0),
 }
@@ -164,9 +179,8 @@ def check_size(pipe: Any, size: int) -> None:
         raise FewstepError(
             f"--size {size}: a {class_of(pipe)} makes images of {native_resolution(pipe)} pixels only"
         )
-    side = math.lcm(
-        8, pixels_per_latent(pipe) * getattr(pipe, "patch_size", 1)
-    )  # stock pipelines ask for the 8
+    # Stock pipelines ask for the 8.
+    side = math.lcm(8, pixels_per_latent(pipe) * getattr(pipe, "patch_size", 1), SIDES.get(class_of(pipe), 1))
     if size % side:
         raise FewstepError(f"--size {size}: expected a multiple of {side} pixels")
 

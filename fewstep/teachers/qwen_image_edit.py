@@ -27,7 +27,7 @@ class QwenImageEdit(QwenImage):
 
     pipeline_class = "QwenImageEditPlusPipeline"
     needs: ClassVar[dict[str, str]] = {"diffusers": "0.36", "transformers": "4.49"}
-    edits = True
+    edits = singly = True
 
     @staticmethod
     def reference_shapes(edit: Edit) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ class Ragged(Teacher):
     """
 
     network = "transformer"
+    most: ClassVar[int] = LONGEST  # tokens of a text
     width: ClassVar[str]  # of the network's configuration: how wide an encoded token is
 
     def ragged(self, prompts: Sequence[str], length: int) -> list[Tensor]:
@@ -34,9 +35,14 @@ class Ragged(Teacher):
         """Shape of an encoded token."""
         return (self.net.config[self.width],)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a row, padding included."""
+        return text_length(self.pipe)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
-        length = text_length(self.pipe)
+        length = self.longest
         rows = self.ragged(list(prompts), length)
         embeds = torch.stack(
             [torch.cat([row, row.new_zeros(length - len(row), *row.shape[1:])]) for row in rows]
@@ -46,9 +52,9 @@ class Ragged(Teacher):
         return Cond({"embeds": embeds.float(), "mask": mask, "lengths": ends})
 
     def blank(self, rows: int) -> Cond:
-        embeds = torch.zeros(rows, LONGEST, *self.token)
-        mask = torch.ones(rows, LONGEST, dtype=torch.long)
-        return Cond({"embeds": embeds, "mask": mask, "lengths": torch.full((rows,), LONGEST)})
+        embeds = torch.zeros(rows, self.most, *self.token)
+        mask = torch.ones(rows, self.most, dtype=torch.long)
+        return Cond({"embeds": embeds, "mask": mask, "lengths": torch.full((rows,), self.most)})
 
 
 def apart(cond: Cond) -> list[Tensor]:

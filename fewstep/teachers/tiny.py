@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FewstepError
+from .load import check_versions
 
 TOKENS = ("LlamaGenPipeline", "VARPipeline")
 # Pixels for tiny networks, where the class of the pipeline has a size of its own.
@@ -18,6 +19,7 @@ RESOLUTION = {
     **{"FluxPipeline": 32, "QwenImagePipeline": 32, "QwenImageEditPlusPipeline": 128, "ZImagePipeline": 32},
     **{"ChromaPipeline": 32, "Lumina2Pipeline": 32},
     **{"Flux2Pipeline": 32, "Flux2KleinPipeline": 32, "Krea2Pipeline": 32},
+    "QwenImage21Pipeline": 64,
 }
 SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
@@ -46,6 +48,7 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         "Lumina2Pipeline": _lumina2,
         "Krea2Pipeline": _krea2,
         "HiDreamImagePipeline": _hidream,
+        "QwenImage21Pipeline": _qwen_image21,
         "Flux2Pipeline": _flux2,
         "Flux2KleinPipeline": _flux2_klein,
         "DiTPipeline": _dit,
@@ -57,6 +60,7 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         return _write_tokens(pipeline_class, Path(folder), seed, options)
     if pipeline_class not in builders:
         raise FewstepError(f"no tiny stand-in for {pipeline_class}; known: {', '.join([*builders, *TOKENS])}")
+    check_versions(f"the tiny stand-in in {folder}", pipeline_class)
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -297,11 +301,12 @@ MESSAGES = (
 
 
 def _flux2(tokenizer, _pipeline_class, options):
-    """As :func:`_flux2_klein`, told the guidance scale; a tokenizer stands for the processor of the published one."""
+    """As :func:`_flux2_klein`, told the guidance scale; its processor reads texts alone."""
     import diffusers
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-    tokenizer.chat_template = MESSAGES
+    from .processor import TextProcessor
+
     texts = {**_stacked(tokenizer, 31), "model_type": "mistral"}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Mistral3Config(
@@ -310,7 +315,7 @@ def _flux2(tokenizer, _pipeline_class, options):
     )
     return diffusers.Flux2Pipeline(
         text_encoder=Mistral3ForConditionalGeneration(config),
-        tokenizer=tokenizer,
+        tokenizer=TextProcessor(tokenizer, chat_template=MESSAGES),
         **_flux2_parts(True, options),
     )
 
@@ -351,6 +356,12 @@ def _krea2(tokenizer, _pipeline_class, options):
     )
 
 
+def _qwen_image21(tokenizer, _pipeline_class, options):
+    from .tiny_qwen_image21 import qwen_image21
+
+    return qwen_image21(tokenizer, _stacked(tokenizer, 2), options)
+
+
 def _film_vae(sizes: dict[str, Any] | None = None):
     import diffusers
 
@@ -365,7 +376,7 @@ def _film_vae(sizes: dict[str, Any] | None = None):
 
 
 # Whose texts a tokenizer of Qwen's reads.
-QWEN = (_qwen_image, _qwen_image_edit, _z_image, _flux2_klein, _flux2, _krea2)
+QWEN = (_qwen_image, _qwen_image_edit, _z_image, _flux2_klein, _flux2, _krea2, _qwen_image21)
 
 
 def _text_config(tokenizer, width: int = 16, **options):

@@ -60,11 +60,12 @@ class _Masked(Teacher):
     network = "transformer"
     max_tokens: int  # default of the stock pipeline's call
 
+    def encoding(self) -> dict[str, Any]:
+        return {**super().encoding(), "max_sequence_length": text_length(self.pipe)}
+
     def _encode(self, prompts: Sequence[str], **options: Any) -> Cond:
-        device, length = self.pipe.text_encoder.device, text_length(self.pipe)
-        embeds, mask, _, _ = self.pipe.encode_prompt(
-            list(prompts), False, device=device, max_sequence_length=length, **options
-        )
+        device, options = self.pipe.text_encoder.device, {**self.encoding(), **options}
+        embeds, mask, _, _ = self.pipe.encode_prompt(list(prompts), device=device, **options)
         return Cond({"embeds": embeds.float(), "mask": mask})
 
     def blank(self, rows: int) -> Cond:
@@ -78,14 +79,17 @@ class Sana(_Masked):
     pipeline_class = "SanaPipeline"
     max_tokens = 300
 
+    def encoding(self) -> dict[str, Any]:
+        instruction = inspect.signature(type(self.pipe).__call__).parameters["complex_human_instruction"]
+        return {**super().encoding(), "complex_human_instruction": instruction.default}
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
-        default = inspect.signature(type(self.pipe).__call__).parameters["complex_human_instruction"].default
-        return self._encode(prompts, complex_human_instruction=default)
+        return self._encode(prompts)
 
     @torch.no_grad()
     def null(self) -> Cond:
-        return self._encode([""])
+        return self._encode([""], complex_human_instruction=None)
 
     @staticmethod
     def call(net: Any, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
@@ -104,9 +108,12 @@ class PixArtAlpha(_Masked):
     pipeline_class = "PixArtAlphaPipeline"
     max_tokens = 120
 
+    def encoding(self) -> dict[str, Any]:
+        return {**super().encoding(), "clean_caption": True}
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
-        return self._sized(self._encode(prompts, clean_caption=True))
+        return self._sized(self._encode(prompts))
 
     def blank(self, rows: int) -> Cond:
         return self._sized(super().blank(rows))

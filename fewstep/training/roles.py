@@ -63,6 +63,7 @@ TRANSFORMER_TARGETS = [
     "ff.conv_inverted",
     "ff.conv_point",
     *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),  # Qwen-Image
+    *("img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out"),  # Qwen-Image-2.1
     *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),  # Z-Image
     *("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3"),  # Lumina
     *("to_q_t", "to_k_t", "to_v_t", "to_out_t", "ff_t.w1", "ff_t.w2", "ff_t.w3"),  # HiDream, its text

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..configs import TrainConfig
-from ..data.batches import Data
+from ..data.batches import Data, Waits
 from ..diffusion.rng import Rng
 from ..errors import Interrupted, TrainingError
 from ..files import sweep
@@ -79,6 +79,7 @@ class Trainer:
         self.finite: dict[str, Tensor] = {}  # of this iteration's updates, by phase, on the device
         self.divergence = Divergence(self.phases, self.again)
         self.status = StatusLine(config.steps, quiet=self.quiet)
+        self.waits = Waits(data)
 
     # ------------------------------------------------------------------------------------------------- the loop
     def train(self) -> None:
@@ -109,6 +110,8 @@ class Trainer:
                     record = self._record()
                     self._note(log, record)
                     self.status.update(step, record)
+                    if line := self.waits.read(self.seconds):
+                        self.say(line)
                     for line in watch.read(record):
                         self.say(f"warning: {line}")
                 stopping = self.process.any(stop.number is not None)

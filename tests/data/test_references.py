@@ -159,7 +159,19 @@ def test_a_recipe_and_its_teacher_have_to_agree_on_references(folder, teachers):
             editing,
             edits,
             {"samples": SampleConfig(prompts=["a", "b"])},
-            "samples.prompts: 2 texts without reference",
+            "samples.prompts: number 1, 'a', has no reference image",
+        ),
+        (
+            editing,
+            edits,
+            {"samples": SampleConfig(prompts=str(words))},
+            "samples.prompts: number 1, 'a cat', has no reference image",
+        ),
+        (
+            drawing,
+            words,
+            {"samples": SampleConfig(prompts=str(folder / "gone.txt"))},
+            "samples.prompts: .*gone.txt is no file",
         ),
         (
             editing,

@@ -11,7 +11,7 @@ from fewstep.data.cache import encode_prompts, need_of_prompts, prompts_folder
 from fewstep.diffusion.cond import Cond
 
 TEXTS = ["a cat", "a much longer prompt about a dog on a skateboard", "", "x" * 900, "a red apple"]
-PADDED = ["Qwen-Image", "Z-Image", "Krea-2", "Qwen-Image-Edit"]
+PADDED = ["Qwen-Image", "Z-Image", "Krea-2", "Qwen-Image-Edit", "Qwen-Image-2.1"]
 
 
 @pytest.fixture(autouse=True)

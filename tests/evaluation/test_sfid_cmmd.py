@@ -89,7 +89,7 @@ def test_spatial_features_equal_those_of_torch_fidelity(weights):
 
 
 def test_sfid_from_images_statistics_and_references_of_adm(weights, tmp_path, capsys):
-    real, fake = pictures_of(256, 5), pictures_of(256, 6, 1) // 2
+    real, fake = pictures_of(256, 3), pictures_of(256, 4, 1) // 2
     extractor = protocols.load("imagenet256-adm").get_extractor()
     x, y = (spatial_by_hand(extractor, images) for images in (real, fake))
     expected = frechet_by_numpy(x, y)
@@ -106,7 +106,7 @@ def test_sfid_from_images_statistics_and_references_of_adm(weights, tmp_path, ca
         # Enough images for precision and recall are not the matter here.
         result = evaluate_images(*files, protocol="imagenet256-adm", metrics=("sfd",), declared=bool(more))
         ((label, entry),) = result["metrics"].items()
-        assert label == "sFID-6(imagenet256-adm, which wants 50k)"
+        assert label == "sFID-4(imagenet256-adm, which wants 50k)"
         assert entry["value"] == pytest.approx(expected, rel=1e-5) and entry["error"] > 0
     # Statistics without that part cannot give it, which is said.
     np.savez(tmp_path / "plain.npz", mu=np.zeros(2048), sigma=np.eye(2048))

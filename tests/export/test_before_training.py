@@ -170,7 +170,7 @@ def test_any_scheduler_in_any_pipeline_can_be_exported_or_is_refused(name, teach
         "UniPCMultistepScheduler",
     }
     flux = ("FLUX.1-dev", "FLUX.1-schnell", "FLUX.2-dev", "FLUX.2-klein")
-    handed = (*flux, "HiDream", "Krea-2", "Qwen-Image", "Qwen-Image-Edit", "Z-Image")
+    handed = (*flux, "HiDream", "Krea-2", "Qwen-Image", "Qwen-Image-Edit", "Qwen-Image-2.1", "Z-Image")
     families = {"SD 3": flows | tables, "SANA": flows | tables, **dict.fromkeys(handed, flows)}
     assert families.get(name, tables) <= made
     assert (

@@ -8,6 +8,7 @@ from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from routing import Encoded
 
 from fewstep.diffusion.student import Student
 from fewstep.export import export_student, load_exported, stock_call
@@ -17,17 +18,6 @@ from fewstep.recipe import RoleConfig
 from fewstep.training.roles import build_role
 
 STEPS = ["a", "a", "b", "b"]
-
-
-class Encoded(list):
-    """Conditions as a router is fitted on them."""
-
-    def __init__(self, cond):
-        super().__init__(range(len(cond)))
-        self.cond = cond
-
-    def rows(self, index):
-        return {name: value[index] for name, value in self.cond.tensors.items()}
 
 
 @pytest.fixture(scope="module")

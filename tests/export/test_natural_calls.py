@@ -37,6 +37,7 @@ FLOWS = {
     "Lumina 2": -1.0,
     "Krea-2": 1.0,
     "HiDream": 1000.0,
+    "Qwen-Image-2.1": 1.0,
     "FLUX.2-dev": 1.0,
     "FLUX.2-klein": 1.0,
     "Z-Image": -1.0,  # from 1 down to 0, and so from 0 up
@@ -93,7 +94,16 @@ def run_card(folder, monkeypatch, code=None):
 EDMS = ("EDM", "EDM2")
 # Handed a grid as Flux is, so that two cases tell.
 FLUX2 = ("FLUX.2-dev", "FLUX.2-klein")
-HANDED = ("Qwen-Image", "Qwen-Image-Edit", "Z-Image", "Krea-2", *FLUX2, "Chroma", "Lumina 2")
+HANDED = (
+    "Qwen-Image",
+    "Qwen-Image-Edit",
+    "Z-Image",
+    "Krea-2",
+    *FLUX2,
+    "Chroma",
+    "Lumina 2",
+    "Qwen-Image-2.1",
+)
 CALLS = [(n, k, s) for n in ZOO if n not in HANDED for k in (1, 2, 4) for s in ("fresh", "ddim")]
 CALLS += [(n, *case) for n in HANDED for case in ((4, "fresh"), (1, "ddim"))]
 
@@ -130,6 +140,19 @@ def test_the_card_and_the_natural_call_give_the_trained_times(
     prompt |= {"image": read_picture(REFERENCES / "wide.png")} if teacher.edits else {}
     pipe(**prompt, **size, **guidance, num_inference_steps=steps)
     assert seen == expected
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_full_student_is_a_pipeline_of_its_own_whose_card_runs(
+    name, teachers, tmp_path, given, monkeypatch
+):
+    teacher, table = teachers(name), isinstance(teachers(name).denoiser.schedule, VP)
+    times = TABLES[2] if table else even_times(teacher.denoiser.schedule, 2)
+    exported(teacher, times, "ddim", tmp_path / "e", "full", prompt=ZOO[name].prompts[0] or "x")
+    seen = given(teacher.net)
+    run_card(tmp_path / "e", monkeypatch)
+    assert seen == pytest.approx([t * FLOWS.get(name, 1.0) for t in times], rel=1e-5)
+    assert (tmp_path / "e" / "pipeline" / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("steps", [2, 3])

@@ -215,7 +215,7 @@ def test_what_comfyui_does_not_know_has_no_names_for_it():
         "QwenImageEditPlus",
         "ZImage",
         "Chroma",
-        *("Flux2", "Flux2Klein", "Krea2", "HiDreamImage"),
+        *("Flux2", "Flux2Klein", "Krea2", "QwenImage21", "HiDreamImage"),
     )
     assert known == {f"{name}Pipeline" for name in families}
     assert {"VARPipeline", "LlamaGenPipeline", "SanaPipeline", "DiTPipeline"} <= set(adapters()) - known

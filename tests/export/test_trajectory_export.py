@@ -1,5 +1,6 @@
 """Exports of BOOT and Hyper-SD: what stock diffusers does with them, at every number of steps."""
 
+import copy
 import json
 
 import pytest
@@ -9,15 +10,17 @@ from test_end_to_end import PROMPTS, REFUSE, tiny
 
 from fewstep.cli import main
 from fewstep.diffusion.denoiser import Scalar
-from fewstep.diffusion.embedding import time_embedder, with_scalar
+from fewstep.diffusion.embedding import given_to_sinusoids, time_embedder, with_scalar
 from fewstep.diffusion.schedules import Flow
 from fewstep.diffusion.student import Student
 from fewstep.diffusion.times import uniform_times
 from fewstep.errors import RecipeError
 from fewstep.export import load_exported, stock_sample, student_scheduler
 from fewstep.export.fold import folded, folded_lora
+from fewstep.export.weights import merged
 from fewstep.export.write import check_exportable
 from fewstep.recipe import RoleConfig
+from fewstep.runs.prepare import smooth_time
 from fewstep.runs.session import execute
 from fewstep.teachers import load_teacher
 from fewstep.training.roles import build_role
@@ -97,6 +100,20 @@ def test_tcd_steps_are_the_students(sdxl, eta):
     assert (x - own).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["DiT", "UNet2D"])
+def test_pipelines_that_hand_on_no_eta_are_asked_for_another_noise(name, teachers):
+    teacher = teachers(name)
+    for noise in ("tcd", "fresh", "ddim"):
+        student = Student(teacher.denoiser, [999, 499], noise, eta=1.0)
+        if noise == "tcd":
+            with pytest.raises(
+                RecipeError, match=r"^method\.noise: tcd: a \w+ hands its scheduler no eta; use fresh"
+            ):
+                check_exportable(student, [RoleConfig()], teacher)
+        else:
+            check_exportable(student, [RoleConfig()], teacher)
+
+
 def test_a_flow_has_no_tcd_steps():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -122,8 +139,6 @@ def test_what_a_student_is_told_is_folded_into_stock_weights(sdxl, kind, times, 
     if kind == "full":
         plain.load_state_dict({**plain.state_dict(), **folded(weights, sdxl.net, "level", scalar)})
     else:
-        from fewstep.export.weights import merged
-
         state = folded_lora(weights, sdxl.net, "level", scalar, torch.tensor(times, dtype=torch.float32))
         assert all(".lora_" in name for name in state)
         plain.load_state_dict({**plain.state_dict(), **merged(sdxl.net, state)})
@@ -136,6 +151,34 @@ def test_what_a_student_is_told_is_folded_into_stock_weights(sdxl, kind, times, 
         assert (
             student.predict(x, t, type(cond)({**cond.tensors, "level": torch.ones(2) * 1.5})) - told
         ).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name", ["SD 3", "FLUX.1-dev", "Qwen-Image", "SANA", "PixArt-Sigma", "prepared SANA"]
+)
+def test_the_fold_is_made_at_what_the_sinusoids_are_given(name, teachers):
+    """Some networks multiply t in [0, 1] by 1000 themselves, in their sinusoids or before."""
+    teacher = teachers(name.removeprefix("prepared "))
+    denoiser, times = teacher.denoiser, teacher.denoiser.schedule.at(torch.tensor([1.0, 0.4])).tolist()
+    if name.startswith("prepared"):
+        denoiser = denoiser.with_net(copy.deepcopy(teacher.net))
+        smooth_time(denoiser, teacher.latent_shape, 2.0, steps=1)
+    role = build_role("student", denoiser.net, RoleConfig(rank=2))
+    student = with_scalar(denoiser.with_net(role.module), "level", Scalar(0.7))
+    role.module.level_embedding.embedder.linear_2.bias.data.fill_(0.5)
+    role.collect()
+    weights = {name.replace(".default.", "."): w.detach() for name, w in role.weights.items()}
+    given = given_to_sinusoids(denoiser, teacher.latent_shape, times)
+    plain = build_role("plain", denoiser.net, RoleConfig(kind="full")).module
+    state = folded_lora(weights, denoiser.net, "level", Scalar(0.7), given)
+    plain.load_state_dict({**plain.state_dict(), **merged(denoiser.net, state)})
+    cond = teacher.encode(["red apple"])
+    x = torch.randn(1, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    for time in times:
+        t = torch.full((1,), time)
+        told = student.predict(x, t, cond)
+        assert (denoiser.predict(x, t, cond) - told).abs().max() > 1e-3
+        assert (denoiser.with_net(plain).predict(x, t, cond) - told).abs().max() < 1e-4
 
 
 def test_a_lora_on_the_first_layer_of_the_time_embedding_is_refused_before_training(sdxl):

@@ -1,6 +1,8 @@
-"""Which method distills which teacher: two real iterations of each pair, and the table that they make.
+"""Which method distills which teacher: two real iterations of each pair, an export that stock diffusers samples as the
+trainer does, and the table that they make.
 
-``python tests/methods/test_support.py`` writes the table anew.
+``PYTHONPATH=tests/support python tests/methods/test_support.py`` writes the table anew. In ``make test`` each teacher's
+student of one method leaves, in turn; with --long those of all do.
 """
 
 import math
@@ -13,11 +15,12 @@ from zoo import ZOO
 from fewstep.diffusion.embedding import time_embedder
 from fewstep.diffusion.rng import Rng
 from fewstep.errors import RecipeError
-from fewstep.export import check_exportable
+from fewstep.export import check_exportable, export_student, trainer_sample, verify
 from fewstep.export.weights import has_lora_files
 from fewstep.methods.base import Batch
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.hyper_sd import HyperSD
+from fewstep.methods.phased_dmd import PhasedDMD
 from fewstep.methods.sana_sprint import SanaSprint
 from fewstep.methods.sid import SiD
 from fewstep.process import Process
@@ -59,10 +62,16 @@ def sana_sprint(teacher, kind):
 
 
 def tscd(teacher, kind):
-    return HyperSD.Config(segments=[4, 1], guidance_scale=3.0 if kind.guided else 1.0)
+    noise = None if names_times(teacher) else "fresh"  # else its call takes no eta
+    return HyperSD.Config(segments=[4, 1], guidance_scale=3.0 if kind.guided else 1.0, noise=noise)
 
 
-METHODS = {"DMD2": dmd2, "SiD": sid, "SANA-Sprint": sana_sprint, "TSCD": tscd}
+def phased_dmd(teacher, kind):
+    return PhasedDMD.Config(num_steps=2, guidance_scale=3.0 if kind.guided else 1.0, critic_steps=1)
+
+
+METHODS = {"DMD2": dmd2, "SiD": sid, "Phased DMD": phased_dmd, "SANA-Sprint": sana_sprint, "TSCD": tscd}
+NONE = "-"  # its experts would have nowhere to go
 
 
 class Data:
@@ -79,32 +88,60 @@ class Data:
         return Batch(self.cond, self.shape, rng, shared, real=real, real_cond=self.cond)
 
 
-def two_steps(teacher, kind, method: str) -> tuple[str, Trainer]:
-    """The cell of the table, after two iterations in which everything was finite and the student has changed."""
+def two_steps(teacher, kind, method: str, folder: Path | None = None) -> tuple[str, Trainer | None]:
+    """The cell of the table, after two iterations in which everything was finite and the student has changed.
+
+    Args:
+        folder: where the student is exported to, to be sampled by stock diffusers.
+    """
     told = (
         method == "SANA-Sprint" and teacher.pipeline_class == "SanaPipeline"
     )  # exported whole, see check_exportable
     whole = told or not kind.adapts
     role = RoleConfig(kind="full" if whole else "lora", rank=2, lr=1e-3)
+    config = METHODS[method](teacher, kind)
     recipe = Recipe(
         output="none",
         teacher=TeacherConfig(path=teacher.source),
-        method=METHODS[method](teacher, kind),
+        method=config,
         data=DataConfig(prompts="none"),
         train=TrainConfig(steps=2, batch_size=len(kind.prompts), device="cpu"),
         roles=dict.fromkeys(("student", "critic", "target"), role),
     )
     before = {name: weight.clone() for name, weight in teacher.net.named_parameters()}
     roles, built = build(recipe, teacher, Process())
-    check_exportable(built.student, [role], teacher)
+    if method == "Phased DMD" and not has_lora_files(teacher):
+        with pytest.raises(
+            RecipeError, match="several students share one pipeline as LoRAs that are switched"
+        ):
+            check_exportable(built.student, [role, role], teacher)
+        return NONE, None
+    experts = [roles[name] for name in dict.fromkeys(built.student.roles)]
+    configs = [expert.config for expert in experts]
+    check_exportable(built.student, configs, teacher)
     trainer = Trainer(built, roles, Data(teacher, kind.prompts), recipe.train, quiet=True)
     trainer.train()  # refuses to end with a student that has not changed
     assert trainer.progress.iteration == 2 and not any(trainer.divergence.skipped.values())
     for name, weight in teacher.net.named_parameters():
         assert torch.equal(weight, before[name]) and weight.grad is None, name
+    if folder is not None:
+        leave(folder, teacher, built.student, experts, list(kind.prompts))
     steps = ", ".join(map(str, sorted(built.student.grids)))
     file = "LoRA" if role.kind == "lora" and has_lora_files(teacher) else "pipeline"
     return f"{steps}: {file}", trainer
+
+
+def leave(folder, teacher, student, experts, prompts):
+    """Exports a student; stock diffusers makes the trainer's own samples of it at each of its numbers of steps."""
+    own = {one.num_steps: trainer_sample(one, teacher, prompts) for one in student.variants()}
+    weights = {expert.name: expert.final_weights() for expert in experts}
+    configs, about = (
+        [expert.config for expert in experts],
+        {"title": "two", "method": "x", "prompt": prompts[0]},
+    )
+    export_student(folder / "export", teacher, student, weights, configs, about=about)
+    for steps, sample in own.items():
+        verify(folder / "export", sample, teacher, prompts, 1e-3, "float32", steps=steps)
 
 
 CELLS: dict[tuple[str, str], str] = {}
@@ -112,8 +149,10 @@ CELLS: dict[tuple[str, str], str] = {}
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ZOO)
-def test_two_iterations(name, method, teachers):
-    CELLS[name, method], _ = two_steps(teachers(name), ZOO[name], method)
+def test_two_iterations(name, method, teachers, request, tmp_path):
+    its_turn = list(METHODS)[list(ZOO).index(name) % len(METHODS)] == method
+    folder = tmp_path if its_turn or request.config.getoption("--long") else None
+    CELLS[name, method], _ = two_steps(teachers(name), ZOO[name], method, folder)
 
 
 def table(cells: dict[tuple[str, str], str]) -> str:
@@ -139,6 +178,7 @@ if __name__ == "__main__":
         for name, kind in ZOO.items():
             path = write_tiny_pipeline(kind.pipeline_class, Path(folder, name), **kind.options)
             loaded = load_teacher(str(path), resolution=kind.resolution)
-            found |= {(name, method): two_steps(loaded, kind, method)[0] for method in METHODS}
+            for method in METHODS:
+                found[name, method], _ = two_steps(loaded, kind, method, Path(folder, name, method))
     before, _, rest = DOCUMENT.read_text().partition(BEGIN)
     DOCUMENT.write_text(before + BEGIN + table(found) + END + rest.partition(END)[2])

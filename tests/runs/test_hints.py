@@ -103,7 +103,7 @@ VALUES = {
     "method.segments": ["[a, b]", "x", "[[4]]"],
     "student.betas": ["[1, a]", "[1]", "x"],
     "student.targets": ["[1]", "5", "{a: b}"],
-    "samples.prompts": ["3", "[[a]]", "[1, 2, 3]"],
+    "samples.prompts": ["3", "[[a]]", "[1, 2, 3]", "{a: b}"],
     "evaluation.floor_solvers": ["[a, ddim, b]", "a"],
     "teacher.autocast": ["fp16", "3"],
     "train.device": ["[cpu]", "7"],

@@ -1,19 +1,25 @@
 """A student of a single file with LoRAs merged into it: its run, its export, and what it is measured against."""
 
+import argparse
 import json
 import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from loras import write_lora
 from originals import sd_checkpoint
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fewstep import recipe as recipes
+from fewstep.cli import main
+from fewstep.cli.commands import weights_of
 from fewstep.errors import RecipeError
+from fewstep.evaluation import of_spec
 from fewstep.evaluation.models import open_model
 from fewstep.evaluation.of_run import _entries
 from fewstep.export import load_exported, stock_sample
@@ -22,6 +28,7 @@ from fewstep.runs.checks import check_data
 from fewstep.runs.library import load_recipe
 from fewstep.runs.session import Session, execute
 from fewstep.teachers import load_teacher
+from fewstep.teachers.generate import call_pipeline
 
 PROMPTS = ["red apple", "a cat"]
 
@@ -127,3 +134,64 @@ def test_rows_of_an_evaluation_stand_on_the_same_teacher(run, teacher):
         changed, teacher.net.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q.weight
     )
     assert entries["student"].lora == str(run / "run" / "export")
+
+
+def test_commands_measure_the_same_teacher(run, teacher, tmp_path, capsys):
+    base, config = str(run / "base.safetensors"), str(run / "config")
+    loras = [
+        "--base-lora",
+        f"{run / 'style.safetensors'}=0.8",
+        "--base-lora",
+        f"{run / 'words.safetensors'}=-0.5",
+    ]
+    words = ["--prompts", str(run / "prompts.txt"), "--num", "2"]
+    made = [
+        "eval",
+        "generate",
+        base,
+        "--config",
+        config,
+        "--steps",
+        "2",
+        *words,
+        "--speed-runs",
+        "0",
+        "--size",
+        "32",
+    ]
+    assert main([*made, *loras, "--out", str(tmp_path / "one")]) == 0
+    assert main([*made, "--out", str(tmp_path / "other")]) == 0
+    generator = torch.Generator().manual_seed(0)
+    size = {"height": 32, "width": 32}
+    (own,) = call_pipeline(
+        teacher.pipe, PROMPTS[:1], generator, num_inference_steps=2, output_type="np", **size
+    ).images
+    one, other = (
+        np.asarray(Image.open(tmp_path / name / "2-steps" / "000000.png")) for name in ("one", "other")
+    )
+    assert np.abs(one - 255 * own).max() < 1 < np.abs(other - 255 * own).max()
+
+    told = ["--teacher", base, "--config", config, *loras, "--student", str(run / "run"), "--steps", "1"]
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of_spec, "run_spec", lambda spec, *_, **__: seen.update(spec=spec))
+        assert main(["eval", "run", *told, *words, "--out", str(tmp_path / "table")]) == 0
+    assert [model.base for model in seen["spec"].models] == [teacher.origin, teacher.origin]
+
+    searched = ["--steps", "2", "--num", "2", "--reference-steps", "4", "--families", "even", "--size", "32"]
+    searched += ["--prompts", str(run / "prompts.txt")]
+    assert main(["floor", base, "--config", config, *loras, *searched, "--out", str(tmp_path / "floor")]) == 0
+    record = json.loads((tmp_path / "floor" / "floor.json").read_text())
+    assert record["teacher"] == base and record["teacher_weights"]["loras"][0]["weight"] == 0.8
+    capsys.readouterr()
+    assert main(["floor", "sdxl_sid_4step", *loras, "--steps", "2", "--out", str(tmp_path / "no")]) == 2
+    assert "--base-lora" in (said := capsys.readouterr().err) and "teacher.loras" in said
+
+
+def test_an_equals_sign_may_be_in_a_name():
+    args = argparse.Namespace(
+        variant=None, config=None, base_lora=["a=b.safetensors", "c.safetensors=-2", "d"]
+    )
+    assert weights_of(args)["loras"] == (
+        {"path": "a=b.safetensors"}, {"path": "c.safetensors", "weight": -2.0}, {"path": "d"},
+    )  # fmt: skip

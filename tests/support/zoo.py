@@ -61,6 +61,7 @@ ZOO = {
     ),
     "Krea-2": Kind("Krea2Pipeline", resolution=RESOLUTION["Krea2Pipeline"]),
     "HiDream": Kind("HiDreamImagePipeline", taps=("double_stream_blocks.0", "single_stream_blocks.1")),
+    "Qwen-Image-2.1": Kind("QwenImage21Pipeline", resolution=RESOLUTION["QwenImage21Pipeline"]),
     "SANA": Kind("SanaPipeline"),
     "PixArt-alpha": Kind("PixArtAlphaPipeline"),
     "PixArt-Sigma": Kind("PixArtSigmaPipeline"),

@@ -4,12 +4,11 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import without_fewstep
 from safetensors.torch import load_file, save_file
 
 from fewstep import recipe as recipes
@@ -54,8 +53,9 @@ def refused(tally):
 def follow(message, cwd):
     """Runs the command that a message advises."""
     command = re.search(r'python -c "[^"]+"', message)[0]
-    words = shlex.split(command)
-    subprocess.run([sys.executable, *words[1:]], cwd=cwd, check=True, capture_output=True)
+    script = cwd / "advised.py"
+    script.write_text(shlex.split(command)[-1])
+    without_fewstep(script, cwd)
     return cwd / "NEW"
 
 
@@ -112,6 +112,25 @@ def test_a_part_that_is_listed_and_missing(folder, refused, part, empty):
     if empty:
         (folder / part).mkdir()
     refused(folder, f"lists {part} (", str(folder / part), "put it there")
+
+
+@pytest.mark.parametrize(
+    "name, part, kind",
+    [
+        ("FLUX.2-dev", "tokenizer", "PixtralProcessor"),
+        ("Qwen-Image-Edit", "processor", "Qwen2VLProcessor"),
+        ("Qwen-Image-2.1", "processor", "Qwen3VLProcessor"),
+    ],
+)
+def test_published_processors_want_torchvision_and_say_so(
+    name, part, kind, teachers, refused, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(teachers(name).source, tmp_path / "own")
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index[part][1].endswith("Processor")  # as the published one
+    (folder / "model_index.json").write_text(json.dumps({**index, part: ["transformers", kind]}))
+    monkeypatch.setattr("transformers.utils.is_torchvision_available", lambda: False)
+    refused(folder, f"a {kind}, needs torchvision: pip install torchvision")
 
 
 def test_the_third_encoder_of_stable_diffusion_3(tmp_path, teachers, refused, capsys):

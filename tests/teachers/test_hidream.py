@@ -24,9 +24,6 @@ from fewstep.diffusion.student import Student
 from fewstep.diffusion.times import even_times
 from fewstep.errors import FewstepError
 from fewstep.export import export_student, load_exported, trainer_sample, verify
-from fewstep.export.card import ENCODED
-from fewstep.export.routed import RoutedPipeline
-from fewstep.methods.router import FEATURES
 from fewstep.recipe import RoleConfig
 from fewstep.teachers import load_teacher
 from fewstep.teachers.load import check_origin
@@ -351,23 +348,6 @@ def test_a_student_that_is_told_more_is_folded_into_an_ordinary_one(kind, teache
     weights = {"student": role.final_weights()}
     export_student(tmp_path / "e", teacher, student, weights, [role.config], about={"method": "x"})
     assert verify(tmp_path / "e", own, teacher, PROMPTS, 1e-3, "float32") < 1e-3
-
-
-@pytest.mark.parametrize("feature", ["pooled", "embeds"])
-def test_a_router_reads_in_the_stock_pipeline_what_it_was_fitted_on(feature, teacher, untouched):
-    class Asked:
-        def __init__(self):
-            self.feature = feature
-
-        def __call__(self, cond):
-            return cond[feature]
-
-    with torch.no_grad():
-        read = RoutedPipeline(untouched, Asked(), None).route(PROMPTS)
-        assert torch.equal(read, teacher.encode(PROMPTS)[feature])
-        encoded = untouched.encode_prompt(PROMPTS[:1], do_classifier_free_guidance=False)
-        shown = eval(ENCODED[feature], {"encoded": encoded})  # in the program of the model card
-    torch.testing.assert_close(shown, FEATURES[feature](read[:1])[0])
 
 
 def test_other_sizes_are_refused_for_the_stock_call_makes_one(teacher, untouched):

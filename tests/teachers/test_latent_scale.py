@@ -46,7 +46,10 @@ def stock_pixels(teacher, prompts):
     for kind in ("latent", "pt"):
         g = torch.Generator().manual_seed(0)
         made.append(pipe(prompt=list(prompts), generator=g, output_type=kind, **options).images)
-    return teacher.unpack(made[0]), made[1] * 2 - 1
+    images = made[1]
+    if teacher.alpha:  # over white
+        images = images[:, :3] * images[:, 3:] + 1 - images[:, 3:]
+    return teacher.unpack(made[0]), images * 2 - 1
 
 
 BY_WEIGHTS = ("FLUX.2-dev", "FLUX.2-klein")  # their VAE's statistics are no part of its configuration

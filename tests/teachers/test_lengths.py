@@ -18,6 +18,7 @@ LIMITS = {
     "SD 3": {"tokenizer": 77, "tokenizer_2": 77},
     "FLUX.1-dev": {"tokenizer": 77, "tokenizer_2": 512},
     "Qwen-Image-Edit": {},  # reads all of it
+    "Qwen-Image-2.1": {},  # as well
     "Qwen-Image": {"tokenizer": 512 - 5},  # the rest is the template's
     "Z-Image": {"tokenizer": 512 - 8},
     "Chroma": {"tokenizer": 512},

@@ -46,14 +46,14 @@ from fewstep.teachers.sd import StableDiffusion
 from fewstep.training.roles import build_role, lora_targets
 
 TWO_SHIFTS = ("SD 3", "SANA")
-RAGGED = ("Qwen-Image", "Qwen-Image-Edit", "Z-Image", "Krea-2")
+RAGGED = ("Qwen-Image", "Qwen-Image-Edit", "Z-Image", "Krea-2", "Qwen-Image-2.1")
 FIXED = ("Chroma", "Lumina 2")  # whose texts have the length of the stock call, under a mask
 STACKED = ("FLUX.2-dev", "FLUX.2-klein")  # texts of several layers
 NEWER = (*RAGGED, *FIXED, *STACKED)
 HANDED = ("FLUX.1-dev", "FLUX.1-schnell", *NEWER)  # whose stock call's grid is not the scheduler's
 FLOWS = (*TWO_SHIFTS, *HANDED, "HiDream")
 BY_SIZE = {name: math.exp(0.5 + 0.65 * (64 - 256) / (4096 - 256)) for name in HANDED[:2]}
-QWENS = dict.fromkeys(RAGGED[:2], math.exp(0.5 + 0.4 * (16 - 256) / (8192 - 256)))
+QWENS = dict.fromkeys((*RAGGED[:2], RAGGED[-1]), math.exp(0.5 + 0.4 * (16 - 256) / (8192 - 256)))
 SHIFTS = {
     **BY_SIZE,
     **QWENS,
@@ -76,7 +76,7 @@ def noise_for(teacher):
 def stock(teacher, prompts, noise=None, **call):
     """(B, C, h, w) where the steps of an ordinary call end, before anything is decoded or clipped."""
     noise = noise_for(teacher) if noise is None else noise
-    if teacher.edits and len(prompts) > 1:
+    if teacher.singly and len(prompts) > 1:
         return torch.cat([stock(teacher, [p], noise[i : i + 1], **call) for i, p in enumerate(prompts)])
     ends, kind = [], type(teacher.pipe.scheduler)
     step = kind.step
@@ -215,7 +215,7 @@ def test_every_step_of_a_guided_stock_call_is_ours(name, teachers, with_schedule
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "step", lambda self, *a, **k: seen.append(a) or step(self, *a, **k))
         expected = stock(teacher, prompts, num_inference_steps=4, guidance_scale=4.0)
-    if teacher.edits:  # a call for each row
+    if teacher.singly:  # a call for each row
         seen = [(torch.cat([o, p]), t, torch.cat([x, y])) for (o, t, x), (p, _, y) in zip(seen[:4], seen[4:])]
     fix_shift(teacher.pipe, teacher.resolution)
     scheduler, moved = for_steps(teacher.pipe.scheduler, 4), 0.0
@@ -242,6 +242,7 @@ def test_every_step_of_a_guided_stock_call_is_ours(name, teachers, with_schedule
             {"true_cfg_scale": 3.0, "negative_prompt": [" ", " "]},
             4.0,
         ),  # blank, as its card has it
+        ("Qwen-Image-2.1", {"true_cfg_scale": 3.0, "negative_prompt": [" ", " "]}, 1.0),
         ("Z-Image", {"guidance_scale": 2.0}, 6.0),
         ("Chroma", {"guidance_scale": 3.0}, 5.0),
         ("Lumina 2", {"guidance_scale": 3.0}, 4.0),
@@ -375,7 +376,7 @@ def test_padding_of_the_prompt_changes_nothing(name, teachers):
     assert {k: v.shape[1:] for k, v in cond.tensors.items()} == {
         k: v.shape[1:] for k, v in null.tensors.items()
     }
-    if "mask" not in cond.tensors or name in FIXED or teacher.edits:  # which cuts nothing
+    if "mask" not in cond.tensors or name in FIXED or teacher.singly:  # which cuts nothing
         return
     limit, teacher.pipe.tokenizer.model_max_length = teacher.pipe.tokenizer.model_max_length, 30
     try:
@@ -444,7 +445,9 @@ def test_images_go_to_scaled_latents_and_back(name, teachers):
     vae, factor = teacher.pipe.vae, teacher.pipe.vae.config.get("scaling_factor", 1.0)
     shift = vae.config.get("shift_factor") or 0.0
     pixels = images.permute(0, 3, 1, 2) / 127.5 - 1
-    films = name in ("Qwen-Image", "Qwen-Image-Edit", "Krea-2")
+    films = teacher.films
+    if teacher.alpha:  # opaque
+        pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], 1)
     if films:  # a VAE of films, whose published statistics are the only scale
         pixels, latents = pixels[:, :, None], latents[:, :, None]
         shift = torch.tensor([-0.7571, 0.1075, 1.5508, 0.2503])[:, None, None, None]
@@ -471,6 +474,10 @@ def test_images_go_to_scaled_latents_and_back(name, teachers):
         decoded = vae.decode(raw, return_dict=False)[0]
     if films:
         decoded, latents = decoded[:, :, 0], latents[:, :, 0]
+    if teacher.alpha:  # over white
+        cover = decoded[:, 3:] / 2 + 0.5
+        assert cover.std() > 0.01
+        decoded = decoded[:, :3] * cover + 1 - cover
     assert teacher.decode(latents).shape == (2, *[teacher.resolution] * 2, 3)
     expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
     assert (torch.tensor(teacher.decode(latents)).float() - expected).abs().max() <= 1
@@ -520,7 +527,7 @@ def test_shells_and_checkpointing_give_the_plain_gradient(name, teachers):
         gradients.append({n: w.grad for n, w in role.weights.items()})
         assert all(p.grad is None for p in teacher.net.parameters())
     silent = [n for n, g in gradients[0].items() if g is None]
-    if name.startswith("Qwen"):  # of its last block's text nothing is made
+    if name in QWENS and name != RAGGED[-1]:  # of its last block's text nothing is made
         assert silent and all(re.search(r"blocks\.1\..*(add_q|to_add_out|txt_mlp)", n) for n in silent)
     else:
         assert not silent
@@ -535,7 +542,7 @@ def test_heads_on_blocks_pass_gradient_to_the_image(name, teachers):
     x = noise_for(teacher).requires_grad_()
     t = torch.full((2,), 0.5 * teacher.denoiser.schedule.t_max)
     logits = judge.logits(teacher.denoiser, x, t, teacher.encode(ZOO[name].prompts))
-    side = {"SANA": 1, "HiDream": 16, **dict.fromkeys(STACKED, 1)}.get(name, 2)
+    side = {"SANA": 1, "HiDream": 16, RAGGED[-1]: 1, **dict.fromkeys(STACKED, 1)}.get(name, 2)
     tokens = (teacher.latent_shape[1] // side) ** 2
     assert logits.shape == (2, len(taps) * tokens if name in TRANSFORMERS else 1)
     logits.sum().backward()
@@ -752,6 +759,7 @@ def test_a_shift_that_depends_on_the_size_is_refused():
     "name, library, old",
     [
         ("Qwen-Image", "diffusers", "0.34.0"),
+        ("Qwen-Image-2.1", "diffusers", "0.40.0"),
         ("Z-Image", "transformers", "4.50.3"),
         ("Chroma", "diffusers", "0.33.1"),
         ("Lumina 2", "diffusers", "0.32.2"),

@@ -1,0 +1,251 @@
+"""Prompts encoded beside training: the same conditions, exact resume, the choice by size, waits that are told."""
+
+import json
+import time
+from datetime import timedelta
+from typing import ClassVar
+
+import pytest
+import torch
+from processes import together
+from test_end_to_end import tiny
+
+from fewstep import process as processes
+from fewstep import recipe as recipes
+from fewstep.cost.count import plan
+from fewstep.data import store
+from fewstep.data.batches import Ahead, Waits
+from fewstep.data.cache import encode_prompts, need_of_prompts
+from fewstep.data.live import Live
+from fewstep.errors import RecipeError
+from fewstep.process import Process
+from fewstep.runs import session as sessions
+from fewstep.runs.checks import check_data
+from fewstep.runs.session import Session, execute, resume
+from fewstep.teachers import load_teacher
+
+TEXTS = ["red apple", "a dog on a skateboard", "blue square", "a cat", "crescent moon"]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def recipe_for(teacher, folder, *words):
+    folder.mkdir(exist_ok=True)
+    few = ("--data.images", "null", "--method.gan_weight", "0", "--train.checkpoint_every", "2")
+    return tiny("sdxl_dmd2_1step", teacher, folder, "--train.steps", "4", *few, *words)
+
+
+@pytest.mark.parametrize("name", ["SDXL", "Qwen-Image", "FLUX.2-klein", "DiT", "Lumina 2"])
+def test_rows_are_those_of_the_cache(name, teachers, cache):
+    teacher = teachers(name)
+    texts = ["207", "3", "4"] if name == "DiT" else TEXTS
+    live, kept = Live(teacher, texts), encode_prompts(teacher, texts, quiet=True)
+    index = torch.tensor([2, 0, 2])
+    one, other = live.rows(index), kept.rows(index)
+    assert len(live) == len(kept) and one.keys() == other.keys() and live.seconds > 0
+    for key, value in one.items():
+        assert value.dtype == other[key].dtype
+        torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-5)
+
+
+def test_a_half_precision_teacher_rounds_alike(teachers, cache):
+    teacher = load_teacher(teachers("SDXL").source, dtype="bfloat16")
+    live, kept = Live(teacher, TEXTS), encode_prompts(teacher, TEXTS, batch_size=len(TEXTS), quiet=True)
+    every = torch.arange(len(TEXTS))
+    for key, value in live.rows(every).items():
+        assert value.equal(kept.rows(every)[key]) and value.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_a_run_resumes_exactly_and_is_that_of_a_cache_but_for_rounding(tiny_sdxl, tmp_path, cache):
+    live = ("--data.cache_prompts", "false")
+    ends = {}
+    for name, words in (("live", live), ("pieces", live), ("cached", ("--data.cache_prompts", "true"))):
+        recipe = recipe_for(tiny_sdxl, tmp_path / name, *words)
+        if name == "pieces":
+            execute(recipes.override(recipe, ["--train.steps", "2"]))
+            resume(tmp_path / name / "run", ["--train.steps", "4"])
+        else:
+            execute(recipe)
+        session = Session(recipe, *check_data(recipe), Process(), begun=True)
+        session.trainer.restore()
+        ends[name] = {n: w.clone() for n, w in session.roles["student"].weights.items()}
+        assert bool(list(cache.glob("prompts-*"))) == (name == "cached")
+    for key, value in ends["live"].items():
+        assert value.equal(ends["pieces"][key])
+        torch.testing.assert_close(value, ends["cached"][key], rtol=1e-3, atol=2e-5)
+    assert any(not v.equal(ends["live"][n] * 0) for n, v in ends["live"].items())
+
+
+def test_the_size_chooses_and_a_run_goes_on_as_it_began(tiny_sdxl, tmp_path, cache, capsys):
+    recipe = recipe_for(tiny_sdxl, tmp_path, "--data.cache_gb", "1e-9", "--train.steps", "2")
+    folder = execute(recipe)
+    assert not list(cache.glob("prompts-*"))
+    said = capsys.readouterr().err
+    assert said.count("fewstep: note: prompts are encoded beside training: their cache would take 0 GB") == 1
+    assert recipes.load(folder / "recipe.yaml").data.cache_prompts is False
+    assert 0 <= json.loads((folder / "run.json").read_text())["waited"] <= 1
+    sessions.cache(recipe)  # makes it all the same
+    assert list(cache.glob("prompts-*"))
+    session = Session(recipes.load(folder / "recipe.yaml"), *check_data(recipe), Process(), begun=True)
+    assert isinstance(session.ahead.data.conditions, Live)
+    fresh = Session(recipe, *check_data(recipe), Process())  # it is there, so nothing is left to write
+    assert not isinstance(fresh.ahead.data.conditions, Live) and fresh.recipe.data.cache_prompts is True
+
+
+def test_a_method_that_looks_at_all_prompts_first_has_a_cache(tiny_sdxl, tmp_path, cache):
+    recipe = tiny(
+        "emoji_multi_student_1step", tiny_sdxl, tmp_path, "--data.cache_gb", "0", "--train.steps", "2"
+    )
+    session = Session(recipe, *check_data(recipe), Process())
+    assert not isinstance(session.ahead.data.conditions, Live)
+
+
+def test_encoders_stay_where_they_are_wanted(tiny_sdxl, tmp_path, cache):
+    moved = []
+
+    class Heard(torch.nn.Module):
+        def to(self, device):
+            moved.append(str(device))
+
+    for words, expected in (
+        (("--data.cache_prompts", "true"), ["cpu"]),  # they leave
+        (("--data.cache_prompts", "false"), []),
+        (("--data.cache_prompts", "false", "--data.encoder_device", "cpu"), ["cpu"]),
+    ):
+        recipe = recipe_for(tiny_sdxl, tmp_path, *words)
+        session = Session(recipe, *check_data(recipe), Process())
+        session.teacher.pipe.text_encoder = Heard()
+        moved.clear()
+        session._placed(session.recipe, TEXTS, None)
+        session.teacher.drop_encoders(texts=session.recipe.data.cache_prompts)
+        assert moved == expected
+    with pytest.raises(RecipeError, match=r"^data\.encoder_device: cuda:9: "):
+        execute(recipe_for(tiny_sdxl, tmp_path / "other", "--data.encoder_device", "cuda:9"))
+
+
+def test_the_hash_does_not_know_how_prompts_are_encoded(tiny_sdxl, tmp_path):
+    words = ("--data.cache_prompts", "false", "--data.cache_gb", "3", "--data.encoder_device", "cpu")
+    one, other = recipe_for(tiny_sdxl, tmp_path), recipe_for(tiny_sdxl, tmp_path, *words)
+    assert recipes.digest(one) == recipes.digest(other)
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+def test_each_process_encodes_its_share_and_all_find_the_whole(tiny_sd15, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(store, "SHARD", 2)
+    teacher, prompts = load_teacher(str(tiny_sd15)), [f"{i} cats" for i in range(7)]
+
+    def work(process):
+        seen = []
+        encode = teacher.encode
+        teacher.encode = lambda texts: seen.extend(texts) or encode(texts)
+        found = encode_prompts(teacher, prompts, quiet=True, process=process)
+        return seen, found.rows(torch.arange(7))["embeds"].sum((1, 2)).tolist()
+
+    (one, rows), (other, again) = together(2, work, tmp_path)
+    assert sorted(one + other) == prompts and one == [*prompts[:2], *prompts[4:6]]
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "alone"))
+    alone = encode_prompts(teacher, prompts, quiet=True)
+    assert rows == again == alone.rows(torch.arange(7))["embeds"].sum((1, 2)).tolist()
+
+
+def test_nodes_with_disks_of_their_own_encode_what_they_lack(tiny_sd15, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SHARD", 2)
+    teacher, prompts = load_teacher(str(tiny_sd15)), [f"{i} cats" for i in range(5)]
+
+    def work(process):
+        monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / f"node_{process.rank}"))
+        return len(encode_prompts(teacher, prompts, quiet=True, process=process).rows(torch.arange(5)))
+
+    assert together(2, work, tmp_path) == [1, 1]
+    assert all(len(list((tmp_path / f"node_{n}").rglob("*.safetensors"))) == 3 for n in (0, 1))
+
+
+def test_who_is_slow_at_the_start_is_waited_for(tmp_path, monkeypatch):
+    """Longer than the group of the devices allows."""
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "default_pg_timeout", timedelta(seconds=1))
+    begin = torch.distributed.init_process_group
+
+    def hasty(*args, **options):
+        return begin(*args, **{**options, "timeout": timedelta(seconds=1)})
+
+    def work(process):
+        if process.main:
+            time.sleep(3)
+        process.barrier()
+        return processes.PATIENCE.days
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", hasty)
+    assert together(2, work, tmp_path) == [7, 7]
+
+
+# ------------------------------------------------------------------------------------------------------ what it takes
+def test_the_space_of_very_many_is_told_by_a_part_of_them(teachers, cache, monkeypatch):
+    teacher = teachers("Qwen-Image")
+    prompts = [f"number {i} " + "word " * (i % 7) for i in range(70)]
+    whole = need_of_prompts(teacher, prompts, "prompts").size
+    monkeypatch.setattr("fewstep.data.cache.TOLD_BY", 20)
+    assert need_of_prompts(teacher, prompts, "prompts").size == pytest.approx(whole, rel=0.2)
+    monkeypatch.setattr("fewstep.data.cache.TOLD_BY", 70)
+    assert need_of_prompts(teacher, prompts, "prompts").size == whole
+
+
+def test_a_plan_holds_the_encoders_that_stay(tiny_sdxl, tmp_path):
+    kept, live, apart = (
+        plan(recipe_for(tiny_sdxl, tmp_path, *words))
+        for words in (
+            (),
+            ("--data.cache_prompts", "false"),
+            ("--data.cache_prompts", "false", "--data.encoder_device", "cpu"),
+        )
+    )
+    (encoders,) = [part for part in live.parts if part.name == "text encoders"]
+    assert encoders.total == kept.leaving > 0 and live.leaving == apart.leaving == 0
+    assert live.held == kept.held + kept.leaving and apart.held == kept.held
+    assert "gone once prompts are encoded" in kept.text("h100-80gb")
+    assert "gone once" not in live.text("h100-80gb") and "text encoders" in live.text("h100-80gb")
+    assert plan(recipe_for(tiny_sdxl, tmp_path, "--data.cache_gb", "0")).leaving == 0
+
+
+def test_waits_are_counted_and_told_once():
+    class Slow:
+        waited = 5.0
+
+    data = Slow()
+    waits = Waits(data)
+    assert waits.read(100.0) is None and waits.share == 0
+    data.waited = 20.0
+    assert waits.read(150.0) is None and waits.share == pytest.approx(0.3)  # too soon to tell
+    assert waits.read(200.0) is None and waits.share == pytest.approx(0.15)  # not much
+    data.waited = 45.0
+    assert "warning: 40% of the time training waits for its data" in waits.read(200.0)
+    assert waits.read(300.0) is None and waits.share == pytest.approx(0.2)
+    data.waited = 200.0
+    assert waits.read(400.0) is None  # said already
+
+
+def test_what_is_ahead_is_waited_for_where_it_is_not_there():
+    class Data:
+        rows: ClassVar = {}
+
+        def batch(self, iteration, micro):
+            time.sleep(0.05)
+            return iteration, micro
+
+    ahead = Ahead(Data())
+    assert ahead.batch(0, 0) == (0, 0) and ahead.waited >= 0.05
+    ahead.settle()
+    before = ahead.waited
+    assert ahead.batch(1, 0) == (1, 0) and ahead.waited - before < 0.03
+
+
+def test_prompts_that_lose_their_end_are_told_of(teachers, capfd, monkeypatch):
+    monkeypatch.setattr("fewstep.data.cache.TOLD_BY", 3)
+    Live(teachers("SD 1.5"), ["long " * 200] * 9, quiet=False)
+    assert "fewstep: note: 3 of 3 prompts are longer than the 77 tokens" in capfd.readouterr().err
+    Live(teachers("SD 1.5"), ["long " * 200] * 9)
+    assert not capfd.readouterr().err
