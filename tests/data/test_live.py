@@ -2,7 +2,6 @@
 
 import json
 import time
-from datetime import timedelta
 from typing import ClassVar
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from processes import together
 from test_end_to_end import tiny
 
-from fewstep import process as processes
 from fewstep import recipe as recipes
 from fewstep.cost.count import plan
 from fewstep.data import store
@@ -166,20 +164,18 @@ def test_nodes_with_disks_of_their_own_encode_what_they_lack(tiny_sd15, tmp_path
 
 
 def test_who_is_slow_at_the_start_is_waited_for(tmp_path, monkeypatch):
-    """Longer than the group of the devices allows."""
-    monkeypatch.setattr(torch.distributed.distributed_c10d, "default_pg_timeout", timedelta(seconds=1))
-    begin = torch.distributed.init_process_group
-
-    def hasty(*args, **options):
-        return begin(*args, **{**options, "timeout": timedelta(seconds=1)})
+    """By a group that waits for days, where that of the devices gives up after ten minutes or thirty."""
+    wait = torch.distributed.barrier
 
     def work(process):
-        if process.main:
-            time.sleep(3)
+        seen = []
+        monkeypatch.setattr(
+            torch.distributed, "barrier", lambda group=None: seen.append(group) or wait(group=group)
+        )
         process.barrier()
-        return processes.PATIENCE.days
+        (group,) = seen
+        return group._get_backend(torch.device("cpu")).options._timeout.days
 
-    monkeypatch.setattr(torch.distributed, "init_process_group", hasty)
     assert together(2, work, tmp_path) == [7, 7]
 
 

@@ -122,12 +122,31 @@ def launch(words: list[str], said: Path) -> Fork:
 @contextmanager
 def meeting(count: int) -> Iterator[list[dict[str, str]]]:
     """The environment of each of several ranks. They meet as under torchrun, at a store that is open before any of
-    them begins: a port that is only looked for beforehand can be another's by then.
+    them begins: a port that is only looked for beforehand can be another's by then. The store is a process of its own:
+    a fork of one whose thread serves others at that moment would wait for that thread's locks for ever.
     """
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    reading, writing = os.pipe()
+
+    def serve():
+        parent, store = os.getppid(), TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        os.write(writing, str(store.port).encode())
+        while os.getppid() == parent:
+            time.sleep(0.1)
+
+    server = Fork(serve)
+    os.close(writing)
+    place = {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": os.read(reading, 16).decode(),
+    }
     place["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    yield [{**place, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)]
+    try:
+        yield [{**place, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)]
+    finally:
+        os.close(reading)
+        server.kill()
+        server.wait()
 
 
 def together(count: int, function: Callable[[Process], object], folder: Path) -> list:
@@ -141,8 +160,10 @@ def together(count: int, function: Callable[[Process], object], folder: Path) ->
         children = [
             Fork(lambda n=n: rank(n), folder / f"rank_{n}.txt", place) for n, place in enumerate(places)
         ]
+        end = time.monotonic() + 600
         try:
             while None in (codes := [child.poll() for child in children]) and not any(codes):
+                assert time.monotonic() < end, f"{codes} after ten minutes"
                 time.sleep(0.01)
         finally:
             for child in children:
