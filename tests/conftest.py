@@ -202,10 +202,10 @@ def clip_folder(tmp_path_factory):
     """A tiny random CLIP as transformers writes it."""
     from transformers import CLIPConfig, CLIPModel
 
-    from fewstep.teachers.tiny import _tokenizer
+    from fewstep.teachers.tiny.texts import clip_tokenizer
 
     folder = tmp_path_factory.mktemp("clip") / "tiny-clip"
-    tokenizer = _tokenizer(folder)
+    tokenizer = clip_tokenizer(folder)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     special = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
     text = {**size, **special, "vocab_size": len(tokenizer)}

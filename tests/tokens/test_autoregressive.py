@@ -19,7 +19,7 @@ from fewstep.diffusion.cond import Cond
 from fewstep.diffusion.rng import Rng
 from fewstep.errors import FewstepError, RecipeError
 from fewstep.teachers.ar import Autoregressive
-from fewstep.teachers.tiny import tiny_t5
+from fewstep.teachers.tiny.texts import tiny_t5
 from fewstep.tokens.codes import CodebookDenoiser, Law
 from fewstep.tokens.convert import llamagen, load_weights, read_weights, var
 from fewstep.tokens.llamagen import GPT, LlamaGenVQ, rotate

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.diffusion.cond import Cond
-from fewstep.teachers.tiny import tiny_t5
+from fewstep.teachers.tiny.texts import tiny_t5
 from fewstep.tokens.codes import CodebookDenoiser, Law
 from fewstep.tokens.convert import llamagen, var
 from fewstep.tokens.pipeline import decode_codes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .processor import TextProcessor
+from ..processor import TextProcessor
+from .texts import stacked
 
 CHAT = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% for part in m['content'] %}{{ part['text'] }}"
@@ -14,13 +15,13 @@ CHAT = (
 WORDS = ("Comprehend", " and", " analyze", " the", " provided", " prompt", "<|image_pad|>")
 
 
-def qwen_image21(tokenizer: Any, language_model: dict[str, Any], options: dict[str, Any]) -> Any:
+def qwen_image21(tokenizer: Any, _pipeline_class: str, options: dict[str, Any]) -> Any:
     """With a tokenizer that is given the words of the template."""
     import diffusers
     import torch
 
     tokenizer.add_tokens(list(WORDS), special_tokens=True)
-    encoder = _encoder({**language_model, "vocab_size": len(tokenizer)})
+    encoder = _encoder(stacked(tokenizer, 2))
     # Or nobody would see that it is left out.
     torch.nn.init.uniform_(encoder.model.language_model.norm.weight, 0.2, 3.0)
     network = {

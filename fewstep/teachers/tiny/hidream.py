@@ -1,8 +1,11 @@
-"""The tiny random HiDream-I1, of parts that :mod:`.tiny` makes."""
+"""The tiny random HiDream-I1."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from .parts import autoencoder
+from .texts import stacked, text_config, tiny_t5
 
 
 def llama_tokenizer():
@@ -23,16 +26,23 @@ def llama_tokenizer():
     )
 
 
-def hidream(vae, clips, t5, llama, options: dict[str, Any]):
+def hidream(tokenizer: Any, _pipeline_class: str, options: dict[str, Any]) -> Any:
     """Patches of 16 x 16 latents, for its stock call makes latents of 128 x 128 whatever it is told.
 
     Blocks read three of Llama's four layers, one of them twice.
-
-    Args:
-        clips: a tokenizer, and two encoders. t5, llama: a tokenizer and an encoder each.
     """
     import diffusers
+    from transformers import CLIPTextModelWithProjection, LlamaConfig, LlamaForCausalLM
 
+    own = {"max_position_embeddings": 128}
+    first, second = (
+        CLIPTextModelWithProjection(text_config(tokenizer, projection_dim=width, **own)) for width in (12, 20)
+    )
+    llama = llama_tokenizer()
+    language = LlamaForCausalLM(LlamaConfig(**{**stacked(llama, 4), "hidden_size": 24}))
+    # Without attention among its 16384 latents.
+    vae = autoencoder(scaling_factor=0.3611, shift_factor=0.1159, mid_block_add_attention=False)
+    tokenizer_3, t5 = tiny_t5()
     network = {
         "patch_size": 16,
         "in_channels": 4,
@@ -50,13 +60,13 @@ def hidream(vae, clips, t5, llama, options: dict[str, Any]):
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
         vae=vae,
-        text_encoder=clips[1],
-        tokenizer=clips[0],
-        text_encoder_2=clips[2],
-        tokenizer_2=clips[0],
-        text_encoder_3=t5[1],
-        tokenizer_3=t5[0],
-        text_encoder_4=llama[1],
-        tokenizer_4=llama[0],
+        text_encoder=first,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=tokenizer,
+        text_encoder_3=t5,
+        tokenizer_3=tokenizer_3,
+        text_encoder_4=language,
+        tokenizer_4=llama,
         transformer=diffusers.HiDreamImageTransformer2DModel(**{**network, **options}),
     )
