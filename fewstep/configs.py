@@ -87,7 +87,8 @@ class DataConfig(Bounded):
         max_bad: share of the images that may be left out because they cannot be used; each is named, and another one
             stands in for it. Above it the run stops.
         cache_prompts: encode all prompts before training, onto the disk; false encodes those of each batch beside the
-            batch before; null encodes them before where they take at most ``cache_gb`` (GB, with captions).
+            batch before; null encodes them before where they take at most ``cache_gb``.
+        cache_gb: GB that prompts and captions may take there where that is left to their size.
         encoder_device: where the text encoders are that work beside training: cpu, cuda:1; null is with the networks.
     """
 
