@@ -88,7 +88,8 @@ class DataConfig(Bounded):
             stands in for it. Above it the run stops.
         cache_prompts: encode all prompts before training, onto the disk; false encodes those of each batch beside the
             batch before; null encodes them before where they take at most ``cache_gb``.
-        cache_gb: GB that prompts and captions may take there where that is left to their size.
+        cache_images: the same of ``images`` and the VAE.
+        cache_gb: GB that prompts with captions, and images, may take there where that is left to their size.
         encoder_device: where the text encoders are that work beside training: cpu, cuda:1; null is with the networks.
     """
 
@@ -101,6 +102,7 @@ class DataConfig(Bounded):
     upscale: bool = False
     max_bad: Share = 0.01
     cache_prompts: bool | None = None
+    cache_images: bool | None = None
     cache_gb: Least0 = 64.0
     encoder_device: str | None = None
 

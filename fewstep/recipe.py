@@ -286,7 +286,7 @@ def digest(recipe: Recipe) -> str:
     ]:
         if not part[name]:
             del part[name]
-    for name in ("cache_prompts", "cache_gb", "encoder_device"):  # where the same is done
+    for name in ("cache_prompts", "cache_images", "cache_gb", "encoder_device"):  # where the same is done
         del plain["data"][name]
     for new in dataclasses.fields(DataConfig):
         if new.name in ("upscale", "max_bad") and plain["data"][new.name] == new.default:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Set
 from dataclasses import replace
 
 import torch
@@ -79,7 +80,8 @@ def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
         images = len(shown or ()) or recipe.samples.count
         preview = 0 if recipe.samples.vae else _preview(teacher, images)
         disk = on_disk(full, teacher)
-        parts = _parts(full, teacher, rehearsal.trainer, beside=not cached(full, disk))
+        live = {name for name in ("prompts", "images") if not cached(full, disk, name)}
+        parts = _parts(full, teacher, rehearsal.trainer, live)
         return Plan(full, processes, *parts, preview, turns, disk)
 
 
@@ -151,11 +153,11 @@ def _fill_optimizers(trainer: Trainer) -> None:
         trainer.optimizers[role.name].zero_grad(set_to_none=True)
 
 
-def _parts(recipe: Recipe, teacher: Teacher, trainer: Trainer, beside: bool) -> tuple[list[Part], int]:
+def _parts(recipe: Recipe, teacher: Teacher, trainer: Trainer, live: Set[str]) -> tuple[list[Part], int]:
     """What stays on the device through the run, and bytes that leave it once prompts are encoded.
 
     Args:
-        beside: whether prompts are encoded beside training.
+        live: what is encoded beside training, "prompts" or "images".
     """
 
     def size(module: nn.Module) -> int:
@@ -180,13 +182,13 @@ def _parts(recipe: Recipe, teacher: Teacher, trainer: Trainer, beside: bool) -> 
                 0 if config.ema_device else storage_bytes((role.average or {}).values()),
             )
         )
-    if on_pixels(recipe) and getattr(pipe, "vae", None) is not None:
+    if (on_pixels(recipe) or "images" in live) and getattr(pipe, "vae", None) is not None:
         parts.append(Part("vae", numel(pipe.vae), 0, size(pipe.vae)))
     encoders = [getattr(pipe, name) for name in teacher.encoders if getattr(pipe, name, None) is not None]
     texts = sum(map(size, encoders))
-    if beside and not recipe.data.encoder_device:
+    if "prompts" in live and not recipe.data.encoder_device:
         parts.append(Part("text encoders", sum(map(numel, encoders)), 0, texts))
-    return parts, 0 if beside else texts
+    return parts, 0 if "prompts" in live else texts
 
 
 def _turns(trainer: Trainer) -> list[Turn]:

@@ -33,13 +33,17 @@ class LeftOut:
         self.path: Path | None = None
 
     def keep(self, path: Path) -> None:
-        """From here on they are written to this file; those that stand in it count.
+        """From here on they are written to this file, those of before too; those that stand in it count.
 
         Raises:
             RecipeError: as :meth:`add`.
         """
-        self.path = path
+        self.path, before = path, dict(self.reasons)
+        self.reasons = {}
         self._read()
+        if before.keys() - self.reasons.keys():
+            self.reasons |= before
+            self._write()
         self.check()
 
     def add(self, record: int, name: str, reason: str) -> None:
@@ -52,8 +56,7 @@ class LeftOut:
             self._read()  # what other ranks have left out
         self.reasons[record] = (name, reason)
         if self.path:
-            rows = ({"record": n, "name": a, "reason": b} for n, (a, b) in sorted(self.reasons.items()))
-            write(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            self._write()
         self.check()
         if len(self.reasons) <= NAMED:
             print(f"fewstep: note: data.images: {name} is left out: {reason}", file=sys.stderr)
@@ -73,6 +76,12 @@ class LeftOut:
             f"{', '.join(named)}{more}; remove or replace them (fewstep data check names all), or raise data.max_bad, "
             f"which allows {int(self.share * self.total)} of {self.total}"
         )
+
+    def _write(self) -> None:
+        assert self.path is not None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = ({"record": n, "name": a, "reason": b} for n, (a, b) in sorted(self.reasons.items()))
+        write(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _read(self) -> None:
         assert self.path is not None

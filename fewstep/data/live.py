@@ -1,4 +1,4 @@
-"""Prompts encoded beside the training: no cache, however many there are."""
+"""Prompts and images encoded beside the training: no cache, however many there are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import Tensor
 from ..teachers.base import Teacher
 from ..teachers.lengths import too_long, unsaid
 from ..teachers.references import check_references
-from .cache import some_of, stored
+from .cache import images_folder, some_of, stored
+from .images import CaptionedImages
+from .left_out import FILE
 
 
 class Live:
@@ -43,3 +45,31 @@ class Live:
             rows = stored(self.teacher.encode([self.prompts[i] for i in index.tolist()]), self.teacher)
             self.seconds += time.perf_counter() - begin
         return {n: v.float() if v.is_floating_point() else v for n, v in rows.items()}
+
+
+class LiveImages:
+    """Rows of scaled latents, encoded when they are asked for; ``row`` is the image that each of them is.
+
+    The VAE's posterior is drawn anew each time, as the rows that are asked for together decide, so that a run that goes
+    on draws the same.
+    """
+
+    def __init__(self, teacher: Teacher, images: CaptionedImages):
+        self.teacher, self.images = teacher, images
+        images.left_out.keep(images_folder(teacher, images) / FILE)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]:
+        """(n,) numbers of images -> latents (n, C, h, w) in fp32 on the CPU, and row (n,).
+
+        Raises:
+            RecipeError: too many are of no use. ReadError: one is gone.
+        """
+        found = [self.images.sound(i, self.teacher.resolution) for i in index.tolist()]
+        pixels = torch.stack([torch.tensor(image) for _, image in found])
+        generator = torch.Generator().manual_seed(int(index[0]))
+        with torch.no_grad():
+            latents = self.teacher.latents(pixels, generator)
+        return {"latents": latents.to("cpu", torch.float32), "row": torch.tensor([row for row, _ in found])}

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from ..data.batches import Rows
 from ..data.cache import encode_images, encode_prompts
 from ..data.images import CaptionedImages
-from ..data.live import Live
-from ..data.pairs import Pairs, check_pairs, load_pairs
-from ..data.store import Store
+from ..data.live import Live, LiveImages
+from ..data.pairs import check_pairs, load_pairs
 from ..diffusion import kernels
 from ..errors import RecipeError
 from ..methods import Method
@@ -89,26 +89,29 @@ def encode(
     prompts: list[str],
     images: CaptionedImages | None,
     process: Process | None = None,
-) -> dict[str, Store | Live | Pairs]:
+) -> dict[str, Rows]:
     """Everything a recipe trains on, as :class:`~batches.Batches` takes it; what is cached is not made again."""
     process, needs = process or Process(), recipe.method_class.needs(recipe.method)
     quiet = not process.main
 
-    def conditions(texts: Sequence[str]) -> Store | Live:
+    def conditions(texts: Sequence[str]) -> Rows:
         if recipe.data.cache_prompts is False:
             return Live(teacher, texts, quiet)
         return encode_prompts(teacher, texts, quiet=quiet, process=process)
 
-    found: dict[str, Store | Live | Pairs] = {"conditions": conditions(prompts)}
+    found: dict[str, Rows] = {"conditions": conditions(prompts)}
     if images is not None and "images" in needs:
         found["captions"] = found["conditions"] if images.captions == prompts else conditions(images.captions)
-        if not process.main:
-            process.barrier()  # the first one encodes images, the others find them
-        found["latents"] = encode_images(teacher, images, quiet=quiet)
-        if process.main:
-            process.barrier()
+        if recipe.data.cache_images is False:
+            found["latents"] = LiveImages(teacher, images)
+        else:
+            if not process.main:
+                process.barrier()  # the first one encodes images, the others find them
+            found["latents"] = encode_images(teacher, images, quiet=quiet)
+            if process.main:
+                process.barrier()
     if "pairs" in needs:
-        found["pairs"] = pairs = load_pairs(recipe.data.pairs)
+        pairs = found["pairs"] = load_pairs(recipe.data.pairs)
         check_pairs(pairs, teacher, guidance_of(recipe.method), quiet)
         found["pair_conditions"] = conditions(pairs.prompts)
     return found

@@ -34,11 +34,14 @@ def to_encode(
     """What :func:`fewstep.runs.build.encode` will write, without what is cached already."""
     needs = recipe.method_class.needs(recipe.method)
     found = [] if recipe.data.cache_prompts is False else texts_to_encode(recipe, teacher, prompts, images)
-    if images is not None and "images" in needs:
-        folder = images_folder(teacher, images)
-        size = len(rows_to_make(folder, len(images))) * latent_bytes(teacher)
-        found.append(Need("images", PLACE, folder, size))
+    if images is not None and "images" in needs and recipe.data.cache_images is not False:
+        found.append(_need_of_images(teacher, images))
     return found
+
+
+def _need_of_images(teacher: Teacher, images: CaptionedImages) -> Need:
+    folder = images_folder(teacher, images)
+    return Need("images", PLACE, folder, len(rows_to_make(folder, len(images))) * latent_bytes(teacher))
 
 
 def texts_to_encode(
@@ -53,13 +56,23 @@ def texts_to_encode(
     return found
 
 
-def beside(recipe: Recipe, teacher: Teacher, prompts: list[str], images: CaptionedImages | None) -> float:
-    """GB that the conditions would take in the cache, where a recipe that leaves the choice has them encoded beside
-    training; 0 where they are cached, as for a method that looks at all of them first."""
-    if recipe.method_class.prepare is not Method.prepare:
-        return 0.0
-    gb = sum(need.size for need in texts_to_encode(recipe, teacher, prompts, images)) / 1e9
-    return gb if gb > recipe.data.cache_gb else 0.0
+def beside(
+    recipe: Recipe, teacher: Teacher, prompts: list[str], images: CaptionedImages | None
+) -> dict[str, float]:
+    """Of what a recipe leaves open, ``cache_prompts`` and ``cache_images``: the GB of a cache that is too large for
+    ``cache_gb``, or 0. A method that looks at all prompts first has them cached."""
+    found, data = {}, recipe.data
+    if data.cache_prompts is None:
+        texts = texts_to_encode(recipe, teacher, prompts, images) if _may_be_live(recipe) else []
+        found["cache_prompts"] = sum(need.size for need in texts) / 1e9
+    if data.cache_images is None:
+        used = images is not None and "images" in recipe.method_class.needs(recipe.method)
+        found["cache_images"] = _need_of_images(teacher, images).size / 1e9 if used and images else 0.0
+    return {name: gb if gb > data.cache_gb else 0.0 for name, gb in found.items()}
+
+
+def _may_be_live(recipe: Recipe) -> bool:
+    return recipe.method_class.prepare is Method.prepare
 
 
 def on_disk(recipe: Recipe, teacher: Teacher) -> dict[str, dict[str, int | None]]:
@@ -81,11 +94,12 @@ def on_disk(recipe: Recipe, teacher: Teacher) -> dict[str, dict[str, int | None]
     }
 
 
-def cached(recipe: Recipe, disk: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether prompts are encoded before training, as far as :func:`on_disk` knows; :func:`beside` knows more."""
-    if recipe.data.cache_prompts is not None or recipe.method_class.prepare is not Method.prepare:
-        return recipe.data.cache_prompts is not False
-    return (disk["prompts"]["bytes"] or 0) / 1e9 <= recipe.data.cache_gb
+def cached(recipe: Recipe, disk: Mapping[str, Mapping[str, Any]], name: str = "prompts") -> bool:
+    """Whether prompts, or images, are encoded before training, as far as :func:`on_disk` knows; a start knows more."""
+    told = getattr(recipe.data, f"cache_{name}")
+    if told is not None or (name == "prompts" and not _may_be_live(recipe)):
+        return told is not False
+    return (disk.get(name, {}).get("bytes") or 0) / 1e9 <= recipe.data.cache_gb
 
 
 def doubt(cache: Mapping[str, Mapping[str, Any]]) -> str | None:

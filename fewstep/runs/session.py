@@ -16,10 +16,8 @@ import torch.distributed as dist
 
 from .. import export, extensions
 from .. import recipe as recipes
-from ..data.batches import Ahead, Batches
+from ..data.batches import Ahead, Batches, Rows
 from ..data.images import CaptionedImages
-from ..data.live import Live
-from ..data.pairs import Pairs
 from ..data.places import PLACE
 from ..data.store import Store
 from ..device import choose, keep_freed
@@ -283,9 +281,8 @@ class Session:
         )
         self.export_prompts = [*self.preview.prompts[:2], *(prompts[i] for i in to_verify)]
         live = recipe.data.cache_prompts is False
-        self.teacher.drop_encoders(
-            vae=not (on_pixels(recipe) or (live and self.teacher.edits)), texts=not live
-        )
+        with_vae = on_pixels(recipe) or recipe.data.cache_images is False or (live and self.teacher.edits)
+        self.teacher.drop_encoders(vae=not with_vae, texts=not live)
         data = Batches(
             latent_shape=self.teacher.latent_shape,
             batch_size=recipe.train.batch_size,
@@ -308,7 +305,7 @@ class Session:
 
     def _encode(
         self, prompts: list[str], images: CaptionedImages | None
-    ) -> tuple[dict[str, Store | Live | Pairs], list[int]]:
+    ) -> tuple[dict[str, Rows], list[int]]:
         """What the method trains on, and the prompts that its export is to be verified on beside the first."""
         main, encoded = self.process.main, encode(self.recipe, self.teacher, prompts, images, self.process)
         to_verify = self.method.prepare(encoded["conditions"])
@@ -321,17 +318,18 @@ class Session:
         return encoded, to_verify
 
     def _placed(self, recipe: Recipe, prompts: list[str], images: CaptionedImages | None) -> Recipe:
-        """With when prompts are encoded, where it is left open, for the run to go on alike; their encoders' device."""
+        """With when prompts and images are encoded, where it is left open, for the run to go on alike; encoders go to
+        their device."""
         data, device = recipe.data, recipe.data.encoder_device
-        if data.cache_prompts is None:
-            (gb, *_) = self.process.collect(beside(recipe, self.teacher, prompts, images))
+        for name, gb in self.process.collect(beside(recipe, self.teacher, prompts, images))[0].items():
             if gb and self.process.main:
                 print(
-                    f"fewstep: note: prompts are encoded beside training: their cache would take {gb:.0f} GB; with "
-                    "data.cache_prompts true it is made first",
+                    f"fewstep: note: {name.removeprefix('cache_')} are encoded beside training: their cache would take "
+                    f"{gb:.0f} GB; with data.{name} true it is made first",
                     file=sys.stderr,
                 )
-            data = dataclasses.replace(data, cache_prompts=not gb)
+            choice: dict[str, Any] = {name: not gb}
+            data = dataclasses.replace(data, **choice)
         if device and data.cache_prompts is False:
             for name in self.teacher.encoders:
                 if (encoder := getattr(self.teacher.pipe, name, None)) is not None:
@@ -452,7 +450,9 @@ def cache(recipe: Recipe) -> dict[str, Store]:
         RecipeError: as :func:`execute`, for data and teacher.
     """
     recipe = recipes.from_dict(recipes.to_dict(recipe))
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, cache_prompts=True))
+    recipe = dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, cache_prompts=True, cache_images=True)
+    )
     choose(recipe.train.device)
     prompts, images = check_data(recipe)
     check_class(recipe, prompts, images)

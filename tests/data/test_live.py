@@ -1,20 +1,24 @@
 """Prompts encoded beside training: the same conditions, exact resume, the choice by size, waits that are told."""
 
+import io
 import json
+import tarfile
 import time
 from typing import ClassVar
 
 import pytest
 import torch
-from processes import together
+from PIL import Image
+from processes import command, together
 from test_end_to_end import tiny
 
 from fewstep import recipe as recipes
 from fewstep.cost.count import plan
 from fewstep.data import store
 from fewstep.data.batches import Ahead, Waits
-from fewstep.data.cache import encode_prompts, need_of_prompts
-from fewstep.data.live import Live
+from fewstep.data.cache import encode_images, encode_prompts, need_of_prompts
+from fewstep.data.images import load_images
+from fewstep.data.live import Live, LiveImages
 from fewstep.errors import RecipeError
 from fewstep.process import Process
 from fewstep.runs import session as sessions
@@ -128,8 +132,100 @@ def test_encoders_stay_where_they_are_wanted(tiny_sdxl, tmp_path, cache):
 
 def test_the_hash_does_not_know_how_prompts_are_encoded(tiny_sdxl, tmp_path):
     words = ("--data.cache_prompts", "false", "--data.cache_gb", "3", "--data.encoder_device", "cpu")
+    words = (*words, "--data.cache_images", "false")
     one, other = recipe_for(tiny_sdxl, tmp_path), recipe_for(tiny_sdxl, tmp_path, *words)
     assert recipes.digest(one) == recipes.digest(other)
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards of eight pictures, the third of each of which is none; captions beside them."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(2):
+        with tarfile.open(folder / f"{number}.tar", "w") as file:
+            for i in range(8):
+                picture = io.BytesIO()
+                Image.new("RGB", (40, 32), (30 * i, 90 * number, 200 - 20 * i)).save(picture, "PNG")
+                content = b"none" if i == 2 else picture.getvalue()
+                for suffix, data in (("png", content), ("txt", f"{i} of {number}".encode())):
+                    member = tarfile.TarInfo(f"{i}.{suffix}")
+                    member.size = len(data)
+                    file.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def images_of(shards):
+    return load_images(str(shards), max_bad=0.2)
+
+
+def test_latents_are_those_of_the_cache_but_for_the_draw(sdxl, shards, cache):
+    live, kept = LiveImages(sdxl, images_of(shards)), encode_images(sdxl, images_of(shards), quiet=True)
+    index = torch.tensor([1, 2, 9])
+    one, other = live.rows(index), kept.rows(index)
+    assert one["row"].tolist() == other["row"].tolist() == [1, 3, 9]  # the next one stands in
+    assert one["latents"].shape == other["latents"].shape and len(live) == 16
+    posterior = sdxl.pipe.vae.encode(pixels_of(sdxl, images_of(shards), [1, 3, 9])).latent_dist
+    scale = sdxl.pipe.vae.config.scaling_factor
+    for drawn in (one["latents"], other["latents"]):
+        assert ((drawn / scale - posterior.mean) / posterior.std).abs().max() < 5
+    assert live.rows(index)["latents"].equal(one["latents"])
+    assert not live.rows(index.flip(0))["latents"].flip(0).equal(one["latents"])  # another draw
+    (file,) = cache.rglob("left_out.jsonl")
+    assert [json.loads(line)["record"] for line in file.read_text().splitlines()] == [2, 10]
+
+
+def pixels_of(teacher, images, rows):
+    pictures = torch.stack([torch.tensor(images.load(row, teacher.resolution)) for row in rows])
+    return pictures.permute(0, 3, 1, 2) / 127.5 - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["true", "false"])
+def test_killed_in_the_middle_of_a_shard_a_run_ends_alike(tiny_sdxl, tmp_path, shards, cache, kept):
+    ends = {}
+    for name in ("straight", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        words = ("--data.images", str(shards), "--data.max_bad", "0.2", "--train.batch_size", "3")
+        words += ("--data.cache_images", kept, "--data.cache_prompts", kept, "--train.steps", "8")
+        words += ("--train.checkpoint_every", "3", "--method.gan_time_range", "[0.02, 0.98]")
+        recipe = tiny("sdxl_dmd2_4step", tiny_sdxl, folder, *words)
+        if name == "killed":
+            path = folder / "recipe.yaml"
+            path.write_text(recipes.dump(recipe))
+            run = command(["train", path], said=folder / "said.txt")
+            end = time.monotonic() + 240
+            while not (folder / "run" / "checkpoints" / "step_00000003").is_dir():
+                assert run.poll() is None and time.monotonic() < end, (folder / "said.txt").read_text()
+                time.sleep(0.01)
+            run.kill()
+            assert run.wait() == -9
+            resume(folder / "run", [])
+        else:
+            execute(recipe)
+        session = Session(recipe, *check_data(recipe), Process(), begun=True)
+        assert isinstance(session.ahead.data.latents, LiveImages) == (kept == "false")
+        assert session.trainer.restore() and session.trainer.progress.iteration == 8
+        ends[name] = {n: w.clone() for n, w in session.roles["student"].weights.items()}
+    assert all(value.equal(ends["killed"][name]) for name, value in ends["straight"].items())
+
+
+def test_the_size_of_images_chooses_too_and_the_vae_stays_with_them(
+    tiny_sdxl, tmp_path, shards, cache, capsys
+):
+    words = ("--data.images", str(shards), "--data.max_bad", "0.2", "--method.gan_time_range", "[0.02, 0.98]")
+    recipe = tiny("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, "--data.cache_gb", "0")
+    session = Session(recipe, *check_data(recipe), Process())
+    assert isinstance(session.ahead.data.latents, LiveImages) and session.recipe.data.cache_images is False
+    assert "fewstep: note: images are encoded beside training" in capsys.readouterr().err
+    assert not list(cache.rglob("*.safetensors"))
+    batch = session.ahead.batch(0, 0)
+    assert batch.real.shape[1:] == torch.Size(session.teacher.latent_shape)
+    held = [plan(recipes.override(recipe, ["--data.cache_images", word])).held for word in ("false", "true")]
+    vae = session.teacher.pipe.vae
+    assert held[0] - held[1] == sum(4 * p.numel() for p in vae.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------- several processes
