@@ -1,6 +1,6 @@
 """How long a run takes to its first step with very many prompts and images, and the host memory that they take.
 
-    python eval/data_start.py --prompts 1000000 --images 100000 --out eval/results/data_start.json
+    python eval/data_start.py --prompts 1000000 --images 100000 --out eval/results/data_start/million.json
 
 Prompts are lines of a file, images small pictures in WebDataset shards, both made here. A tiny SDXL is distilled by
 DMD2 with its GAN, prompts and images encoded beside training, once on the large set and once on a set of sixteen; what
