@@ -47,15 +47,27 @@ def check(folder: Path, body: str, *words: str) -> tuple[int, dict, str, str]:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(standin.compiler() is None, reason="needs a C++ compiler")
-def test_every_part_runs_on_an_accelerator(tmp_path):
-    body = """
+ACCELERATOR = """
 from diffusers import FluxPipeline, SanaPipeline
 import standin
 standin.install()
 """
-    code, found, table, said = check(tmp_path, body, "--minutes", "20")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(standin.compiler() is None, reason="needs a C++ compiler")
+def test_methods_run_on_an_accelerator(tmp_path):
+    code, found, table, said = check(tmp_path, ACCELERATOR, "--minutes", "20", "--parts", "sid,compiled")
+    assert code == 0, said
+    assert found["device"] == "stand-in accelerator" and list(found["parts"]) == ["sid", "compiled"]
+    assert [row["turn"] for row in found["parts"]["sid"]["rows"]] == ["critic", "generator"]
+    assert "| sid | done |" in table
+
+
+@pytest.mark.long
+@pytest.mark.skipif(standin.compiler() is None, reason="needs a C++ compiler")
+def test_every_part_runs_on_an_accelerator(tmp_path):
+    code, found, table, said = check(tmp_path, ACCELERATOR, "--minutes", "20")
     assert code == 0, said
     assert found["device"] == "stand-in accelerator" and found["tiny"] and "torch" in found["versions"]
     parts = found["parts"]

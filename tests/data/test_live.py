@@ -23,6 +23,7 @@ from fewstep.errors import RecipeError
 from fewstep.process import Process
 from fewstep.runs import session as sessions
 from fewstep.runs.checks import check_data
+from fewstep.runs.disk import cached
 from fewstep.runs.session import Session, execute, resume
 from fewstep.teachers import load_teacher
 
@@ -300,7 +301,10 @@ def test_a_plan_holds_the_encoders_that_stay(tiny_sdxl, tmp_path):
     assert live.held == kept.held + kept.leaving and apart.held == kept.held
     assert "gone once prompts are encoded" in kept.text("h100-80gb")
     assert "gone once" not in live.text("h100-80gb") and "text encoders" in live.text("h100-80gb")
-    assert plan(recipe_for(tiny_sdxl, tmp_path, "--data.cache_gb", "0")).leaving == 0
+    count = {"prompts": {"bytes": 1_000_000_001}, "images": {"bytes": None}}
+    for gb, whole in (("1", False), ("1.1", True)):
+        recipe = recipe_for(tiny_sdxl, tmp_path, "--data.cache_gb", gb)
+        assert cached(recipe, count) == whole and cached(recipe, count, "images")
 
 
 def test_waits_are_counted_and_told_once():
