@@ -23,6 +23,7 @@ from ..teachers.load import check_origin
 from ..teachers.origin import Origin
 from ..teachers.references import check_references
 from ..training.roles import Role
+from .library import recipe_files
 from .trackers import check_trackers
 
 
@@ -69,7 +70,8 @@ def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
         _check_distance(recipe)
     needs = recipe.method_class.needs(recipe.method)
     if "pairs" in needs:
-        load_pairs(recipe.data.pairs, Path(recipe.output).name)
+        name = Path(recipe.output).name  # of a recipe that comes with fewstep, unless its output is elsewhere
+        load_pairs(recipe.data.pairs, name if name in recipe_files() else "RECIPE")
     if data.images is None and "images" not in needs:
         return prompts, None
     if data.images is None:

@@ -18,6 +18,7 @@ from fewstep.data.images import load_images
 from fewstep.errors import FewstepError
 from fewstep.files import Need, check_room
 from fewstep.methods.disback import DisBack
+from fewstep.methods.dmd import DMD
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.phased_dmd import PhasedDMD
 from fewstep.methods.sid import SiD
@@ -140,6 +141,14 @@ def test_missing_and_empty_prompts(refused, tmp_path):
     refused("holds no prompt", "--prompts", str(empty))
     empty.write_bytes(b"\xff\xfe\x00r\x00e\x00d")
     refused("no UTF-8", "--prompts", str(empty))
+
+
+def test_missing_pairs_are_named_with_a_command_that_exists(refused, recipe):
+    """Not with the name of whatever folder the run goes to."""
+    for output, name in (("elsewhere", "RECIPE"), ("sd15_dmd_1step", "sd15_dmd_1step")):
+        recipe.output = str(Path(recipe.output).parent / output)
+        recipe.method = DMD.Config(start=399)
+        refused(f"fewstep pairs {name} --out nowhere", "--data.pairs", "nowhere", recipe=recipe)
 
 
 def test_missing_and_empty_image_folders(refused, tmp_path):
