@@ -190,6 +190,12 @@ def test_digest_ignores_the_output_folder_and_nothing_else():
         assert recipes.digest(recipes.override(recipe, words)) != digest
 
 
+def test_what_follows_the_student_is_trained_alike_without_an_average():
+    recipe = recipes.override(load_recipe("emoji_hyper_sd"), ["--student.ema", "0.9", "--student.lr", "0.5"])
+    target = recipe.role("target")
+    assert (target.ema, target.lr) == (0.0, 0.5) and recipe.role("student").ema == 0.9
+
+
 def test_an_output_folder_may_be_a_number():
     assert recipes.override(load_recipe("emoji_dmd2_1step"), ["--output", "2026"]).output == "2026"
 

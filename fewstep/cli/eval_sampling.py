@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ IMAGES = (
 )
 
 
+DEFAULT_STEPS = (1, 2, 4, 8)
 # What a file says in place of these options of `run`.
 ROWS = (
     "teacher",
@@ -149,7 +151,12 @@ def _generate(args: argparse.Namespace) -> int:
     argument("--teacher", metavar="PIPELINE", help="pipeline of the first rows, and under the students"),
     *WEIGHTS,
     argument("--student", action="append", default=[], metavar="EXPORT", help="may be repeated"),
-    argument("--steps", type=integers, metavar="1,2,4", help="numbers of steps (default: 1,2,4,8)"),
+    argument(
+        "--steps",
+        type=integers,
+        metavar="1,2,4",
+        help="numbers (default: 1,2,4,8; of a student those it was trained for)",
+    ),
     argument("--solver", action="append", metavar="S", help="of the teacher; may be repeated"),
     argument(
         "--guidance",
@@ -223,10 +230,13 @@ def _spec_of(args: argparse.Namespace) -> Any:
     if not (args.teacher and args.prompts):
         raise FewstepError("eval run: give a SPEC.yaml, or --teacher and --prompts")
     solver, guidance = tuple(args.solver or ("own",)), tuple(args.guidance or (None,))
-    steps = tuple(args.steps or (1, 2, 4, 8))
+    steps = tuple(args.steps or DEFAULT_STEPS)
     of_teacher = partial(Entry, pipeline=args.teacher, steps=steps, **weights_of(args))
     teacher = of_teacher(name="teacher", kind="teacher", solver=solver, guidance=guidance)
-    students = [of_teacher(name=f"student {path}", lora=path, kind="student") for path in args.student]
+    students = [
+        of_teacher(name=f"student {path}", lora=path, kind="student", steps=steps_of(path, args.steps))
+        for path in args.student
+    ]
     return Spec(
         args.prompts,
         (teacher, *students),
@@ -237,6 +247,15 @@ def _spec_of(args: argparse.Namespace) -> Any:
         extractor=args.extractor,
         scorers=tuple(args.scorer),
     )
+
+
+def steps_of(student: str, asked: Sequence[int] | None) -> tuple[int, ...]:
+    """Numbers of steps at which a student is measured: those asked for, or else those that it was trained for."""
+    from fewstep.evaluation.models import record_of
+
+    record = record_of(student)
+    trained = tuple(map(int, record.get("steps", ()))) or (record.get("num_steps"),) if record else ()
+    return tuple(asked or ()) or tuple(n for n in trained if n) or DEFAULT_STEPS
 
 
 def _speed(speed: dict[str, Any] | None) -> str:

@@ -43,8 +43,8 @@ def time_embedder(net: nn.Module) -> tuple[str, Any, Any]:
         if mlp is not None and sinusoids is not None and mlp.linear_2.bias is not None:  # where a scalar ends
             return path, mlp, sinusoids
     raise RecipeError(
-        f"{type(net).__name__} has no time embedding that fewstep knows; expected one of {', '.join(TIME_EMBEDDERS)}, "
-        "with a bias"
+        f"method: {type(net).__name__} has no time embedding that fewstep knows; expected one of "
+        f"{', '.join(TIME_EMBEDDERS)}, with a bias; choose another method, or set method.guidance_embedding false"
     )
 
 

@@ -271,6 +271,18 @@ def _export(path: str) -> Path | None:
     return next((p for p in (Path(path), Path(path) / "export") if (p / "fewstep.json").is_file()), None)
 
 
+def record_of(path: str) -> dict[str, Any] | None:
+    """What an export, or the run that holds one, says of itself; None of anything else.
+
+    Raises:
+        FewstepError: it is damaged.
+    """
+    from fewstep.export.load import read_record
+
+    folder = _export(path)
+    return read_record(folder) if folder else None
+
+
 def _load_export(folder: Path, teacher: str | None, dtype: str) -> tuple[dict[str, Any], Any]:
     from fewstep.export import load_exported
 

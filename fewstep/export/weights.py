@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..configs import RoleConfig
 from ..files import write_tensors
 from ..teachers.base import Teacher
+from ..teachers.pipelines import hushed
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -107,10 +108,12 @@ def save_pipeline(
         net: the student's, for its size.
     """
     small = resized(teacher, net)
-    net = type(teacher.net).from_config(net.config) if small else copy.deepcopy(teacher.net).cpu().float()
-    # Buffers are never trained, so they stay the teacher's.
-    net.load_state_dict({**net.state_dict(), **{name: value.float() for name, value in weights.items()}})
-    save_network(teacher, net.to(dtype), scheduler, folder)
+    with hushed():
+        net = type(teacher.net).from_config(net.config) if small else copy.deepcopy(teacher.net).cpu().float()
+        # Buffers are never trained, so they stay the teacher's.
+        net.load_state_dict({**net.state_dict(), **{name: value.float() for name, value in weights.items()}})
+        net = net.to(dtype)
+    save_network(teacher, net, scheduler, folder)
 
 
 def save_network(

@@ -54,7 +54,7 @@ class BOOT(Method):
         solver: Literal["ddim", "heun"] = "ddim"
         boundary: Literal["auto", "exact", "teacher"] = "auto"
         boundary_weight: Least0 = 1.0
-        guidance_scale: Number = 1.0
+        guidance_scale: Least0 = 1.0
         guidance_range: tuple[Number, Number] | None = None
 
         def expected(self) -> Expected:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bounds import Count0, Least0, Number, Share
+from ..bounds import Count0, Least0, Share
 from ..device import upload
 from ..diffusion.schedules import expand
 from ..errors import RecipeError
@@ -64,7 +64,7 @@ class DD1(Method):
 
         entries: list[Count0] = field(default_factory=lambda: [0])
         split: Count0 = 80
-        guidance_scale: Number = 1.0
+        guidance_scale: Least0 = 1.0
         entry_shares: list[Share] | None = None
         own_share: Share = 0.0
         ce_weight: Least0 = 1.0

@@ -81,7 +81,7 @@ class DD2(Method):
             head_width, head_depth: of the flow head (3 blocks of 1024).
         """
 
-        guidance_scale: Number = 1.0
+        guidance_scale: Least0 = 1.0
         critic_steps: Count = 5
         matching: Literal["sid", "dmd"] = "sid"
         alpha: Number = 1.0

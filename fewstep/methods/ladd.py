@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..bounds import Count, Count0, Number, Part, Positive, Share
+from ..bounds import Count, Count0, Least0, Number, Part, Positive, Share
 from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.consistency import angles
@@ -131,7 +131,7 @@ class LADD(Method):
         early_proposals: list[Share] = field(default_factory=lambda: [0.0, 0.0, 0.5, 0.5])
         early: Count0 = 500
         num_steps: list[Count] = field(default_factory=lambda: [4])
-        guidance_scale: Number = 1.0
+        guidance_scale: Least0 = 1.0
 
         def expected(self) -> Expected:
             count = len(self.levels)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ..bounds import Count, Number
+from ..bounds import Count, Least0, Number
 from ..diffusion import objectives
 from ..diffusion.cond import Cond, drop_rows
 from ..diffusion.denoiser import Denoiser
@@ -46,7 +46,7 @@ class LiveOptions(Options):
     start: Number | None = None
     times: list[Number] | None = None
     noise: Literal["fresh", "fixed", "ddim"] = "fresh"
-    guidance_scale: Number = 1.0
+    guidance_scale: Least0 = 1.0
     generator_times: TimeLaw = field(default_factory=TimeLaw)
     critic_times: TimeLaw = field(default_factory=TimeLaw)
     critic_loss: Kind = "native"

@@ -55,8 +55,8 @@ class SanaSprint(Method):
         angles: list[list[Angle]] = field(
             default_factory=lambda: [[math.pi / 2], [math.pi / 2, 1.3], [math.pi / 2, 1.3, 1.1, 0.6]]
         )
-        guidance_scales: list[Number] = field(default_factory=lambda: [4.0, 4.5, 5.0])
-        guidance_scale: Number = 4.5
+        guidance_scales: list[Least0] = field(default_factory=lambda: [4.0, 4.5, 5.0])
+        guidance_scale: Least0 = 4.5
         guidance_embedding: bool = True
         adversarial_weight: Least0 = 0.5
         max_time: Share = 0.5

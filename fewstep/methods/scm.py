@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from ..bounds import Bound, Count0, Number, Positive
+from ..bounds import Bound, Count0, Least0, Number, Positive
 from ..diffusion import consistency as scm
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser, Guidance, NetDenoiser, ScheduleView
@@ -48,7 +48,7 @@ class ConsistencyOptions(Options):
     """
 
     angles: list[list[Angle]] = field(default_factory=lambda: [[math.pi / 2]])
-    guidance_scale: Number = 1.0
+    guidance_scale: Least0 = 1.0
     time_mean: Number = -1.0
     time_std: Positive = 1.6
     sigma_data: Positive = 0.5

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ..bounds import Count, Number, Range, Share, Time
+from ..bounds import Count, Least0, Range, Share, Time
 from ..diffusion.cond import unconditional
 from ..diffusion.denoiser import Denoiser, NetDenoiser
 from ..diffusion.schedules import EDM
@@ -164,7 +164,7 @@ class SwiftBrush(ScoreDifference):
     class Config(VariationalOptions):
         """The defaults of SwiftBrush; see :class:`VariationalOptions`."""
 
-        guidance_scale: Number = 4.5
+        guidance_scale: Least0 = 4.5
         guide_critic: bool = True
         null_probability: Share = 0.1
         weight: MatchingWeight = "vsd"

@@ -48,7 +48,7 @@ class SegmentOptions(Options):
     target: Literal["ema", "live"] = "ema"
     target_decay: Share = 0.95
     stage_teacher: Literal["original", "previous"] = "original"
-    guidance_scale: Number = 1.0
+    guidance_scale: Least0 = 1.0
     guidance_range: tuple[Number, Number] | None = None
     distance: Literal["mse", "huber"] = "mse"
     gan_weight: Least0 | list[Least0] = 0.0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ..bounds import Count, Least0, Number, Range, Time
+from ..bounds import Count, Least0, Range, Time
 from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser
@@ -55,7 +55,7 @@ class Matching(Options):
         time_range: its times, as fractions of the schedule; the critic uses all of it.
     """
 
-    guidance_scale: Number = 1.0
+    guidance_scale: Least0 = 1.0
     weight: MatchingWeight = "l1"
     time_range: Range = (0.02, 0.98)
 

@@ -59,6 +59,19 @@ def check_space(folder: Path, roles: dict[str, Role], recipe: Recipe, stores: Se
         raise RecipeError(str(error)) from None
 
 
+def check_best(method: Method, name: str | None) -> None:
+    """``train.best`` is a number that the log will have, as far as its first word tells.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    kinds = sorted({phase.name for phase in method.phases() if phase.loss} | {"health"})
+    if name and name.partition("/")[0] not in kinds:
+        raise RecipeError(
+            f"train.best: {name}: expected a number of the log, whose names begin with {'/, '.join(kinds)}/"
+        )
+
+
 def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
     check_trackers(recipe.train.trackers)
     data, measured = recipe.data, recipe.evaluation.prompts
@@ -66,6 +79,7 @@ def check_data(recipe: Recipe) -> tuple[list[str], CaptionedImages | None]:
     if measured:
         load_prompts(measured, "evaluation.prompts", column_for(measured, data.column))
     _check_column(recipe)
+    _check_extractor(recipe)
     if recipe.samples.distance:
         _check_distance(recipe)
     needs = recipe.method_class.needs(recipe.method)
@@ -115,6 +129,19 @@ def _check_column(recipe: Recipe) -> None:
         raise RecipeError(
             f"data.column: {data.column}: neither prompts nor captions are in a table; leave it out"
         )
+
+
+def _check_extractor(recipe: Recipe) -> None:
+    """The features that a run is measured in are there, which its end would be late to find out."""
+    from ..vision.extractors import DEFAULT, get_extractor
+
+    name, measured = recipe.evaluation.extractor, recipe.evaluation.num or recipe.samples.distance
+    if not measured or name == DEFAULT:
+        return
+    try:
+        get_extractor.__wrapped__(name)  # and forgotten, until it is wanted on its device
+    except FewstepError as error:
+        raise RecipeError(f"evaluation.extractor: {error}") from None
 
 
 def _check_distance(recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from pathlib import Path
 
@@ -36,7 +37,11 @@ def load_recipe(source: str):
 
     path = recipe_files().get(source, Path(source))
     if not path.is_file():
-        raise FewstepError(f"recipe {source!r} is neither a file nor one of {', '.join(recipe_files())}")
+        near = difflib.get_close_matches(source, recipe_files(), 3)
+        meant = f"; did you mean {' or '.join(near)}?" if near else "."
+        raise FewstepError(
+            f"recipe {source!r} is neither a file nor a recipe{meant} `fewstep recipes` lists them"
+        )
     if path.suffix in (".yaml", ".yml"):
         return recipes.load(path)
     if path.suffix != ".py":

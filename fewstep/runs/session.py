@@ -36,7 +36,7 @@ from ..training.sharding import gathered
 from ..training.trainer import Trainer
 from . import inputs
 from .build import TOOLS, build, encode, on_pixels
-from .checks import check_class, check_data, check_length, check_output, check_space
+from .checks import check_best, check_class, check_data, check_length, check_output, check_space
 from .disk import beside, to_encode
 from .preview import Preview
 from .starts import check_starts
@@ -265,6 +265,7 @@ class Session:
         keep_freed(process.device)
         self.roles, self.method = build(recipe, self.teacher, process, read=not begun)
         train = recipe.train
+        check_best(self.method, train.best)
         check_length(self.method, train.steps, train.batch_size * train.accumulate * process.world)
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
         check_space(self.folder, self.roles, recipe, to_encode(recipe, self.teacher, prompts, images))

@@ -13,6 +13,7 @@ from .pipelines import PROCESSED, class_of, hushed
 PIECE = 1024  # prompts that are split into tokens at a time
 THINKING = {"ZImagePipeline": True, "Flux2KleinPipeline": False}  # what their templates of a chat are told
 SAID = (
+    "Kwargs passed to `processor.__call__`",  # as FLUX.2's stock call does
     *("part of your input was truncated", "Token indices sequence length is longer"),
     "does not support `output_attentions=True`",  # for which HiDream's call asks, and which it does not read
 )

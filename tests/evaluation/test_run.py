@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from fewstep.cli import main
+from fewstep.cli.eval_sampling import steps_of
 from fewstep.errors import FewstepError
-from fewstep.evaluation import yardstick
+from fewstep.evaluation import models, yardstick
 from fewstep.evaluation.evaluate import evaluate_images
 from fewstep.evaluation.images import FirstImages, open_images
 from fewstep.evaluation.of_spec import _row, rows_of, run_spec, shown
@@ -487,3 +488,14 @@ def test_a_table_is_there_before_its_first_row(tiny_sd15, tmp_path, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             run_spec(spec, tmp_path / "out")
     assert len(json.loads((tmp_path / "out" / "table.json").read_text())["rows"]) == 1
+
+
+def test_a_student_is_measured_at_its_own_numbers_of_steps_unless_others_are_asked_for(monkeypatch):
+    records = {
+        "one": {"num_steps": 4},
+        "several": {"num_steps": 8, "steps": {"8": {}, "1": {}}},
+        "file": None,
+    }
+    monkeypatch.setattr(models, "record_of", records.get)
+    assert steps_of("one", None) == (4,) and steps_of("several", None) == (8, 1)
+    assert steps_of("file", None) == (1, 2, 4, 8) and steps_of("one", [2, 3]) == (2, 3)

@@ -3,8 +3,10 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from processes import without_fewstep
 from test_end_to_end import PROMPTS, REFUSE, tiny
 
@@ -215,6 +217,22 @@ def test_every_stage_ran_and_the_student_is_verified_at_every_number_of_steps(hy
     assert record["kind"] == "lora" and record["scheduler"] == "TCDScheduler"
     assert set(record["steps"]) == {"4", "2", "1"}
     assert record["steps"]["2"]["call"]["num_inference_steps"] == 2 and record["call"]["eta"] == 1.0
+
+
+def test_each_image_is_drawn_under_its_prompt(hyper, tmp_path, monkeypatch):
+    colours = {"a cat": 40, "red apple": 200}
+
+    def draw(_pipe, prompts, _call, seed):
+        return np.stack([np.full((32, 32, 3), colours[prompt], np.uint8) for prompt in prompts]), None
+
+    monkeypatch.setattr("fewstep.teachers.generate.generate", draw)
+    words = [word for prompt in colours for word in ("--prompt", prompt)]
+    out = tmp_path / "grid.png"
+    assert main(["sample", str(hyper), *words, "--num", "2", "--scale", "1", "--out", str(out)]) == 0
+    picture = np.asarray(Image.open(out).convert("L"))
+    left, right = np.split(picture[:, : picture.shape[1] // 2 * 2], 2, 1)
+    for half, colour, other in ((left, 40, 200), (right, 200, 40)):
+        assert (half == colour).sum() >= 2 * 32 * 32 and not (half == other).sum() > 100
 
 
 def test_one_unified_student_is_sampled_at_its_numbers_of_steps(hyper, tmp_path, capsys):

@@ -293,6 +293,16 @@ class TestReport:
         data = base64.b64decode(uris["teacher: red apple"].partition("base64,")[2])
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), expected)
 
+    def test_the_student_beside_the_teacher_is_the_newest(self, full_run):
+        newest = full_run / "samples" / "step_001000.png"
+        with Image.open(newest) as grid:
+            other = Image.fromarray(255 - np.asarray(grid.convert("RGB")))
+        other.save(newest)
+        uris = {image["alt"]: image["src"] for image in write_page(full_run).find("img") if "src" in image}
+        data = base64.b64decode(uris["student: red apple"].partition("base64,")[2])
+        expected = np.asarray(other.crop((12, 2, 20, 10)))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), expected)
+
     def test_a_grid_that_cannot_be_cut_is_shown_whole(self, full_run):
         (full_run / "samples" / "prompts.json").unlink()
         table = json.loads((full_run / "eval" / "table.json").read_text())

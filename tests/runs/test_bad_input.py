@@ -112,7 +112,7 @@ def test_the_command_line_refuses_in_the_same_way(recipe, tmp_path, capsys):
     assert main(["train", str(path)]) == 2
     assert "train.stpes: unknown field; did you mean steps?" in capsys.readouterr().err
     assert main(["train", "no_such_recipe"]) == 2
-    assert "emoji_dmd2_1step" in capsys.readouterr().err
+    assert "fewstep recipes" in capsys.readouterr().err
     assert main(["resume", str(tmp_path / "images")]) == 2
     assert "is no run" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -344,6 +344,23 @@ def test_a_plan_says_that_caches_will_not_fit(monkeypatch):
     assert doubt(cache) is None
     small_disk(monkeypatch, 5 * 10**9 - 1)
     assert "5.00 GB on disk" in doubt(cache)
+
+
+def test_features_and_numbers_of_the_log_that_are_not_there(refused):
+    measured = ("--evaluation.num", "2", "--evaluation.extractor")
+    refused("evaluation.extractor: unknown extractor 'foo': expected effnet-lite0, ", *measured, "foo")
+    refused("evaluation.extractor: ", *measured, "clip:/tmp/none")
+    refused("evaluation.extractor: ", "--samples.distance", "2", *measured[2:], "effnet-lite0@9")
+    refused("train.best: nothing: expected a number of the log, whose names begin", "--train.best", "nothing")
+    refused("method.guidance_scale: -3.0", "--method.guidance_scale", "-3")
+
+
+def test_a_recipe_that_is_nearly_named(capsys):
+    assert main(["train", "sdxl_dmd2_4steps"]) == 2
+    said = capsys.readouterr().err
+    assert "did you mean sdxl_dmd2_4step" in said and "fewstep recipes" in said and len(said) < 300
+    assert main(["train", "qqq"]) == 2
+    assert "recipe 'qqq' is neither a file nor a recipe. `fewstep recipes`" in capsys.readouterr().err
 
 
 def test_cuda_where_there_is_none(refused, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...errors import FewstepError
 from ..load import check_versions
+from ..pipelines import hushed
 from .dit import dit, lumina2, pixart, sana, sd3
 from .flux import chroma, flux, flux2, flux2_klein
 from .hidream import hidream
@@ -68,14 +69,11 @@ def write_tiny_pipeline(pipeline_class: str, folder: Path, seed: int = 0, **opti
         raise FewstepError(f"no tiny stand-in for {pipeline_class}; known: {', '.join([*builders, *TOKENS])}")
     check_versions(f"the tiny stand-in in {folder}", pipeline_class)
     folder = Path(folder)
-    with torch.random.fork_rng(devices=[]):
+    with hushed(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         files = folder / "tokenizer_files"
         tokenizer = (qwen_tokenizer if builders[pipeline_class] in QWEN else clip_tokenizer)(files)
         pipe = builders[pipeline_class](tokenizer, pipeline_class, options)
-    from ..pipelines import hushed
-
-    with hushed():
         pipe.save_pretrained(folder)
     return folder
 
