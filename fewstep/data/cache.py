@@ -31,6 +31,7 @@ from .left_out import FILE
 from .places import PLACE, cache_root
 from .store import Store, joined, rows_to_make, shard_path, without_padding
 
+BATCH = 32  # prompts that are encoded at a time
 TOLD_BY = 20_000  # prompts by whose lengths the space of more is told
 LAYOUT = "without padding"  # of stored prompts; those of another are not read
 
@@ -38,7 +39,7 @@ LAYOUT = "without padding"  # of stored prompts; those of another are not read
 def encode_prompts(
     teacher: Teacher,
     prompts: Sequence[str],
-    batch_size: int = 32,
+    batch_size: int = BATCH,
     quiet: bool = False,
     process: Process | None = None,
 ) -> Store:

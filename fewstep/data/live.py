@@ -6,14 +6,16 @@ import sys
 import time
 from collections.abc import Sequence
 from threading import Lock
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..diffusion.cond import Cond
 from ..teachers.base import Teacher
 from ..teachers.lengths import too_long, unsaid
 from ..teachers.references import check_references
-from .cache import images_folder, some_of, stored
+from .cache import BATCH, images_folder, some_of, stored
 from .images import CaptionedImages
 from .left_out import FILE
 
@@ -28,21 +30,26 @@ class Live:
         seconds: that encoding has taken.
     """
 
+    lock: ClassVar[Lock] = Lock()  # of prompts and captions alike: a tokenizer serves one thread at a time
+
     def __init__(self, teacher: Teacher, prompts: Sequence[str], quiet: bool = True):
         check_references(teacher, prompts)
         if not quiet and (cut := too_long(teacher.pipe, some_of(prompts))):
             print(f"fewstep: note: {cut}", file=sys.stderr)
         self.teacher, self.prompts, self.seconds = teacher, prompts, 0.0
-        self.lock = Lock()  # a tokenizer serves one thread at a time
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def rows(self, index: Tensor) -> dict[str, Tensor]:
-        """(n,) row numbers -> tensors of n rows on the CPU, floating-point ones in fp32."""
+        """(n,) row numbers -> tensors of n rows on the CPU, floating-point ones in fp32; encoded as many at a time as
+        for the cache, for a router reads a thousand."""
         with self.lock, unsaid(), torch.no_grad():
             begin = time.perf_counter()
-            rows = stored(self.teacher.encode([self.prompts[i] for i in index.tolist()]), self.teacher)
+            parts = [
+                self.teacher.encode([self.prompts[i] for i in part.tolist()]) for part in index.split(BATCH)
+            ]
+            rows = stored(Cond.cat(*parts), self.teacher)
             self.seconds += time.perf_counter() - begin
         return {n: v.float() if v.is_floating_point() else v for n, v in rows.items()}
 

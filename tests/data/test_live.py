@@ -4,6 +4,8 @@ import io
 import json
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Lock
 from typing import ClassVar
 
 import pytest
@@ -61,6 +63,32 @@ def test_a_half_precision_teacher_rounds_alike(teachers, cache):
     every = torch.arange(len(TEXTS))
     for key, value in live.rows(every).items():
         assert value.equal(kept.rows(every)[key]) and value.dtype == torch.float32
+
+
+def test_prompts_and_captions_are_encoded_by_one_thread_at_a_time_and_few_at_a_time(teachers, monkeypatch):
+    """The first micro-batch is read by the trainer's own thread while another reads the next one."""
+    monkeypatch.setattr("fewstep.data.live.BATCH", 2)
+    teacher, inside, seen = teachers("SD 1.5"), Lock(), []
+    encode, both = teacher.encode, Barrier(2)
+
+    def alone(texts):
+        assert inside.acquire(blocking=False)
+        time.sleep(0.02)
+        seen.append(list(texts))
+        inside.release()
+        return encode(texts)
+
+    monkeypatch.setattr(teacher, "encode", alone)
+    prompts, captions = Live(teacher, TEXTS), Live(teacher, TEXTS[::-1])
+
+    def read(store):
+        both.wait()
+        return store.rows(torch.arange(5))["embeds"]
+
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(read, (prompts, captions))
+    torch.testing.assert_close(one, other.flip(0), rtol=1e-4, atol=1e-5)
+    assert sorted(map(len, seen)) == [1, 1, 2, 2, 2, 2]
 
 
 @pytest.mark.slow
