@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,23 +183,25 @@ def _execute(recipe: Recipe, folder: Path, resuming: bool, meant: Collection[str
     if not begun:
         check_starts(recipe)
     process = start(recipe.train.device, recipe.train.shard)
-    session = Session(recipe, prompts, images, process, begun, meant)
-    if process.main and (note := kernels.doubt(session.recipe.teacher.autocast, process.device)):
-        print(f"fewstep: note: {note}", file=sys.stderr)
-    with held(folder) if process.main else contextlib.nullcontext():
-        if process.main:
-            if not resuming:
-                check_output(folder)  # which another may have made meanwhile
-            _claim(folder, session)
-        process.barrier()
-        _work(session, resuming)
-        if process.main:
-            if recipe.evaluation.num:
-                from ..evaluation.of_run import evaluate_run
+    with _others(process, folder):
+        session = Session(recipe, prompts, images, process, begun, meant)
+        if process.main and (note := kernels.doubt(session.recipe.teacher.autocast, process.device)):
+            print(f"fewstep: note: {note}", file=sys.stderr)
+        with held(folder) if process.main else contextlib.nullcontext():
+            if process.main:
+                if not resuming:
+                    check_output(folder)  # which another may have made meanwhile
+                _claim(folder, session)
+            process.barrier()
+            session.train(resuming)
+            session.export()
+            if process.main:
+                if recipe.evaluation.num:
+                    from ..evaluation.of_run import evaluate_run
 
-                evaluate_run(session.recipe, folder, session.teacher, prompts, images)
-            print(f"fewstep: report {write_report(folder)}")
-    process.barrier()
+                    evaluate_run(session.recipe, folder, session.teacher, prompts, images)
+                print(f"fewstep: report {write_report(folder)}")
+        process.barrier()
     return folder
 
 
@@ -214,18 +216,23 @@ def _claim(folder: Path, session: Session) -> None:
     session.write_summary(report=False)
 
 
-def _work(session: Session, resuming: bool) -> None:
-    """Trains and exports."""
-    world = session.process.world
+@contextlib.contextmanager
+def _others(process: Process, folder: Path) -> Iterator[None]:
+    """Where another process ends, from the first thing that all do together, this one says no more than that.
+
+    Raises:
+        LostProcess: with how to go on.
+    """
     try:
-        session.train(resuming)
-        session.export()
+        yield
     except RuntimeError as error:  # gloo has no class of its own for a connection that broke
-        if world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if process.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
+        begun = (folder / "recipe.yaml").is_file()
+        how = f"Continue from the last checkpoint with: torchrun ... -m fewstep resume {folder}"
         raise LostProcess(
-            f"another of the {world} processes has ended or cannot be reached; its own message says why. "
-            f"Continue from the last checkpoint with: torchrun ... -m fewstep resume {session.folder}"
+            f"another of the {process.world} processes has ended or cannot be reached; its own message says why. "
+            + (how if begun else "The run has not begun: start it again")
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 from PIL import Image
-from processes import command, together
+from processes import command, meeting, together
 from test_end_to_end import tiny
 
 from fewstep import recipe as recipes
@@ -286,6 +286,24 @@ def test_nodes_with_disks_of_their_own_encode_what_they_lack(tiny_sd15, tmp_path
 
     assert together(2, work, tmp_path) == [1, 1]
     assert all(len(list((tmp_path / f"node_{n}").rglob("*.safetensors"))) == 3 for n in (0, 1))
+
+
+def test_who_cannot_write_its_share_says_so_and_the_other_that_it_has_ended(tiny_sdxl, tmp_path, cache):
+    """One line each, before anything of the run is there."""
+    recipe = recipe_for(tiny_sdxl, tmp_path, "--data.cache_prompts", "true", "--train.device", "cpu")
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(recipe))
+    (tmp_path / "taken").write_text("")
+    said = [tmp_path / f"said_{n}.txt" for n in (0, 1)]
+    with meeting(2) as places:
+        places[1]["FEWSTEP_CACHE"] = str(tmp_path / "taken" / "cache")  # no folder can be there
+        words = ["train", tmp_path / "recipe.yaml"]
+        ranks = [command(words, said=one, env=env) for one, env in zip(said, places)]
+        codes = [rank.wait(200) for rank in ranks]
+    assert not (tmp_path / "run").exists()
+    one, other = (text.read_text().splitlines()[-1] for text in said)
+    assert codes == [5, 4] and "Traceback" not in "".join(text.read_text() for text in said)
+    assert "another of the 2 processes has ended" in one and one.endswith("has not begun: start it again")
+    assert "taken" in other
 
 
 def test_who_is_slow_at_the_start_is_waited_for(tmp_path, monkeypatch):
