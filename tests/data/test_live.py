@@ -6,6 +6,7 @@ import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Lock
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from processes import command, meeting, together
 from test_end_to_end import tiny
+from zoo import EDITS
 
 from fewstep import recipe as recipes
 from fewstep.cost.count import plan
@@ -21,13 +23,14 @@ from fewstep.data.batches import Ahead, Waits
 from fewstep.data.cache import encode_images, encode_prompts, need_of_prompts
 from fewstep.data.images import load_images
 from fewstep.data.live import Live, LiveImages
-from fewstep.errors import RecipeError
+from fewstep.errors import FewstepError, RecipeError
 from fewstep.process import Process
 from fewstep.runs import session as sessions
 from fewstep.runs.checks import check_data
-from fewstep.runs.disk import cached
+from fewstep.runs.disk import cached, texts_to_encode
 from fewstep.runs.session import Session, execute, resume
 from fewstep.teachers import load_teacher
+from fewstep.teachers.references import Edit
 
 TEXTS = ["red apple", "a dog on a skateboard", "blue square", "a cat", "crescent moon"]
 
@@ -44,17 +47,28 @@ def recipe_for(teacher, folder, *words):
     return tiny("sdxl_dmd2_1step", teacher, folder, "--train.steps", "4", *few, *words)
 
 
-@pytest.mark.parametrize("name", ["SDXL", "Qwen-Image", "FLUX.2-klein", "DiT", "Lumina 2"])
+@pytest.mark.parametrize(
+    "name", ["SDXL", "Qwen-Image", "Qwen-Image-Edit", "FLUX.2-klein", "HiDream", "DiT", "Lumina 2"]
+)
 def test_rows_are_those_of_the_cache(name, teachers, cache):
     teacher = teachers(name)
-    texts = ["207", "3", "4"] if name == "DiT" else TEXTS
+    texts = {"DiT": ["207", "3", "4"], "Qwen-Image-Edit": EDITS}.get(name, TEXTS)
     live, kept = Live(teacher, texts), encode_prompts(teacher, texts, quiet=True)
-    index = torch.tensor([2, 0, 2])
+    index = torch.tensor([len(texts) - 1, 0, len(texts) - 1])
     one, other = live.rows(index), kept.rows(index)
     assert len(live) == len(kept) and one.keys() == other.keys() and live.seconds > 0
     for key, value in one.items():
         assert value.dtype == other[key].dtype
         torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-5)
+
+
+def test_all_references_are_looked_at_before_training(teachers):
+    """And not when their batch comes."""
+    odd = Edit("a cat", EDITS[0].references[:1], "the last edit")
+    with pytest.raises(FewstepError, match=r"the last edit: references of .*expected as many in every row"):
+        Live(teachers("Qwen-Image-Edit"), [*EDITS, odd])
+    with pytest.raises(FewstepError, match=r"reads no reference image"):
+        Live(teachers("SD 1.5"), ["a cat", odd])
 
 
 def test_a_half_precision_teacher_rounds_alike(teachers, cache):
@@ -126,6 +140,19 @@ def test_the_size_chooses_and_a_run_goes_on_as_it_began(tiny_sdxl, tmp_path, cac
     assert isinstance(session.ahead.data.conditions, Live)
     fresh = Session(recipe, *check_data(recipe), Process())  # it is there, so nothing is left to write
     assert not isinstance(fresh.ahead.data.conditions, Live) and fresh.recipe.data.cache_prompts is True
+
+
+def test_the_choice_counts_captions_and_the_prompts_of_pairs(tiny_sdxl, tmp_path, cache, monkeypatch):
+    teacher = load_teacher(str(tiny_sdxl))
+    recipe = tiny("sdxl_dmd2_1step", tiny_sdxl, tmp_path, "--method.gan_weight", "0.1")
+    prompts, images = check_data(recipe)
+    own = texts_to_encode(recipe, teacher, ["another"], images)
+    assert [need.what for need in own] == ["prompts", "captions"] and own[1].size > own[0].size > 0
+    assert [need.what for need in texts_to_encode(recipe, teacher, prompts, images)] == ["prompts"]
+    monkeypatch.setattr("fewstep.runs.disk.load_pairs", lambda source: SimpleNamespace(prompts=TEXTS))
+    recipe = tiny("sdxl_regression_1step", tiny_sdxl, tmp_path)
+    needs = {need.what: need.size for need in texts_to_encode(recipe, teacher, ["a cat"], None)}
+    assert needs.keys() == {"prompts", "prompts of pairs"} and needs["prompts of pairs"] > needs["prompts"]
 
 
 def test_a_method_that_looks_at_all_prompts_first_has_a_cache(tiny_sdxl, tmp_path, cache):
@@ -265,6 +292,7 @@ def test_each_process_encodes_its_share_and_all_find_the_whole(tiny_sd15, tmp_pa
     def work(process):
         seen = []
         encode = teacher.encode
+        time.sleep(0.5 * process.rank)  # whose share is waited for, and not taken over
         teacher.encode = lambda texts: seen.extend(texts) or encode(texts)
         found = encode_prompts(teacher, prompts, quiet=True, process=process)
         return seen, found.rows(torch.arange(7))["embeds"].sum((1, 2)).tolist()
@@ -325,7 +353,9 @@ def test_who_is_slow_at_the_start_is_waited_for(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ what it takes
 def test_the_space_of_very_many_is_told_by_a_part_of_them(teachers, cache, monkeypatch):
     teacher = teachers("Qwen-Image")
-    prompts = [f"number {i} " + "word " * (i % 7) for i in range(70)]
+    prompts = [
+        f"number {i} " + "word " * (i // 10) for i in range(70)
+    ]  # the first ones say little of the rest
     whole = need_of_prompts(teacher, prompts, "prompts").size
     monkeypatch.setattr("fewstep.data.cache.TOLD_BY", 20)
     assert need_of_prompts(teacher, prompts, "prompts").size == pytest.approx(whole, rel=0.2)
