@@ -277,6 +277,7 @@ class Session:
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
         check_space(self.folder, self.roles, recipe, to_encode(recipe, self.teacher, prompts, images))
         self._check_export(None if begun else prompts[0])
+        self._place_encoders()  # after a call of the stock pipeline, which wants them beside its network
         encoded, to_verify = self._encode(prompts, images)
         self.preview = Preview(
             recipe,
@@ -326,9 +327,8 @@ class Session:
         return encoded, to_verify
 
     def _placed(self, recipe: Recipe, prompts: list[str], images: CaptionedImages | None) -> Recipe:
-        """With when prompts and images are encoded, where it is left open, for the run to go on alike; encoders go to
-        their device."""
-        data, device = recipe.data, recipe.data.encoder_device
+        """With when prompts and images are encoded, where it is left open, for the run to go on alike."""
+        data = recipe.data
         for name, gb in self.process.collect(beside(recipe, self.teacher, prompts, images))[0].items():
             if gb and self.process.main:
                 print(
@@ -338,11 +338,15 @@ class Session:
                 )
             choice: dict[str, Any] = {name: not gb}
             data = dataclasses.replace(data, **choice)
-        if device and data.cache_prompts is False:
+        return dataclasses.replace(recipe, data=data)
+
+    def _place_encoders(self) -> None:
+        """To the device where they work beside training."""
+        data = self.recipe.data
+        if data.encoder_device and data.cache_prompts is False:
             for name in self.teacher.encoders:
                 if (encoder := getattr(self.teacher.pipe, name, None)) is not None:
-                    encoder.to(device)
-        return dataclasses.replace(recipe, data=data)
+                    encoder.to(data.encoder_device)
 
     def _check_export(self, prompt: str | None) -> None:
         """What an export would fail at is found before training; a prompt is for the first process to sample."""

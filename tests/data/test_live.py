@@ -179,11 +179,29 @@ def test_encoders_stay_where_they_are_wanted(tiny_sdxl, tmp_path, cache):
         session = Session(recipe, *check_data(recipe), Process())
         session.teacher.pipe.text_encoder = Heard()
         moved.clear()
-        session._placed(session.recipe, TEXTS, None)
+        session._place_encoders()
         session.teacher.drop_encoders(texts=session.recipe.data.cache_prompts)
         assert moved == expected
     with pytest.raises(RecipeError, match=r"^data\.encoder_device: cuda:9: "):
         execute(recipe_for(tiny_sdxl, tmp_path / "other", "--data.encoder_device", "cuda:9"))
+
+
+def test_encoders_go_apart_after_the_stock_call_that_wants_them_together(
+    tiny_sdxl, tmp_path, cache, monkeypatch
+):
+    order = []
+    for owner, name in (
+        (sessions.export, "rehearse_export"),
+        (Session, "_place_encoders"),
+        (sessions, "encode"),
+    ):
+        function = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *a, name=name, function=function: order.append(name) or function(*a)
+        )
+    recipe = recipe_for(tiny_sdxl, tmp_path, "--data.cache_prompts", "false", "--data.encoder_device", "cpu")
+    Session(recipe, *check_data(recipe), Process())
+    assert order == ["rehearse_export", "_place_encoders", "encode"]
 
 
 def test_the_hash_does_not_know_how_prompts_are_encoded(tiny_sdxl, tmp_path):
