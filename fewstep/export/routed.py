@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..configs import RoleConfig
 from ..diffusion.cond import Cond
 from ..diffusion.student import Sampler
-from ..errors import RecipeError
+from ..errors import FewstepError, RecipeError
 from ..methods.router import RoutedStudent, Router
 from ..teachers.base import Teacher
 from ..teachers.ragged import Ragged
@@ -111,7 +111,8 @@ class PartNetworks(nn.Module):
 class RoutedPipeline:
     """A stock pipeline that holds one student per part; every prompt is sampled with the student of its part.
 
-    Called like the pipeline, with one image per prompt; everything else is the pipeline's.
+    Called like the pipeline, with one image per prompt (others are a ``FewstepError``); everything else is the
+    pipeline's.
 
     Args:
         pipe: the stock pipeline. use: makes the student of part k the one that is sampled.
@@ -149,6 +150,11 @@ class RoutedPipeline:
         latents: Tensor | None = None,
         **options: Any,
     ) -> Any:
+        if (images_each := options.get("num_images_per_prompt", 1)) != 1:
+            raise FewstepError(
+                f"num_images_per_prompt: {images_each}: a prompt is routed with one image; expected 1, repeat a prompt "
+                "for more"
+            )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         parts, images = self.route(prompts), [None] * len(prompts)
         for k in parts.unique().tolist():

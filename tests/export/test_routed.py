@@ -16,7 +16,7 @@ from test_end_to_end import PROMPTS, REFUSE, stock_latents, tiny
 from fewstep import recipe as recipes
 from fewstep.cli import main
 from fewstep.diffusion.student import Student
-from fewstep.errors import RecipeError
+from fewstep.errors import FewstepError, RecipeError
 from fewstep.export import (
     ExportError,
     export_student,
@@ -27,6 +27,7 @@ from fewstep.export import (
     verify,
 )
 from fewstep.export.routed import RoutedPipeline
+from fewstep.export.write import check_exportable
 from fewstep.methods.router import RoutedStudent, Router
 from fewstep.process import Process
 from fewstep.recipe import RoleConfig
@@ -75,6 +76,35 @@ def test_a_run_leaves_a_part_for_every_student_and_a_router(run):
     assert not list(folder.rglob("*.part"))
     assert (folder / "samples" / "step_000004.png").is_file()
     assert (folder / "health" / "step_000004.png").is_file()
+
+
+def test_parts_have_names_of_their_own_and_what_routes_them_is_nothing_that_comfyui_reads(run):
+    export = run[0] / "export"
+    assert "comfyui" not in json.loads((export / "fewstep.json").read_text())
+    assert "ComfyUI" not in (export / "README.md").read_text()
+    records = [json.loads((export / part / "fewstep.json").read_text()) for part in ("part_1", "part_2")]
+    assert [record["title"] for record in records] == ["run_part_1", "run_part_2"]
+    files = [name for record in records for name in record["comfyui"]["files"].values()]
+    assert len(set(files)) == 2 and all("part_" in name for name in files)
+
+
+def test_one_image_of_a_prompt_is_all_that_is_routed(run):
+    pipe, record = load_exported(run[0] / "export")
+    with pytest.raises(FewstepError, match=r"^num_images_per_prompt: 2: .* repeat a prompt"):
+        pipe(PROMPTS, num_images_per_prompt=2, **record["call"])
+
+
+def test_keys_of_kohya_are_refused_where_a_part_has_none(teachers):
+    teacher = teachers("SANA")
+    router, times = Router(2), [teacher.denoiser.schedule.at(torch.ones(1)).item()]
+    router.fit(Encoded(teacher.encode(PROMPTS)))
+    parts = [
+        Student(teacher.denoiser.with_net(teacher.net), times, roles=[name]) for name in ("one", "other")
+    ]
+    roles = [RoleConfig(rank=2), RoleConfig(rank=2)]
+    check_exportable(RoutedStudent(parts, router), roles, teacher)
+    with pytest.raises(RecipeError, match=r"^export\.kohya: true: .*SanaPipeline"):
+        check_exportable(RoutedStudent(parts, router), roles, teacher, kohya=True)
 
 
 def test_training_trainer_and_export_route_alike_and_make_the_same_samples(run, tiny_sdxl):
