@@ -7,6 +7,7 @@ from huggingface_hub import ModelCard
 
 from fewstep.errors import FewstepError
 from fewstep.export import model_card
+from fewstep.export.card import encoding_of
 from fewstep.export.licence import licence_of
 from fewstep.export.target import describe, tell_measured
 
@@ -135,3 +136,11 @@ def test_a_card_that_says_nothing_of_it_is_no_error(front, tmp_path):
 def test_no_front_matter_at_all(tmp_path):
     (tmp_path / "README.md").write_text("license: mit\n---\nlicense: mit\n---\n")
     assert licence_of(str(tmp_path)) == {}
+
+
+def test_exports_from_before_it_was_recorded_are_routed_on_what_sd_and_sdxl_encode():
+    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    assert encoding_of({"routed_on": "pooled"}) == (2, options)
+    assert encoding_of({"routed_on": "embeds"}) == (0, options)
+    record = {"routed_on": "pooled", "encoding": {"at": 4, "max_sequence_length": 300}}
+    assert encoding_of(record) == (4, {"max_sequence_length": 300}) and "at" in record["encoding"]

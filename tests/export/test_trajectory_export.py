@@ -19,6 +19,7 @@ from fewstep.diffusion.times import uniform_times
 from fewstep.errors import RecipeError
 from fewstep.export import load_exported, stock_sample, student_scheduler
 from fewstep.export.fold import folded, folded_lora
+from fewstep.export.lora import Lora
 from fewstep.export.weights import merged
 from fewstep.export.write import check_exportable
 from fewstep.recipe import RoleConfig
@@ -129,7 +130,10 @@ def test_a_flow_has_no_tcd_steps():
 @pytest.mark.parametrize("times", [[999], [999, 749, 499, 249]])
 @pytest.mark.parametrize("scalar", [Scalar(0.0), Scalar(0.7, scale=3.0)])
 def test_what_a_student_is_told_is_folded_into_stock_weights(sdxl, kind, times, scalar):
-    role = build_role("student", sdxl.net, RoleConfig(kind=kind, rank=2, alpha=2.0))
+    adapted = (
+        {"targets": ["to_q", "time_embedding.linear_2"]} if kind == "lora" else {}
+    )  # where the fold goes, too
+    role = build_role("student", sdxl.net, RoleConfig(kind=kind, rank=2, alpha=2.0, **adapted))
     student = with_scalar(sdxl.denoiser.with_net(role.module), "level", scalar)
     role.collect()
     with torch.no_grad():
@@ -181,6 +185,24 @@ def test_the_fold_is_made_at_what_the_sinusoids_are_given(name, teachers):
         told = student.predict(x, t, cond)
         assert (denoiser.predict(x, t, cond) - told).abs().max() > 1e-3
         assert (denoiser.with_net(plain).predict(x, t, cond) - told).abs().max() < 1e-4
+
+
+def test_the_fold_is_made_at_the_times_of_every_number_of_steps(sdxl, monkeypatch):
+    role = build_role("student", sdxl.net, RoleConfig(rank=2, targets=["to_q"]))
+    student = with_scalar(sdxl.denoiser.with_net(role.module), "level", Scalar(0.7))
+    role.module.level_embedding.embedder.linear_2.bias.data.fill_(0.5)
+    role.collect()
+    several = [Student(student, times) for times in ([999, 499], [799, 299, 99])]
+    monkeypatch.setattr(several[0], "variants", lambda: several)
+    state = Lora(sdxl, several[0], [role.config]).alone(role.final_weights(), role.config)
+    plain = build_role("plain", sdxl.net, RoleConfig(kind="full")).module
+    plain.load_state_dict({**plain.state_dict(), **merged(sdxl.net, state)})
+    cond = sdxl.encode(PROMPTS[:1])
+    x = torch.randn(1, *sdxl.latent_shape, generator=torch.Generator().manual_seed(0))
+    for time in (999, 499, 799, 299, 99):
+        t = torch.full((1,), float(time))
+        told = student.predict(x, t, cond)
+        assert (sdxl.denoiser.with_net(plain).predict(x, t, cond) - told).abs().max() < 1e-4
 
 
 def test_a_lora_on_the_first_layer_of_the_time_embedding_is_refused_before_training(sdxl):
