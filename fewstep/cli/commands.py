@@ -146,7 +146,8 @@ def weights_of(args: argparse.Namespace) -> dict[str, Any]:
     """The options ``WEIGHTS``, as :meth:`fewstep.teachers.origin.Origin.of` takes them."""
     loras = []
     for word in args.base_lora:
-        path, _, weight = word.rpartition("=")
+        there = Path(word).exists()  # a folder rank=8
+        path, _, weight = ("", "", "") if there else word.rpartition("=")
         try:
             loras.append({"path": path, "weight": float(weight)} if path else {"path": word})
         except ValueError:  # the = is one of its name's

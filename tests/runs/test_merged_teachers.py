@@ -188,7 +188,11 @@ def test_commands_measure_the_same_teacher(run, teacher, tmp_path, capsys):
     assert "--base-lora" in (said := capsys.readouterr().err) and "teacher.loras" in said
 
 
-def test_an_equals_sign_may_be_in_a_name():
+def test_an_equals_sign_may_be_in_a_name(tmp_path):
+    folder = tmp_path / "rank=8"
+    folder.mkdir()
+    args = argparse.Namespace(variant=None, config=None, base_lora=[str(folder), f"{folder}=0.5"])
+    assert weights_of(args)["loras"] == ({"path": str(folder)}, {"path": str(folder), "weight": 0.5})
     args = argparse.Namespace(
         variant=None, config=None, base_lora=["a=b.safetensors", "c.safetensors=-2", "d"]
     )
