@@ -54,8 +54,11 @@ def _taps(
 
     def keep(name: str):
         def hook(_module, _inputs, output):
+            have = features.get(name)
+            if have is not None and len(have) >= rows:  # another call, of the null for instance
+                return
             found = image_of(output).float()
-            features[name] = torch.cat([features[name], found]) if name in features else found
+            features[name] = found if have is None else torch.cat([have, found])
             if all(name in features and len(features[name]) >= rows for name in names):
                 if stop:
                     raise _LastTap
@@ -295,7 +298,7 @@ class Discriminator(nn.Module):
         self, denoiser: NetDenoiser, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Logits as of :meth:`logits` and x0 without gradient, by one forward; guidance takes one of the null too."""
-        with _taps(denoiser.net, self.taps, False, partial(_tokens, denoiser, cond)) as features:
+        with _taps(denoiser.net, self.taps, False, partial(_tokens, denoiser, cond), len(x_t)) as features:
             made = denoiser.predict(x_t, t, cond).detach()
         if guidance != 1.0:
             with torch.no_grad():

@@ -98,7 +98,7 @@ class On:
     def __init__(self, denoiser, schedule):
         self.denoiser, self.schedule = denoiser, schedule
         self.net, self.null = getattr(denoiser, "net", None), getattr(denoiser, "null", None)
-        self.example, self.image_of = denoiser.example, all_of_it
+        self.example, self.image_of, self.image_first = denoiser.example, all_of_it, False
 
     def x0(self, x_t, t, cond, *, guidance=1.0):
         x, s = change_schedule(x_t, t, self.schedule, self.denoiser.schedule)

@@ -404,7 +404,7 @@ def test_h_is_the_curvature_of_its_divergence(kind):
 
 def fdistill_gaussian(teacher, critic, student, logits=None, **options):
     """f-distill in one dimension with the exact critic, and two heads whose mean is the exact log ratio."""
-    critic.net, critic.image_of = Mlp(width=8, dim=1), all_of_it
+    critic.net, critic.image_of, critic.image_first = Mlp(width=8, dim=1), all_of_it, False
     critic.predict = lambda x_t, t, cond: critic.net(x_t.float(), t)
     config = FDistill.Config(num_steps=1, taps=["layers.4"], **options)
     method = FDistill(config, teacher, (1,), student=student, critic=critic)

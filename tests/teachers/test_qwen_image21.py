@@ -184,6 +184,28 @@ def test_the_text_knows_neither_time_nor_image(teacher):
 
 
 # -------------------------------------------------------------------------------------------------------------- heads
+def test_one_forward_gives_score_and_logits_of_every_row(teacher):
+    judge = Discriminator(
+        teacher.denoiser, ["transformer_blocks.0", "transformer_blocks.1"], teacher.latent_shape
+    )
+    noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(3))
+    cond, t = teacher.encode(["red apple", "a dog on a skateboard"]), torch.full((2,), 0.6)
+    slopes = []
+    for guidance in (1.0, 3.0):
+        x = noise.clone().requires_grad_()
+        judged, x0 = judge.judged(teacher.denoiser, x, t, cond, guidance)
+        (slope,) = torch.autograd.grad(judged.sum(), x)
+        torch.testing.assert_close(x0, teacher.denoiser.x0(noise, t, cond, guidance=guidance))
+        slopes.append(slope)
+    x = noise.clone().requires_grad_()
+    logits = judge.logits(teacher.denoiser, x, t, cond)
+    torch.testing.assert_close(judged, logits)
+    (slope,) = torch.autograd.grad(logits.sum(), x)
+    assert slope.flatten(1).abs().amax(1).min() > 0
+    for other in slopes:
+        torch.testing.assert_close(other, slope)
+
+
 def test_heads_read_the_image_of_every_row_and_end_the_last_call(teacher, calls):
     taps = ["transformer_blocks.0", "transformer_blocks.1"]
     x, t, cond = noise_for(teacher).requires_grad_(), torch.full((2,), 0.5), teacher.encode(PROMPTS)
