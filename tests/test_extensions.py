@@ -212,7 +212,7 @@ def test_a_strangers_method_with_its_reward_and_extractor_survives_its_script(ti
     assert "FD(looking:corners)" in rows["student"]["metrics"] and "teacher" in rows
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_strangers_teacher_survives_a_script_without_a_guard(tiny_sd15, tmp_path):
     folder = desk(tmp_path, TEACHER, tiny_sd15)
     index = json.loads((folder / "teacher" / "model_index.json").read_text())

@@ -41,7 +41,7 @@ RECIPES = [pytest.param(name, marks=[] if name in FAST else pytest.mark.long) fo
 COMMANDS = ["train", "resume", "replay", "export", "sample", "cache", "pairs", "prepare", "bench", "floor"]
 COMMANDS += ["eval generate", "eval fid"]
 ON_THE_CPU = {"export"}  # whose weights may be anyone's
-COARSE = ["sd3_scm_1step", pytest.param("sdxl_dmd2_4step", marks=pytest.mark.long)]
+COARSE = [pytest.param(name, marks=pytest.mark.long) for name in ("sd3_scm_1step", "sdxl_dmd2_4step")]
 
 
 def child(folder, *words):

@@ -468,8 +468,8 @@ def cache(recipe: Recipe) -> dict[str, Store]:
     choose(recipe.train.device)
     prompts, images = check_data(recipe)
     check_class(recipe, prompts, images)
-    device = start(recipe.train.device).device
-    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=device)
+    process = start(recipe.train.device)
+    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
     check_room(to_encode(recipe, teacher, prompts, images), f"or set {PLACE} to another disk")
-    stores = encode(recipe, teacher, prompts, images)
+    stores = encode(recipe, teacher, prompts, images, process)
     return {name: store for name, store in stores.items() if isinstance(store, Store)}

@@ -109,7 +109,7 @@ def allocated(function) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.long), "full"])
 def test_a_plan_is_within_fifteen_percent_of_what_is_allocated(planned, kind):
     made = planned[kind]
     trainer = real_trainer(made.recipe)

@@ -30,6 +30,7 @@ from fewstep.runs.checks import check_data
 from fewstep.runs.disk import cached, texts_to_encode
 from fewstep.runs.session import Session, execute, resume
 from fewstep.teachers import load_teacher
+from fewstep.teachers.base import Teacher
 from fewstep.teachers.references import Edit
 
 TEXTS = ["red apple", "a dog on a skateboard", "blue square", "a cat", "crescent moon"]
@@ -204,6 +205,33 @@ def test_encoders_go_apart_after_the_stock_call_that_wants_them_together(
     assert order == ["rehearse_export", "_place_encoders", "encode"]
 
 
+def test_the_vae_stays_where_references_are_encoded_beside_training(teachers, tmp_path, cache, monkeypatch):
+    rows = [{"prompt": str(one), "reference": [str(path) for path in one.references]} for one in EDITS]
+    (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dropped = []
+    monkeypatch.setattr(Teacher, "drop_encoders", lambda self, vae, texts: dropped.append((vae, texts)))
+    words = (
+        "--data.prompts",
+        str(tmp_path / "edits.jsonl"),
+        "--train.batch_size",
+        "1",
+        "--train.accumulate",
+        "1",
+    )
+    words += ("--teacher.resolution", str(teachers("Qwen-Image-Edit").resolution))
+    for kept, expected in (("false", (False, False)), ("true", (True, True))):
+        recipe = tiny(
+            "qwen_edit_dmd2_4step",
+            teachers("Qwen-Image-Edit").source,
+            tmp_path,
+            *words,
+            "--data.cache_prompts",
+            kept,
+        )
+        Session(recipe, *check_data(recipe), Process())
+        assert dropped.pop() == expected and not dropped
+
+
 def test_the_hash_does_not_know_how_prompts_are_encoded(tiny_sdxl, tmp_path):
     words = ("--data.cache_prompts", "false", "--data.cache_gb", "3", "--data.encoder_device", "cpu")
     words = (*words, "--data.cache_images", "false")
@@ -256,7 +284,7 @@ def pixels_of(teacher, images, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", ["true", "false"])
+@pytest.mark.parametrize("kept", [pytest.param("true", marks=pytest.mark.long), "false"])
 def test_killed_in_the_middle_of_a_shard_a_run_ends_alike(tiny_sdxl, tmp_path, shards, cache, kept):
     ends = {}
     for name in ("straight", "killed"):

@@ -244,6 +244,9 @@ def test_a_specification_and_options_that_it_holds_too_are_refused(sets, capsys)
         ["--real", "x"],
         ["--scorer", "clip:x"],
         ["--teacher", "x"],
+        ["--base-lora", "x"],
+        ["--variant", "fp16"],
+        ["--config", "x"],
     ):
         assert cli.main(["eval", "run", str(sets / "spec.yaml"), "--out", str(sets / "out"), *words]) == 2
         assert f"{words[0]} beside {sets}/spec.yaml" in capsys.readouterr().err

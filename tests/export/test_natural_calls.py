@@ -142,7 +142,18 @@ def test_the_card_and_the_natural_call_give_the_trained_times(
     assert seen == expected
 
 
-@pytest.mark.parametrize("name", ZOO)
+OLDER = (
+    "SD 2.1, v",
+    "SD 3",
+    "FLUX.1-dev",
+    "FLUX.1-schnell",
+    "Qwen-Image-Edit",
+    "PixArt-alpha",
+    "UNet2D by class",
+)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n in OLDER else ()) for n in ZOO])
 def test_a_full_student_is_a_pipeline_of_its_own_whose_card_runs(
     name, teachers, tmp_path, given, monkeypatch
 ):

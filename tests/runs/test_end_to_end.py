@@ -92,7 +92,9 @@ def test_a_run_directory_holds_everything(sdxl_run):
     files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert {"recipe.yaml", "run.json", "metrics.jsonl", "report.html", "export/README.md"} <= files
     assert {"samples/teacher.png", "samples/step_000000.png", "samples/step_000004.png"} <= files
-    assert recipes.load(folder / "recipe.yaml") == recipes.override(recipe, ["--teacher.attention=sdpa"])
+    assert recipes.load(folder / "recipe.yaml") == recipes.override(
+        recipe, ["--teacher.attention=sdpa", "--data.cache_prompts=true", "--data.cache_images=true"]
+    )
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "samples/FD(effnet-lite0@32)" not in r] == [1, 2, 3, 4]
     assert not list(folder.rglob(".part-*")) and not list(folder.parent.rglob("*pwned*"))

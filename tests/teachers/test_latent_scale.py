@@ -56,6 +56,8 @@ BY_WEIGHTS = ("FLUX.2-dev", "FLUX.2-klein")  # their VAE's statistics are no par
 EXTRA = [{}, SHIFT, STATISTICS, {**SHIFT, **STATISTICS}, {"latents_std": [2.0] * 4}]
 SAID = [(n, e) for n in IN_LATENTS if n not in ("DiT", *BY_WEIGHTS) for e in EXTRA]
 SAID += [(n, {**SHIFT, **STATISTICS}) for n in BY_WEIGHTS]
+# Each says nothing, or all of it; what lies between with --long.
+SAID = [pytest.param(n, e, marks=() if e in (EXTRA[0], EXTRA[3]) else pytest.mark.long) for n, e in SAID]
 
 
 @pytest.mark.parametrize("name, extra", SAID)

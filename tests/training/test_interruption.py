@@ -26,7 +26,14 @@ def undisturbed(tiny_sd15, tmp_path_factory):
     return final(execute(tiny("sd15_dmd2_1step", tiny_sd15, tmp_path_factory.mktemp("straight"), *WORDS)))
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    "number, code",
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.long),
+        (signal.SIGKILL, -9),
+    ],
+)
 def test_an_interrupted_run_goes_on_exactly(undisturbed, tiny_sd15, tmp_path, number, code):
     path = tmp_path / "recipe.yaml"
     recipe = tiny("sd15_dmd2_1step", tiny_sd15, tmp_path, *WORDS)
