@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from threading import Lock
 from typing import ClassVar
@@ -25,9 +24,6 @@ class Live:
 
     Args:
         teacher: whose text encoders stay where they are. quiet: says nothing of prompts that lose their end.
-
-    Attributes:
-        seconds: that encoding has taken.
     """
 
     lock: ClassVar[Lock] = Lock()  # of prompts and captions alike: a tokenizer serves one thread at a time
@@ -36,7 +32,7 @@ class Live:
         check_references(teacher, prompts)
         if not quiet and (cut := too_long(teacher.pipe, some_of(prompts))):
             print(f"fewstep: note: {cut}", file=sys.stderr)
-        self.teacher, self.prompts, self.seconds = teacher, prompts, 0.0
+        self.teacher, self.prompts = teacher, prompts
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -45,12 +41,10 @@ class Live:
         """(n,) row numbers -> tensors of n rows on the CPU, floating-point ones in fp32; encoded as many at a time as
         for the cache, for a router reads a thousand."""
         with self.lock, unsaid(), torch.no_grad():
-            begin = time.perf_counter()
             parts = [
                 self.teacher.encode([self.prompts[i] for i in part.tolist()]) for part in index.split(BATCH)
             ]
             rows = stored(Cond.cat(*parts), self.teacher)
-            self.seconds += time.perf_counter() - begin
         return {n: v.float() if v.is_floating_point() else v for n, v in rows.items()}
 
 
