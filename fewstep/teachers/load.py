@@ -222,6 +222,7 @@ def check_origin(origin: Origin) -> None:
     if origin.single:
         check_single(origin, name)
     else:
+        _check_config(origin)
         check_parts(origin.path, resolve(origin.path), origin.variant)
     check_loras(origin.loras, name)
 
@@ -278,10 +279,19 @@ def load_pipeline(source: str | Origin, dtype: str = "float32"):
     return pipe
 
 
+def _check_config(origin: Origin) -> None:
+    """Refuses configurations beside a folder, which has its own and would not look at them."""
+    if origin.config and os.path.isdir(resolve(origin.path)):
+        raise FewstepError(
+            f"teacher.config: {origin.config}: {origin.path} is a folder, with configurations of its own; leave it out"
+        )
+
+
 def _load_folder(origin: Origin, name: str, options: dict[str, Any]):
     from diffusers import DiffusionPipeline
 
     place = resolve(origin.path)
+    _check_config(origin)
     check_parts(origin.path, place, origin.variant)
     index = DiffusionPipeline.load_config(place)
     check_index(origin.path, index)

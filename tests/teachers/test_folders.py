@@ -316,3 +316,15 @@ def test_a_card_tells_nobody_where_a_teacher_lay(monkeypatch, tmp_path, folder):
     assert str(tmp_path) not in card and "base_model" not in card and "student of `teacher`" in card
     card = model_card({**record, "teacher": "stabilityai/sdxl"})
     assert 'base_model: "stabilityai/sdxl"' in card and "from_pretrained('stabilityai/sdxl')" in card
+
+
+def test_a_folder_has_configurations_of_its_own(folder):
+    with pytest.raises(
+        FewstepError, match=r"^teacher\.config: other: .* is a folder, with configurations of its own"
+    ):
+        load_teacher(str(folder), config="other")
+    recipe = recipes.override(
+        load_recipe("sdxl_dmd2_4step"), ["--teacher", str(folder), "--teacher.config", "other"]
+    )
+    with pytest.raises(FewstepError, match=r"^teacher\.config: "):
+        check_class(recipe)
