@@ -38,10 +38,10 @@ from fewstep.tokens.pipeline import {pipeline_class}
 pipe = {pipeline_class}.from_pretrained({pipeline!r})
 """
 OURS = """\
-from fewstep.teachers.edm.pipeline import {pipeline_class}
+{imports}from fewstep.teachers.edm.pipeline import {pipeline_class}
 
 pipe = {pipeline_class}.from_pretrained({pipeline!r})
-"""
+{extras}"""
 MERGED = """\
 loras = {loras}
 for k, lora in enumerate(loras):  # merged into the teacher, as before it was distilled
@@ -62,6 +62,15 @@ def switch(pipe, step, time, kwargs):
     return kwargs
 
 use(0)  # once more after loading another adapter
+"""
+FOLLOWING = """
+experts = {{{first!r}: pipe.{network}.forward}}
+for name in {others}:  # a network each, that moves where the pipeline is moved
+    expert = type(pipe.{network}).from_pretrained(f'{folder}/{{name}}')
+    pipe.{network}.add_module(name, expert)
+    experts[name] = expert.forward
+steps = cycle({experts})  # of each call of the network; anew after a call that was interrupted
+pipe.{network}.forward = lambda *args, **options: experts[next(steps)](*args, **options)
 """
 CHOSEN = """
 others = [name for name in pipe.get_active_adapters() if name not in {parts}]  # stay as they are
@@ -117,7 +126,7 @@ def _program(record: Mapping[str, Any]) -> str:
         return TOKENS + IMAGE
     if "parts" in record:
         return ROUTED_ADAPTED if lora else ROUTED_WHOLE
-    if "experts" in record:
+    if "experts" in record and lora:
         return ADAPTED + EXPERTS + IMAGE
     if record["pipeline_class"] == EDM:
         return OURS + IMAGE
@@ -131,7 +140,7 @@ def _words(record: Mapping[str, Any], folder: str) -> dict[str, Any]:
     named = "prompt=" if record["pipeline_class"] in IMAGE_FIRST else ""
     return {
         **record,
-        **_extras(record),
+        **_extras(record, folder),
         **_base(record, folder),
         "folder": folder,
         "pipeline": os.path.join(folder, *parts[:1], "pipeline"),
@@ -183,21 +192,25 @@ def _base(record: Mapping[str, Any], folder: str) -> dict[str, str]:
     }
 
 
-def _extras(record: Mapping[str, Any]) -> dict[str, str]:
+def _extras(record: Mapping[str, Any], folder: str) -> dict[str, str]:
     """Imports, lines before the call and arguments of the call that not all programs have."""
-    imports, lines = "", ""
+    imports, lines, experts = "", "", list(record.get("experts", ()))
     call = [f"{name}={value!r}" for name, value in record["call"].items()]
-    if "experts" in record:
+    if experts and record["kind"] == "lora":
         call.append("callback_on_step_end=switch")
+    elif experts:
+        first, *others = dict.fromkeys(experts)
+        imports = "from itertools import cycle\n\n"
+        lines = FOLLOWING.format(**record, first=first, others=others, folder=folder)
     if record.get("noise") == "fixed":
         imports, lines = (
-            "import torch\n",
-            FIXED.format(latent_shape=record["latent_shape"], given=_given(record)),
+            imports + "import torch\n",
+            lines + FIXED.format(latent_shape=record["latent_shape"], given=_given(record)),
         )
         call.append("latents=noise, generator=generator, callback_on_step_end=again")
     if record["pipeline_class"] == UNPROMPTED and "num_classes" in record:
         imports, lines = (
-            "from functools import partial\n\nimport torch\n",
+            "from functools import partial\n" + (imports or "\n") + "import torch\n",
             lines + LABELLED.format(label=_label(record)),
         )
     if record["kind"] == "lora":

@@ -75,7 +75,7 @@ def lines(record: Mapping[str, Any]) -> list[str]:
         text.append(_shift(record["pipeline_class"], told["shift"]))
     if "experts" in record:
         text.append(
-            "Its experts follow one another: a KSampler (Advanced) for each, behind the LoRA of that expert, from its "
+            "Its experts follow one another: a KSampler (Advanced) for each, with the file of that expert, from its "
             f"first step to its last ({', '.join(record['experts'])})."
         )
     return ["## ComfyUI", "", " ".join(text), ""]
@@ -85,8 +85,8 @@ def _file(record: Mapping[str, Any]) -> str:
     """Where its files are, and where they go."""
     told, names = record["comfyui"], record["comfyui"]["files"]
     if record["kind"] == "full":
-        (source, name), *_ = names.items()
-        return f"`{source}`, where it is one file, goes to `models/diffusion_models` as `{name}`."
+        where = "where it is one file, goes to `models/diffusion_models` as"
+        return "; ".join(f"`{source}`, {where} `{name}`" for source, name in names.items()) + "."
     placed = ", ".join(f"`{source}` as `{name}`" for source, name in names.items())
     if told["read"]:
         return f"To `models/loras` go {placed}; strength 1.0.{_beside(record)}"

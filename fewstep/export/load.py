@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import FewstepError
 from ..methods.router import Router
@@ -18,7 +20,7 @@ from ..teachers.load import pipeline_type
 from ..teachers.origin import Origin
 from ..teachers.pipelines import hushed, network_of, takes
 from .card import encoding_of
-from .routed import PartNetworks, RoutedPipeline
+from .routed import RoutedPipeline
 from .weights import LORA_FILE, adapters
 
 
@@ -98,7 +100,7 @@ def _load(folder: Path, record: dict[str, Any], teacher: str | None, dtype: str,
 
 
 def _whole(folder: Path, record: Mapping[str, Any], dtype: str):
-    """The pipeline in the folder; of several parts the first one's, with a network of each."""
+    """The pipeline in the folder; of several students the first one's, with the networks of all."""
     options = {"torch_dtype": getattr(torch, dtype), "use_safetensors": True}
     first, *others = record.get("parts", [""])
     place, absent = folder / first / "pipeline", dict.fromkeys(record.get("absent", []))
@@ -106,14 +108,42 @@ def _whole(folder: Path, record: Mapping[str, Any], dtype: str):
         "_class_name"
     ]  # SANA's student has a class of its own
     pipe = pipeline_type(kind).from_pretrained(place, **options, **absent)
+    name, places = record.get("network", ""), [folder / other for other in _experts(record)[1:]]
     if "parts" in record:
-        name, net = record["network"], network_of(pipe)
-        more = (
-            type(net).from_pretrained(folder / part / "pipeline", subfolder=name, **options)
-            for part in others
-        )
-        setattr(pipe, name, PartNetworks([net, *more]))
+        places = [folder / part / "pipeline" / name for part in others]
+    if places:
+        net = network_of(pipe)
+        more = (type(net).from_pretrained(place, **options) for place in places)
+        setattr(pipe, name, Networks([net, *more]))
     return pipe
+
+
+def _experts(record: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(record.get("experts", ())))
+
+
+class Networks(nn.Module):
+    """Several networks in the place of a pipeline's one; but for calls, what is asked of it is the first one's.
+
+    Attributes:
+        turns: of each call, the place of the network that makes it.
+    """
+
+    turns: Iterator[int]
+
+    def __init__(self, networks: Sequence[nn.Module]):
+        super().__init__()
+        self.networks, self.turns = nn.ModuleList(networks), repeat(0)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.networks[next(self.turns)](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            networks: Any = super().__getattr__("networks")
+            return getattr(networks[0], name)
 
 
 def _adapt(pipe: Any, folder: Path, record: Mapping[str, Any]) -> None:
@@ -129,7 +159,7 @@ def _chooser(pipe: Any, record: Mapping[str, Any]) -> Callable[[int], None]:
     """Makes the student of part k the one that is sampled."""
     if record["kind"] == "lora":
         return lambda k: use_adapter(pipe, record["parts"], k)
-    return lambda k: setattr(network_of(pipe), "active", k)
+    return lambda k: setattr(network_of(pipe), "turns", repeat(k))
 
 
 def use_adapter(pipe: Any, own: Sequence[str], k: int) -> None:
@@ -166,6 +196,9 @@ def stock_call(pipe, record: Mapping[str, Any], generators: list[torch.Generator
         generators: one per sample, on the CPU; where the noise is fixed they are used for the latents here.
     """
     call, experts = dict(record["call"]), record.get("experts")
+    if experts and record["kind"] == "full":
+        names, experts = _experts(record), None
+        network_of(pipe).turns = cycle([names.index(name) for name in record["experts"]])
     states = [generator.get_state() for generator in generators]
     # Every step adds the first noise again. Pipelines without latents have one step, which adds none.
     again = record.get("noise") == "fixed" and bool(generators) and takes(pipe, "latents")

@@ -1,4 +1,4 @@
-"""A LoRA of the teacher's pipeline; several, switched from step to step; or one merged, where no pipeline reads it."""
+"""A LoRA of the teacher's pipeline; several, switched from step to step; or merged, where no pipeline reads them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..configs import RoleConfig
 from ..diffusion.embedding import given_to_sinusoids, time_embedder
@@ -22,11 +23,12 @@ from .weights import (
     has_lora_files,
     lora_state_dict,
     merged,
+    network_with,
     resized,
     save_kohya,
     save_lora,
-    save_pipeline,
 )
+from .whole import Whole
 
 
 class Adapted(Stock):
@@ -67,7 +69,7 @@ class Adapted(Stock):
 
 
 class Lora(Adapted):
-    """A LoRA file beside a scheduler."""
+    """A LoRA file beside a scheduler; of experts a folder with one each."""
 
     kind = "lora"
 
@@ -81,7 +83,7 @@ class Lora(Adapted):
             self._save(self._place(folder, name), tensors, name, edition)
 
     def _place(self, folder: Path, role: str) -> Path:
-        return folder
+        return folder / role if len(self.roles) > 1 else folder
 
     def _save(self, folder: Path, tensors: Mapping[str, Tensor], name: str, edition: Edition) -> None:
         role = self.roles[name]
@@ -104,65 +106,21 @@ class Lora(Adapted):
         return {
             (
                 self._place(place, name) / (LORA_FILE if as_it_is else self._kohya(edition, name))
-            ).as_posix(): file_name(edition.about, self._expert(name))
+            ).as_posix(): file_name(edition.about, self.expert(name))
             for name in self.roles
         }
 
     def _kohya(self, edition: Edition, name: str) -> Path:
-        return Path("kohya", file_name(edition.about, self._expert(name)))
-
-    def _expert(self, name: str) -> str:
-        """Of a file's name: which of several students it is."""
-        return name if len(self.roles) > 1 else ""
+        return Path("kohya", file_name(edition.about, self.expert(name)))
 
 
-class Switched(Lora):
-    """Experts: several students share one pipeline, as LoRAs in a folder each that are switched from step to step."""
-
-    @classmethod
-    def fits(cls, teacher: Teacher, student: Sampler, role: RoleConfig) -> bool:
-        return len(set(student.roles)) > 1
-
-    def check_role(self, role: RoleConfig) -> None:
-        check_shared(self.teacher)
-        if role.kind != "lora":
-            raise RecipeError(
-                f"roles.student.kind: {role.kind}: several students share one pipeline as LoRAs that are switched; use "
-                "lora"
-            )
-        super().check_role(role)
-
-    def _place(self, folder: Path, role: str) -> Path:
-        return folder / role
-
-    def particulars(self) -> dict[str, Any]:
-        return {
-            **super().particulars(),
-            "experts": list(self.student.roles),
-            "network": self.teacher.network,
-        }
-
-
-def check_shared(teacher: Teacher) -> None:
-    """Refuses several students in a pipeline that loads no LoRA."""
-    if not has_lora_files(teacher):
-        raise RecipeError(
-            f"method: several students share one pipeline as LoRAs that are switched, and {teacher.pipeline_class} "
-            "loads none; choose a method with one student"
-        )
-
-
-class Merged(Adapted):
+class Merged(Adapted, Whole):
     """Merged into the weights of a whole pipeline, of a class that reads no LoRA (PixArt)."""
 
     @classmethod
     def fits(cls, teacher: Teacher, student: Sampler, role: RoleConfig) -> bool:
         return role.kind == "lora" and not has_lora_files(teacher)
 
-    def save(self, folder: Path, weights: Weights, edition: Edition) -> None:
-        self.scheduler.save_pretrained(folder / "scheduler")
-        ((name, tensors),) = weights.items()
-        whole = merged(self.teacher.net, self.alone(tensors, self.roles[name]))
-        save_pipeline(
-            self.teacher, self.teacher.net, whole, self.scheduler, edition.precision, folder / "pipeline"
-        )
+    def network(self, role: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+        whole = merged(self.teacher.net, self.alone(tensors, self.roles[role]))
+        return network_with(self.teacher, self.teacher.net, whole, dtype)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..configs import RoleConfig
 from ..diffusion.cond import Cond
@@ -19,7 +19,7 @@ from ..errors import FewstepError, RecipeError
 from ..methods.router import RoutedStudent, Router
 from ..teachers.base import Teacher
 from ..teachers.ragged import Ragged
-from .lora import Lora, Merged, check_shared
+from .lora import Lora, Merged
 from .target import Edition, Target, Weights
 from .whole import Whole
 
@@ -55,7 +55,11 @@ class Routed(Target):
             part.check_kohya()
 
     def check_role(self, role: RoleConfig) -> None:
-        check_shared(self.teacher)
+        if not hasattr(self.teacher.pipe, "encode_prompt"):
+            raise RecipeError(
+                f"method.name: multi_student: a {self.teacher.pipeline_class} encodes no prompts, by which its "
+                "students would be told apart; use dmd2"
+            )
         if isinstance(self.teacher, Ragged):
             raise RecipeError(
                 f"method.name: multi_student: a {self.teacher.pipeline_class} gives each text a number of tokens of "
@@ -88,24 +92,6 @@ class Routed(Target):
         record = next(iter(parts.values())).record(edition) | routed
         record.pop("comfyui", None)  # which has no router
         return record
-
-
-class PartNetworks(nn.Module):
-    """A network per part in the place of a pipeline's one; everything asked of it is the active one's."""
-
-    def __init__(self, networks: Sequence[nn.Module]):
-        super().__init__()
-        self.networks, self.active = nn.ModuleList(networks), 0
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.networks[self.active](*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            networks: Any = super().__getattr__("networks")
-            return getattr(networks[self.active], name)
 
 
 class RoutedPipeline:
@@ -148,6 +134,7 @@ class RoutedPipeline:
         guidance_scale: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        return_dict: bool = True,
         **options: Any,
     ) -> Any:
         if (images_each := options.get("num_images_per_prompt", 1)) != 1:
@@ -170,7 +157,7 @@ class RoutedPipeline:
             for i, image in zip(rows, output.images):
                 images[i] = image
         output.images = _together(images)
-        return output
+        return output if return_dict else (output.images,)
 
 
 def _together(images: list[Any]) -> Any:

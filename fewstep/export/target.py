@@ -144,6 +144,10 @@ class Target:
         """Weights that ComfyUI reads, in the export -> their names among those of other students."""
         return {}
 
+    def expert(self, role: str) -> str:
+        """Of a file's name: which of several students it is."""
+        return role if len(self.roles) > 1 else ""
+
     def sampling(self) -> dict[str, Any]:
         """Of the record: times, and the scheduler that has them."""
         return {}
@@ -238,6 +242,8 @@ class Stock(Target):
 
     def particulars(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
+        if len(self.roles) > 1:
+            found |= {"experts": list(self.student.roles), "network": self.teacher.network}
         if (classes := num_classes(self.teacher.pipe)) is not None:
             found["num_classes"] = classes
         if isinstance(

@@ -94,15 +94,10 @@ def resized(teacher: Teacher, net: Any) -> bool:
     return own != theirs
 
 
-def save_pipeline(
-    teacher: Teacher,
-    net: nn.Module,
-    weights: Mapping[str, Tensor],
-    scheduler,
-    dtype: torch.dtype,
-    folder: Path,
-) -> None:
-    """The stock pipeline with the student's network and scheduler in place of the teacher's.
+def network_with(
+    teacher: Teacher, net: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> nn.Module:
+    """The student's network as a model of diffusers.
 
     Args:
         net: the student's, for its size.
@@ -112,8 +107,7 @@ def save_pipeline(
         net = type(teacher.net).from_config(net.config) if small else copy.deepcopy(teacher.net).cpu().float()
         # Buffers are never trained, so they stay the teacher's.
         net.load_state_dict({**net.state_dict(), **{name: value.float() for name, value in weights.items()}})
-        net = net.to(dtype)
-    save_network(teacher, net, scheduler, folder)
+        return net.to(dtype)
 
 
 def save_network(

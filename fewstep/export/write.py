@@ -10,7 +10,6 @@ from ..configs import RoleConfig
 from ..diffusion.student import Sampler
 from ..files import replacing
 from ..teachers.base import Teacher
-from .lora import Switched
 from .rehearsal import rehearse
 from .routed import ALONE, Routed
 from .sprint import Sprint
@@ -18,7 +17,7 @@ from .target import Edition, Target, Weights
 from .tokens import Tokens
 
 RECORD = "fewstep.json"  # which every target writes
-TARGETS: tuple[type[Target], ...] = (Tokens, Routed, Sprint, Switched, *ALONE)
+TARGETS: tuple[type[Target], ...] = (Tokens, Routed, Sprint, *ALONE)
 
 
 def target_of(teacher: Teacher, student: Sampler, roles: Sequence[RoleConfig]) -> Target:

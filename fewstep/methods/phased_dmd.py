@@ -33,7 +33,7 @@ class PhasedDMD(Method):
     summary = "an expert per noise interval, matched at intermediate levels; keeps diversity"
     papers = ("2510.27684",)
     steps = "2 or more"
-    exports = "LoRA per expert, switched by a callback; DDIM"
+    exports = "LoRA or network per expert, switched from step to step; DDIM"
     student: Student
 
     @dataclass

@@ -35,7 +35,7 @@ from ..diffusion.kernels import gather
 from ..diffusion.schedules import TrigFlow, expand, repeated
 from ..diffusion.student import Student
 from ..errors import FewstepError, Interrupted
-from ..export.weights import save_pipeline
+from ..export.weights import network_with, save_network
 from ..files import replacing, write_json
 from ..methods.base import Batch, Method, Phase, Progress
 from ..methods.scm import angle_range
@@ -328,7 +328,9 @@ def prepare(
     weights = gathered(role.final_weights(), process)
     if process.main:
         with replacing(out) as part:
-            save_pipeline(teacher, net, weights, teacher.pipe.scheduler, torch.float32, part)
+            save_network(
+                teacher, network_with(teacher, net, weights, torch.float32), teacher.pipe.scheduler, part
+            )
             write_json(part / "prepare.json", record)
     process.barrier()
     return record

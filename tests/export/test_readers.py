@@ -37,6 +37,7 @@ HALF = DAY + "test_a_half_precision_teacher_and_export_are_verified_too"
 SPRINT = "export/test_sprint_export.py::test_stock_diffusers_samples_it_at_every_number_of_steps"
 TOKENS = "tokens/test_autoregressive.py::test_a_run_ends_with_a_verified_export_that_samples"
 PEFT, NO_ADAPTER = HERE + "test_peft_alone_reads_a_lora", HERE + "test_a_whole_student_has_no_adapter"
+FOLLOW = "export/test_targets.py::test_experts_that_are_networks_follow_one_another"
 # Export -> for each reader whether it reads it, and the test that shows it.
 ROWS = {
     "a LoRA, `pytorch_lora_weights.safetensors`": [
@@ -89,6 +90,15 @@ ROWS = {
         ("yes, and a style beside them", BESIDE + "test_fewstep_itself_leaves_a_style_alone"),
         ("a file each, one sampler behind another", BESIDE + "test_files_of_experts_have_names_of_their_own"),
         ("each alone", PEFT),
+    ],
+    "experts, a network each (trained whole, or PixArt, DiT, DDPM)": [
+        ("by the card's program", FOLLOW),
+        ("yes", FOLLOW),
+        (
+            "of the classes above, a file each, one sampler behind another",
+            HERE + "test_experts_that_were_trained_whole_have_files_of_their_own_names",
+        ),
+        ("no adapter", FOLLOW),
     ],
     "parts behind a router": [
         (
@@ -202,6 +212,19 @@ def test_a_whole_student_has_no_adapter(sdxl, tmp_path):
     )
     pipe, record = load_exported(folder)
     assert record["kind"] == "full" and not hasattr(pipe.unet, "peft_config")
+
+
+def test_experts_that_were_trained_whole_have_files_of_their_own_names(sdxl, tmp_path):
+    folder = exported(sdxl, tmp_path / "e", RoleConfig(kind="full"), ("first", "second"))
+    files = json.loads((folder / "fewstep.json").read_text())["comfyui"]["files"]
+    assert files == {
+        "pipeline/unet/diffusion_pytorch_model.safetensors": "mine_first.safetensors",
+        "second/diffusion_pytorch_model.safetensors": "mine_second.safetensors",
+    }
+    assert all((folder / name).is_file() for name in files)
+    card = (folder / "README.md").read_text()
+    assert all(f"`{source}`, where it is one file, goes to" in card for source in files)
+    assert "a KSampler (Advanced) for each, with the file of that expert" in card
 
 
 def test_what_comfyui_does_not_know_has_no_names_for_it():

@@ -94,6 +94,14 @@ def test_one_image_of_a_prompt_is_all_that_is_routed(run):
         pipe(PROMPTS, num_images_per_prompt=2, **record["call"])
 
 
+def test_it_gives_a_tuple_where_a_dict_is_not_wanted(run):
+    pipe, record = load_exported(run[0] / "export")
+    g = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    asked = {**record["call"], "output_type": "np"}
+    (images,) = pipe(PROMPTS[:2], generator=g(), return_dict=False, **asked)
+    assert (images == pipe(PROMPTS[:2], generator=g(), **asked).images).all()
+
+
 def test_keys_of_kohya_are_refused_where_a_part_has_none(teachers):
     teacher = teachers("SANA")
     router, times = Router(2), [teacher.denoiser.schedule.at(torch.ones(1)).item()]
@@ -372,6 +380,8 @@ ROUTED = [
     "Lumina 2",
     "HiDream",
     "SANA",
+    "PixArt-alpha",
+    "PixArt-Sigma",
 ]
 
 

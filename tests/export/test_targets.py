@@ -1,17 +1,28 @@
 """One way out for every student: which it is, who refuses, and experts that were trained each in their own way."""
 
+import json
+
 import pytest
 import torch
 
 from fewstep.diffusion.denoiser import Scalar
 from fewstep.diffusion.embedding import with_scalar
 from fewstep.diffusion.student import Student
+from fewstep.diffusion.times import chosen_times
 from fewstep.errors import RecipeError
-from fewstep.export import check_exportable, export_student, trainer_sample, verify
+from fewstep.export import (
+    check_exportable,
+    export_student,
+    load_exported,
+    stock_sample,
+    trainer_sample,
+    verify,
+)
 from fewstep.export.write import target_of
 from fewstep.methods.router import RoutedStudent, Router
 from fewstep.recipe import RoleConfig
 from fewstep.teachers import load_teacher
+from fewstep.teachers.pipelines import network_of
 from fewstep.teachers.tiny import write_tiny_pipeline
 from fewstep.training.roles import build_role
 
@@ -34,7 +45,7 @@ def test_every_student_has_a_way_out(sd15, tmp_path):
 
     one, two = Student(sd15.denoiser, [999]), Student(sd15.denoiser, [999, 499], roles=["a", "b"])
     assert way(sd15, one, LORA) == "Lora" and way(sd15, one, FULL) == "Whole"
-    assert way(sd15, two, LORA, LORA) == "Switched"
+    assert way(sd15, two, LORA, LORA) == "Lora" and way(sd15, two, FULL, FULL) == "Whole"
     parts = RoutedStudent([Student(sd15.denoiser, [999], roles=[name]) for name in "ab"], Router(2))
     assert way(sd15, parts, LORA, LORA) == way(sd15, parts, FULL, FULL) == "Routed"
     pixart, sana = other("PixArtAlphaPipeline"), other("SanaPipeline")
@@ -51,24 +62,69 @@ def test_every_student_has_a_way_out(sd15, tmp_path):
         check_exportable(Student(var.denoiser, [1.0]), [LORA], var)
     with pytest.raises(RecipeError, match="expected the same kind for every student"):
         check_exportable(two, [LORA, FULL], sd15)
-    with pytest.raises(RecipeError, match="LoRAs that are switched; use lora"):
-        check_exportable(two, [FULL, FULL], sd15)
-    both = Student(pixart.denoiser, [999, 499], roles=["a", "b"])
-    with pytest.raises(RecipeError, match="PixArtAlphaPipeline loads none; choose a method with one student"):
-        check_exportable(both, [LORA, LORA], pixart)
+    assert way(pixart, Student(pixart.denoiser, [999, 499], roles=["a", "b"]), LORA, LORA) == "Merged"
 
 
-def test_experts_are_exported_each_with_its_own_strength(sd15, tmp_path):
-    configs = [RoleConfig(rank=4, alpha=2), RoleConfig(rank=2, alpha=8)]
-    roles = [build_role(name, sd15.net, config) for name, config in zip("ab", configs)]
+def experts_of(teacher, configs, std=0.05):
+    """Roles whose weights are of sizes that no two share, and the student of one step each."""
+    roles = [build_role(name, teacher.net, config) for name, config in zip("ab", configs)]
     g = torch.Generator().manual_seed(1)
     for role in roles:
         for weight in role.weights.values():
-            weight.data = weight.data + 0.05 * torch.randn(weight.shape, generator=g)
-    denoisers = [sd15.denoiser.with_net(role.module) for role in roles]
-    student = Student(denoisers, [999, 499], roles=["a", "b"])
+            weight.data = weight.data + std * torch.randn(weight.shape, generator=g)
+    nets = {role.name: teacher.denoiser.with_net(role.module) for role in roles}
+    times = chosen_times(teacher.denoiser.schedule, 2)
+    return roles, Student([nets["a"], nets["b"]], times, "ddim", ["a", "b"])
+
+
+def exported(teacher, roles, student, folder):
     weights = {role.name: role.final_weights() for role in roles}
-    folder = export_student(tmp_path / "e", sd15, student, weights, configs, about={"method": "x"})
+    about, configs = {"method": "x", "prompt": "0"}, [role.config for role in roles]
+    check_exportable(student, configs, teacher)
+    return export_student(folder / "e", teacher, student, weights, configs, about=about)
+
+
+def test_experts_are_exported_each_with_its_own_strength(sd15, tmp_path):
+    roles, student = experts_of(sd15, [RoleConfig(rank=4, alpha=2), RoleConfig(rank=2, alpha=8)])
+    folder = exported(sd15, roles, student, tmp_path)
     own = trainer_sample(student, sd15, PROMPTS)
     scale = own.abs().max().item()
     assert verify(folder, own, sd15, PROMPTS, 1e-4 * scale, "float32") < 1e-4 * scale
+
+
+@pytest.mark.parametrize("name", ["SD 1.5", "PixArt-alpha", "DiT", "UNet2D", "UNet2D by class", "EDM"])
+def test_experts_that_are_networks_follow_one_another(name, teachers, tmp_path, monkeypatch):
+    teacher = teachers(name)
+    prompts = PROMPTS if hasattr(teacher.pipe, "encode_prompt") else ["0", "1"]
+    roles, student = experts_of(teacher, [FULL if name == "SD 1.5" else LORA] * 2)
+    folder = exported(teacher, roles, student, tmp_path)
+    record = json.loads((folder / "fewstep.json").read_text())
+    assert record["experts"] == ["a", "b"] and sorted(p.name for p in folder.iterdir() if p.is_dir()) == [
+        *("b", "pipeline", "scheduler")
+    ]
+    own = trainer_sample(student, teacher, prompts)
+    other = Student(student.denoisers[::-1], student.times, "ddim", student.roles[::-1])
+    wrong, scale = trainer_sample(other, teacher, prompts), own.abs().max().item()
+    assert (own - wrong).abs().max() > 1e-3 * scale  # otherwise nothing would be proved
+    assert verify(folder, own, teacher, prompts, 1e-4 * scale, "float32") < 1e-4 * scale
+    pipe, _ = load_exported(folder)
+    stock_sample(pipe, record, teacher, prompts)
+    next(network_of(pipe).turns)  # a call that was interrupted
+    again, decoded = (
+        stock_sample(pipe, record, teacher, prompts[:1], 3),
+        trainer_sample(student, teacher, prompts[:1], 3),
+    )
+    if not teacher.draws_latents:
+        decoded = teacher.pixels(decoded).cpu()
+    assert (again - decoded).abs().max() < 1e-4 * scale
+    monkeypatch.chdir(folder)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code.rpartition("image = ")[0], names)
+    if teacher.pipeline_class == "DDPMPipeline":  # whose call says no label: the program has bound one
+        g = torch.Generator().manual_seed(3)
+        images = names["pipe"](batch_size=1, generator=g, output_type="np", **record["call"]).images
+        made = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+    else:
+        made = stock_sample(names["pipe"], {**record, "experts": None}, teacher, prompts[:1], 3)
+    assert (made - decoded).abs().max() < 1e-4 * scale
