@@ -66,6 +66,15 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def _tapping(module: nn.Module) -> list[str]:
+    """Blocks whose features are being kept."""
+    return [
+        name
+        for name, inner in module.named_modules()
+        if any(getattr(hook, "taps", False) for hook in inner._forward_hooks.values())
+    ]
+
+
 def _leaf(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
@@ -126,7 +135,8 @@ class Bare:
             except _LastTap:
                 self._tapped(call)
                 raise
-            if call.grad and not torch.is_grad_enabled():  # off after its last tap
+            # Off after its last tap; of a network that is called row by row, after the last row's.
+            if call.grad and (not torch.is_grad_enabled() or _tapping(module)):
                 call.stops = False
                 self._tapped(call)
             self._watch(call, _tensors(out))
@@ -136,7 +146,7 @@ class Bare:
 
     @staticmethod
     def _tapped(call: Call) -> None:
-        call.taps = [name for name, inner in call.module.named_modules() if inner._forward_hooks]
+        call.taps = _tapping(call.module)
         call.used = set(range(len(call.taps)))
 
     @staticmethod

@@ -162,7 +162,7 @@ def identity(teacher: Teacher) -> list[str]:
     """What tells one teacher from another: its source, the size and time of every file, and what is merged into it."""
     from ..teachers import resolve
 
-    origin = teacher.origin
+    origin = teacher.origin.placed()
     stats = _stats(Path(resolve(teacher.source)))
     if origin.variant:
         stats.append(f"variant:{origin.variant}")

@@ -15,6 +15,7 @@ from fewstep.cost.bench import _random
 from fewstep.cost.meter import Meter
 from fewstep.diffusion.rng import Rng
 from fewstep.recipe import dump
+from fewstep.teachers.tiny import write_tiny_pipeline
 
 
 def metered(function):
@@ -69,6 +70,16 @@ def test_the_bare_loop_does_the_arithmetic_of_the_trainer_and_no_more(trained):
     # No graph of what needs none; SiD's lean way frees one network before the next.
     assert again.peak < 1.3 * ours.peak
     assert all(torch.equal(w, before[name]) for name, w in trainer.roles["student"].weights.items())
+
+
+def test_the_bare_loop_counts_every_row_of_a_network_that_is_called_row_by_row(tmp_path):
+    pipeline = write_tiny_pipeline("QwenImage21Pipeline", tmp_path / "teacher")
+    words = ("--train.steps=100", *AS_SHIPPED, "--teacher.resolution", "64", "--train.batch_size=3")
+    recipe = tiny("qwen_image21_dmd2_4step", pipeline, tmp_path, *words, "--method.gan_weight=1e-3", "--method.taps=[transformer_blocks.0]")
+    trainer, nets = _random(recipe)
+    bare = Bare(trainer, nets)
+    ours = metered(lambda: bare.record(trainer.iterate))
+    assert metered(bare.run).flops == ours.flops
 
 
 def test_no_step_waits_for_the_device(trained, monkeypatch):
