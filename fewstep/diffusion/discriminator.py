@@ -64,7 +64,7 @@ def _taps(
                     raise _LastTap
                 torch.set_grad_enabled(False)
 
-        hook.taps = True  # by which it is told from other hooks
+        hook.taps = True  # type: ignore[attr-defined]  # by which it is told from other hooks
         return hook
 
     handles = [net.get_submodule(name).register_forward_hook(keep(name)) for name in names]
