@@ -91,19 +91,32 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         train = replace(recipe.train, steps=10**6, sample_every=0, checkpoint_every=0)
         recipe = replace(recipe, output=str(Path(folder) / "run"), train=train)
-        trainer, nets = (_random if random_weights else _real)(recipe)
+        (trainer, nets), encoders = (_random(recipe), {}) if random_weights else _real(recipe)
         return {
-            **_measure(recipe, trainer, nets, iterations, baseline),
+            **_measure(recipe, trainer, nets, encoders, iterations, baseline),
             "hardware": hardware(trainer.process),
         }
 
 
-def _real(recipe: Recipe) -> tuple[Trainer, dict[str, nn.Module]]:
+Networks = dict[str, nn.Module]
+
+
+def _real(recipe: Recipe) -> tuple[tuple[Trainer, Networks], Networks]:
+    """As :func:`_random`, with the weights and data of the recipe, and the networks that encode beside it."""
     session = Session(recipe, *check_data(recipe), start(recipe.train.device))
-    return session.trainer, _networks(session.teacher.net, session.roles)
+    return (session.trainer, _networks(session.teacher.net, session.roles)), _encoders(session)
 
 
-def _random(recipe: Recipe, folder: Path | None = None) -> tuple[Trainer, dict[str, nn.Module]]:
+def _encoders(session: Session) -> Networks:
+    """What encodes prompts and images where no cache holds them: of the VAE its first half."""
+    pipe, data = session.teacher.pipe, session.recipe.data
+    found = {name: getattr(pipe, name) for name in session.teacher.encoders if data.cache_prompts is False}
+    if data.cache_images is False and session.teacher.autoencoder:
+        found["encoder"] = getattr(pipe, session.teacher.autoencoder).encoder
+    return found
+
+
+def _random(recipe: Recipe, folder: Path | None = None) -> tuple[Trainer, Networks]:
     """Random weights are the same in every process; with a folder the run keeps its log and its checkpoints there."""
     from .skeleton import skeleton_teacher
 
@@ -125,11 +138,18 @@ def _random(recipe: Recipe, folder: Path | None = None) -> tuple[Trainer, dict[s
     return trainer, _networks(teacher.net, roles)
 
 
-def _networks(net: nn.Module, roles) -> dict[str, nn.Module]:
+def _networks(net: nn.Module, roles) -> Networks:
     return {"teacher": net, **{name: role.module for name, role in roles.items()}}
 
 
-def _measure(recipe: Recipe, trainer: Trainer, nets, iterations: int, baseline: str | None) -> dict[str, Any]:
+def _measure(
+    recipe: Recipe,
+    trainer: Trainer,
+    nets: Networks,
+    encoders: Networks,
+    iterations: int,
+    baseline: str | None,
+) -> dict[str, Any]:
     cycle = math.lcm(*(phase.every for phase in trainer.phases))
     count = cycle * math.ceil(iterations / ROUNDS / cycle)
     process, images = trainer.process, recipe.train.batch_size * recipe.train.accumulate
@@ -147,7 +167,7 @@ def _measure(recipe: Recipe, trainer: Trainer, nets, iterations: int, baseline: 
     flops, memory = sum(meter.flops.values()) / count, _peak(trainer, nets, meter, train)
     bare = None
     if baseline == "bare":
-        bare = Bare(trainer, nets)
+        bare = Bare(trainer, nets | encoders)
         bare.record(train)
         bare.run()
     ours, theirs = [], []

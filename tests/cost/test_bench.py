@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.cli import main
 from fewstep.cost.bare import Bare
-from fewstep.cost.bench import _random
+from fewstep.cost.bench import _random, _real
 from fewstep.cost.meter import Meter
 from fewstep.diffusion.rng import Rng
 from fewstep.recipe import dump
@@ -105,6 +105,20 @@ def test_bench_accounts_for_the_whole_step_beside_a_bare_loop(capsys, tiny_sdxl,
     assert result["over_bare"] > 0.9 and result["bare_seconds"] > 0
     assert 0 < result["of_matmul_rate"] < 1 and result["peak_memory_gb"] > 0
     assert json.loads(out.read_text())["seconds_per_iteration"] == result["seconds_per_iteration"]
+
+
+def test_what_encodes_beside_training_is_in_the_bare_loop_too(tiny_sdxl, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    words = ("--data.cache_prompts=false", "--data.cache_images=false", "--train.steps=100")
+    (trainer, nets), encoders = _real(tiny("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words))
+    assert list(encoders) == ["text_encoder", "text_encoder_2", "encoder"]
+    bare = Bare(trainer, nets | encoders)
+    bare.record(lambda: (trainer.iterate(), trainer.data.settle()))
+    made = [what.module for kind, what in bare.events if kind == "call"]
+    # Of this iteration and of the next, prompts and captions; images once each.
+    counts = [sum(module is encoder for module in made) for encoder in encoders.values()]
+    assert counts == [4, 4, 2]
+    bare.run()
 
 
 def test_a_method_with_forward_mode_derivatives_has_no_bare_loop(tiny_sd15, tmp_path, capsys):
