@@ -124,6 +124,22 @@ def write(path: str | os.PathLike, content: str | bytes, durable: bool = True) -
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def append(path: Path, text: str) -> None:
+    """Text as UTF-8 behind what a file holds, in one piece, whoever else writes to it.
+
+    Raises:
+        WriteError: no space, no permission and the like.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise WriteError(
+            f"{path}: cannot be written: {why(error)}; free some space or give another place"
+        ) from error
+
+
 def create(path: str | os.PathLike, content: str) -> bool:
     """Writes a whole file unless there is one already; False if there is, also when another process was first."""
     path = Path(path)

@@ -71,9 +71,15 @@ def prompts_folder(teacher: Teacher, prompts: Sequence[str]) -> Path:
 
 
 def encode_images(
-    teacher: Teacher, images: CaptionedImages, batch_size: int = 16, quiet: bool = False
+    teacher: Teacher,
+    images: CaptionedImages,
+    batch_size: int = 16,
+    quiet: bool = False,
+    process: Process | None = None,
 ) -> Store:
     """Scaled latents of all images at the teacher's resolution; one fixed draw of the VAE's posterior each.
+
+    Each process encodes its share of the files, and knows in the end what others have left out.
 
     What a row holds is the image that its ``row`` says: another one where its own is of no use.
     """
@@ -90,7 +96,9 @@ def encode_images(
                 "row": torch.tensor([row for row, _ in found]),
             }
 
-    return _store(folder, len(images), encode, quiet, Process())
+    found = _store(folder, len(images), encode, quiet, process or Process())
+    images.left_out.keep(folder / FILE)
+    return found
 
 
 def images_folder(teacher: Teacher, images: CaptionedImages) -> Path:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import FewstepError, RecipeError
-from ..files import ReadError, write
+from ..files import ReadError, append
 
 FILE = "left_out.jsonl"  # in a run's folder, or in that of a store: a record a line
 NAMED = 10  # of them in a message
@@ -41,9 +42,8 @@ class LeftOut:
         self.path, before = path, dict(self.reasons)
         self.reasons = {}
         self._read()
-        if before.keys() - self.reasons.keys():
-            self.reasons |= before
-            self._write()
+        self._write({record: before[record] for record in sorted(before.keys() - self.reasons.keys())})
+        self.reasons |= before
         self.check()
 
     def add(self, record: int, name: str, reason: str) -> None:
@@ -54,9 +54,9 @@ class LeftOut:
         """
         if self.path:
             self._read()  # what other ranks have left out
+            if record not in self.reasons:
+                self._write({record: (name, reason)})
         self.reasons[record] = (name, reason)
-        if self.path:
-            self._write()
         self.check()
         if len(self.reasons) <= NAMED:
             print(f"fewstep: note: data.images: {name} is left out: {reason}", file=sys.stderr)
@@ -77,17 +77,19 @@ class LeftOut:
             f"which allows {int(self.share * self.total)} of {self.total}"
         )
 
-    def _write(self) -> None:
+    def _write(self, found: Mapping[int, tuple[str, str]]) -> None:
+        """Behind what stands there, in one piece: other ranks write to the same file."""
+        if not found:
+            return
         assert self.path is not None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = ({"record": n, "name": a, "reason": b} for n, (a, b) in sorted(self.reasons.items()))
-        write(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        rows = ({"record": n, "name": a, "reason": b} for n, (a, b) in found.items())
+        append(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _read(self) -> None:
         assert self.path is not None
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-            for row in map(json.loads, lines):
+            text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+            for row in map(json.loads, text.split("\n")[:-1]):  # a line without its end is being written
                 self.reasons[row["record"]] = (row["name"], row["reason"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ReadError(f"{self.path}: cannot be read ({error}); remove it") from error

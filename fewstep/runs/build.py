@@ -105,11 +105,7 @@ def encode(
         if recipe.data.cache_images is False:
             found["latents"] = LiveImages(teacher, images)
         else:
-            if not process.main:
-                process.barrier()  # the first one encodes images, the others find them
-            found["latents"] = encode_images(teacher, images, quiet=quiet)
-            if process.main:
-                process.barrier()
+            found["latents"] = encode_images(teacher, images, quiet=quiet, process=process)
     if "pairs" in needs:
         pairs = found["pairs"] = load_pairs(recipe.data.pairs)
         check_pairs(pairs, teacher, guidance_of(recipe.method), quiet)

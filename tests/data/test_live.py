@@ -350,6 +350,30 @@ def test_each_process_encodes_its_share_and_all_find_the_whole(tiny_sd15, tmp_pa
     assert rows == again == alone.rows(torch.arange(7))["embeds"].sum((1, 2)).tolist()
 
 
+def test_each_process_encodes_its_share_of_images_and_all_know_what_is_left_out(
+    sdxl, shards, tmp_path, cache, monkeypatch
+):
+    monkeypatch.setattr(store, "SHARD", 4)
+
+    def work(process):
+        images, seen = images_of(shards), []
+        encode = sdxl.latents
+        monkeypatch.setattr(sdxl, "latents", lambda x, g: seen.append(len(x)) or encode(x, g))
+        images.left_out.reasons.clear()  # what the look at some of them has found
+        found = encode_images(sdxl, images, quiet=True, process=process)
+        rows = found.rows(torch.arange(16))
+        return seen, sorted(images.left_out.reasons), rows["row"].tolist(), rows["latents"].sum().item()
+
+    (one, *rest), (other, *same) = together(2, work, tmp_path)
+    assert one == other == [4, 4] and rest == same
+    assert rest[0] == [2, 10] and rest[1] == [0, 1, 3, 3, *range(4, 10), 11, *range(11, 16)]
+    (file,) = cache.rglob("left_out.jsonl")
+    assert [json.loads(line)["record"] for line in file.read_text().splitlines()] in ([2, 10], [10, 2])
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "alone"))
+    alone = encode_images(sdxl, images_of(shards), quiet=True).rows(torch.arange(16))
+    assert alone["latents"].sum().item() == rest[2]
+
+
 def test_nodes_with_disks_of_their_own_encode_what_they_lack(tiny_sd15, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "SHARD", 2)
     teacher, prompts = load_teacher(str(tiny_sd15)), [f"{i} cats" for i in range(5)]
