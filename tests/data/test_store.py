@@ -1,13 +1,18 @@
 """Encoded prompts are kept without their padding, and come back with it."""
 
+import os
+import time
+
 import pytest
 import torch
+from processes import Fork
 from safetensors.torch import load_file
 from zoo import EDITS, ZOO
 
 from fewstep.data import cache, store
 from fewstep.data.batches import Batches
 from fewstep.data.cache import encode_prompts, need_of_prompts, prompts_folder
+from fewstep.data.store import Store
 from fewstep.diffusion.cond import Cond
 
 TEXTS = ["a cat", "a much longer prompt about a dog on a skateboard", "", "x" * 900, "a red apple"]
@@ -87,3 +92,37 @@ def test_what_ends_in_no_zeros_is_kept_as_it_is_and_minus_zero_is_none():
     assert found["minus"].shape == (2, 1) and found["minus" + store.KEPT].tolist() == [[2, 2], [0, 2]]
     assert found["inner"].tolist() == [0, 1] and found["inner" + store.KEPT].tolist() == [[2, 3], [0, 3]]
     assert found.keys() == {*rows, "minus" + store.KEPT, "inner" + store.KEPT}
+
+
+def test_runs_that_encode_the_same_at_once_and_one_that_is_killed_leave_whole_files(teachers, tmp_path):
+    """Independent commands on one folder, as on a file system that nodes share: none waits for another."""
+    teacher, texts = teachers("SD 1.5"), [f"{i} cats" for i in range(12)]
+    folder, encode = prompts_folder(teacher, texts), teacher.encode
+
+    def slow(prompts):
+        time.sleep(0.05)
+        return encode(prompts)
+
+    def write():
+        teacher.encode = slow
+        found = encode_prompts(teacher, texts, batch_size=1, quiet=True)
+        (tmp_path / f"{os.getpid()}.sum").write_text(str(found.rows(torch.arange(12))["embeds"].sum().item()))
+
+    def read():
+        """Whatever is there is whole at every moment; done when all of it is."""
+        while len(files := sorted(folder.glob("[!.]*.safetensors"))) < 4:
+            for file in files:
+                assert len(load_file(file)) > 0
+        assert len(Store(folder, 12).rows(torch.arange(12))["embeds"]) == 12
+
+    folder.mkdir(parents=True)
+    readers, writers = [Fork(read) for _ in range(2)], [Fork(write) for _ in range(3)]
+    while not list(folder.glob("[!.]*.safetensors")):
+        time.sleep(0.002)
+    writers[0].kill()
+    assert [one.wait(120) for one in writers] == [-9, 0, 0] and [one.wait(60) for one in readers] == [0, 0]
+    sums = {path.read_text() for path in tmp_path.glob("*.sum")}
+    alone = torch.cat([encode([text])["embeds"] for text in texts]).sum().item()
+    assert len(sums) == 1 and float(sums.pop()) == pytest.approx(alone, rel=1e-4)
+    encode_prompts(teacher, texts, quiet=True)  # which sweeps what the killed one left
+    assert len(list(folder.iterdir())) == 4
