@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from .bounds import Bound, Bounded, Count, Count0, Decay, Least0, Number, Positive, Seed, Share, Steps
 from .device import check_name
+from .errors import RecipeError
 
 
 @dataclass
@@ -117,9 +118,12 @@ class RoleConfig(Bounded):
         targets: names of adapted layers, matched from the end; null takes the list of the network's class.
         lr, betas, eps, weight_decay: of AdamW; eps in the scale of the method's published code (1e-8 in fp32, 1e-4 for
             pure bf16), see ``Method.sums``. warmup: iterations of linear warm-up. decay: iterations of
-            linear decay to zero at the end of the run.
+            linear decay to zero at the end of the run. inverse_sqrt: iterations after which the rate falls with the
+            inverse root of their number (EDM2, arXiv 2312.02696, eq. 67); 0 for never.
         optimizer: "adamw" is torch's fused one; "adamw8bit" keeps its moments in 8 bits (extra ``8bit``).
         ema: decay of a moving average of the trained weights after each of this role's updates; 0 for none.
+        ema_images: instead of it the half-life of that average in images, at first a twentieth of those that have been
+            (EDM, SiD); whatever the batch, the memory is as long.
         ema_device: "cpu" keeps that average in the host's memory; null beside the weights.
         gradient_checkpointing: recompute this role's activations in the backward pass; null does as the teacher.
         start_from: a finished run, one of its checkpoints, or an export, whose weights this role begins with: those of
@@ -138,11 +142,32 @@ class RoleConfig(Bounded):
     weight_decay: Least0 = 0.01
     warmup: Count0 = 0
     decay: Count0 = 0
+    inverse_sqrt: Count0 = 0
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     ema: Annotated[float, Bound("0 <= ema < 1; 0 is off, 0.999 is usual", lambda x: 0 <= x < 1)] = 0.0
+    ema_images: Count0 = 0
     ema_device: Literal["cpu"] | None = None
     gradient_checkpointing: bool | None = None
     start_from: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ema and self.ema_images:
+            raise RecipeError(
+                f"ema_images: {self.ema_images}: expected 0 beside an ema of {self.ema:g}, which is another memory of "
+                "the same average; set one of them 0"
+            )
+
+    def memory(self, updates: int, images: int, seen: int) -> float | None:
+        """What an average keeps of itself at an update; None without one.
+
+        Args:
+            updates: of the role so far, this one included. images: since the one before. seen: until then.
+        """
+        if self.ema:  # the first ones have a shorter memory, so that the start is soon forgotten
+            return min(self.ema, (1 + updates) / (10 + updates))
+        half = min(self.ema_images, 0.05 * seen)
+        return 0.5 ** (images / half) if half else (0.0 if self.ema_images else None)
 
 
 @dataclass

@@ -75,7 +75,7 @@ class Recipe:
 
     def role(self, name: str) -> RoleConfig:
         if name in self.method_class.followers:
-            return dataclasses.replace(self.role("student"), ema=0.0)
+            return dataclasses.replace(self.role("student"), ema=0.0, ema_images=0)
         return self.roles.get(name) or self.roles.get(family(name)) or RoleConfig()
 
 
@@ -282,7 +282,11 @@ def digest(recipe: Recipe) -> str:
     for part, name in [
         (plain["data"], "column"),
         *((plain["teacher"], name) for name in ("variant", "config", "loras")),
-        *((role, "start_from") for role in plain["roles"].values()),
+        *(
+            (role, n)
+            for n in ("start_from", "ema_images", "inverse_sqrt")
+            for role in plain["roles"].values()
+        ),
     ]:
         if not part[name]:
             del part[name]

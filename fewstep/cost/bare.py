@@ -190,4 +190,5 @@ class Bare:
             optimizer = self.trainer.optimizers[role.name]
             take_step(optimizer, 0.0, torch.zeros((), device=norm.device))
             optimizer.zero_grad(set_to_none=True)
+            role.settle_weights()
             role.update_average(self.trainer.updates[role.name])

@@ -178,6 +178,47 @@ def score_identity(
     return (expand(weight, x0) * product).mean()
 
 
+def expanded_divergence(
+    x0: Tensor,
+    x_t: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    weight: Tensor,
+    log_ratio: Tensor,
+    kind: str,
+    alpha: float = 1.0,
+    score_scale: Tensor | None = None,
+) -> Tensor:
+    """``mean weight (h (real - fake)(fake - x0) + (1 - alpha)(h - r h')(real - fake)^2)`` (Uni-Instruct, 2505.20755).
+
+    An f-divergence shrinks along the diffusion by ``E_fake h(r) |score_real - score_fake|^2``, with ``r = p_real /
+    p_fake`` at the noisy sample and h of :func:`divergence_weight`; the sum of what it loses at all levels is the
+    divergence itself. "rkl", whose h is 1, is :func:`score_identity`, and the same holds of alpha: 1/2 is half the
+    gradient, 1 that with the law of the noisy samples frozen.
+
+    Args:
+        x0: student samples (B, ...). x_t: their noisy versions, with the gradient to x0. real, fake: posterior means of
+            teacher and critic at x_t, as for :func:`score_identity`. weight: (B,).
+        log_ratio: log r (B,), taken as a number.
+        score_scale: alpha / sigma^2 (B,): the gradient passes through r too, whose logarithm's slope is the difference
+            of the scores, so that nothing passes through what has estimated it. None leaves that out, as published.
+
+    Returns:
+        Mean over all entries; samples that are not finite count as zero.
+    """
+    log_ratio = log_ratio.detach().view(-1, 1)
+    weight, x0, x_t, real, fake, log_ratio = _finite(weight, x0, x_t, real, fake, log_ratio)
+    delta, log_ratio = real - fake, log_ratio[:, 0]
+    if score_scale is not None:
+        slope = (expand(score_scale, x_t) * delta).detach()
+        log_ratio = log_ratio + ((x_t - x_t.detach()) * slope).flatten(1).sum(1)
+    ratio = log_ratio.exp()
+    h = divergence_weight(kind, ratio)
+    kept = (1 - alpha) * (h - SLOPES[kind](ratio))
+    product = expand(h, x0) * delta * (fake - x0) + expand(kept, x0) * delta.square()
+    return (expand(weight, x0) * product).mean()
+
+
 def implicit_matching(
     x0: Tensor,
     real: Tensor,
@@ -238,6 +279,17 @@ DIVERGENCES = {
     "neyman": lambda r: 1 / r,
     "hellinger": torch.sqrt,
     "jeffreys": lambda r: 1 + r,
+}
+
+
+SLOPES = {  # r h'(r) of each
+    "rkl": torch.zeros_like,
+    "kl": lambda r: r,
+    "js": lambda r: r / (1 + r) ** 2,
+    "softened_rkl": lambda r: -r / (1 + r) ** 2,
+    "neyman": lambda r: -1 / r,
+    "hellinger": lambda r: 0.5 * torch.sqrt(r),
+    "jeffreys": lambda r: r,
 }
 
 

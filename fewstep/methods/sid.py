@@ -209,15 +209,29 @@ class SiD(Method):
                 batch.note_lag(x0, real, fake)
             weight = objectives.identity_weight(self.weight, x0, real, schedule, t)
             subtracted = others[0] if kappa3 != kappa2 else None
-            identity = objectives.score_identity(x0, real, fake, weight, config.alpha, subtracted)
             if not adversarial:
-                return identity
+                return objectives.score_identity(x0, real, fake, weight, config.alpha, subtracted)
+            identity = self.identity(x0, noised(x0), real, fake, weight, subtracted, others[-1], t)
             gan = objectives.deception(others[-1], weight, objectives.finite_rows(x0, real, fake))
             batch.log |= {"identity": identity.detach(), "gan": gan.detach()}
             return 0.5 * identity + 0.5 * config.gan_weight * gan
 
         noised = lambda x0: schedule.add_noise(x0, eps, t)  # noqa: E731
         return {"sid": through_networks(make, noised, networks, loss, config.lean)}
+
+    def identity(
+        self,
+        x0: Tensor,
+        _x_t: Tensor,
+        real: Tensor,
+        fake: Tensor,
+        weight: Tensor,
+        subtracted: Tensor | None,
+        _logits: Tensor,
+        _t: Tensor,
+    ) -> Tensor:
+        """The loss of the scores, once the GAN has joined."""
+        return objectives.score_identity(x0, real, fake, weight, self.config.alpha, subtracted)
 
     def logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return mean_logits(self.critic, self.config.taps, x_t, t, cond)

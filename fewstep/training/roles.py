@@ -89,7 +89,7 @@ class Role:
         """(Re)reads the trained weights; sharding replaces parameter objects."""
         self.weights = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.average: dict[str, Tensor] | None = None
-        if self.config.ema:
+        if self.config.ema or self.config.ema_images:
             device = self.config.ema_device
             if device and any(hasattr(p, "device_mesh") for p in self.weights.values()):
                 raise RecipeError(
@@ -138,14 +138,19 @@ class Role:
         torch._foreach_lerp_(shards(weights), shards(theirs), 1 - decay)
 
     @torch.no_grad()
-    def update_average(self, updates: int) -> None:
-        """After the ``updates``-th update; the first ones use a shorter memory, so the start is soon forgotten."""
-        if self.average is not None:
-            decay = min(self.config.ema, (1 + updates) / (10 + updates))
+    def update_average(self, updates: int, images: int = 1, seen: int = 0) -> None:
+        """After an update, see :meth:`RoleConfig.memory`."""
+        decay = self.config.memory(updates, images, seen)
+        if self.average is not None and decay is not None:
             weights: list[Tensor] = list(self.weights.values())
             if self.config.ema_device:
                 weights = [weight.to(self.config.ema_device) for weight in weights]
             torch._foreach_lerp_(shards(self.average.values()), shards(weights), 1 - decay)
+
+    def settle_weights(self) -> None:
+        """After an update: whole networks of EDM2 store their weights with rows of unit magnitude."""
+        if self.config.kind == "full" and hasattr(self.module, "normalise_weights"):
+            self.module.normalise_weights()
 
     def final_weights(self) -> dict[str, Tensor]:
         """What is exported: the moving average where there is one."""

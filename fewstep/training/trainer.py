@@ -216,7 +216,9 @@ class Trainer:
             optimizer = self.optimizers[role.name]
             take_step(optimizer, self.learning_rate(role, phase), found_inf)
             self.updates[role.name] += 1
-            role.update_average(self.updates[role.name])
+            role.settle_weights()
+            images = self.progress.per_iteration * phase.every
+            role.update_average(self.updates[role.name], images, self.progress.images)
             optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -283,12 +285,13 @@ class Trainer:
         )
 
     def learning_rate(self, role: Role, phase: Phase) -> float:
-        """Linear warm-up, constant, linear decay to zero within the phase's share; counted in iterations."""
+        """Linear warm-up, constant or the inverse root of iterations, linear decay to zero within the phase's share."""
         c, done = role.config, self.progress.iteration
         begin, end = phase.span(self.progress)
         warm = (done - begin + 1) / c.warmup if c.warmup and phase.warm else 1.0
         left = (end - done) / c.decay if c.decay else 1.0
-        return c.lr * phase.rate * self.config.rollback_lr**self.rolled_back * min(1.0, warm, left)
+        root = (c.inverse_sqrt / max(done, c.inverse_sqrt)) ** 0.5 if c.inverse_sqrt else 1.0
+        return c.lr * root * phase.rate * self.config.rollback_lr**self.rolled_back * min(1.0, warm, left)
 
     # --------------------------------------------------------------------------------------------- side effects
     @contextlib.contextmanager

@@ -27,6 +27,7 @@ from fewstep.process import Process
 from fewstep.recipe import DataConfig, Recipe, RoleConfig, TeacherConfig, TrainConfig, from_dict, to_dict
 from fewstep.runs.build import build
 from fewstep.teachers.analytic import GaussianMixture
+from fewstep.training.roles import Role
 from fewstep.training.trainer import Trainer
 
 DOUBLE = {"dtype": torch.float64}
@@ -731,15 +732,32 @@ def test_options_that_do_not_fit_the_teacher_are_refused(ring, fitted):
             toy(ring, fitted, **options)
 
 
+def test_the_trainer_counts_images_between_updates_and_the_rate_falls_with_the_root(
+    ring, fitted, monkeypatch
+):
+    trainer, told = toy(ring, fitted, steps=8, batch_size=16, critic_steps=2), []
+    monkeypatch.setattr(Role, "update_average", lambda role, *a: told.append((role.name, *a)))
+    trainer.roles["student"].config = RoleConfig(kind="full", lr=1.0, inverse_sqrt=4)
+    student = next(phase for phase in trainer.phases if "student" in phase.train)
+    rates = []
+    for _ in range(8):
+        rates.append(trainer.learning_rate(trainer.roles["student"], student))
+        trainer.iterate()
+    assert [a for a in told if a[0] == "critic"] == [("critic", k + 1, 16, 16 * k) for k in range(8)]
+    of_student = [a for a in told if a[0] == "student"]
+    assert [a[2] for a in of_student] == [32] * 4 and [a[3] % 32 for a in of_student] in ([0] * 4, [16] * 4)
+    assert rates == pytest.approx([1, 1, 1, 1, 1, (4 / 5) ** 0.5, (4 / 6) ** 0.5, (4 / 7) ** 0.5])
+
+
 # ------------------------------------------------------------------------------------------------------------- SiDA
-def adversarial(sdxl, **options):
-    """SiDA on the tiny SDXL as a recipe builds it, with random latents as real images."""
+def adversarial(sdxl, cls=SiD, **options):
+    """SiDA, or a relative of it, on the tiny SDXL as a recipe builds it, with random latents as real images."""
     lora = RoleConfig(rank=2, lr=1e-2)
     options = {"gan_weight": 1e-3, "gan_schedule": (4, 8), **options}
     recipe = Recipe(
         output="",
         teacher=TeacherConfig(path=""),
-        method=SiD.Config(guidance_scale=2.0, **options),
+        method=cls.Config(guidance_scale=2.0, **options),
         data=DataConfig(prompts=""),
         train=TrainConfig(steps=100, batch_size=2),
         roles={"student": lora, "critic": lora},

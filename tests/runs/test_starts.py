@@ -493,6 +493,8 @@ def test_the_hash_of_a_recipe_knows_only_a_start_that_is_given(tiny_sd15, tmp_pa
     del (
         plain["output"],
         plain["roles"]["student"]["start_from"],
+        plain["roles"]["student"]["ema_images"],
+        plain["roles"]["student"]["inverse_sqrt"],
         plain["data"]["column"],
         plain["data"]["upscale"],
         plain["data"]["max_bad"],

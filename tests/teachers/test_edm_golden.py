@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fewstep.teachers.edm.convert import as_stored
 from fewstep.teachers.edm.edm2 import normalise_weights
 from fewstep.teachers.edm.networks import EDM2Precond, EDMPrecond
 from fewstep.teachers.edm.scheduler import EDMScheduler
@@ -46,7 +47,7 @@ def network(name):
         config["model_type"] = kinds[config.pop("embedding_type", None)]
         known = EDMPrecond().config
         made = EDMPrecond(**{k: v for k, v in config.items() if k in known})
-    made.load_state_dict({k: v.float() for k, v in arrays(f"{name}.weights").items()})
+    made.load_state_dict(as_stored({k: v.float() for k, v in arrays(f"{name}.weights").items()}))
     return made.eval()
 
 

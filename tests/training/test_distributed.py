@@ -17,6 +17,7 @@ from fewstep.errors import RecipeError
 from fewstep.files import WriteError
 from fewstep.process import Process, start
 from fewstep.recipe import RoleConfig
+from fewstep.teachers.edm.networks import EDM2Precond
 from fewstep.training.checkpoint import _write
 from fewstep.training.optimizers import optimizer_of, take_step
 from fewstep.training.roles import Role
@@ -179,6 +180,27 @@ def test_an_update_of_shards_is_that_of_the_whole(shard, tmp_path, monkeypatch):
     for several in processes.together(2, clipped, tmp_path):
         for one, other in zip(alone, several, strict=True):
             torch.testing.assert_close(torch.tensor(other), torch.tensor(one))
+
+
+def normalised(process=None):
+    torch.manual_seed(0)
+    role = Role(
+        "x",
+        EDM2Precond(8, 3, None, model_channels=8, channel_mult=(1,), num_blocks=1),
+        RoleConfig(kind="full"),
+    )
+    if process:
+        distribute(role.module, process)
+        role.collect()
+    role.settle_weights()
+    return [whole(weight).sum().item() for weight in role.weights.values()]
+
+
+def test_shards_of_edm2_are_normalised_as_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "start", lambda device: start(device, shard=2))
+    alone = normalised()
+    for several in processes.together(2, normalised, tmp_path):
+        torch.testing.assert_close(torch.tensor(several), torch.tensor(alone))
 
 
 def test_a_number_of_processes_that_the_shards_do_not_divide_is_refused(monkeypatch):

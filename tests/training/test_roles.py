@@ -187,6 +187,39 @@ def test_moving_average_forgets_its_start_and_then_decays_as_told():
         torch.testing.assert_close(role.average["weight"], expected)
 
 
+def test_a_half_life_is_in_images_whatever_the_batch_and_short_at_first():
+    config = RoleConfig(kind="full", ema_images=500)
+    assert config.memory(1, 10, 0) == 0.0  # nothing has been seen: the average is the weights
+    assert config.memory(9, 10, 2000) == pytest.approx(0.5**0.1)  # a twentieth, 100
+    one, other = config.memory(9, 10, 10**6), config.memory(9, 40, 10**6)
+    assert one**50 == pytest.approx(0.5) and other == pytest.approx(one**4)
+    assert RoleConfig().memory(9, 10, 2000) is None
+    role = Role("student", nn.Linear(1, 1, bias=False), config)
+    for value, seen in ((3.0, 0), (5.0, 2000)):
+        role.weights["weight"].data.fill_(value)
+        role.update_average(1, 10, seen)
+    assert role.average["weight"].item() == pytest.approx(5 - 2 * 0.5**0.1)
+    with pytest.raises(RecipeError, match=r"^ema_images: 500: expected 0 beside an ema of 0\.9"):
+        RoleConfig(ema=0.9, ema_images=500)
+
+
+def test_whole_networks_of_edm2_keep_rows_of_unit_magnitude(teachers):
+    role = build_role("student", teachers("EDM2").net, RoleConfig(kind="full"))
+    layer = next(m for m in role.module.modules() if type(m).__name__ == "Weighted")
+
+    def size():
+        return layer.weight.square().mean(tuple(range(1, layer.weight.ndim))).sqrt()
+
+    with torch.no_grad():
+        layer.weight.mul_(3.0)
+    role.config = RoleConfig(kind="lora")
+    role.settle_weights()
+    assert size().min() > 1.5  # whose frozen weights are others' too
+    role.config = RoleConfig(kind="full")
+    role.settle_weights()
+    torch.testing.assert_close(size(), torch.ones_like(size()), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "scheduler", ["DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
 )

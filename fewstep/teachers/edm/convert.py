@@ -122,7 +122,12 @@ def _read(file: str | Path) -> dict[str, Tensor]:
             f"{path}: is a pickle of code, which can run anything as it is read; expected its tensors as .safetensors. "
             f'Where you trust it, in the authors\' own environment: python -c "{script}"'
         )
-    return read_weights(path)
+    return as_stored(read_weights(path))
+
+
+def as_stored(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published weights in the shapes of fewstep's networks: EDM2's gains are (1,)."""
+    return {name: value.reshape(value.shape or (1,)) for name, value in state.items()}
 
 
 def _encoder(state: dict[str, Tensor], prefix: str, source: str) -> tuple[list[int], list[int]]:

@@ -1,4 +1,7 @@
-"""EDM2's magnitude-preserving UNet (arXiv 2312.02696, appendix A and B), from the paper, with the published names."""
+"""EDM2's magnitude-preserving UNet (arXiv 2312.02696, appendix A and B), from the paper, with the published names.
+
+Gains, which published files have as scalars, are (1,): torch shards no scalar over processes.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,7 @@ class Block2(nn.Module):
     ):
         super().__init__()
         self.balance, self.decodes, self.resample, self.attention = balance, decodes, resample, attention
-        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.emb_gain = nn.Parameter(torch.zeros(1))
         self.conv_res0 = Weighted(cin if decodes else cout, cout, 3)
         self.emb_linear = Weighted(balance.emb, cout)
         self.dropout = nn.Dropout(balance.dropout)
@@ -183,7 +186,7 @@ class MagnitudeUNet(Checkpointed):
         noisy, told = width * noise if noise else widths[0], width * emb if emb else max(widths)
         balance = Balance(told, dropout, residual_balance, attention_balance, clip, head)
         self.classes, self.label_balance, self.concat_balance = classes, label_balance, concat_balance
-        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.out_gain = nn.Parameter(torch.zeros(1))
         self.emb_fourier = MPFourier(noisy)
         self.emb_noise = Weighted(noisy, told)
         self.emb_label = Weighted(classes, told) if classes else None

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .edm2 import Block2, MagnitudeUNet, MPFourier, Weighted
+from .edm2 import Block2, MagnitudeUNet, MPFourier, Weighted, normalise_weights
 from .layers import Block
 from .unets import DhariwalUNet, SongUNet
 
@@ -138,6 +138,7 @@ class EDM2Precond(Preconditioned):
     _no_split_modules = [Block2.__name__]  # noqa: RUF012
     # None: its layers normalise their weights, which an adapter beside them would not be part of.
     lora_targets: ClassVar[list[str]] = []
+    normalise_weights = normalise_weights
 
     @register_to_config
     def __init__(
