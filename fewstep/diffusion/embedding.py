@@ -1,8 +1,8 @@
 """The time embedding of diffusers networks, and scalars that a student is told beside its time.
 
-An embedded scalar is a small network of its own whose output is added to the time embedding; it starts at zero, so the
-student starts as the teacher. At one value it is a constant: :func:`fewstep.export.fold.folded` adds it to the time
-embedding's bias, and what is left is a network of the teacher's own class.
+An embedded scalar is a small network of its own whose output is added to that of the time embedding's last layer; it
+starts at zero, so the student starts as the teacher. At one value it is a constant: :func:`fewstep.export.fold.folded`
+adds it to that layer's bias, and what is left is a network of the teacher's own class.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ TIME_EMBEDDERS = (
     "adaln_single.emb.timestep_embedder",  # PixArt
     "t_embedder.timestep_embedder",  # HiDream
 )
+EDM = "model.map_layer1"  # the last layer before the blocks of EDM's networks; EDM2's have no bias
 CHANNELS = 256  # sinusoids of an embedded scalar, as in SANA-Sprint's class
 
 
@@ -46,6 +47,19 @@ def time_embedder(net: nn.Module) -> tuple[str, Any, Any]:
         f"method: {type(net).__name__} has no time embedding that fewstep knows; expected one of "
         f"{', '.join(TIME_EMBEDDERS)}, with a bias; choose another method, or set method.guidance_embedding false"
     )
+
+
+def told_at(net: nn.Module) -> tuple[str, Any]:
+    """(path, layer) to whose output, by whose bias, a scalar is added that a student is told.
+
+    Raises:
+        RecipeError: the class is none of those known.
+    """
+    layer = dict(net.named_modules()).get(EDM)
+    if layer is not None:
+        return EDM, layer
+    path, mlp, _ = time_embedder(net)
+    return f"{path}.linear_2", mlp.linear_2
 
 
 @torch.no_grad()
@@ -117,10 +131,10 @@ def with_scalar(denoiser: NetDenoiser, name: str, scalar: Scalar) -> NetDenoiser
     Raises:
         RecipeError: a network whose time embedding is not known.
     """
-    _, mlp, _ = time_embedder(denoiser.net)
-    embedding = ScalarEmbedding(mlp.linear_2.out_features).to(next(denoiser.net.parameters()).device)
+    _, layer = told_at(denoiser.net)
+    embedding = ScalarEmbedding(layer.out_features).to(next(denoiser.net.parameters()).device)
     denoiser.net.add_module(name + "_embedding", embedding)
-    mlp.register_forward_hook(embedding.hook)
+    layer.register_forward_hook(embedding.hook)
     view = denoiser.with_net(denoiser.net)
     view.call = _ScalarCall(denoiser.call, name, scalar)
     view.scalars = {**denoiser.scalars, name: scalar}

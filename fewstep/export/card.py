@@ -15,7 +15,7 @@ from .weights import LORA_FILE, adapters
 UNPROMPTED = "DDPMPipeline"  # hands on no labels
 EDM = "EDMPipeline"  # which is fewstep's
 IMAGE_FIRST = ("Flux2Pipeline", "Flux2KleinPipeline")  # whose calls begin with an image
-ENCODED = {"pooled": "encoded[0]", "embeds": "encoded[0].mean(0)"}
+ENCODED = {"pooled": "encoded[0]", "embeds": "encoded[0].mean(0)", "label": "torch.tensor([prompt])"}
 # A program for each kind of export, of parts that some share; the words in braces are those of `_words`.
 ADAPTED = """\
 {imports}from diffusers import {loader}, {scheduler}
@@ -39,7 +39,7 @@ pipe = {pipeline_class}.from_pretrained({pipeline!r})
 """
 OURS = """\
 {imports}from fewstep.teachers.edm.pipeline import {pipeline_class}
-
+{load_file}
 pipe = {pipeline_class}.from_pretrained({pipeline!r})
 {extras}"""
 MERGED = """\
@@ -80,18 +80,20 @@ NETWORKS = """\
 networks = {{part: type(pipe.{network}).from_pretrained(f'{folder}/{{part}}/pipeline', subfolder={network!r}) \
 for part in {parts}}}
 """
-# Finds the part of a prompt in the tree of fewstep.methods.router.Router; `encoded` is what it was fitted on.
-ROUTE = """
-with open({tree!r}) as file:
-    children = json.load(file)["children"]
+ENCODING = """\
 with open({record!r}) as file:
     options = json.load(file)["encoding"]
 place = options.pop("at")
-router = load_file({tensors!r})
+"""
+ENCODE = "encoded = pipe.encode_prompt(prompt, device=pipe.device, **options)[place]\n    "
+# Finds the part of a prompt in the tree of fewstep.methods.router.Router, by what it was fitted on.
+ROUTE = """
+with open({tree!r}) as file:
+    children = json.load(file)["children"]
+{encoding}router = load_file({tensors!r})
 
 def route(prompt):
-    encoded = pipe.encode_prompt(prompt, device=pipe.device, **options)[place]
-    sides = router["directions"] @ {encoded}.double().cpu() > router["thresholds"]
+    {encode}sides = router["directions"] @ {encoded}.double().cpu() > router["thresholds"]
     node = 0
     while node >= 0:  # to the half of the prompts on this side, and so on down to one part
         node = children[node][int(sides[node])]
@@ -100,9 +102,7 @@ def route(prompt):
 prompt = {asked}
 """
 ROUTED_ADAPTED = "import json\n\n" + ADAPTED + ROUTE + CHOSEN + IMAGE
-ROUTED_WHOLE = (
-    "import json\n\n" + WHOLE + NETWORKS + ROUTE + "pipe.{network} = networks[route(prompt)]\n" + IMAGE
-)
+ROUTED = NETWORKS + ROUTE + "pipe.{network} = networks[route(prompt)]\n" + IMAGE
 FIXED = """
 noise = torch.randn(1, *{latent_shape}, generator=torch.Generator().manual_seed(0)){given}
 generator = torch.Generator().manual_seed(0)  # every step adds the first noise again
@@ -124,13 +124,14 @@ def _program(record: Mapping[str, Any]) -> str:
     lora = record["kind"] == "lora"
     if "student" in record:  # of tokens
         return TOKENS + IMAGE
-    if "parts" in record:
-        return ROUTED_ADAPTED if lora else ROUTED_WHOLE
+    if "parts" in record and lora:
+        return ROUTED_ADAPTED
     if "experts" in record and lora:
         return ADAPTED + EXPERTS + IMAGE
-    if record["pipeline_class"] == EDM:
-        return OURS + IMAGE
-    return ADAPTED + IMAGE if lora else WHOLE + IMAGE
+    if lora:
+        return ADAPTED + IMAGE
+    loaded = OURS if record["pipeline_class"] == EDM else WHOLE
+    return "import json\n\n" + loaded + ROUTED if "parts" in record else loaded + IMAGE
 
 
 def _words(record: Mapping[str, Any], folder: str) -> dict[str, Any]:
@@ -150,10 +151,21 @@ def _words(record: Mapping[str, Any], folder: str) -> dict[str, Any]:
         "tree": os.path.join(folder, "router.json"),
         "tensors": os.path.join(folder, "router.safetensors"),
         "encoded": ENCODED.get(record.get("routed_on", "")),
-        "record": os.path.join(folder, "fewstep.json"),
-        "asked": prompt,
-        "prompt": named + ("prompt" if parts else prompt),
+        **_encoding(record, folder),
+        "asked": _label(record) if record.get("routed_on") == "label" else prompt,
+        "prompt": named + (_asked(record) if parts else prompt),
     }
+
+
+def _asked(record: Mapping[str, Any]) -> str:
+    return "[prompt]" if record.get("routed_on") == "label" else "prompt"
+
+
+def _encoding(record: Mapping[str, Any], folder: str) -> dict[str, str]:
+    """Of a program that routes: how a prompt is encoded; a label is a number as it is."""
+    if record.get("routed_on") == "label":
+        return {"encoding": "", "encode": ""}
+    return {"encoding": ENCODING.format(record=os.path.join(folder, "fewstep.json")), "encode": ENCODE}
 
 
 def encoding_of(record: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -213,6 +225,8 @@ def _extras(record: Mapping[str, Any], folder: str) -> dict[str, str]:
             "from functools import partial\n" + (imports or "\n") + "import torch\n",
             lines + LABELLED.format(label=_label(record)),
         )
+    if record.get("routed_on") == "label":
+        imports += "import torch\n"
     if record["kind"] == "lora":
         imports = _imports(record) + imports
     return {"imports": imports, "extras": lines, "call": ", ".join(call)}

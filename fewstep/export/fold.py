@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.denoiser import Scalar
-from ..diffusion.embedding import ScalarEmbedding, time_embedder
+from ..diffusion.embedding import ScalarEmbedding, time_embedder, told_at
 
 
 def folded(weights: Mapping[str, Tensor], net: nn.Module, name: str, scalar: Scalar) -> dict[str, Tensor]:
@@ -17,9 +17,9 @@ def folded(weights: Mapping[str, Tensor], net: nn.Module, name: str, scalar: Sca
     Args:
         weights: of a network with :func:`fewstep.diffusion.embedding.with_scalar`, by name. net: of the plain class.
     """
-    path, _, _ = time_embedder(net)
+    path, _ = told_at(net)
     plain, added = _split(weights, name, scalar)
-    bias = f"{path}.linear_2.bias"
+    bias = f"{path}.bias"
     plain[bias] = plain[bias] + added.to(plain[bias])
     return plain
 

@@ -23,7 +23,6 @@ from .weights import (
     has_lora_files,
     lora_state_dict,
     merged,
-    network_with,
     resized,
     save_kohya,
     save_lora,
@@ -36,14 +35,24 @@ class Adapted(Stock):
 
     def check_role(self, role: RoleConfig) -> None:
         super().check_role(role)
-        self._check_told(role)
         denoisers: Any = self.student.denoisers
         if any(resized(self.teacher, denoiser.net) for denoiser in denoisers):
             raise RecipeError(
                 "roles.student.kind: lora: a student of another size than the teacher is no adapter of it; use full"
             )
 
-    def _check_told(self, role: RoleConfig) -> None:
+
+class Lora(Adapted):
+    """A LoRA file beside a scheduler; of experts a folder with one each."""
+
+    kind = "lora"
+
+    @classmethod
+    def fits(cls, teacher: Teacher, student: Sampler, role: RoleConfig) -> bool:
+        return role.kind == "lora" and has_lora_files(teacher)
+
+    def check_role(self, role: RoleConfig) -> None:
+        super().check_role(role)
         if not self.told:
             return
         path, mlp, _ = time_embedder(self.teacher.net)
@@ -66,16 +75,6 @@ class Adapted(Stock):
             for name, scalar in self.told.items():
                 state = folded_lora(state, teacher.net, name, scalar, given)
         return state
-
-
-class Lora(Adapted):
-    """A LoRA file beside a scheduler; of experts a folder with one each."""
-
-    kind = "lora"
-
-    @classmethod
-    def fits(cls, teacher: Teacher, student: Sampler, role: RoleConfig) -> bool:
-        return role.kind == "lora" and has_lora_files(teacher)
 
     def save(self, folder: Path, weights: Weights, edition: Edition) -> None:
         self.scheduler.save_pretrained(folder / "scheduler")
@@ -122,5 +121,6 @@ class Merged(Adapted, Whole):
         return role.kind == "lora" and not has_lora_files(teacher)
 
     def network(self, role: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-        whole = merged(self.teacher.net, self.alone(tensors, self.roles[role]))
-        return network_with(self.teacher, self.teacher.net, whole, dtype)
+        state = lora_state_dict(tensors, self.roles[role])
+        told = {name: value for name, value in state.items() if ".lora_" not in name}
+        return super().network(role, merged(self.teacher.net, state) | told, dtype)

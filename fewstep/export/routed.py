@@ -18,6 +18,7 @@ from ..diffusion.student import Sampler
 from ..errors import FewstepError, RecipeError
 from ..methods.router import RoutedStudent, Router
 from ..teachers.base import Teacher
+from ..teachers.classes import labels_of
 from ..teachers.ragged import Ragged
 from .lora import Lora, Merged
 from .target import Edition, Target, Weights
@@ -55,10 +56,10 @@ class Routed(Target):
             part.check_kohya()
 
     def check_role(self, role: RoleConfig) -> None:
-        if not hasattr(self.teacher.pipe, "encode_prompt"):
+        if not self.teacher.draws_latents:
             raise RecipeError(
-                f"method.name: multi_student: a {self.teacher.pipeline_class} encodes no prompts, by which its "
-                "students would be told apart; use dmd2"
+                f"method.name: multi_student: the call of a {self.teacher.pipeline_class} takes no latents, so that "
+                "each part of its prompts would begin from other noise than alone; use dmd2"
             )
         if isinstance(self.teacher, Ragged):
             raise RecipeError(
@@ -79,16 +80,10 @@ class Routed(Target):
 
     def record(self, edition: Edition) -> dict[str, Any]:
         parts, router = self.parts, self.student.router
-        teacher, encoding = (
-            self.teacher,
-            {"at": self.teacher.encoded_at[router.feature], **self.teacher.encoding()},
-        )
-        routed = {
-            "parts": list(parts),
-            "routed_on": router.feature,
-            "encoding": encoding,
-            "network": teacher.network,
-        }
+        teacher = self.teacher
+        routed: dict[str, Any] = {"parts": list(parts), "routed_on": router.feature, "network": teacher.network}
+        if router.feature != "label":
+            routed["encoding"] = {"at": teacher.encoded_at[router.feature], **teacher.encoding()}
         record = next(iter(parts.values())).record(edition) | routed
         record.pop("comfyui", None)  # which has no router
         return record
@@ -122,14 +117,16 @@ class RoutedPipeline:
 
     def route(self, prompts: Sequence[str]) -> Tensor:
         """Part (B,) of every prompt."""
-        encoded = self.pipe.encode_prompt(prompt=list(prompts), device=self.pipe.device, **self.options)
         router: Router = self.router
+        if router.feature == "label":
+            return router(Cond({"label": torch.tensor(labels_of(self.pipe, prompts))}))
+        encoded = self.pipe.encode_prompt(prompt=list(prompts), device=self.pipe.device, **self.options)
         return router(Cond({router.feature: encoded[self.at]}))
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | int | Sequence[str | int],
         *,
         guidance_scale: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -142,7 +139,7 @@ class RoutedPipeline:
                 f"num_images_per_prompt: {images_each}: a prompt is routed with one image; expected 1, repeat a prompt "
                 "for more"
             )
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [str(one) for one in ([prompt] if isinstance(prompt, (str, int)) else prompt)]
         parts, images = self.route(prompts), [None] * len(prompts)
         for k in parts.unique().tolist():
             rows = (parts == k).nonzero()[:, 0].tolist()

@@ -47,7 +47,7 @@ class SiD(Method):
 
     summary = "score identity: Fisher divergence by a critic, gradient through both networks, data-free"
     moved: ClassVar = {"tap": "method.taps, a list,"}
-    papers = ("2404.04057", "2406.01561", "2410.14919", "2505.12674")
+    papers: ClassVar[tuple[str, ...]] = ("2404.04057", "2406.01561", "2410.14919", "2505.12674")
     exports = "LoRA or pipeline; LCM or DDIM, by its noise"
     networks = ("student", "critic")
     sums = True

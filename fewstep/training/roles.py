@@ -149,8 +149,9 @@ class Role:
 
     def settle_weights(self) -> None:
         """After an update: whole networks of EDM2 store their weights with rows of unit magnitude."""
-        if self.config.kind == "full" and hasattr(self.module, "normalise_weights"):
-            self.module.normalise_weights()
+        module: Any = self.module
+        if self.config.kind == "full" and hasattr(module, "normalise_weights"):
+            module.normalise_weights()
 
     def final_weights(self) -> dict[str, Tensor]:
         """What is exported: the moving average where there is one."""

@@ -385,19 +385,20 @@ ROUTED = [
 ]
 
 
+LABELLED = ("EDM",)
 WHOLE = ("SDXL", "FLUX.2-klein")  # of which whole students leave in the ordinary suite too
 
 
 @pytest.mark.parametrize(
     "name, kind",
-    [(name, "lora") for name in ROUTED]
-    + [pytest.param(n, "full", marks=[] if n in WHOLE else pytest.mark.long) for n in ROUTED],
+    [(name, "lora") for name in [*ROUTED, *LABELLED]]
+    + [pytest.param(n, "full", marks=[] if n in WHOLE else pytest.mark.long) for n in [*ROUTED, *LABELLED]],
 )
-def test_every_class_of_texts_routes_as_in_training_and_so_does_its_card(
-    name, kind, teachers, tmp_path, monkeypatch
-):
+def test_every_class_routes_as_in_training_and_so_does_its_card(name, kind, teachers, tmp_path, monkeypatch):
     teacher = teachers(name)
     prompts = ["red apple", "a dog on a skateboard", "blue square", "a cat"]
+    if name in LABELLED:
+        prompts = ["1", "7", "3", "9"]
     roles = [build_role(n, teacher.net, RoleConfig(kind=kind, rank=2), seed=len(n)) for n in ("one", "other")]
     start = teacher.denoiser.schedule.at(torch.ones(1)).item()
     parts = [Student(teacher.denoiser.with_net(r.module), [start], roles=[r.name]) for r in roles]
@@ -417,6 +418,16 @@ def test_every_class_of_texts_routes_as_in_training_and_so_does_its_card(
     names = {}
     exec((folder / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
     assert (folder / "image.png").is_file()
-    routed = [names["route"](prompt) for prompt in prompts]
+    routed = [names["route"](int(prompt) if name in LABELLED else prompt) for prompt in prompts]
     leaves = [f"part_{k + 1}" for k in router(teacher.encode(prompts)).tolist()]
     assert routed == leaves and len(set(routed)) == 2
+
+
+@pytest.mark.parametrize("name", ["DiT", "UNet2D by class"])
+def test_a_pipeline_that_draws_its_own_noise_is_refused(name, teachers):
+    teacher, router = teachers(name), Router(2)
+    parts = [Student(teacher.denoiser, [999], roles=[n]) for n in ("one", "other")]
+    with pytest.raises(
+        RecipeError, match=r"^method\.name: multi_student: the call of a \w+ takes no latents"
+    ):
+        check_exportable(RoutedStudent(parts, router), [RoleConfig(rank=2)] * 2, teacher)

@@ -12,12 +12,19 @@ from test_end_to_end import PROMPTS, REFUSE, tiny
 
 from fewstep.cli import main
 from fewstep.diffusion.denoiser import Scalar
-from fewstep.diffusion.embedding import given_to_sinusoids, time_embedder, with_scalar
+from fewstep.diffusion.embedding import given_to_sinusoids, time_embedder, told_at, with_scalar
 from fewstep.diffusion.schedules import Flow
 from fewstep.diffusion.student import Student
 from fewstep.diffusion.times import uniform_times
 from fewstep.errors import RecipeError
-from fewstep.export import load_exported, stock_sample, student_scheduler
+from fewstep.export import (
+    export_student,
+    load_exported,
+    stock_sample,
+    student_scheduler,
+    trainer_sample,
+    verify,
+)
 from fewstep.export.fold import folded, folded_lora
 from fewstep.export.lora import Lora
 from fewstep.export.weights import merged
@@ -126,6 +133,38 @@ def test_a_flow_has_no_tcd_steps():
 
 
 # ------------------------------------------------------------------------------------------------------- folding
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("name", ["EDM", "PixArt-alpha"])
+def test_what_a_student_is_told_is_in_the_bias_of_a_pipeline_whatever_is_adapted(
+    name, kind, teachers, tmp_path
+):
+    teacher = teachers(name)
+    path, layer = told_at(teacher.net)
+    before = path.replace("map_layer1", "map_layer0").replace("linear_2", "linear_1")
+    targets = [before, path] if kind == "lora" else None
+    config = RoleConfig(kind=kind, rank=2, alpha=4.0, targets=targets)
+    role = build_role("student", teacher.net, config)
+    told = with_scalar(teacher.denoiser.with_net(role.module), "level", Scalar(0.3, scale=100.0))
+    role.collect()
+    with torch.no_grad():
+        for n, weight in role.weights.items():
+            if "level_embedding" in n or ".lora_B." in n:
+                weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(n)))
+    student = Student(told, [teacher.denoiser.schedule.t_max])
+    check_exportable(student, [config], teacher)
+    prompts = PROMPTS[:2] if name.startswith("Pix") else ["1", "2"]
+    own = trainer_sample(student, teacher, prompts)
+    untold = trainer_sample(
+        Student(teacher.denoiser.with_net(role.module), student.times), teacher, prompts
+    )  # its call leaves the embedding without a value
+    scale = own.std().item()
+    assert (own - untold).abs().max() > 0.05 * scale
+    export_student(
+        tmp_path / "e", teacher, student, {"student": role.final_weights()}, [config], about={"method": "x"}
+    )
+    assert verify(tmp_path / "e", own, teacher, prompts, 1e-4 * scale, "float32") < 1e-4 * scale
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("times", [[999], [999, 749, 499, 249]])
 @pytest.mark.parametrize("scalar", [Scalar(0.0), Scalar(0.7, scale=3.0)])

@@ -11,12 +11,13 @@ import pytest
 import torch
 from zoo import ZOO
 
-from fewstep.diffusion.embedding import time_embedder
+from fewstep.diffusion.embedding import told_at
 from fewstep.diffusion.rng import Rng
 from fewstep.errors import RecipeError
 from fewstep.export import check_exportable, export_student, trainer_sample, verify
 from fewstep.export.weights import has_lora_files
 from fewstep.methods.base import Batch
+from fewstep.methods.boot import BOOT
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.hyper_sd import HyperSD
 from fewstep.methods.phased_dmd import PhasedDMD
@@ -33,7 +34,7 @@ BEGIN, END = "<!-- table of tests/methods/test_support.py -->\n", "<!-- end of t
 
 def has_one_time_embedding(teacher) -> bool:
     try:
-        return bool(time_embedder(teacher.net))
+        return bool(told_at(teacher.net))
     except RecipeError:  # DiT has one in each block
         return False
 
@@ -69,6 +70,12 @@ def phased_dmd(teacher, kind):
     return PhasedDMD.Config(num_steps=2, guidance_scale=3.0 if kind.guided else 1.0, critic_steps=1)
 
 
+def boot(teacher, kind):
+    if not kind.guided:
+        return BOOT.Config(intervals=4)
+    return BOOT.Config(intervals=4, guidance_range=(1.0, 3.0), guidance_scale=2.0)
+
+
 METHODS = {"DMD2": dmd2, "SiD": sid, "Phased DMD": phased_dmd, "SANA-Sprint": sana_sprint, "TSCD": tscd}
 
 
@@ -86,7 +93,9 @@ class Data:
         return Batch(self.cond, self.shape, rng, shared, real=real, real_cond=self.cond)
 
 
-def two_steps(teacher, kind, method: str, folder: Path | None = None) -> tuple[str, Trainer]:
+def two_steps(
+    teacher, kind, method: str, folder: Path | None = None, whole: bool = False
+) -> tuple[str, Trainer]:
     """The cell of the table, after two iterations in which everything was finite and the student has changed.
 
     Args:
@@ -95,9 +104,9 @@ def two_steps(teacher, kind, method: str, folder: Path | None = None) -> tuple[s
     told = (
         method == "SANA-Sprint" and teacher.pipeline_class == "SanaPipeline"
     )  # exported whole, see check_exportable
-    whole = told or not kind.adapts
+    whole = whole or told or not kind.adapts
     role = RoleConfig(kind="full" if whole else "lora", rank=2, lr=1e-3)
-    config = METHODS[method](teacher, kind)
+    config = (METHODS | {"BOOT": boot})[method](teacher, kind)
     recipe = Recipe(
         output="none",
         teacher=TeacherConfig(path=teacher.source),
@@ -153,6 +162,17 @@ def test_two_iterations(name, method, leaves, teachers, request, tmp_path):
     CELLS[name, method], _ = two_steps(teachers(name), ZOO[name], method, folder)
     (row,) = [line for line in DOCUMENT.read_text().splitlines() if line.startswith(f"| {name} | `")]
     assert row.split(" | ")[2 + list(METHODS).index(method)].removesuffix(" |") == CELLS[name, method]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_boot_on_edm_is_told_its_level_and_guidance_and_leaves_without_them(whole, teachers, tmp_path):
+    found, trainer = two_steps(teachers("EDM"), ZOO["EDM"], "BOOT", tmp_path, whole)
+    assert found == "1: pipeline" and set(trainer.method.student.denoisers[0].scalars) == {
+        "level",
+        "guidance",
+    }
+    with pytest.raises(RecipeError, match="EDM2Precond has no time embedding"):
+        two_steps(teachers("EDM2"), ZOO["EDM2"], "BOOT")
 
 
 def table(cells: dict[tuple[str, str], str]) -> str:
