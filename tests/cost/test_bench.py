@@ -75,7 +75,14 @@ def test_the_bare_loop_does_the_arithmetic_of_the_trainer_and_no_more(trained):
 def test_the_bare_loop_counts_every_row_of_a_network_that_is_called_row_by_row(tmp_path):
     pipeline = write_tiny_pipeline("QwenImage21Pipeline", tmp_path / "teacher")
     words = ("--train.steps=100", *AS_SHIPPED, "--teacher.resolution", "64", "--train.batch_size=3")
-    recipe = tiny("qwen_image21_dmd2_4step", pipeline, tmp_path, *words, "--method.gan_weight=1e-3", "--method.taps=[transformer_blocks.0]")
+    recipe = tiny(
+        "qwen_image21_dmd2_4step",
+        pipeline,
+        tmp_path,
+        *words,
+        "--method.gan_weight=1e-3",
+        "--method.taps=[transformer_blocks.0]",
+    )
     trainer, nets = _random(recipe)
     bare = Bare(trainer, nets)
     ours = metered(lambda: bare.record(trainer.iterate))
