@@ -13,7 +13,7 @@ from fewstep.errors import FewstepError
 from fewstep.evaluation.compare import cell, check_alike
 from fewstep.evaluation.images import FirstImages, open_images
 from fewstep.evaluation.measures import describe
-from fewstep.evaluation.models import check_model, open_model, record_of, solver_name
+from fewstep.evaluation.models import check_model, check_steps, open_model, record_of, solver_name
 from fewstep.evaluation.page import write_page
 from fewstep.evaluation.prompts import Prompts, read_prompts
 from fewstep.evaluation.sampling import Job, check_num, is_complete, sample_folder
@@ -119,6 +119,9 @@ def run_spec(
     for entry in spec.models:
         if entry.pipeline:
             check_model(entry.pipeline, entry.lora, entry.network)
+            record = record_of(entry.lora or entry.pipeline)
+            if record and "own" in entry.solver:
+                check_steps(record, entry.steps)
     yardstick = Yardstick(spec, prompts, device) if rank == 0 else None
     records: list[dict[str, Any]] = []
     if yardstick and not (out / "table.json").exists():  # by which the folder is known from now on

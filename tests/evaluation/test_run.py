@@ -521,11 +521,29 @@ def test_all_rows_have_the_size_of_the_students(tmp_path, monkeypatch):
 
 
 def test_a_teacher_draws_at_the_size_of_its_student(tiny_sd15, tmp_path, monkeypatch):
-    (tmp_path / "p.txt").write_text("a\n")
-    monkeypatch.setattr("fewstep.evaluation.of_spec.record_of", lambda _path: {"call": {"height": 32}})
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    student = {"call": {"height": 32}, "num_steps": 1}
+    monkeypatch.setattr("fewstep.evaluation.of_spec.record_of", lambda _path: student)
     spec = Spec(
         str(tmp_path / "p.txt"), (Entry("m", str(tiny_sd15), steps=(1,)),), speed_runs=0, metrics=("vendi",)
     )
     run_spec(dataclasses.replace(spec, extractor=f"{__name__}:pool_function"), tmp_path / "out")
-    (drawn,) = (tmp_path / "out" / "samples").rglob("*.png")
-    assert Image.open(drawn).size == (32, 32)
+    drawn = list((tmp_path / "out" / "samples").rglob("*.png"))
+    assert [Image.open(path).size for path in drawn] == [(32, 32)] * 2
+
+
+@pytest.mark.parametrize("own", [{"experts": ["a", "b"]}, {"noise": "fixed"}])
+def test_steps_that_a_student_cannot_make_are_refused_before_its_teacher_draws(
+    own, tiny_sd15, tmp_path, monkeypatch
+):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    (tmp_path / "s").mkdir()
+    record = {"kind": "lora", "num_steps": 2, "scheduler": "DDIMScheduler", "call": {}, **own}
+    (tmp_path / "s" / "fewstep.json").write_text(json.dumps(record))
+    teacher = Entry("t", str(tiny_sd15), steps=(4,))
+    spec = Spec(
+        str(tmp_path / "p.txt"), (teacher, Entry("s", str(tiny_sd15), str(tmp_path / "s"), steps=(2, 4)))
+    )
+    monkeypatch.setattr("fewstep.evaluation.of_spec.Yardstick", lambda *_: pytest.fail("went on"))
+    with pytest.raises(FewstepError, match=r"--steps 4: a student of .* runs at its 2 steps only"):
+        run_spec(spec, tmp_path / "out")
