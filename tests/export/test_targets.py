@@ -10,7 +10,7 @@ from fewstep.diffusion.denoiser import Scalar
 from fewstep.diffusion.embedding import with_scalar
 from fewstep.diffusion.student import Student
 from fewstep.diffusion.times import chosen_times
-from fewstep.errors import RecipeError
+from fewstep.errors import FewstepError, RecipeError
 from fewstep.export import (
     check_exportable,
     export_student,
@@ -190,3 +190,12 @@ def test_parts_that_are_networks_run_in_half_precision(teachers, tmp_path, monke
     code = card_of(folder).replace("/pipeline')\n", "/pipeline', torch_dtype=torch.bfloat16)\n", 1)
     exec(code, {"torch": torch})
     assert (folder / "image.png").is_file()
+
+
+def test_a_teacher_that_is_gone_is_asked_for(tmp_path):
+    record = {"kind": "lora", "num_steps": 1, "scheduler": "DDIMScheduler", "teacher": str(tmp_path / "gone")}
+    (tmp_path / "fewstep.json").write_text(json.dumps(record))
+    with pytest.raises(
+        FewstepError, match=r"its teacher, .*gone, is not there; say where it is with --teacher"
+    ):
+        load_exported(tmp_path)
