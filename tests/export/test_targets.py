@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from routing import Encoded
+from safetensors.torch import load_file
 
 from fewstep.diffusion.denoiser import Scalar
 from fewstep.diffusion.embedding import with_scalar
@@ -78,11 +79,11 @@ def experts_of(teacher, configs, std=0.05, turns="ab"):
     return roles, Student([nets[name] for name in turns], times, "ddim", list(turns))
 
 
-def exported(teacher, roles, student, folder):
+def exported(teacher, roles, student, folder, **edition):
     weights = {role.name: role.final_weights() for role in roles}
     about, configs = {"method": "x", "prompt": "0"}, [role.config for role in roles]
     check_exportable(student, configs, teacher)
-    return export_student(folder / "e", teacher, student, weights, configs, about=about)
+    return export_student(folder / "e", teacher, student, weights, configs, about=about, **edition)
 
 
 def test_experts_are_exported_each_with_its_own_strength(sd15, tmp_path):
@@ -172,8 +173,8 @@ def test_parts_that_are_networks_run_in_half_precision(teachers, tmp_path, monke
     """Three of them, each for a prompt of its own: none has another's place."""
     teacher, prompts = teachers("PixArt-alpha"), ["red apple", "a dog on a skateboard", "blue square"]
     roles, experts = experts_of(teacher, [LORA] * 3, turns="abca")
-    start = experts.times[0]
-    parts = [Student(d, [start], roles=[n]) for d, n in zip(experts.denoisers, "abc")]
+    times = experts.times[::2]  # two steps each
+    parts = [Student([d, d], times, "ddim", [n, n]) for d, n in zip(experts.denoisers, "abc")]
     router = Router(3)
     router.fit(Encoded(teacher.encode(prompts)))
     student = RoutedStudent(parts, router)
@@ -199,3 +200,13 @@ def test_a_teacher_that_is_gone_is_asked_for(tmp_path):
         FewstepError, match=r"its teacher, .*gone, is not there; say where it is with --teacher"
     ):
         load_exported(tmp_path)
+
+
+@pytest.mark.parametrize("config", [LORA, FULL])
+def test_experts_that_are_networks_are_written_in_the_dtype_that_is_asked_for(config, teachers, tmp_path):
+    teacher = teachers("PixArt-alpha")
+    roles, student = experts_of(teacher, [config] * 2)
+    folder = exported(teacher, roles, student, tmp_path, dtype="float16")
+    for place in ("pipeline/transformer", "b"):
+        held = load_file(folder / place / "diffusion_pytorch_model.safetensors")
+        assert {value.dtype for value in held.values()} == {torch.float16}, place
