@@ -203,10 +203,13 @@ def test_a_teacher_that_is_gone_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("config", [LORA, FULL])
-def test_experts_that_are_networks_are_written_in_the_dtype_that_is_asked_for(config, teachers, tmp_path):
+def test_experts_that_are_networks_are_written_in_the_dtype_that_is_asked_for(
+    config, teachers, tmp_path, capfd
+):
     teacher = teachers("PixArt-alpha")
     roles, student = experts_of(teacher, [config] * 2)
     folder = exported(teacher, roles, student, tmp_path, dtype="float16")
+    assert "Writing" not in capfd.readouterr().err  # a bar of a library's
     for place in ("pipeline/transformer", "b"):
         held = load_file(folder / place / "diffusion_pytorch_model.safetensors")
         assert {value.dtype for value in held.values()} == {torch.float16}, place
