@@ -242,7 +242,7 @@ SEARCH: dict[str, Any] = {
     ),
     *WEIGHTS,
     argument("--steps", type=integers, required=True, metavar="4,8", help="numbers of steps"),
-    output("--out", record="floor.json", required=True, help="folder for floor.json and scheduler/"),
+    output("--out", record="floor.json", required=True, help="folder for floor.json and N-steps/"),
     argument(
         "--prompts",
         default=SEARCH["prompts"],

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -130,11 +130,7 @@ class Model:
 
         if steps == self.record["num_steps"] or str(steps) in self.record.get("steps", {}):
             return self.scheduler, dict(at_steps(self.record, steps)["call"])
-        if self._switches or self.scheduler is None:
-            raise FewstepError(
-                f"--steps {steps}: a student of tokens, of several experts or of fixed noise runs at its "
-                f"{', '.join(self.record.get('steps', [str(self.record['num_steps'])]))} steps only"
-            )
+        check_steps(self.record, [steps])
         trained = ", ".join(self.record.get("steps", [str(self.record["num_steps"])]))
         print(
             f"fewstep: note: {self.about.get('lora', self.about['pipeline'])} was trained for {trained} steps; {steps} "
@@ -164,7 +160,7 @@ class Model:
 
     @property
     def _switches(self) -> bool:
-        return bool(self.record and (self.record.get("experts") or self.record.get("noise") == "fixed"))
+        return bool(self.record) and _switches(self.record)
 
     def arguments(self, call: dict[str, Any], generators: list[torch.Generator]) -> dict[str, Any]:
         """The call for one batch: a student of experts or of fixed noise acts between its steps."""
@@ -188,6 +184,26 @@ class Model:
                     )
                     digest.update(f"{part}.{name} {tuple(tensor.shape)} {tensor.dtype} {total}".encode())
         return digest.hexdigest()
+
+
+def _switches(record: Mapping[str, Any]) -> bool:
+    """Whether something happens between the steps of an export."""
+    return bool(record.get("experts")) or record.get("noise") == "fixed"
+
+
+def check_steps(record: Mapping[str, Any], asked: Sequence[int]) -> None:
+    """Refuses numbers of steps that an export has no way to make.
+
+    Raises:
+        FewstepError: with those it has.
+    """
+    known = list(record.get("steps", [str(record["num_steps"])]))
+    wrong = next((steps for steps in asked if str(steps) not in known), None)
+    if wrong is not None and (_switches(record) or "student" in record):  # of tokens
+        raise FewstepError(
+            f"--steps {wrong}: a student of tokens, of several experts or of fixed noise runs at its "
+            f"{', '.join(known)} steps only"
+        )
 
 
 def _check_timesteps(scheduler: Any, timesteps: Sequence[int]) -> None:

@@ -1,5 +1,6 @@
 """`fewstep eval run`: generates and measures every row, and writes one table as JSON, Markdown and a page."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from fewstep.errors import FewstepError
 from fewstep.evaluation.compare import cell, check_alike
 from fewstep.evaluation.images import FirstImages, open_images
 from fewstep.evaluation.measures import describe
-from fewstep.evaluation.models import check_model, open_model, solver_name
+from fewstep.evaluation.models import check_model, check_steps, open_model, record_of, solver_name
 from fewstep.evaluation.page import write_page
 from fewstep.evaluation.prompts import Prompts, read_prompts
 from fewstep.evaluation.sampling import Job, check_num, is_complete, sample_folder
@@ -70,6 +71,30 @@ def rows_of(spec: Spec) -> list[Row]:
     return rows
 
 
+def sized(spec: Spec) -> Spec:
+    """With the pixels of all rows, where none are asked for and students have some: of other sizes no two rows would
+    have the same noise, and a pipeline's own size need not be its student's.
+
+    Raises:
+        FewstepError: students of different sizes, or a damaged export.
+    """
+    if spec.size is not None:
+        return spec
+    records = {e.name: record_of(e.lora or e.pipeline) for e in spec.models if e.pipeline}
+    sizes = {
+        name: record["call"]["height"]
+        for name, record in records.items()
+        if record and "height" in record["call"]
+    }
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise FewstepError(
+            f"models: students of different sizes in pixels ({told}) have no noise in common; expected one size: "
+            "measure them apart, or give size in a file"
+        )
+    return dataclasses.replace(spec, size=next(iter(sizes.values()), None))
+
+
 def run_spec(
     spec: Spec, out: Path, *, device: str = "cpu", rank: int = 0, world: int = 1, replace: bool = False
 ) -> dict[str, Any]:
@@ -89,10 +114,14 @@ def run_spec(
     """
     prompts = read_prompts(spec.prompts, spec.column)
     num = check_num(spec.num, prompts, spec.per_prompt)
+    spec = sized(spec)
     rows = rows_of(spec)
     for entry in spec.models:
         if entry.pipeline:
             check_model(entry.pipeline, entry.lora, entry.network)
+            record = record_of(entry.lora or entry.pipeline)
+            if record and "own" in entry.solver:
+                check_steps(record, entry.steps)
     yardstick = Yardstick(spec, prompts, device) if rank == 0 else None
     records: list[dict[str, Any]] = []
     if yardstick and not (out / "table.json").exists():  # by which the folder is known from now on

@@ -76,7 +76,8 @@ class Spec:
 
     Attributes:
         title: of the page.
-        prompts, column: see `read_prompts`. num, per_prompt, seed, size, rounding: see `Job`.
+        prompts, column: see `read_prompts`. num, per_prompt, seed, size, rounding: see `Job`; without a size the
+            students' own is that of all rows.
         models: the rows; the reference of same-noise distances is the first pipeline, at its last steps and guidance.
         real: folder, npz, statistics, "builtin:emoji" or an `ImageSource`; without it nothing is compared with real
             images.

@@ -66,7 +66,8 @@ use(0)  # once more after loading another adapter
 FOLLOWING = """
 experts = {{{first!r}: pipe.{network}.forward}}
 for name in {others}:  # a network each, that moves where the pipeline is moved
-    expert = type(pipe.{network}).from_pretrained(f'{folder}/{{name}}')
+    expert = type(pipe.{network}).from_pretrained(f'{folder}/{{name}}', torch_dtype=pipe.{network}.dtype)
+    expert.to(pipe.device)
     pipe.{network}.add_module(name, expert)
     experts[name] = expert.forward
 steps = cycle({experts})  # of each call of the network; anew after a call that was interrupted
@@ -77,8 +78,11 @@ others = [name for name in pipe.get_active_adapters() if name not in {parts}]  #
 pipe.{network}.set_adapter([route(prompt), *others])
 """
 NETWORKS = """\
-networks = {{part: type(pipe.{network}).from_pretrained(f'{folder}/{{part}}/pipeline', subfolder={network!r}) \
-for part in {parts}}}
+networks = {{}}
+for part in {parts}:
+    networks[part] = type(pipe.{network}).from_pretrained(
+        f'{folder}/{{part}}/pipeline', subfolder={network!r}, torch_dtype=pipe.{network}.dtype
+    ).to(pipe.device)
 """
 ENCODING = """\
 with open({record!r}) as file:

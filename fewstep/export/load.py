@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -86,6 +87,11 @@ def _load(folder: Path, record: dict[str, Any], teacher: str | None, dtype: str,
     with hushed():
         if record["kind"] == "lora":
             origin = Origin.recorded(record)
+            if teacher is None and os.path.isabs(origin.path) and not os.path.exists(origin.path):
+                raise FewstepError(
+                    f"{folder}: its teacher, {origin.path}, is not there; say where it is with --teacher (in Python "
+                    "teacher=), or put it back"
+                )
             pipe = load_pipeline(replace(origin, path=teacher or origin.path), dtype)
         else:
             pipe = _whole(folder, record, dtype)

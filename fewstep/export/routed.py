@@ -81,7 +81,11 @@ class Routed(Target):
     def record(self, edition: Edition) -> dict[str, Any]:
         parts, router = self.parts, self.student.router
         teacher = self.teacher
-        routed: dict[str, Any] = {"parts": list(parts), "routed_on": router.feature, "network": teacher.network}
+        routed: dict[str, Any] = {
+            "parts": list(parts),
+            "routed_on": router.feature,
+            "network": teacher.network,
+        }
         if router.feature != "label":
             routed["encoding"] = {"at": teacher.encoded_at[router.feature], **teacher.encoding()}
         record = next(iter(parts.values())).record(edition) | routed

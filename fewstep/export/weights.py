@@ -114,7 +114,8 @@ def save_network(
     teacher: Teacher, net: nn.Module, scheduler, folder: Path, pipeline: type | None = None
 ) -> None:
     """The stock pipeline, or one of another class, with another network and scheduler in place of the teacher's."""
-    pipeline_with(teacher, net, scheduler, pipeline).save_pretrained(folder)
+    with hushed():  # text encoders have a bar of their own, for each file
+        pipeline_with(teacher, net, scheduler, pipeline).save_pretrained(folder)
 
 
 def pipeline_with(teacher: Teacher, net: nn.Module, scheduler, pipeline: type | None = None):

@@ -99,11 +99,15 @@ def check_parts(source: str, folder: str | Path, variant: str | None = None) -> 
     check_index(source, index)
     listed = listed_parts(index)
     weighed = [name for name, kind in listed.items() if not any(word in kind for word in WITHOUT_WEIGHTS)]
-    known = {one for name in weighed for one in _variants(folder / name)} - {""}
+    there = [found for name in weighed if (found := _variants(folder / name))]
+    known = set().union(*there) - {""}
     if variant and listed and variant not in known:
+        none = (
+            ["null"] if all("" in found for found in there) else []
+        )  # not where some part has variants alone
         raise FewstepError(
             f"teacher.variant: {variant}: no weights of {source} are of it; expected "
-            f"{' or '.join([*sorted(known), 'null'])}"
+            f"{' or '.join([*sorted(known), *none])}"
         )
     lacking = missing(listed, folder)
     for name, kind in listed.items():

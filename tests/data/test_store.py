@@ -2,6 +2,7 @@
 
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from zoo import EDITS, ZOO
 
 from fewstep.data import cache, store
 from fewstep.data.batches import Batches
-from fewstep.data.cache import encode_prompts, need_of_prompts, prompts_folder
+from fewstep.data.cache import encode_prompts, identity, need_of_prompts, prompts_folder
 from fewstep.data.store import Store
 from fewstep.diffusion.cond import Cond
+from fewstep.teachers.origin import Origin
 
 TEXTS = ["a cat", "a much longer prompt about a dog on a skateboard", "", "x" * 900, "a red apple"]
 PADDED = ["Qwen-Image", "Z-Image", "Krea-2", "Qwen-Image-Edit", "Qwen-Image-2.1"]
@@ -126,3 +128,22 @@ def test_runs_that_encode_the_same_at_once_and_one_that_is_killed_leave_whole_fi
     assert len(sums) == 1 and float(sums.pop()) == pytest.approx(alone, rel=1e-4)
     encode_prompts(teacher, texts, quiet=True)  # which sweeps what the killed one left
     assert len(list(folder.iterdir())) == 4
+
+
+def test_a_cache_is_of_a_variant_and_of_a_configuration_where_its_files_lie(tmp_path):
+    for place in ("teacher", "one/unet", "one/vae", "other/unet", "other/vae"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.json").write_text("{}")
+        os.utime(tmp_path / place / "config.json", (0, 0))  # files that differ in nothing but their place
+    (tmp_path / "teacher" / "model_index.json").write_text("{}")
+    source = str(tmp_path / "teacher")
+
+    def known(**options):
+        return identity(SimpleNamespace(source=source, origin=Origin.of(source, **options)))
+
+    kinds = [known(), known(variant="fp16")]
+    kinds += [known(config=str(tmp_path / name)) for name in ("one", "other")]
+    (tmp_path / "one" / "vae").rename(tmp_path / "one" / "vae_2")
+    kinds.append(known(config=str(tmp_path / "one")))
+    assert all(one not in kinds[:k] for k, one in enumerate(kinds))
+    assert known(variant="fp16") == kinds[1]

@@ -17,7 +17,7 @@ from fewstep.errors import FewstepError
 from fewstep.evaluation import models, yardstick
 from fewstep.evaluation.evaluate import evaluate_images
 from fewstep.evaluation.images import FirstImages, open_images
-from fewstep.evaluation.of_spec import _row, rows_of, run_spec, shown
+from fewstep.evaluation.of_spec import _row, rows_of, run_spec, shown, sized
 from fewstep.evaluation.plot import Series, legend, plot, style_of
 from fewstep.evaluation.prompts import read_prompts
 from fewstep.evaluation.spec import Entry, Spec, load_spec
@@ -499,3 +499,51 @@ def test_a_student_is_measured_at_its_own_numbers_of_steps_unless_others_are_ask
     monkeypatch.setattr(models, "record_of", records.get)
     assert steps_of("one", None) == (4,) and steps_of("several", None) == (8, 1)
     assert steps_of("file", None) == (1, 2, 4, 8) and steps_of("one", [2, 3]) == (2, 3)
+
+
+def test_all_rows_have_the_size_of_the_students(tmp_path, monkeypatch):
+    def student(name, call):
+        (tmp_path / name).mkdir()
+        record = {"kind": "lora", "num_steps": 4, "call": call}
+        (tmp_path / name / "fewstep.json").write_text(json.dumps(record))
+        return Entry(name, "teacher", lora=str(tmp_path / name), steps=(4,))
+
+    teacher, other = Entry("teacher", "teacher"), Entry("other", images="images")
+    small, large = (student(f"at_{size}", {"height": size, "width": size}) for size in (32, 64))
+    free = student("free", {"num_inference_steps": 4})  # of a class whose call has no size
+    assert sized(Spec("p", (teacher, small, free, other))).size == 32
+    assert sized(Spec("p", (teacher, small, large), size=128)).size == 128
+    assert sized(Spec("p", (teacher, free))).size is None
+    monkeypatch.chdir(tmp_path / "at_64")  # whose record is nobody's here
+    assert sized(Spec("p", (teacher, other))).size is None
+    with pytest.raises(FewstepError, match=r"different sizes in pixels \(at_32 32, at_64 64\).*give size"):
+        sized(Spec("p", (teacher, small, large)))
+
+
+def test_a_teacher_draws_at_the_size_of_its_student(tiny_sd15, tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    student = {"call": {"height": 32}, "num_steps": 1}
+    monkeypatch.setattr("fewstep.evaluation.of_spec.record_of", lambda _path: student)
+    spec = Spec(
+        str(tmp_path / "p.txt"), (Entry("m", str(tiny_sd15), steps=(1,)),), speed_runs=0, metrics=("vendi",)
+    )
+    run_spec(dataclasses.replace(spec, extractor=f"{__name__}:pool_function"), tmp_path / "out")
+    drawn = list((tmp_path / "out" / "samples").rglob("*.png"))
+    assert [Image.open(path).size for path in drawn] == [(32, 32)] * 2
+
+
+@pytest.mark.parametrize("own", [{"experts": ["a", "b"]}, {"noise": "fixed"}])
+def test_steps_that_a_student_cannot_make_are_refused_before_its_teacher_draws(
+    own, tiny_sd15, tmp_path, monkeypatch
+):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    (tmp_path / "s").mkdir()
+    record = {"kind": "lora", "num_steps": 2, "scheduler": "DDIMScheduler", "call": {}, **own}
+    (tmp_path / "s" / "fewstep.json").write_text(json.dumps(record))
+    teacher = Entry("t", str(tiny_sd15), steps=(4,))
+    spec = Spec(
+        str(tmp_path / "p.txt"), (teacher, Entry("s", str(tiny_sd15), str(tmp_path / "s"), steps=(2, 4)))
+    )
+    monkeypatch.setattr("fewstep.evaluation.of_spec.Yardstick", lambda *_: pytest.fail("went on"))
+    with pytest.raises(FewstepError, match=r"--steps 4: a student of .* runs at its 2 steps only"):
+        run_spec(spec, tmp_path / "out")
