@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -11,11 +12,15 @@ from safetensors.torch import load_file
 from zoo import ZOO
 
 from fewstep.cost.skeleton import PUBLISHED
+from fewstep.diffusion.schedules import Flow
 from fewstep.diffusion.student import Student
 from fewstep.diffusion.times import even_times
 from fewstep.errors import RecipeError
 from fewstep.export import check_exportable, export_student, load_exported, stock_sample
+from fewstep.export.comfyui import lines, settings
+from fewstep.export.target import Edition
 from fewstep.export.weights import kohya_name
+from fewstep.export.write import target_of
 from fewstep.recipe import RoleConfig
 from fewstep.teachers import adapters
 from fewstep.training.roles import build_role, lora_targets
@@ -206,3 +211,69 @@ def test_what_it_has_no_setting_for_is_said(times, noise, teachers, tmp_path):
 def test_a_straight_student_has_the_straight_sampler(teachers, tmp_path):
     record, _ = written(teachers("SDXL"), tmp_path / "e", RoleConfig(rank=2), [999, 499], noise="ddim")
     assert record["comfyui"]["sampler"] == "euler"
+
+
+@pytest.mark.parametrize(
+    "name, node",
+    [
+        *((n, "ModelSamplingFlux") for n in ("FluxPipeline", "Krea2Pipeline", "QwenImage21Pipeline")),
+        *((n, "ModelSamplingAuraFlow") for n in ("QwenImagePipeline", "ZImagePipeline")),
+        *((n, "ModelSamplingSD3") for n in ("StableDiffusion3Pipeline", "HiDreamImagePipeline")),
+    ],
+)
+def test_the_shift_is_told_to_the_node_of_its_family(name, node):
+    (told,) = [line for line in lines(record_with(name, 3.0)) if "ModelSampling" in line]
+    assert f"{node} before it" in told
+    assert ("both 1.0986" in told) if node == "ModelSamplingFlux" else ("shift 3." in told)
+
+
+def record_with(name, shift):
+    told = {
+        "files": {"a": "b"},
+        "read": True,
+        "sampler": "euler",
+        "scheduler": "simple",
+        "steps": 4,
+        "cfg": 1.0,
+    }
+    return {"pipeline_class": name, "kind": "lora", "comfyui": {**told, "shift": shift}}
+
+
+PLAIN = Flow(1.0)
+
+
+class OfSteps(Flow):
+    """A flow of another shift at each number of steps."""
+
+    def for_steps(self, steps):
+        return Flow(2.0)
+
+
+def test_samplers_and_times_that_it_has():
+    def told(noise="ddim", eta=1.0, schedule=PLAIN, by=PLAIN):
+        times = [by.shifted(u) for u in (1.0, 0.75, 0.5, 0.25)]
+        student = SimpleNamespace(schedule=schedule, num_steps=4, times=times, noise=noise, eta=eta)
+        found = settings(SimpleNamespace(comfyui="x"), student)
+        return found.get("sampler"), found.get("shift")
+
+    assert [told(noise)[0] for noise in ("fresh", "ddim", "fixed")] == ["lcm", "euler", None]
+    assert [told("tcd", eta)[0] for eta in (0.0, 1.0, 0.3)] == ["euler", "lcm", None]
+    assert told(schedule=OfSteps(1.0), by=Flow(2.0))[1] == 2.0 and told(schedule=OfSteps(1.0))[1] == 1.0
+    assert told(by=Flow(3.0)) == (None, None)
+
+
+@pytest.mark.parametrize("name, count", [("Qwen-Image", 1), ("FLUX.2-klein", 0), ("Z-Image", 0)])
+def test_whole_networks_that_it_keeps_otherwise_are_no_files_of_its(name, count, teachers):
+    teacher, full = teachers(name), RoleConfig(kind="full")
+    student = Student(teacher.denoiser, even_times(teacher.denoiser.schedule, 1, 1.0))
+    assert len(target_of(teacher, student, [full]).files(Edition({}))) == count
+
+
+def test_what_is_read_as_it_is_and_what_under_its_own_names(teachers):
+    for name, kohya, read in (("SDXL", False, False), ("SDXL", True, True), ("Qwen-Image", False, True)):
+        teacher = teachers(name)
+        student = Student(
+            teacher.denoiser, even_times(teacher.denoiser.schedule, 1, teacher.denoiser.schedule.t_max)
+        )
+        target = target_of(teacher, student, [RoleConfig(rank=2)])
+        assert target.comfyui(Edition({}, kohya=kohya))["comfyui"]["read"] is read

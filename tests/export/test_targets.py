@@ -167,6 +167,7 @@ def test_experts_that_are_networks_run_in_half_precision(teachers, tmp_path, mon
     exec(code.replace("'./pipeline'", "'./pipeline', torch_dtype=torch.bfloat16"), names)
     made = stock_sample(names["pipe"], {**record, "experts": None}, teacher, PROMPTS)
     assert made.equal(stock_sample(pipe, record, teacher, PROMPTS))
+    assert names["pipe"].transformer.b is not None  # part of what the pipeline moves
 
 
 def test_parts_that_are_networks_run_in_half_precision(teachers, tmp_path, monkeypatch):
