@@ -180,10 +180,10 @@ def score_identity(
 
 def expanded_divergence(
     x0: Tensor,
-    x_t: Tensor,
     real: Tensor,
     fake: Tensor,
     weight: Tensor,
+    x_t: Tensor,
     log_ratio: Tensor,
     kind: str,
     alpha: float = 1.0,
@@ -197,8 +197,7 @@ def expanded_divergence(
     gradient, 1 that with the law of the noisy samples frozen.
 
     Args:
-        x0: student samples (B, ...). x_t: their noisy versions, with the gradient to x0. real, fake: posterior means of
-            teacher and critic at x_t, as for :func:`score_identity`. weight: (B,).
+        x0, real, fake, weight: as for :func:`score_identity`. x_t: the noisy sample, with the gradient to x0.
         log_ratio: log r (B,), taken as a number.
         score_scale: alpha / sigma^2 (B,): the gradient passes through r too, whose logarithm's slope is the difference
             of the scores, so that nothing passes through what has estimated it. None leaves that out, as published.

@@ -82,6 +82,6 @@ class UniInstruct(SiD):
         h = objectives.divergence_weight(config.divergence, log_ratio.exp())
         scale = (schedule.alpha(t) / schedule.sigma(t) ** 2).to(x0.dtype) if config.through_ratio else None
         return objectives.expanded_divergence(
-            *(x0, x_t, real, fake, weight / h.mean()),
-            *(log_ratio, config.divergence, config.alpha, scale),
+            *(x0, real, fake, weight / h.mean()),
+            *(x_t, log_ratio, config.divergence, config.alpha, scale),
         )

@@ -29,6 +29,7 @@ OPTIONS = {
     "swiftbrush": {"guidance_scale": 1.0, "guide_critic": False, "null_probability": 0.0},
     "sid": {},
     "sim": {"c": 0.3},
+    "uni_instruct": {"gan_weight": 1e-3, "taps": ["layers.0"], "gan_schedule": (0, 0)},
     "fdistill": {"num_steps": 1, "critic_steps": 2, **GAN},
     "disback": {"nodes": 3, "record_steps": 20, "backtrack_steps": 40},
     "multi_student": {"parts": 2, "critic_steps": 2, "gan_weight": 0.0},
@@ -80,6 +81,7 @@ PLAIN = {
     "sid": {"guidance_scale": 2.0, "weight": "l1"},
     "sid, four steps": {"guidance_scale": 2.0, "weight": "1-sigma", "num_steps": 4},
     "sim": {"guidance_scale": 2.0, "weight": "alpha/sigma"},
+    "uni_instruct": {"guidance_scale": 2.0, "weight": "l1", "through_ratio": True, **OPTIONS["uni_instruct"]},
     "dmd2": {"guidance_scale": 2.0, "num_steps": 4, **GAN},
     "fdistill": {"guidance_scale": 2.0, **OPTIONS["fdistill"]},
     "disback": {"guidance_scale": 2.0, **OPTIONS["disback"]},
@@ -175,7 +177,7 @@ class Marked(On):
 
 
 # SiD guides both, SwiftBrush's published code too.
-GUIDED_CRITICS = {"sid", "swiftbrush"}
+GUIDED_CRITICS = {"sid", "uni_instruct", "swiftbrush"}
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -200,7 +202,7 @@ def test_the_teacher_is_guided_and_the_student_is_led_from_the_critic_to_it(
 
         return spy
 
-    for term in ("distribution_matching", "score_identity", "implicit_matching"):
+    for term in ("distribution_matching", "score_identity", "expanded_divergence", "implicit_matching"):
         monkeypatch.setattr(objectives, term, standing(getattr(objectives, term)))
     for phase in built.phases():
         if phase.loss is None or not any(role.startswith("student") for role in phase.train):
@@ -246,11 +248,11 @@ def weights_of(trainer):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_adam_walks_as_on_the_loss_of_published_code(name, mixture, fitted, pairs, monkeypatch):
-    """A sum over 16 entries in SiD's, SIM's and Diff-Instruct's, a mean elsewhere, at an eps that outweighs gradients.
+    """A sum over 16 entries for score identities and Diff-Instruct, a mean elsewhere, at an eps that outweighs gradients.
 
     At SD1.5's size a mean leaves Adam gradients 16,384 times smaller against eps 1e-8.
     """
-    published = 16.0 if name in ("sid", "sim", "diff_instruct") else 1.0
+    published = 16.0 if name in ("sid", "uni_instruct", "sim", "diff_instruct") else 1.0
     one = RoleConfig(kind="full", lr=1e-2, eps=1.0, weight_decay=0.0)
     ends = []
     for ours in (True, False):

@@ -28,7 +28,7 @@ class Weighted(Line):
     def loss(self, theta, kind, alpha, through=True, scale=1.0):
         x0, x_t, real, fake = self(theta, self.theta)
         a, s = self.schedule.alpha(self.times), self.schedule.sigma(self.times)
-        told = (x0, x_t, real, fake, self.weight, self.log_ratio(x_t, self.theta), kind, alpha)
+        told = (x0, real, fake, self.weight, x_t, self.log_ratio(x_t, self.theta), kind, alpha)
         return objectives.expanded_divergence(*told, scale * a / s**2 if through else None)
 
 
@@ -75,7 +75,7 @@ def test_reverse_kl_is_sids(alpha):
     g = torch.Generator().manual_seed(0)
     x0, x_t, real, fake = (torch.randn(4, 2, 3, 3, generator=g) for _ in range(4))
     weight, log_ratio = torch.rand(4, generator=g), torch.randn(4, generator=g)
-    found = objectives.expanded_divergence(x0, x_t, real, fake, weight, log_ratio, "rkl", alpha)
+    found = objectives.expanded_divergence(x0, real, fake, weight, x_t, log_ratio, "rkl", alpha)
     torch.testing.assert_close(found, objectives.score_identity(x0, real, fake, weight, alpha))
 
 
@@ -83,7 +83,7 @@ def test_a_sample_that_is_not_finite_is_left_out():
     x0, x_t, real, fake = (torch.full((3, 2), v) for v in (0.5, 1.0, 2.0, 1.5))
     real[1, 0] = torch.nan
     log_ratio = torch.tensor([0.0, 0.0, torch.inf])
-    found = objectives.expanded_divergence(x0, x_t, real, fake, torch.ones(3), log_ratio, "kl")
+    found = objectives.expanded_divergence(x0, real, fake, torch.ones(3), x_t, log_ratio, "kl")
     assert found.item() == pytest.approx(0.5 * 1.0 / 3)
 
 
@@ -102,7 +102,7 @@ def test_the_ratio_is_the_discriminators_bounded_and_its_weight_has_mean_one(sdx
     spy = lambda *told: seen.append(told) or kept(*told)  # noqa: E731
     monkeypatch.setattr(objectives, "expanded_divergence", spy)
     loss = method.generator_loss(trainer.data.batch(0, 0), Progress(4, per_iteration=2))["sid"]
-    ((x0, x_t, real, fake, weight, log_ratio, kind, alpha, scale),) = seen
+    ((x0, real, fake, weight, _, log_ratio, kind, alpha, scale),) = seen
     ratio = torch.tensor([20.0, torch.tensor(0.5).exp().item()])
     torch.testing.assert_close(log_ratio.exp(), ratio)
     assert (kind, alpha) == ("js", 0.5) and (scale is not None) == through
