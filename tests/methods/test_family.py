@@ -248,7 +248,7 @@ def weights_of(trainer):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_adam_walks_as_on_the_loss_of_published_code(name, mixture, fitted, pairs, monkeypatch):
-    """A sum over 16 entries for score identities and Diff-Instruct, a mean elsewhere, at an eps that outweighs gradients.
+    """A sum over 16 entries for score identities and Diff-Instruct, else a mean, at an eps that outweighs gradients.
 
     At SD1.5's size a mean leaves Adam gradients 16,384 times smaller against eps 1e-8.
     """
