@@ -40,7 +40,7 @@ class TeacherConfig(Bounded):
         attention: kernel: sdpa (torch chooses), math, flash, efficient or cudnn of torch's own attention, xformers, or
             a name of diffusers' dispatcher where the network goes through it; auto is math for small maps in bf16 on a
             CPU, else sdpa. A run's own recipe holds what either auto became, see :mod:`fewstep.diffusion.kernels`.
-        resolution: pixels; null is the pipeline's own.
+        resolution: pixels of a square's side, or ``[height, width]`` as diffusers has them; null is the pipeline's own.
         gradient_checkpointing: recompute activations in the backward pass; a role may choose for itself.
         compile: torch.compile the blocks that the networks repeat. channels_last: memory format, for UNets.
     """
@@ -55,7 +55,7 @@ class TeacherConfig(Bounded):
     dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: Literal["auto", "bfloat16"] | None = None
     attention: str = "auto"
-    resolution: Count | None = None
+    resolution: Count | tuple[Count, Count] | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
     channels_last: bool = False

@@ -95,7 +95,7 @@ def encode_images(
 
 def images_folder(teacher: Teacher, images: CaptionedImages) -> Path:
     """Where the store of these images is, or will be."""
-    key = [
+    key: list[Any] = [
         "images, rows",
         identity(teacher),
         teacher.resolution,

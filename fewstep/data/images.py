@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from ..errors import FewstepError, RecipeError, why
 from ..files import ReadError
 from ..pictures import fault, read_picture
+from ..shape import Shape, Size
 from . import emoji, texts
 from .image_sets import EXTENSIONS, split, walk
 from .left_out import BadRecord, LeftOut
@@ -33,7 +34,7 @@ Picture = Path | Member | Cell
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """Captions and their images; ``load(i, size)`` is uint8 (size, size, 3).
+    """Captions and their images; ``load(i, size)`` is uint8 (height, width, 3).
 
     With twice as many captions as files every file has two: i and ``i + len(files)``.
 
@@ -61,14 +62,14 @@ class CaptionedImages:
         """The files that hold them."""
         return self.places if self.places is not None else [f for f in self.files if isinstance(f, Path)]
 
-    def load(self, index: int, size: int) -> np.ndarray:
-        """Centre crop to a square, then Lanczos to ``size``; transparent pixels become white.
+    def load(self, index: int, size: Size) -> np.ndarray:
+        """Centre crop to the proportions of ``size``, then Lanczos to it; transparent pixels become white.
 
         Raises:
-            BadRecord: no picture, or one whose shorter side is below ``size``, unless ``upscale``.
+            BadRecord: no picture, or one that is lower or narrower than ``size``, unless ``upscale``.
             ReadError: the disk does not give it, as when its file is gone.
         """
-        item = self.files[index % len(self.files)]
+        item, shape = self.files[index % len(self.files)], Shape.of(size)
         try:
             image = Image.fromarray(item) if isinstance(item, np.ndarray) else _read(item)
         except (ReadError, BadRecord):
@@ -79,13 +80,15 @@ class CaptionedImages:
                     f"data.images: {item}: {reason}; put it back, then go on with fewstep resume"
                 ) from error
             raise BadRecord(str(error).splitlines()[0][:80] or type(error).__name__) from error
-        if min(image.size) < size and not self.upscale and not isinstance(item, np.ndarray):
+        small = image.height < shape.height or image.width < shape.width
+        if small and not self.upscale and not isinstance(item, np.ndarray):
+            below = size if isinstance(size, int) else f"{shape.width}x{shape.height}"
             raise BadRecord(
-                f"{image.width}x{image.height} pixels, below {size}; data.upscale would enlarge it"
+                f"{image.width}x{image.height} pixels, below {below}; data.upscale would enlarge it"
             )
-        return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+        return np.asarray(ImageOps.fit(image, (shape.width, shape.height), Image.Resampling.LANCZOS))
 
-    def sound(self, index: int, size: int) -> tuple[int, np.ndarray]:
+    def sound(self, index: int, size: Size) -> tuple[int, np.ndarray]:
         """The first record from ``index`` on that can be used, and its pixels.
 
         Raises:
@@ -165,7 +168,7 @@ def look(images: CaptionedImages, records: Sequence[int]) -> None:
     images.left_out.check(len(records))
 
 
-def faults(images: CaptionedImages, size: int, threads: int | None = None) -> Iterator[tuple[str, str]]:
+def faults(images: CaptionedImages, size: Size, threads: int | None = None) -> Iterator[tuple[str, str]]:
     """Name of every record in turn, and why it is of no use at this size; an empty reason where it is."""
 
     def fault_of(record: int) -> tuple[str, str]:

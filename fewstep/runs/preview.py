@@ -102,7 +102,9 @@ class Preview:
             measured = self.distance.measure(student) if self.distance else {}
         self._save(f"step_{step:06d}", latents, write)
         if write:
+            cell = [side * self.config.scale for side in self.teacher.shape]
             about = {"prompts": self.prompts, "columns": self.config.columns}
+            about |= {"cell": cell} if cell[0] != cell[1] else {}
             self.then(partial(write_json, self.folder / "prompts.json", about, durable=False))
         if self.method.critic is not None:
             self._health(f"step_{step:06d}", latents[:CHUNK], rng, write)

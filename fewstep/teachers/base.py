@@ -17,13 +17,14 @@ from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Guidance, NetDenoiser, plainly
 from ..diffusion.solvers import ddim
 from ..errors import FewstepError
+from ..shape import Shape, Size
 from .origin import Origin
 from .pipelines import (
     SIDES,
     class_of,
     encoding,
     fix_shift,
-    native_resolution,
+    native_shape,
     pixels_per_latent,
     size_options,
     takes,
@@ -46,7 +47,7 @@ class Teacher:
             "autoregressive" for token models. solver: of pairs and their steps, by default. floor: whether there are
             solvers that sample it in few steps without training.
         pipe: the stock pipeline, frozen. denoiser: its network as a :class:`~fewstep.diffusion.denoiser.NetDenoiser`.
-        latent_shape: (C, H, W) of one sample. packing: latents along the side of what a network takes as one token
+        shape: of its images, in pixels. packing: latents along the side of what a network takes as one token
             already packed (Flux). patch: the same, of what it packs itself. shifts_latents: whether the stock pipeline
             reads the VAE's ``shift_factor``. normalises: whether it reads ``latents_mean`` and ``latents_std`` of each
             channel, where the VAE has both, or its BatchNorm's. films: whether the VAE is one of films, to which an
@@ -88,7 +89,7 @@ class Teacher:
         self,
         pipe: Any,
         source: str,
-        resolution: int | None = None,
+        resolution: Size | None = None,
         autocast: torch.dtype | None = None,
         attention: str = "auto",
     ):
@@ -101,20 +102,9 @@ class Teacher:
         self.net: Any = getattr(pipe, self.network)  # with its `config`, `dtype` and the like
         _without_dropout(self.net)
         self.prepare(self.net)
-        native, factor = native_resolution(pipe), pixels_per_latent(pipe)
-        size, unit = resolution or native, factor * self.packing * self.patch * self.folds
-        unit = math.lcm(unit, SIDES.get(class_of(pipe), 1))
-        if size % unit:
-            raise FewstepError(f"teacher.resolution: {size}: expected a multiple of {unit} for this pipeline")
-        if size != native and not size_options(pipe):
-            raise FewstepError(
-                f"teacher.resolution: {size}: a {type(pipe).__name__} makes images of {native} pixels only; leave "
-                "it null"
-            )
-        self.resolution = size
-        side = size // factor // self.folds
-        self.latent_shape: tuple[int, ...] = (self.net.config.in_channels // self.packing**2, side, side)
-        fix_shift(pipe, size)
+        self.shape = native_shape(pipe) if resolution is None else Shape.of(resolution)
+        self.check_shape(self.shape)
+        fix_shift(pipe, self.shape)
         kind = pipe.scheduler.config.get("prediction_type", "epsilon")
         kind = "flow_prediction" if is_flow(pipe.scheduler) else kind
         if kind not in PREDICTIONS:
@@ -145,6 +135,23 @@ class Teacher:
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditions of prompts, exactly as the stock pipeline computes them; len(prompts) rows."""
         raise NotImplementedError
+
+    def check_shape(self, shape: Shape, field: str = "teacher.resolution") -> None:
+        """Refuses what the network, its VAE or the stock call does not make.
+
+        Raises:
+            FewstepError: naming the recipe's field.
+        """
+        unit = pixels_per_latent(self.pipe) * self.packing * self.patch * self.folds
+        unit = math.lcm(unit, SIDES.get(class_of(self.pipe), 1))
+        native = native_shape(self.pipe)
+        if shape.height % unit or shape.width % unit:
+            raise FewstepError(f"{field}: {shape.said}: expected a multiple of {unit} for this pipeline")
+        if shape != native and not size_options(self.pipe):
+            raise FewstepError(
+                f"{field}: {shape.said}: a {type(self.pipe).__name__} makes images of {native.said} pixels only; leave "
+                "it null"
+            )
 
     @staticmethod
     def prepare(net: Any) -> None:
@@ -272,7 +279,7 @@ class Teacher:
 
     def _at_once(self) -> int:
         """Images that the VAE takes at a time: one of 1024 px needs some 4 GB in fp32."""
-        return max(1, 1024**2 // self.resolution**2)
+        return max(1, 1024**2 // self.shape.area)
 
     # -------------------------------------------------------------------------------------------------- samples
     def sample(self, noise: Tensor, cond: Cond, steps: int, guidance: float) -> Tensor:
@@ -307,6 +314,17 @@ class Teacher:
     def place(self) -> str:
         """Its source for those who read it elsewhere: of a folder or file the whole path."""
         return Origin(self.source).placed().path
+
+    @property
+    def resolution(self) -> int | list[int]:
+        """Its shape as a recipe and a record say it."""
+        return self.shape.said
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one sample."""
+        channels = self.net.config.in_channels // self.packing**2
+        return (channels, *self.shape.over(pixels_per_latent(self.pipe)).over(self.folds))
 
     @property
     def positions(self) -> int:

@@ -40,8 +40,10 @@ class StableDiffusionXL(Teacher):
     normalises = True
 
     def time_ids(self, rows: int) -> Tensor:
-        size = float(self.resolution)
-        return torch.tensor([[size, size, 0.0, 0.0, size, size]]).expand(rows, -1).contiguous()
+        """(rows, 6): what the stock call says of an image that was neither resized nor cropped: its height and width,
+        where the crop begins, height and width again."""
+        height, width = map(float, self.shape)
+        return torch.tensor([[height, width, 0.0, 0.0, height, width]]).expand(rows, -1).contiguous()
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:

@@ -122,8 +122,9 @@ class PixArtAlpha(_Masked):
         if not self.net.use_additional_conditions:
             return cond
         rows, device = len(cond), cond["embeds"].device
-        size = torch.tensor([[float(self.resolution)] * 2], device=device).expand(rows, -1)
-        ratio = torch.ones(rows, 1, device=device)
+        height, width = self.shape
+        size = torch.tensor([[float(height), float(width)]], device=device).expand(rows, -1)
+        ratio = torch.full((rows, 1), height / width, device=device)
         return Cond({**cond.tensors, "resolution": size.contiguous(), "aspect_ratio": ratio})
 
     @staticmethod
