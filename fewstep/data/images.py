@@ -10,16 +10,18 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from ..errors import FewstepError, RecipeError, why
 from ..files import ReadError
-from ..pictures import fault, read_picture
+from ..pictures import fault, read_picture, size_of
 from ..shape import Shape, Size
 from . import emoji, texts
 from .image_sets import EXTENSIONS, split, walk
@@ -41,6 +43,7 @@ class CaptionedImages:
     Attributes:
         passed_over: what else lay there. places: files on disk that hold the images; None where each is one.
         upscale: whether an image may be smaller than what is asked for. source, max_bad: see :class:`LeftOut`.
+        of: of a part of a set: rows of the set that its rows are.
     """
 
     captions: list[str]
@@ -50,6 +53,7 @@ class CaptionedImages:
     upscale: bool = False
     source: str = "images"
     max_bad: float = 0.0
+    of: Tensor | None = None
     left_out: LeftOut = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -61,6 +65,19 @@ class CaptionedImages:
     def on_disk(self) -> Sequence[Path]:
         """The files that hold them."""
         return self.places if self.places is not None else [f for f in self.files if isinstance(f, Path)]
+
+    def part(self, records: Sequence[int]) -> CaptionedImages:
+        """Some of them as a set of their own, in which the share that may be of no use is counted anew."""
+        files = (
+            self.files[records] if isinstance(self.files, np.ndarray) else [self.files[i] for i in records]
+        )
+        first = torch.tensor(list(records))
+        rows = torch.cat([first + begin for begin in range(0, len(self), len(self.files))])
+        captions = [self.captions[row] for row in rows.tolist()]
+        found = replace(self, captions=captions, files=files, of=rows)
+        known = self.left_out.reasons
+        found.left_out.reasons = {new: known[old] for new, old in enumerate(records) if old in known}
+        return found
 
     def load(self, index: int, size: Size) -> np.ndarray:
         """Centre crop to the proportions of ``size``, then Lanczos to it; transparent pixels become white.
@@ -102,6 +119,24 @@ class CaptionedImages:
             except BadRecord as error:
                 self.left_out.add(record, name_of(self.files[record]), str(error))
         raise RecipeError(f"data.images: {self.source}: no image of it can be used")
+
+
+def size_at(images: CaptionedImages, record: int) -> Shape | None:
+    """How large an image is, by its header; None where it has none that can be read.
+
+    Raises:
+        ReadError: the disk does not give it.
+    """
+    item = images.files[record]
+    if isinstance(item, np.ndarray):
+        return Shape(*item.shape[:2])
+    try:
+        width, height = size_of(item if isinstance(item, Path) else item.open())
+    except Exception as error:  # Pillow raises many kinds on hostile files
+        if reason := why(error):
+            raise ReadError(f"data.images: {item}: {reason}; put it back") from error
+        return None
+    return Shape(height, width)
 
 
 def name_of(item: Picture | np.ndarray) -> str:

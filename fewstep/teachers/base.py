@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -104,6 +105,7 @@ class Teacher:
         self.prepare(self.net)
         self.shape = native_shape(pipe) if resolution is None else Shape.of(resolution)
         self.check_shape(self.shape)
+        self.published = pipe.scheduler  # as it was loaded, whose shift may depend on the size
         fix_shift(pipe, self.shape)
         kind = pipe.scheduler.config.get("prediction_type", "epsilon")
         kind = "flow_prediction" if is_flow(pipe.scheduler) else kind
@@ -123,7 +125,7 @@ class Teacher:
             self.example(),
             bool(self.net.config.get("guidance_embeds")),
             type(self).guide,
-            partial(type(self).image_of, self.positions // (self.packing * self.patch) ** 2),
+            partial(_image_of, type(self), (self.packing * self.patch) ** 2),
             self.image_first,
         )
 
@@ -152,6 +154,38 @@ class Teacher:
                 f"{field}: {shape.said}: a {type(self.pipe).__name__} makes images of {native.said} pixels only; leave "
                 "it null"
             )
+
+    def at(self, shape: Shape) -> Teacher:
+        """The same weights for images of another shape: latents, conditions of size, and samples of its own.
+
+        A stock call shifts its times by the size of the image, so whatever the teacher itself samples (a grid's row,
+        any solver) has the shift of this shape. A student has one list of times, that of ``teacher.resolution``: its
+        export's scheduler holds one, whatever the size of a call, and so it is trained at these in all shapes.
+        """
+        if shape == self.shape:
+            return self
+        view = copy(self)
+        view.shape, view.pipe = shape, copy(self.pipe)
+        view.pipe.scheduler = self.published
+        fix_shift(view.pipe, shape)
+        view.denoiser = copy(self.denoiser)
+        view.denoiser.schedule = schedule_of(view.pipe.scheduler)
+        return view
+
+    def sizes(self, rows: int) -> dict[str, Tensor]:
+        """What the network is told of the size of its image, beside latents of that size: conditions by name, of
+        :data:`~fewstep.diffusion.cond.SIZES`. They are not of the prompt, so that one cache serves all shapes."""
+        return {}
+
+    def sized(self, cond: Cond) -> Cond:
+        """Conditions with what they are told of this shape."""
+        told = self.sizes(len(cond))
+        device = next((value.device for value in cond.tensors.values()), None)
+        return (
+            Cond({**cond.tensors, **{name: value.to(device) for name, value in told.items()}})
+            if told
+            else cond
+        )
 
     @staticmethod
     def prepare(net: Any) -> None:
@@ -389,6 +423,11 @@ class Teacher:
     @property
     def lora_prefix(self) -> str:
         return self.network
+
+
+def _image_of(cls: type[Teacher], latents: int, features: Tensor, cond: Cond, x_t: Tensor) -> Tensor:
+    """As :meth:`Teacher.image_of`, of as many tokens as x_t has, each of so many ``latents``."""
+    return cls.image_of(math.prod(x_t.shape[2:]) // latents, features, cond)
 
 
 def _without_dropout(net: nn.Module) -> None:

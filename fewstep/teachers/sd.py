@@ -53,8 +53,10 @@ class StableDiffusionXL(Teacher):
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
-        ids = self.time_ids(len(embeds)).to(embeds.device)
-        return Cond({"embeds": embeds.float(), "pooled": pooled.float(), "time_ids": ids})
+        return self.sized(Cond({"embeds": embeds.float(), "pooled": pooled.float()}))
+
+    def sizes(self, rows: int) -> dict[str, Tensor]:
+        return {"time_ids": self.time_ids(rows)}
 
     def blank(self, rows: int) -> Cond:
         c, ids = self.net.config, self.time_ids(rows)

@@ -5,12 +5,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_teachers import FLOWS, SHOWN, student_of
 from zoo import ONE_SIZE, ZOO
 
 from fewstep.data.images import CaptionedImages
 from fewstep.data.left_out import BadRecord
+from fewstep.diffusion.discriminator import Discriminator, tap_features
 from fewstep.diffusion.times import even_times
 from fewstep.errors import FewstepError
 from fewstep.export import export_student, trainer_sample, verify
@@ -147,3 +149,76 @@ def test_an_area_decides_the_shift_and_not_a_side(teachers):
     shifts = [teacher.denoiser.schedule.shift for teacher in (square, wide, tall)]
     expected = [math.exp(0.5 + 0.65 * (n - 256) / (4096 - 256)) for n in (64, 96, 96)]
     assert shifts == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------------- one teacher for several shapes
+@pytest.mark.parametrize("name, form", FORMS)
+def test_a_view_of_another_shape_is_the_teacher_that_is_loaded_for_it(name, form, teachers):
+    """What it predicts with guidance, what it samples with its own shift, and what it decodes, bit for bit."""
+    square, loaded, prompts = teachers(name), teachers(name, form), ZOO[name].prompts
+    view = square.at(loaded.shape)
+    assert view.shape == loaded.shape and view.latent_shape == loaded.latent_shape and view.net is square.net
+    assert square.at(square.shape) is square and square.shape.height == square.shape.width
+    noise = torch.randn(2, *view.latent_shape, generator=torch.Generator().manual_seed(0))
+    assert view.unpack(view.pack(noise)).equal(noise)
+    cond, own = view.sized(square.encode(prompts)), loaded.encode(prompts)
+    assert cond.tensors.keys() == own.tensors.keys()
+    assert all(cond[key].equal(own[key]) for key in cond.tensors)
+    t = torch.full((2,), 0.7 * view.denoiser.schedule.t_max)
+    with torch.no_grad():
+        for guidance in (1.0, 3.0, 0.0):
+            made = view.denoiser.x0(noise, t, cond, guidance=guidance)
+            assert made.equal(loaded.denoiser.x0(noise, t, own, guidance=guidance))
+            # A critic and a student are views of the teacher of teacher.resolution, and see the same.
+            assert made.equal(square.denoiser.x0(noise, t, cond, guidance=guidance))
+    assert view.sample(noise, cond, 3, 2.0).equal(loaded.sample(noise, own, 3, 2.0))
+    solve, other = (one.pair_maker("euler", 2, 2.0)[1] for one in (view, loaded))
+    assert solve(noise, cond).equal(other(noise, own))
+    assert (view.decode(noise) == loaded.decode(noise)).all()
+
+
+def test_a_view_has_the_shift_of_its_shape_and_leaves_the_teachers_alone(teachers):
+    for name in ("FLUX.1-dev", "Qwen-Image", "FLUX.2-klein"):
+        square, wide = teachers(name), teachers(name, "wide")
+        before = square.denoiser.schedule.shift, square.pipe.scheduler
+        view = square.at(wide.shape)
+        assert view.denoiser.schedule.shift == wide.denoiser.schedule.shift != before[0]
+        assert view.denoiser.schedule.for_steps(2).shift == wide.denoiser.schedule.for_steps(2).shift
+        assert (square.denoiser.schedule.shift, square.pipe.scheduler) == before
+        assert view.pipe.scheduler.config.shift == wide.pipe.scheduler.config.shift
+        assert square.pipe.scheduler.config.shift != view.pipe.scheduler.config.shift
+        assert view.at(square.shape).denoiser.schedule.shift == before[0]
+
+
+def test_an_unguided_sdxl_is_told_the_size_of_its_row(teachers):
+    """The null row of the teacher says teacher.resolution: with it guidance in another shape would be another."""
+    square, view = teachers("SDXL"), teachers("SDXL").at(teachers("SDXL", "wide").shape)
+    noise = torch.randn(1, *view.latent_shape, generator=torch.Generator().manual_seed(0))
+    t, cond = torch.full((1,), 500.0), view.sized(square.encode(["a cat"]))
+    told = square.denoiser.null
+    with torch.no_grad():
+        made = square.denoiser.x0(noise, t, cond, guidance=0.0)
+        as_null = square.denoiser.x0(noise, t, told)
+        resized = square.denoiser.x0(noise, t, view.sized(told))
+    assert made.equal(resized) and (made - as_null).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_heads_judge_images_of_every_shape(name, teachers):
+    """Made for the square, of whose map alone a head of convolutions need not pool; of tokens as many as an image has,
+    which are those that a teacher loaded for the shape finds."""
+    square, wide, taps = teachers(name), teachers(name, "wide"), ZOO[name].taps
+    judge = Discriminator(square.denoiser, taps, square.latent_shape)
+    counts, cond = [], square.encode(ZOO[name].prompts)
+    for teacher in (square, wide):
+        x = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        given = x, torch.full((2,), 0.5 * square.denoiser.schedule.t_max), teacher.sized(cond)
+        logits = judge.logits(square.denoiser, *given)
+        logits.sum().backward()
+        assert logits.isfinite().all() and x.grad.abs().sum() > 0
+        with torch.no_grad():
+            found = [tap_features(one.denoiser, taps, *given) for one in (square, teacher)]
+        assert all(ours.equal(theirs) for ours, theirs in zip(*found))
+        counts.append(logits.shape[1])
+    one_each = len(judge.heads) == counts[0] == counts[1]
+    assert one_each or counts[1] * square.shape.area == counts[0] * wide.shape.area
