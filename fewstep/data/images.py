@@ -67,7 +67,7 @@ class CaptionedImages:
         return self.places if self.places is not None else [f for f in self.files if isinstance(f, Path)]
 
     def part(self, records: Sequence[int]) -> CaptionedImages:
-        """Some of them as a set of their own, in which the share that may be of no use is counted anew."""
+        """Some of them as a set of their own, of which as many may be of no use as of the whole one."""
         files = (
             self.files[records] if isinstance(self.files, np.ndarray) else [self.files[i] for i in records]
         )
@@ -76,6 +76,7 @@ class CaptionedImages:
         captions = [self.captions[row] for row in rows.tolist()]
         found = replace(self, captions=captions, files=files, of=rows)
         known = self.left_out.reasons
+        found.left_out.total = self.left_out.total
         found.left_out.reasons = {new: known[old] for new, old in enumerate(records) if old in known}
         return found
 

@@ -1,6 +1,7 @@
 """Images of several shapes: which image belongs to which, and which shape an iteration has."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from fewstep.data.cache import encode_images, images_folder, sizes_of
 from fewstep.data.images import CaptionedImages, load_images
 from fewstep.data.live import LiveImages
 from fewstep.diffusion.cond import Cond, drop_rows, unconditional
+from fewstep.diffusion.rng import Rng
 from fewstep.errors import RecipeError
 from fewstep.shape import Shape
 
@@ -132,7 +134,7 @@ def test_batches_are_a_function_of_their_number_alone():
     for key in reversed(order):
         one, other = batches().batch(*key), plain[key]
         assert one.shape == other.shape and one.real.equal(other.real) and one.index.equal(other.index)
-        assert one.rng.normal(3).equal(Batches.batch(batches(), *key).rng.normal(3))
+        assert one.rng.normal(3).equal(other.rng.normal(3))
 
 
 def test_one_shape_is_what_there_was_before_there_were_several():
@@ -141,8 +143,6 @@ def test_one_shape_is_what_there_was_before_there_were_several():
     data = Batches(
         prompts, (4, 2, 2), latents=latents, captions=Rows(6), batch_size=2, per_iteration=1, seed=5
     )
-    from fewstep.diffusion.rng import Rng
-
     order = Rng(5, "images", 0).permutation(6)
     assert data.batch(1, 0).real.flatten().long().tolist() == order[2:4].tolist()
     assert data.rows == {"prompts": 9, "images": 6} and data.batch(0, 0).shape == (2, 4, 2, 2)
@@ -221,6 +221,14 @@ def test_the_cache_of_a_shape_is_of_its_images_alone(pictures, teachers):
     folders = {images_folder(teacher, part) for part in (images, one, other)}
     assert len(folders) == 3 and images_folder(teacher, images.part([0, 3])) in folders
     assert images_folder(teachers("SDXL").at(TALL), one) not in folders
+    shard = [pictures / "a.png"]  # all lie in one file
+    parts = [replace(images, places=shard).part(records) for records in ([0, 3], [0, 5])]
+    assert images_folder(teacher, parts[0]) != images_folder(teacher, parts[1])
+
+
+def test_a_part_may_lose_as_many_as_the_whole_set(pictures):
+    images = load_images(str(pictures), max_bad=0.5)
+    assert images.part([0, 3, 5]).left_out.total == 6
 
 
 # ----------------------------------------------------------------------------------------------- conditions of size

@@ -279,3 +279,42 @@ def test_images_of_every_shape_are_cached_apart_and_found_again(tiny_sdxl, tmp_p
     assert {name: store.folder for name, store in cache(recipe).items()} == {
         name: store.folder for name, store in stores.items()
     }
+
+
+METHODS = [  # a recipe of each method that trains without pairs
+    "sdxl_sid_4step",
+    "sdxl_sim_1step",
+    "sdxl_phased_dmd_4step",
+    "sdxl_hyper_sd",
+    "sdxl_disback_1step",
+    "sd15_swiftbrush_1step",
+    "sd15_multi_student_1step_dm",
+    "sd3_ladd_4step",
+    "sd3_sana_sprint",
+    "sd3_scm_1step",
+    "emoji_fdistill_1step",
+    "emoji_diff_instruct_1step",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "sdxl_sid_4step" else pytest.mark.long) for n in METHODS]
+)
+def test_every_method_trains_in_several_shapes(name, teachers, tmp_path):
+    """An iteration of each shape: losses are numbers, and students make samples of that shape."""
+    kind = {"sd3": "SD 3", "sd15": "SD 1.5"}.get(name.partition("_")[0], "SDXL")
+    teacher = teachers(kind)
+    side = teacher.shape.height
+    shapes = f"[{{size: {side}}}, {{size: [{side // 2}, {side}]}}, {{size: [{side}, {side // 2}]}}]"
+    words = ("--teacher.pipeline_class", "null", "--samples.count", "1", "--train.steps", "2000")
+    recipe = several(name, teacher.source, tmp_path, *words, shapes=shapes)
+    session = Session(recipe, *check_data(recipe), Process())
+    trainer, seen = session.trainer, {}
+    for iteration in range(40):
+        shape = trainer.data.batch(iteration, 0).shape
+        if shape not in seen:
+            trainer.progress.iteration = iteration
+            trainer.iterate()
+            seen[shape] = {key: float(value) for key, value in trainer.window.means().items()}
+    assert len(seen) == 3 and all(np.isfinite([*numbers.values()]).all() for numbers in seen.values())

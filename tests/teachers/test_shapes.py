@@ -12,7 +12,7 @@ from zoo import ONE_SIZE, ZOO
 
 from fewstep.data.images import CaptionedImages
 from fewstep.data.left_out import BadRecord
-from fewstep.diffusion.discriminator import Discriminator, tap_features
+from fewstep.diffusion.discriminator import ConvHead, Discriminator, tap_features
 from fewstep.diffusion.times import even_times
 from fewstep.errors import FewstepError
 from fewstep.export import export_student, trainer_sample, verify
@@ -222,3 +222,15 @@ def test_heads_judge_images_of_every_shape(name, teachers):
         counts.append(logits.shape[1])
     one_each = len(judge.heads) == counts[0] == counts[1]
     assert one_each or counts[1] * square.shape.area == counts[0] * wide.shape.area
+
+
+def test_a_head_of_convolutions_pools_maps_of_another_shape():
+    """Of its own map it is what it was: each layer once, in their order."""
+    torch.manual_seed(0)
+    head, (own, wide) = ConvHead(8, 8, 8), (torch.randn(2, 8, 8, 8), torch.randn(2, 8, 8, 12))
+    with torch.no_grad():
+        assert head(own).shape == head(wide).shape == (2, 1)
+        torch.testing.assert_close(head(own), head.layers(own))
+        halved, rest = head.layers[:3], head.layers[3:]
+        assert halved(wide).shape[2:] == (4, 6)
+        torch.testing.assert_close(head(wide), rest(torch.nn.functional.adaptive_avg_pool2d(halved(wide), 4)))
