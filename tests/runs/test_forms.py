@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,14 @@ from test_end_to_end import tiny
 from fewstep import recipe as recipes
 from fewstep.cli import main
 from fewstep.cost import plan
+from fewstep.diffusion.times import even_times
 from fewstep.errors import RecipeError
 from fewstep.process import Process
 from fewstep.runs.checks import check_class, check_data
 from fewstep.runs.library import load_recipe
 from fewstep.runs.session import Session, cache, execute, resume
 from fewstep.runs.shapes import check_shapes
+from fewstep.runs.smoke import smoke
 
 
 def test_a_resolution_is_a_number_or_two_and_nothing_else(tiny_sdxl, tmp_path):
@@ -281,6 +284,28 @@ def test_images_of_every_shape_are_cached_apart_and_found_again(tiny_sdxl, tmp_p
     }
 
 
+def test_the_teachers_row_has_the_shift_of_each_shape_and_the_student_one_list_of_times(teachers, tmp_path):
+    square, wide = teachers("FLUX.1-dev"), teachers("FLUX.1-dev", "wide")
+    words = ("--teacher.resolution", "32", "--samples.count", "2", *DATA_FREE)
+    shapes = "[{size: 32}, {size: [32, 48]}]"
+    recipe = several("flux_dmd2_4step", square.source, tmp_path, *words, shapes=shapes)
+    session = Session(recipe, *check_data(recipe), Process())
+    times = session.method.student.times
+    assert times == even_times(square.denoiser.schedule, 4) != even_times(wide.denoiser.schedule, 4)
+    for group, loaded in zip(session.preview.groups, (square, wide)):
+        noise = torch.randn(1, *loaded.latent_shape, generator=torch.Generator().manual_seed(0))
+        made = session.preview._teach(group, noise, group.cond)
+        guidance, steps = session.preview.guidance, recipe.samples.teacher_steps
+        assert made.equal(loaded.sample(noise, group.cond, steps, guidance))
+
+
+def test_a_smoke_run_leaves_shapes_out_where_the_teacher_is_another(tiny_sdxl, tmp_path, capsys):
+    recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path)
+    assert smoke(recipe, {"output"}).data.shapes == []
+    assert "--smoke: data.shapes: left out, for the stand-in is of another size" in capsys.readouterr().err
+    assert len(smoke(recipe, {"teacher.path", "output"}).data.shapes) == 3
+
+
 METHODS = [  # a recipe of each method that trains without pairs
     "sdxl_sid_4step",
     "sdxl_sim_1step",
@@ -308,7 +333,11 @@ def test_every_method_trains_in_several_shapes(name, teachers, tmp_path):
     side = teacher.shape.height
     shapes = f"[{{size: {side}}}, {{size: [{side // 2}, {side}]}}, {{size: [{side}, {side // 2}]}}]"
     words = ("--teacher.pipeline_class", "null", "--samples.count", "1", "--train.steps", "2000")
+    words += ("--method.synthetic", "false") if name == "sd3_ladd_4step" else ()  # of images, not of pairs
     recipe = several(name, teacher.source, tmp_path, *words, shapes=shapes)
+    recipe = replace(recipe, method=recipe.method.smoke())  # whose blocks a tiny network has
+    names = recipe.method_class.networks_for(recipe.method)
+    recipe = replace(recipe, roles={n: replace(recipe.role(n), rank=4) for n in names})
     session = Session(recipe, *check_data(recipe), Process())
     trainer, seen = session.trainer, {}
     for iteration in range(40):
