@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.data import buckets
 from fewstep.data.batches import Batches
 from fewstep.data.buckets import BLOCK, Bucket, Part, Turns, nearest, shares_of, split
 from fewstep.data.cache import encode_images, images_folder, sizes_of
@@ -55,6 +56,11 @@ def test_every_turn_is_drawn_with_its_share_and_counted_among_its_own():
         assert abs(count / n - share) < 4 * (share * (1 - share) / n) ** 0.5
     again = Turns(3, [2.0, 4.0, 10.0])
     assert [again[i] for i in (2 * BLOCK + 7, 5, n - 1)] == [found[i] for i in (2 * BLOCK + 7, 5, n - 1)]
+    for drawn in (buckets._drawn, buckets._before):
+        drawn.cache_clear()  # as in another process
+    assert [turns[i] for i in range(n)] == found
+    first = Rng(3, "shapes", 0).choice(BLOCK, [0, 1, 2], [1 / 8, 2 / 8, 5 / 8])
+    assert [turn for turn, _ in found[:BLOCK]] == first.tolist()
     other = Turns(4, [1.0, 2.0, 5.0])
     assert [other[i] for i in range(n)] != found
     assert [Turns(3, [4.0])[i] for i in (0, 5, 9999)] == [(0, 0), (0, 5), (0, 9999)]
@@ -93,13 +99,13 @@ def batches(seed=0, batch_size=2, per_iteration=3):
     def told(name, latents, of, shape, share):
         return Bucket((4, *shape), Part(latents, of), name, share, sized(shape))
 
-    buckets = [
+    several = [
         told("images 2x4", Rows(5), torch.arange(5), (2, 4), 1.0),
         told("images 4x2", Rows(7, first=5), torch.arange(5, 12), (4, 2), 3.0),
     ]
     captions, prompts = Rows(12, first=100), Rows(40, first=1000)
     options = {"batch_size": batch_size, "per_iteration": per_iteration, "seed": seed}
-    return Batches(prompts, (4, 3, 3), captions=captions, buckets=buckets, **options)
+    return Batches(prompts, (4, 3, 3), captions=captions, buckets=several, **options)
 
 
 def test_an_iteration_has_one_shape_its_images_and_what_it_is_told():

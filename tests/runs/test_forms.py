@@ -159,7 +159,11 @@ def test_a_run_of_several_shapes_goes_on_exactly(words, tiny_sdxl, tmp_path):
             trainer = session.trainer
             trainer.restore()
             while trainer.progress.iteration < stop:
-                seen.add(trainer.data.batch(trainer.progress.iteration, 0).shape[2:])
+                batch = trainer.data.batch(trainer.progress.iteration, 0)
+                height, width = (2 * side for side in batch.shape[2:])
+                for cond in (batch.cond, batch.real_cond or batch.cond):
+                    assert cond["time_ids"].tolist() == [[height, width, 0, 0, height, width]] * 2
+                seen.add(batch.shape[2:])
                 trainer.iterate()
             trainer.save()
         last = Path(recipe.output) / "checkpoints" / "step_00000007" / "state.safetensors"
@@ -236,7 +240,11 @@ def test_two_processes_train_several_shapes_as_one_does(tiny_sdxl, tmp_path):
 @pytest.mark.slow
 def test_grids_have_the_shapes_in_turn_and_the_card_names_them(tiny_sdxl, tmp_path):
     words = ("--samples.count", "5", "--samples.columns", "3", "--train.steps", "2", "--evaluation.num", "0")
-    folder = execute(several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words))
+    recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words)
+    groups = Session(recipe, *check_data(recipe), Process()).preview.groups
+    told = [group.cond["time_ids"][:, [0, 1, 4, 5]].tolist() for group in groups]
+    assert told == [[[32, 32, 32, 32]] * 2, [[16, 32, 16, 32]] * 2, [[32, 16, 32, 16]]]
+    folder = execute(recipe)
     for name in ("teacher", "step_000002"):
         grid = np.asarray(Image.open(folder / "samples" / f"{name}.png"))
         assert grid.shape == (2 * 34 + 2, 3 * 34 + 2, 3)
