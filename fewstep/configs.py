@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from .bounds import Bound, Bounded, Count, Count0, Decay, Least0, Number, Positive, Seed, Share, Steps
 from .device import check_name
 from .errors import RecipeError
+from .shape import Shape
 
 
 @dataclass
@@ -41,7 +42,7 @@ class TeacherConfig(Bounded):
         attention: kernel: sdpa (torch chooses), math, flash, efficient or cudnn of torch's own attention, xformers, or
             a name of diffusers' dispatcher where the network goes through it; auto is math for small maps in bf16 on a
             CPU, else sdpa. A run's own recipe holds what either auto became, see :mod:`fewstep.diffusion.kernels`.
-        resolution: pixels; null is the pipeline's own.
+        resolution: pixels of a square's side, or ``[height, width]`` as diffusers has them; null is the pipeline's own.
         gradient_checkpointing: recompute activations in the backward pass; a role may choose for itself.
         compile: torch.compile the blocks that the networks repeat. channels_last: memory format, for UNets.
     """
@@ -56,7 +57,7 @@ class TeacherConfig(Bounded):
     dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: Literal["auto", "bfloat16"] | None = None
     attention: str = "auto"
-    resolution: Count | None = None
+    resolution: Count | tuple[Count, Count] | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
     channels_last: bool = False
@@ -73,6 +74,21 @@ class TeacherConfig(Bounded):
 
 
 @dataclass
+class ShapeConfig(Bounded):
+    """One of several shapes of the images that a run trains on.
+
+    Attributes:
+        size: pixels of a square's side, or ``[height, width]``. share: of the iterations, in proportion to the others';
+            null is as many as it has images, or the same for all in a run without; given for all of them, or for none.
+    """
+
+    PLACE: ClassVar[str] = "data.shapes: "
+
+    size: Count | tuple[Count, Count]
+    share: Positive | None = None
+
+
+@dataclass
 class DataConfig(Bounded):
     """What is generated and what is real.
 
@@ -83,6 +99,9 @@ class DataConfig(Bounded):
         images: folder of captioned images: files, WebDataset shards, or tables with images in them; or
             ``builtin:emoji``; a data-free method only measures itself against them, and null is then allowed.
         pairs: folder that ``fewstep pairs`` wrote; null where the method needs none.
+        shapes: of the images, ``[{size: 1024}, {size: [832, 1216], share: 0.5}]``, each iteration of one of them; none
+            is ``teacher.resolution`` alone, which has to be among them: in it the student is exported and measured.
+            Real images go to the shape of the nearest proportions.
         column: of the texts in tables of prompts and of captions; null is the only one called text, caption or prompt.
         upscale: enlarge images below the teacher's resolution; without it they cannot be used.
         max_bad: share of the images that may be left out because they cannot be used; each is named, and another one
@@ -99,6 +118,7 @@ class DataConfig(Bounded):
     prompts: str
     images: str | None = None
     pairs: str | None = None
+    shapes: list[ShapeConfig] = field(default_factory=list)
     column: str | None = None
     upscale: bool = False
     max_bad: Share = 0.01
@@ -106,6 +126,18 @@ class DataConfig(Bounded):
     cache_images: bool | None = None
     cache_gb: Least0 = 64.0
     encoder_device: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = [Shape.of(one.size) for one in self.shapes]
+        shares = {one.share is None for one in self.shapes}
+        told = [shape.said for shape in sizes]
+        if len(sizes) == 1 or len({*sizes}) < len(sizes):
+            raise RecipeError(
+                f"data.shapes: {told}: expected at least two, each another; a single one is teacher.resolution"
+            )
+        if len(shares) > 1:
+            raise RecipeError(f"data.shapes: {told}: expected a share for each of them, or for none")
 
 
 @dataclass

@@ -26,7 +26,7 @@ def fault(path: Path | IO[bytes]) -> str | None:
     return None
 
 
-def size_of(path: Path) -> tuple[int, int]:
+def size_of(path: Path | IO[bytes]) -> tuple[int, int]:
     """(width, height) as :func:`read_picture` gives it, by the file's header alone."""
     with Image.open(path) as image:
         turned = image.getexif().get(ORIENTATION, 1) >= 5

@@ -22,6 +22,7 @@ from .configs import (
     ExportConfig,
     RoleConfig,
     SampleConfig,
+    ShapeConfig,
     TeacherConfig,
     TeacherLora,
     TrainConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "Recipe",
     "RoleConfig",
     "SampleConfig",
+    "ShapeConfig",
     "TeacherConfig",
     "TeacherLora",
     "TrainConfig",
@@ -90,6 +92,7 @@ for _cls in (
     TeacherLora,
     DataConfig,
     SampleConfig,
+    ShapeConfig,
     ExportConfig,
     EvalConfig,
     Recipe,
@@ -280,7 +283,7 @@ def digest(recipe: Recipe) -> str:
     del plain["output"]
     # An option that came later leaves the hashes of what does without it alone.
     for part, name in [
-        (plain["data"], "column"),
+        *((plain["data"], name) for name in ("column", "shapes")),
         *((plain["teacher"], name) for name in ("variant", "config", "loras")),
         *(
             (role, n)

@@ -174,7 +174,8 @@ def sdxl(tiny_sdxl):
 
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory):
-    """Name in the zoo -> a frozen tiny teacher of that kind, loaded once; ``teacher.source`` is its folder."""
+    """Name in the zoo -> a frozen tiny teacher of that kind, loaded once; ``teacher.source`` is its folder. "wide" and
+    "tall" ones make images half as long again as they are high, or as they are wide, SANA's twice as long."""
     from zoo import ZOO
 
     from fewstep.errors import FewstepError
@@ -182,7 +183,14 @@ def teachers(tmp_path_factory):
 
     made = {}
 
-    def get(name):
+    def get(name, form="square"):
+        if form != "square":
+            if (name, form) not in made:
+                square = get(name)
+                sides = [square.shape.height, square.shape.width * (4 if name == "SANA" else 3) // 2]
+                size = sides if form == "wide" else sides[::-1]
+                made[name, form] = load_teacher(square.source, resolution=size)
+            return made[name, form]
         if name not in made:
             kind = ZOO[name]
             try:

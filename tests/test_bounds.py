@@ -67,7 +67,7 @@ def first_to(value, number):
 
 @pytest.mark.parametrize("cls", [*CONFIGS, TimeLaw], ids=lambda cls: cls.__qualname__)
 def test_numbers_beyond_every_bound_are_refused_by_their_field(cls, tally):
-    needed = {"path": "a", "prompts": "a", "steps": 1}
+    needed = {"path": "a", "prompts": "a", "steps": 1, "size": 1}
     made = cls(**{name: needed[name] for name in needed if name in hints_of(cls)})
     for name, value in vars(made).items():
         if isinstance(value, bool) or not list(numbers(value)):

@@ -21,7 +21,7 @@ ORDER = [
     ["tokens"],
     ["diffusion", "report"],
     ["configs", "extensions", "process"],
-    ["bounds", "device", "files", "pictures"],
+    ["bounds", "device", "files", "pictures", "shape"],
     ["assets", "errors", "version"],
 ]
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, get_args
 from ..bounds import Steps, refusal
 from ..errors import FewstepError
 from ..files import check_writable
+from ..shape import Shape
 
 Run = Callable[[argparse.Namespace], int]  # parsed arguments -> exit code
 
@@ -170,6 +171,14 @@ def number(hint: Any) -> Callable[[str], Any]:
         return value
 
     return read
+
+
+def size(text: str) -> int | list[int]:
+    """Of an image: the side of a square, or height and width."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1, a whole number, or HEIGHTxWIDTH")
+    return Shape.of([int(side) for side in sides] * (3 - len(sides))).said
 
 
 def integers(text: str) -> list[int]:

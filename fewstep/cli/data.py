@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..bounds import Count
-from .commands import Commands, argument, number
+from .commands import Commands, argument, number, size
 
 DATA = Commands()
 COMMANDS = Commands()
@@ -16,7 +16,7 @@ COMMANDS.group("data", "sets of images: check", DATA)
     "check",
     "decode every image of a set and name those of no use; runs do it as they go",
     argument("images", help="folder of captioned images: files, .tar shards, or tables"),
-    argument("--resolution", type=number(Count), default=1, help="pixels that the shorter side has at least"),
+    argument("--resolution", type=size, default=1, help="of the recipe: pixels, or HEIGHTxWIDTH"),
     argument("--column", metavar="NAME", help="of the captions in tables"),
     argument("--threads", type=number(Count), help="that decode (default: one a core)"),
 )

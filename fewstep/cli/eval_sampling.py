@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.bounds import Count, Count0, Number, Seed
-from fewstep.cli.commands import COLUMN, WEIGHTS, Commands, argument, integers, number, output, weights_of
+from fewstep.cli.commands import (
+    COLUMN,
+    WEIGHTS,
+    Commands,
+    argument,
+    integers,
+    number,
+    output,
+    size,
+    weights_of,
+)
 from fewstep.files import SHARED
 
 SAMPLING = Commands()
@@ -30,7 +40,7 @@ IMAGES = (
     argument("--num", type=number(Count), metavar="N", help="images in all (default: all prompts)"),
     argument("--per-prompt", type=number(Count), default=1, metavar="K", help="images of each prompt"),
     argument("--seed", type=number(Seed), default=0, help="sample i uses SEED + i"),
-    argument("--size", type=number(Count), metavar="PIXELS", help="height and width"),
+    argument("--size", type=size, metavar="PIXELS", help="of a square, or HEIGHTxWIDTH"),
     argument("--rounding", default="nearest", help="to uint8: nearest or truncate"),
     argument("--batch-size", type=number(Count), default=8, metavar="B", help="images at once"),
     argument(

@@ -20,6 +20,7 @@ from .commands import (
     integers,
     number,
     output,
+    size,
     weights_of,
 )
 
@@ -267,7 +268,7 @@ SEARCH: dict[str, Any] = {
     ),
     argument("--free-u", action="store_true", help="try Free-U too, which UNets have"),
     argument(
-        "--size", type=number(Count), metavar="PIXELS", help="height and width (default: the pipeline's)"
+        "--size", type=size, metavar="PIXELS", help="of a square, or HEIGHTxWIDTH (default: the pipeline's)"
     ),
     argument("--dtype", choices=["float32", "bfloat16"], default=SEARCH["dtype"]),
     DEVICE,

@@ -20,6 +20,7 @@ from ..recipe import Recipe
 from ..report.bar import Bar
 from ..runs.build import build, on_pixels
 from ..runs.disk import cached, on_disk
+from ..runs.shapes import shapes_of
 from ..teachers.base import Teacher
 from ..training.optimizers import bytes_8bit
 from ..training.trainer import Trainer
@@ -47,7 +48,7 @@ def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
     recipe = recipes.from_dict(recipes.to_dict(recipe))
     if recipe.teacher.autocast == "auto":  # every card has units for it
         recipe = replace(recipe, teacher=replace(recipe.teacher, autocast="bfloat16"))
-    full, recipe = recipe, _plainly(recipe)
+    full, recipe = recipe, _plainly(_largest(recipe))
     size = recipe.train.batch_size
     if processes % recipe.train.shard:
         raise RecipeError(
@@ -117,6 +118,16 @@ class Rehearsal:
         turn.peak[batch_size] = meter.peak + kept * (accumulate - self.micro)
         turn.flops[batch_size] = {k: v * accumulate / self.micro for k, v in meter.flops.items()}
         turn.told = not shapes.chose
+
+
+def _largest(recipe: Recipe) -> Recipe:
+    """A run of several shapes as one of the largest alone."""
+    shapes = shapes_of(recipe)
+    if not shapes:
+        return recipe
+    height, width = max(shapes, key=lambda shape: shape.area)
+    teacher = replace(recipe.teacher, resolution=(height, width))
+    return replace(recipe, data=replace(recipe.data, shapes=[]), teacher=teacher)
 
 
 def _plainly(recipe: Recipe) -> Recipe:

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import FewstepError
 from ..files import at_home
+from ..shape import Size
 from ..teachers import adapters, pipeline_class_of, resolve
 from ..teachers.base import Teacher
 from ..teachers.load import ASSETS, pipeline_type, with_arithmetic
@@ -92,7 +93,7 @@ def skeleton_teacher(
     source: str,
     *,
     dtype: str = "float32",
-    resolution: int | None = None,
+    resolution: Size | None = None,
     autocast: str | None = None,
     attention: str = "auto",
     device: torch.device | str = "cpu",

@@ -15,14 +15,7 @@ from ..device import upload
 from ..diffusion.cond import Cond
 from ..diffusion.rng import Rng
 from ..methods.base import Batch
-
-
-class Rows(Protocol):
-    """What micro-batches are made of: a :class:`~fewstep.data.cache.Store`, or a teacher's pairs."""
-
-    def __len__(self) -> int: ...
-
-    def rows(self, index: Tensor) -> dict[str, Tensor]: ...
+from .buckets import Bucket, Rows, Turns
 
 
 class Batches:
@@ -33,6 +26,7 @@ class Batches:
 
     Args:
         conditions: store of prompts. latents, captions: stores of real images and of their captions, or None.
+        buckets: several shapes of samples with their shares and images, in place of ``latent_shape`` and ``latents``.
         pairs, pair_conditions: stores of a teacher's pairs and of their conditions, or None.
         per_iteration: micro-batches of one iteration over all processes.
     """
@@ -49,24 +43,31 @@ class Batches:
         captions: Rows | None = None,
         pairs: Rows | None = None,
         pair_conditions: Rows | None = None,
+        buckets: Sequence[Bucket] = (),
         device: torch.device | str = "cpu",
     ):
-        self.conditions, self.latents, self.captions = conditions, latents, captions
+        self.conditions, self.captions = conditions, captions
+        self.buckets = list(buckets) or [Bucket(tuple(latent_shape), latents)]
         self.pairs, self.pair_conditions = pairs, pair_conditions
-        stores = {"prompts": conditions, "images": latents, "pairs": pairs}
+        images = {bucket.name: bucket.latents for bucket in self.buckets}
+        stores = {"prompts": conditions, **images, "pairs": pairs}
         self.rows = {name: len(store) for name, store in stores.items() if store is not None}
-        self.shape = (batch_size, *latent_shape)
+        self.turns = Turns(seed, [bucket.share for bucket in self.buckets])
+        self.batch_size = batch_size
         self.per_iteration, self.seed, self.device = per_iteration, seed, device
 
     def batch(self, iteration: int, micro: int) -> Batch:
-        position = (iteration * self.per_iteration + micro) * self.shape[0]
-        real, host = None, {}
-        if self.latents is not None:
+        position = (iteration * self.per_iteration + micro) * self.batch_size
+        turn, earlier = self.turns[iteration]
+        bucket, host, real = self.buckets[turn], {}, None
+        if bucket.latents is not None:
             assert self.captions is not None
-            index = self._index("images", position, len(self.latents))
-            images = self.latents.rows(index)
+            own = (earlier * self.per_iteration + micro) * self.batch_size
+            index = self._index(bucket.name, own, len(bucket.latents))
+            images = bucket.latents.rows(index)
             real = upload(images["latents"], self.device)
-            host["real_cond"] = Cond(self.captions.rows(images.get("row", index)))  # where another stands in
+            captions = Cond(self.captions.rows(images.get("row", index)))  # where another stands in
+            host["real_cond"] = bucket.sized(captions)
         pairs = pair_cond = None
         if self.pairs is not None:
             assert self.pair_conditions is not None
@@ -75,10 +76,10 @@ class Batches:
             pairs = (rows["noise"], rows["tokens" if "tokens" in rows else "x0"])
             pair_cond = self._moved(Cond(self.pair_conditions.rows(index)))
         index = self._index("prompts", position, len(self.conditions))
-        host["cond"] = Cond(self.conditions.rows(index))
+        host["cond"] = bucket.sized(Cond(self.conditions.rows(index)))
         return Batch(
             cond=self._moved(host["cond"]),
-            shape=self.shape,
+            shape=(self.batch_size, *bucket.latent_shape),
             rng=Rng(self.seed, "micro", iteration, micro, device=self.device),
             shared=Rng(self.seed, "shared", iteration),
             real=real,
@@ -96,7 +97,7 @@ class Batches:
         return cond.moved(lambda value: upload(value, self.device))
 
     def _index(self, stream: str, position: int, length: int) -> Tensor:
-        end = position + self.shape[0]
+        end = position + self.batch_size
         epochs = range(position // length, (end - 1) // length + 1)
         spans = [(epoch, max(position - epoch * length, 0), end - epoch * length) for epoch in epochs]
         return torch.cat([_order(self.seed, stream, epoch, length)[a:b] for epoch, a, b in spans])

@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..diffusion.cond import Cond
 from ..diffusion.rng import Rng
-from ..files import Need, sweep, write_tensors
+from ..files import Need, sweep, write_json, write_tensors
 from ..process import Process
 from ..report.bar import Bar
+from ..shape import Shape
 from ..teachers.base import Teacher
 from ..teachers.lengths import token_counts, too_long, unsaid
 from ..teachers.origin import lora_file
 from ..teachers.references import check_references, identity_of
 from . import store
-from .images import CaptionedImages
+from .images import CaptionedImages, size_at
 from .left_out import FILE
 from .places import PLACE, cache_root
 from .store import Store, joined, rows_to_make, shard_path, without_padding
@@ -103,7 +107,7 @@ def encode_images(
 
 def images_folder(teacher: Teacher, images: CaptionedImages) -> Path:
     """Where the store of these images is, or will be."""
-    key = [
+    key: list[Any] = [
         "images, rows",
         identity(teacher),
         teacher.resolution,
@@ -111,9 +115,28 @@ def images_folder(teacher: Teacher, images: CaptionedImages) -> Path:
         len(images),
         images.upscale,
     ]
+    if images.of is not None:
+        key.append(hashlib.sha256(images.of.numpy().tobytes()).hexdigest())
     if teacher.autoencoder == "vae":  # what was kept under another rule of scaling is not taken for this one
         key.append([torch.as_tensor(value).flatten().tolist() for value in teacher.latent_scale()])
     return _folder("latents", key)
+
+
+def sizes_of(images: CaptionedImages) -> list[Shape | None]:
+    """How large each image is, by the headers of their files, which are read once; None where there is none."""
+    every = range(len(images.files))
+    if isinstance(images.files, np.ndarray):
+        return [size_at(images, i) for i in every]
+    path = _folder("sizes", [_fingerprint(images), len(every)]) / "sizes.json"
+    try:
+        return [one and Shape(*one) for one in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        pass
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(lambda i: size_at(images, i), every))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, found)
+    return found
 
 
 def _folder(kind: str, key: list[Any]) -> Path:

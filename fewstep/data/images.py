@@ -10,16 +10,19 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from ..errors import FewstepError, RecipeError, why
 from ..files import ReadError
-from ..pictures import fault, read_picture
+from ..pictures import fault, read_picture, size_of
+from ..shape import Shape, Size
 from . import emoji, texts
 from .image_sets import EXTENSIONS, split, walk
 from .left_out import BadRecord, LeftOut
@@ -33,13 +36,14 @@ Picture = Path | Member | Cell
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """Captions and their images; ``load(i, size)`` is uint8 (size, size, 3).
+    """Captions and their images; ``load(i, size)`` is uint8 (height, width, 3).
 
     With twice as many captions as files every file has two: i and ``i + len(files)``.
 
     Attributes:
         passed_over: what else lay there. places: files on disk that hold the images; None where each is one.
         upscale: whether an image may be smaller than what is asked for. source, max_bad: see :class:`LeftOut`.
+        of: of a part of a set: rows of the set that its rows are.
     """
 
     captions: list[str]
@@ -49,6 +53,7 @@ class CaptionedImages:
     upscale: bool = False
     source: str = "images"
     max_bad: float = 0.0
+    of: Tensor | None = None
     left_out: LeftOut = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -61,14 +66,28 @@ class CaptionedImages:
         """The files that hold them."""
         return self.places if self.places is not None else [f for f in self.files if isinstance(f, Path)]
 
-    def load(self, index: int, size: int) -> np.ndarray:
-        """Centre crop to a square, then Lanczos to ``size``; transparent pixels become white.
+    def part(self, records: Sequence[int]) -> CaptionedImages:
+        """Some of them as a set of their own, of which as many may be of no use as of the whole one."""
+        files = (
+            self.files[records] if isinstance(self.files, np.ndarray) else [self.files[i] for i in records]
+        )
+        first = torch.tensor(list(records))
+        rows = torch.cat([first + begin for begin in range(0, len(self), len(self.files))])
+        captions = [self.captions[row] for row in rows.tolist()]
+        found = replace(self, captions=captions, files=files, of=rows)
+        known = self.left_out.reasons
+        found.left_out.total = self.left_out.total
+        found.left_out.reasons = {new: known[old] for new, old in enumerate(records) if old in known}
+        return found
+
+    def load(self, index: int, size: Size) -> np.ndarray:
+        """Centre crop to the proportions of ``size``, then Lanczos to it; transparent pixels become white.
 
         Raises:
-            BadRecord: no picture, or one whose shorter side is below ``size``, unless ``upscale``.
+            BadRecord: no picture, or one that is lower or narrower than ``size``, unless ``upscale``.
             ReadError: the disk does not give it, as when its file is gone.
         """
-        item = self.files[index % len(self.files)]
+        item, shape = self.files[index % len(self.files)], Shape.of(size)
         try:
             image = Image.fromarray(item) if isinstance(item, np.ndarray) else _read(item)
         except (ReadError, BadRecord):
@@ -79,13 +98,15 @@ class CaptionedImages:
                     f"data.images: {item}: {reason}; put it back, then go on with fewstep resume"
                 ) from error
             raise BadRecord(str(error).splitlines()[0][:80] or type(error).__name__) from error
-        if min(image.size) < size and not self.upscale and not isinstance(item, np.ndarray):
+        small = image.height < shape.height or image.width < shape.width
+        if small and not self.upscale and not isinstance(item, np.ndarray):
+            below = size if isinstance(size, int) else f"{shape.width}x{shape.height}"
             raise BadRecord(
-                f"{image.width}x{image.height} pixels, below {size}; data.upscale would enlarge it"
+                f"{image.width}x{image.height} pixels, below {below}; data.upscale would enlarge it"
             )
-        return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+        return np.asarray(ImageOps.fit(image, (shape.width, shape.height), Image.Resampling.LANCZOS))
 
-    def sound(self, index: int, size: int) -> tuple[int, np.ndarray]:
+    def sound(self, index: int, size: Size) -> tuple[int, np.ndarray]:
         """The first record from ``index`` on that can be used, and its pixels.
 
         Raises:
@@ -99,6 +120,24 @@ class CaptionedImages:
             except BadRecord as error:
                 self.left_out.add(record, name_of(self.files[record]), str(error))
         raise RecipeError(f"data.images: {self.source}: no image of it can be used")
+
+
+def size_at(images: CaptionedImages, record: int) -> Shape | None:
+    """How large an image is, by its header; None where it has none that can be read.
+
+    Raises:
+        ReadError: the disk does not give it.
+    """
+    item = images.files[record]
+    if isinstance(item, np.ndarray):
+        return Shape(*item.shape[:2])
+    try:
+        width, height = size_of(item if isinstance(item, Path) else item.open())
+    except Exception as error:  # Pillow raises many kinds on hostile files
+        if reason := why(error):
+            raise ReadError(f"data.images: {item}: {reason}; put it back") from error
+        return None
+    return Shape(height, width)
 
 
 def name_of(item: Picture | np.ndarray) -> str:
@@ -165,7 +204,7 @@ def look(images: CaptionedImages, records: Sequence[int]) -> None:
     images.left_out.check(len(records))
 
 
-def faults(images: CaptionedImages, size: int, threads: int | None = None) -> Iterator[tuple[str, str]]:
+def faults(images: CaptionedImages, size: Size, threads: int | None = None) -> Iterator[tuple[str, str]]:
     """Name of every record in turn, and why it is of no use at this size; an empty reason where it is."""
 
     def fault_of(record: int) -> tuple[str, str]:

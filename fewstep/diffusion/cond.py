@@ -12,6 +12,7 @@ from torch import Tensor, nn
 OWN = "null_"  # before the name of what a row brings for its own unconditional branch
 # Names of what a call reads as numbers: it stays on the host, which would wait for a device.
 HOST = ("lengths", "null_lengths", "shapes")
+SIZES = ("time_ids", "resolution", "aspect_ratio")  # of what says how large the image is
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,16 @@ class Cond:
 def unconditional(null: Cond, cond: Cond, rows: int) -> Cond:
     """The unconditional condition of some rows of ``cond``, in the shapes of theirs.
 
-    It is the null one; but what a row brings as ``null_NAME`` stands for its NAME, behind which it is padded, and what
-    the null one does not know, such as an image beside the text, is the row's own in both branches.
+    It is the null one; but what a row brings as ``null_NAME`` stands for its NAME, behind which it is padded. What the
+    null one does not know, such as an image beside the text, and the size of the image are the row's own in both
+    branches.
     """
     found = {name: value.expand(rows, *value.shape[1:]) for name, value in null.tensors.items()}
     for name, value in cond.tensors.items():
         if (own := cond.tensors.get(OWN + name)) is not None:
             found[name] = own if own.shape == value.shape else _padded(own, value.shape[1])
+        elif name in SIZES:
+            found[name] = value
         elif not name.startswith(OWN):
             found.setdefault(name, value)
     return Cond(found)

@@ -38,7 +38,7 @@ EMBEDDED = "embedded_guidance"  # name of the scale (B,) in the condition of a g
 
 NetCall = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
 Guide = Callable[[Tensor, Tensor, Guidance], Tensor]
-ImageOf = Callable[[Tensor, Cond], Tensor]
+ImageOf = Callable[[Tensor, Cond, Tensor], Tensor]
 
 
 def plainly(unconditional: Tensor, conditional: Tensor, guidance: Guidance) -> Tensor:
@@ -54,7 +54,7 @@ class Scalar(NamedTuple):
     scale: float = 0.1  # SANA-Sprint's, of a guidance scale
 
 
-def all_of_it(features: Tensor, cond: Cond | None = None) -> Tensor:
+def all_of_it(features: Tensor, cond: Cond | None = None, x_t: Tensor | None = None) -> Tensor:
     """A network whose blocks give the image apart from anything else."""
     return features
 
@@ -70,8 +70,9 @@ class NetDenoiser:
         null: one row of the null condition, for classifier-free guidance; None where there is none.
         example: one row of any condition, for a trial call; by default the null one.
         guide: how the two predictions of guidance become one, where the stock pipeline does more than :func:`plainly`.
-        image_of: the image's part of what a block gives in a call with this condition, (B, n, D) of (B, m, D) tokens or
-            a whole map; all of it by default. image_first: of blocks that give the tokens of image and text apart.
+        image_of: the image's part of what a block gives in a call with this condition and x_t, (B, n, D) of (B, m, D)
+            tokens or a whole map; all of it by default.
+        image_first: of blocks that give the tokens of image and text apart.
         embeds_guidance: a network distilled from a guided one, which is told the scale as ``cond[EMBEDDED]``: the
             guidance it is called with, or ``embedded`` where that is 1, as students and critics are called.
         autocast: dtype of the network's arithmetic, or None for the weights' own. x_t and x0 stay fp32.

@@ -32,8 +32,8 @@ def _image_of(output, first: bool = False) -> Tensor:
     return output[1] if not first and len(output) > 1 and isinstance(output[1], Tensor) else output[0]
 
 
-def _tokens(denoiser: NetDenoiser, cond: Cond, output) -> Tensor:
-    return denoiser.image_of(_image_of(output, denoiser.image_first), cond)
+def _tokens(denoiser: NetDenoiser, cond: Cond, x_t: Tensor, output) -> Tensor:
+    return denoiser.image_of(_image_of(output, denoiser.image_first), cond, x_t)
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def tap_features(
     # A sharded module frees its gathered weights in a hook after its forward, so it has to finish.
     stop = not hasattr(denoiser.net, "unshard")
     with (
-        _taps(denoiser.net, names, stop, partial(_tokens, denoiser, cond), len(x_t)) as features,
+        _taps(denoiser.net, names, stop, partial(_tokens, denoiser, cond, x_t), len(x_t)) as features,
         suppress(_LastTap),
     ):
         denoiser.predict(x_t, t, cond)
@@ -116,7 +116,7 @@ class ConvHead(nn.Module):
     """Feature map (B, C, H, W) -> logits (B, 1); DMD2's head (arXiv 2405.14867, appendix).
 
     ``k = log2(H / 4)`` stages of Conv4x4 stride 2, GroupNorm, SiLU down to 4x4, one Conv4x4 to 1x1, one Conv1x1.
-    k comes from the actual map; sizes that do not halve down to 4x4 are pooled there.
+    k comes from the map of ``teacher.resolution``; sizes that do not halve down to 4x4 are pooled there.
     """
 
     def __init__(self, channels: int, height: int, width: int):
@@ -137,7 +137,10 @@ class ConvHead(nn.Module):
 
     def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
         last: Any = self.layers[-2]
-        return _logits(self.layers[:-2](x).flatten(1)[:, None], last.weight.flatten(1), last.bias, told)
+        x = self.layers[:-5](x)
+        if x.shape[2:] != (4, 4):  # a map of another shape than the head was made for
+            x = nn.functional.adaptive_avg_pool2d(x, 4)
+        return _logits(self.layers[-5:-2](x).flatten(1)[:, None], last.weight.flatten(1), last.bias, told)
 
 
 class TokenHead(nn.Module):
@@ -299,7 +302,8 @@ class Discriminator(nn.Module):
         self, denoiser: NetDenoiser, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Logits as of :meth:`logits` and x0 without gradient, by one forward; guidance takes one of the null too."""
-        with _taps(denoiser.net, self.taps, False, partial(_tokens, denoiser, cond), len(x_t)) as features:
+        found = partial(_tokens, denoiser, cond, x_t)
+        with _taps(denoiser.net, self.taps, False, found, len(x_t)) as features:
             made = denoiser.predict(x_t, t, cond).detach()
         if guidance != 1.0:
             with torch.no_grad():

@@ -13,6 +13,7 @@ import torch
 
 from fewstep.errors import FewstepError
 from fewstep.evaluation.stock import RECORD, floor_sampler, free_u
+from fewstep.shape import Size
 from fewstep.teachers import load_pipeline
 from fewstep.teachers.origin import Origin
 from fewstep.teachers.pipelines import (
@@ -55,13 +56,13 @@ class Model:
         pipe: the diffusers pipeline, on its device.
         about: JSON-ready names: `pipeline`, `lora`, `network`, whichever were given.
         record: `fewstep.json` of an export, or None.
-        size: pixels of its images, or None for the pipeline's own.
+        size: of its images, or None for the pipeline's own.
     """
 
     pipe: Any
     about: dict[str, str]
     record: dict[str, Any] | None = None
-    size: int | None = None
+    size: Size | None = None
 
     def __post_init__(self):
         self.scheduler = getattr(self.pipe, "scheduler", None)  # pipelines of tokens have none
@@ -225,7 +226,7 @@ def open_model(
     network: str | None = None,
     dtype: str = "float32",
     device: str = "cpu",
-    size: int | None = None,
+    size: Size | None = None,
 ) -> Model:
     """Loads what is to be measured, by stock diffusers.
 
@@ -235,7 +236,7 @@ def open_model(
         lora: an export of fewstep (or the run that holds one), or a LoRA file in diffusers' format.
         network: safetensors file (or a .bin that is read as weights only) with another state dict of the
             denoiser, as DMD2 publishes.
-        dtype: of the weights. device: where to. size: pixels of its images, which a schedule may depend on.
+        dtype: of the weights. device: where to. size: of its images, which a schedule may depend on.
 
     Raises:
         FewstepError: nothing there, not loadable, or weights that do not fit.

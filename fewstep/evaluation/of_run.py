@@ -23,6 +23,7 @@ from ..diffusion.rng import Rng
 from ..export.load import read_record
 from ..export.target import tell_measured
 from ..files import write, write_json
+from ..shape import Shape, Size
 from ..teachers.base import Teacher
 from .floor import calibrate
 from .gallery import for_terminal, results_table
@@ -168,8 +169,8 @@ def _reconstruct(
             save_png(image, folder / f"{i:06d}.png")
 
 
-def real_images(images: CaptionedImages, size: int, name: str) -> Any:
+def real_images(images: CaptionedImages, size: Size, name: str) -> Any:
     """All of them at the size of the samples."""
-    if isinstance(images.files, np.ndarray) and images.files.shape[1] == size:
+    if isinstance(images.files, np.ndarray) and images.files.shape[1:3] == Shape.of(size):
         return ArrayImages(images.files, name)
     return ArrayImages(np.stack([images.load(i, size) for i in range(len(images.files))]), name)

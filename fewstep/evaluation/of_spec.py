@@ -23,6 +23,7 @@ from fewstep.evaluation.yardstick import Yardstick, write_json
 from fewstep.files import replacing, write
 from fewstep.report.grid import image_grid
 from fewstep.report.rows import row_name
+from fewstep.shape import Shape, Size
 
 SHOWN = 8  # images of each row, and as many of prompts that name a real one
 
@@ -225,10 +226,29 @@ def _save_grid(path: Path, images: Any, yardstick: Yardstick) -> None:
     for i in shown(yardstick):
         (batch,) = FirstImages(images, 1, after=i).batches(1)
         tile = Image.fromarray(batch[0].numpy())
-        tile.thumbnail((256, 256))
+        tile.thumbnail(LARGEST)
         tiles.append(np.asarray(tile))
     with replacing(path, durable=False) as part:
-        image_grid(np.stack(tiles), SHOWN, scale=max(1, 96 // tiles[0].shape[1])).save(part)
+        image_grid(np.stack(tiles), SHOWN, scale=_scale(tiles[0].shape[1])).save(part)
+
+
+LARGEST = (256, 256)  # pixels of an image in a grid
+
+
+def _scale(width: int) -> int:
+    return max(1, 96 // width)
+
+
+def _cell(size: Size | None) -> dict[str, list[int]]:
+    """How large images of this size are in a grid, where they are no squares."""
+    from PIL import Image
+
+    shape = Shape.of(size or 1)
+    if shape.height == shape.width:
+        return {}
+    tile = Image.new("L", (shape.width, shape.height))
+    tile.thumbnail(LARGEST)
+    return {"cell": [side * _scale(tile.width) for side in (tile.height, tile.width)]}
 
 
 def _write(
@@ -253,6 +273,7 @@ def _write(
         "named": len(yardstick.named),
         "prompts": [yardstick.captions[i] for i in shown(yardstick)],
         "columns": SHOWN,
+        **_cell(spec.size),
         "real": describe(yardstick.real) if yardstick.real is not None else None,
         "protocol": yardstick.protocol.name if yardstick.protocol else None,
         "rows": table_rows,

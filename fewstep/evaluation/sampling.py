@@ -31,6 +31,7 @@ from fewstep.evaluation.statistics import table
 from fewstep.evaluation.stock import free_u_of
 from fewstep.files import check_place, create, replacing, sweep, write, write_json
 from fewstep.report.bar import Bar
+from fewstep.shape import Shape, Size
 from fewstep.teachers.generate import call_pipeline
 from fewstep.teachers.lengths import too_long
 from fewstep.teachers.pipelines import check_size, size_options
@@ -50,7 +51,7 @@ class Job:
         steps: of the solver. solver: see `Model.prepare`. guidance: scale, or None for the model's own.
         seed: sample i uses `seed + i`.
         per_prompt: images of each prompt, in a row.
-        size: height and width in pixels, or None for the pipeline's own.
+        size: pixels of a square's side, or height and width; None for the pipeline's own.
         rounding: from 0..1 times 255 to uint8: "nearest", or "truncate" as the DMD2 protocols do.
         layout: "flat" or "geneval".
         timesteps: `steps` falling times of the network's calls, or None for the scheduler's own.
@@ -61,7 +62,7 @@ class Job:
     guidance: float | None = None
     seed: int = 0
     per_prompt: int = 1
-    size: int | None = None
+    size: Size | None = None
     rounding: str = "nearest"
     layout: str = "flat"
     timesteps: tuple[int, ...] | None = None
@@ -76,7 +77,7 @@ class Job:
 
         if not 0 <= self.seed < 2**62:
             raise FewstepError(f"--seed is {self.seed}, expected 0 or more, below 2^62")
-        if self.size is not None and self.size < 1:
+        if self.size is not None and min(Shape.of(self.size)) < 1:
             raise FewstepError(f"--size is {self.size}, expected a number of pixels from 1 on")
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise FewstepError(f"--guidance is {self.guidance}, expected a number that is finite")

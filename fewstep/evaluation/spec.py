@@ -94,7 +94,7 @@ class Spec:
     num: int | None = None
     per_prompt: int = 1
     seed: int = 0
-    size: int | None = None
+    size: int | list[int] | None = None
     rounding: str = "nearest"
     real: str | ImageSource | None = None
     protocol: str | None = None
@@ -190,6 +190,9 @@ def _fields(cls: type, data: Any, where: str) -> dict[str, Any]:
         elif "dict" in kind:
             texts = isinstance(value, dict) and all(type(x) is str for pair in value.items() for x in pair)
             _check(texts, f"{where}{name} is {value!r}", "a mapping of texts to texts")
+        elif "list" in kind and isinstance(value, list):
+            two = [type(item) for item in value] == [int, int]
+            _check(two, f"{where}{name} is {value!r}", "a number, or a height and a width")
         elif value is None:
             _check("None" in kind, f"{where}{name} is null", "a value")
         else:

@@ -22,6 +22,7 @@ from fewstep.evaluation.sampling import check_num
 from fewstep.evaluation.spec import Spec
 from fewstep.evaluation.tokens import Tokens, tokens_of
 from fewstep.files import write
+from fewstep.shape import Shape, Size
 from fewstep.vision.extractor import Extractor
 from fewstep.vision.extractors import DEFAULT, get_extractor
 from fewstep.vision.scores import get_scorer
@@ -145,8 +146,8 @@ class Yardstick:
 class Coming(ImageSource):
     """Images that are still to be made: how many, and of which size."""
 
-    def __init__(self, count: int, size: int):
-        self.name, self.count, self.sizes = "the samples", count, {(size, size)}
+    def __init__(self, count: int, size: Size):
+        self.name, self.count, self.sizes = "the samples", count, {Shape.of(size)}
 
     def __len__(self) -> int:
         return self.count

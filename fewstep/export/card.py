@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ..shape import Shape
 from ..teachers.origin import RECORD
 from ..teachers.pipelines import EDITING
 from . import comfyui
@@ -318,7 +319,17 @@ def _about_sampling(record: Mapping[str, Any]) -> list[str]:
             about.append(
                 f"With {steps} {_plural(int(steps))}, which it was trained for too: `pipe(..., {call})`."
             )
+    if "shapes" in record:
+        about.append(
+            f"Trained at {_sizes(record['shapes'])} pixels; `height=` and `width=` of the call choose."
+        )
     return [*about, "", _about_more(record)]
+
+
+def _sizes(shapes: list[Any]) -> str:
+    """Height by width."""
+    *others, last = [str(Shape.of(one)).replace("x", " x ") for one in shapes]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _where_times_are(record: Mapping[str, Any]) -> str:

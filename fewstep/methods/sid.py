@@ -135,7 +135,6 @@ class SiD(Method):
             self.weight = "1-sigma" if isinstance(schedule, Flow) else "l1"
         self.generator_times = config.generator_times.on(schedule, critic=False)
         self.critic_times = config.critic_times.on(schedule, critic=True)
-        self.pixels = math.prod(self.latent_shape)
         for i, (kappa, view) in enumerate(zip(self.kappas, (critic, critic, critic, self.teacher)), 1):
             check_guidance(f"kappa{i}", kappa, view)
         if config.gan_weight > 0:
@@ -182,7 +181,8 @@ class SiD(Method):
             told = objectives.discrimination(real, fake, torch.ones_like(t), objectives.finite_rows(x0))
             # On EDM SiDA weighs it as the critic's error, but all levels of a batch by the mean of their weights.
             size = objectives.denoising_weight("edm", schedule, t).mean().to(told) if kind == "edm" else 1.0
-            losses["discriminator"] = self.config.discriminator_weight / self.pixels * size * told
+            entries = math.prod(batch.shape[1:])
+            losses["discriminator"] = self.config.discriminator_weight / entries * size * told
         return losses
 
     def generator_loss(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..shape import Shape
+
 LEGIBLE = 192  # pixels of an image's side from which its prompt has room below
 
 
@@ -125,25 +127,27 @@ def _enlarged(image: np.ndarray, scale: int) -> Image.Image:
     return Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
 
 
-def cells(size: tuple[int, int], columns: int) -> list[tuple[int, int, int, int]]:
+def cells(size: tuple[int, int], columns: int, cell: Shape | None = None) -> list[tuple[int, int, int, int]]:
     """Where the images of a grid are, row by row: (left, top, right, bottom) in pixels.
 
     Args:
-        size: of a grid of square images without texts. columns: of the grid.
+        size: of a grid of images without texts, (width, height). columns: of the grid. cell: size of an image in it;
+            None is whatever square fits.
 
     Returns:
         Nothing where the grid is none of these; places of a last row that is shorter are among them.
     """
     width, height = size
-    for side in range(width // max(columns, 1), 0, -1):
-        gap = _gap(side)
-        if columns * (side + gap) + gap == width:
-            rows, rest = divmod(height - gap, side + gap)
+    squares = (Shape.of(side) for side in range(width // max(columns, 1), 0, -1))
+    for one in squares if cell is None else [cell]:
+        gap = _gap(min(one))
+        if columns * (one.width + gap) + gap == width:
+            rows, rest = divmod(height - gap, one.height + gap)
             places = [
-                (gap + i % columns * (side + gap), gap + i // columns * (side + gap))
+                (gap + i % columns * (one.width + gap), gap + i // columns * (one.height + gap))
                 for i in range(rows * columns)
             ]
-            return [(x, y, x + side, y + side) for x, y in places] if not rest else []
+            return [(x, y, x + one.width, y + one.height) for x, y in places] if not rest else []
     return []
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ..files import read_text, write
+from ..shape import Shape
 from .chart import curves
 from .formats import brief, drawable, duration, pretty
 from .grid import cells
@@ -117,7 +118,7 @@ def _slider(folder: Path, run: dict, rows: list[dict]) -> str:
         names["student"] = f"student, {steps_of(int(steps))}"
     sheets = ""
     for kind, path in sides.items():
-        tiles = _cut(path, about.get("columns"), len(prompts))
+        tiles = _cut(path, about, len(prompts))
         if not tiles:
             return ""
         figures = "".join(
@@ -201,7 +202,7 @@ def _by_prompt(folder: Path, evaluation: dict, rows: list[dict]) -> str:
     grids = [(row, _inside(folder / "eval", row.get("grid"))) for row in rows]
     # A reference, such as the autoencoder's reconstructions, is of other images.
     asked = [(row, path) for row, path in grids if row["kind"] != "reference"]
-    cut = [(row, _cut(path, evaluation.get("columns"), len(prompts))) for row, path in asked]
+    cut = [(row, _cut(path, evaluation, len(prompts))) for row, path in asked]
     cut = [(row, tiles) for row, tiles in cut if tiles]
     if not prompts or not cut:
         figures = "".join(_figure(_load(path), pretty(row.get("name")), row["kind"]) for row, path in grids)
@@ -364,11 +365,17 @@ def _load(path: Path | None) -> Picture | None:
         return None
 
 
-def _cut(path: Path | None, columns: Any, count: int) -> list[Picture]:
-    """The first images of a grid, each by itself; none of what is no whole grid with so many."""
+def _cut(path: Path | None, about: dict, count: int) -> list[Picture]:
+    """The first images of a grid, each by itself; none of what is no whole grid with so many.
+
+    Args:
+        about: its ``columns``, and where its images are no squares their ``cell``, (height, width).
+    """
+    columns, cell = about.get("columns"), _list(about, "cell")
+    shape = Shape(*cell) if [type(side) for side in cell] == [int, int] and min(cell) > 0 else None
     try:
         with Image.open(path or "") as image:
-            boxes = cells(image.size, columns if isinstance(columns, int) else 0)[:count]
+            boxes = cells(image.size, columns if isinstance(columns, int) else 0, shape)[:count]
             whole = len(boxes) == count
             return [_embedded(image.crop(box), MAX_TILE) for box in boxes] if whole else []
     except UNREADABLE:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..data.batches import Rows
+from ..data.buckets import Part, Rows
 from ..data.cache import encode_images, encode_prompts
 from ..data.images import CaptionedImages
 from ..data.live import Live, LiveImages
@@ -25,6 +25,7 @@ from ..vision.perceptual import distance_of
 from ..vision.reward import load_reward, of_latents
 from . import starts
 from .checks import check_gain
+from .shapes import parts_of, stream
 
 # What methods want beside a teacher (:meth:`Method.wants`), of their options, the teacher and the prompts.
 TOOLS: dict[str, Callable[[Any, Teacher, list[str]], Any]] = {
@@ -102,10 +103,10 @@ def encode(
     found: dict[str, Rows] = {"conditions": conditions(prompts)}
     if images is not None and "images" in needs:
         found["captions"] = found["conditions"] if images.captions == prompts else conditions(images.captions)
-        if recipe.data.cache_images is False:
-            found["latents"] = LiveImages(teacher, images)
-        else:
-            found["latents"] = encode_images(teacher, images, quiet=quiet, process=process)
+        for view, part in parts_of(recipe, teacher, images):
+            live = recipe.data.cache_images is False
+            rows = LiveImages(view, part) if live else encode_images(view, part, quiet=quiet, process=process)
+            found |= {"latents": rows} if part.of is None else {stream(view.shape): Part(rows, part.of)}
     if "pairs" in needs:
         pairs = found["pairs"] = load_pairs(recipe.data.pairs)
         check_pairs(pairs, teacher, guidance_of(recipe.method), quiet)

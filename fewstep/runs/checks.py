@@ -24,6 +24,7 @@ from ..teachers.origin import Origin
 from ..teachers.references import check_references
 from ..training.roles import Role
 from .library import recipe_files
+from .shapes import check_method
 from .trackers import check_trackers
 
 
@@ -185,6 +186,7 @@ def check_class(recipe: Recipe, prompts: Sequence[str] = (), images: CaptionedIm
     check_origin(origin)
     adapter, wanted = adapters()[found], recipe.method_class.teacher_kind
     _check_references(recipe, adapter, prompts, images)
+    check_method(recipe, adapter)
     if adapter.kind != wanted:
         raise RecipeError(
             f"method.name: {recipe.method_class.name} distills {wanted} teachers, and {recipe.teacher.path} is "

@@ -26,6 +26,7 @@ from ..files import Need, existing
 from ..methods.base import Method
 from ..recipe import Recipe
 from ..teachers.base import Teacher
+from .shapes import parts_of
 
 
 def to_encode(
@@ -35,13 +36,17 @@ def to_encode(
     needs = recipe.method_class.needs(recipe.method)
     found = [] if recipe.data.cache_prompts is False else texts_to_encode(recipe, teacher, prompts, images)
     if images is not None and "images" in needs and recipe.data.cache_images is not False:
-        found.append(_need_of_images(teacher, images))
+        found += _needs_of_images(recipe, teacher, images)
     return found
 
 
-def _need_of_images(teacher: Teacher, images: CaptionedImages) -> Need:
-    folder = images_folder(teacher, images)
-    return Need("images", PLACE, folder, len(rows_to_make(folder, len(images))) * latent_bytes(teacher))
+def _needs_of_images(recipe: Recipe, teacher: Teacher, images: CaptionedImages) -> list[Need]:
+    found = []
+    for view, part in parts_of(recipe, teacher, images):
+        folder = images_folder(view, part)
+        size = len(rows_to_make(folder, len(part))) * latent_bytes(view)
+        found.append(Need("images", PLACE, folder, size))
+    return found
 
 
 def texts_to_encode(
@@ -67,7 +72,8 @@ def beside(
         found["cache_prompts"] = sum(need.size for need in texts) / 1e9
     if data.cache_images is None:
         used = images is not None and "images" in recipe.method_class.needs(recipe.method)
-        found["cache_images"] = _need_of_images(teacher, images).size / 1e9 if used and images else 0.0
+        needs = _needs_of_images(recipe, teacher, images) if used and images is not None else []
+        found["cache_images"] = sum(need.size for need in needs) / 1e9
     return {name: gb if gb > data.cache_gb else 0.0 for name, gb in found.items()}
 
 

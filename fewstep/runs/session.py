@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from .. import export, extensions
 from .. import recipe as recipes
-from ..data.batches import Ahead, Batches, Rows
+from ..data.batches import Ahead, Batches
+from ..data.buckets import Part, Rows
 from ..data.images import CaptionedImages
 from ..data.places import PLACE
 from ..data.store import Store
@@ -39,6 +40,7 @@ from .build import TOOLS, build, encode, on_pixels
 from .checks import check_best, check_class, check_data, check_length, check_output, check_space
 from .disk import beside, to_encode
 from .preview import Preview
+from .shapes import buckets_of, check_shapes, look, shapes_of
 from .starts import check_starts
 from .summary import hardware, memory, versions
 from .trackers import Trackers
@@ -264,6 +266,8 @@ class Session:
     ):
         self.process, self.folder = process, Path(recipe.output)
         self.teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
+        check_shapes(recipe, self.teacher)
+        look(recipe, images, process)
         self.inputs = inputs.inputs_of(recipe, self.teacher, prompts, images)
         if begun:
             inputs.check_inputs(self.folder, self.inputs, recipe, meant)
@@ -292,15 +296,7 @@ class Session:
         live = recipe.data.cache_prompts is False
         with_vae = on_pixels(recipe) or recipe.data.cache_images is False or (live and self.teacher.edits)
         self.teacher.drop_encoders(vae=not with_vae, texts=not live)
-        data = Batches(
-            latent_shape=self.teacher.latent_shape,
-            batch_size=recipe.train.batch_size,
-            per_iteration=recipe.train.accumulate * process.world,
-            seed=recipe.train.seed,
-            device=process.device,
-            **encoded,
-        )
-        self.ahead = Ahead(data)
+        self.ahead = Ahead(self._batches(encoded))
         self.trainer = Trainer(
             self.method,
             self.roles,
@@ -310,6 +306,18 @@ class Session:
             process=process,
             on_sample=self._sample,
             on_save=self.preview.settle,
+        )
+
+    def _batches(self, encoded: dict[str, Rows]) -> Batches:
+        train, process = self.recipe.train, self.process
+        return Batches(
+            latent_shape=self.teacher.latent_shape,
+            batch_size=train.batch_size,
+            per_iteration=train.accumulate * process.world,
+            seed=train.seed,
+            device=process.device,
+            buckets=buckets_of(self.recipe, self.teacher, encoded),
+            **{name: rows for name, rows in encoded.items() if not isinstance(rows, Part)},
         )
 
     def _encode(
@@ -431,6 +439,7 @@ class Session:
             "guidance_scale": guidance_of(self.recipe.method),
             "trained_steps": self.trainer.progress.iteration,
             "prompt": self.export_prompts[0],
+            **({"shapes": [shape.said for shape in shapes]} if (shapes := shapes_of(self.recipe)) else {}),
         }
 
     def write_summary(self, report: bool = True) -> None:
@@ -470,6 +479,8 @@ def cache(recipe: Recipe) -> dict[str, Store]:
     check_class(recipe, prompts, images)
     process = start(recipe.train.device)
     teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
+    check_shapes(recipe, teacher)
     check_room(to_encode(recipe, teacher, prompts, images), f"or set {PLACE} to another disk")
     stores = encode(recipe, teacher, prompts, images, process)
-    return {name: store for name, store in stores.items() if isinstance(store, Store)}
+    plain = {name: rows.store if isinstance(rows, Part) else rows for name, rows in stores.items()}
+    return {name: store for name, store in plain.items() if isinstance(store, Store)}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..diffusion.cond import Cond
 from ..errors import FewstepError
+from ..shape import Shape, Size
 from ..tokens.codes import CodebookDenoiser, nearest_code
 from ..tokens.pipeline import AutoregressivePipeline, LlamaGenPipeline, VARPipeline, decode_codes
 from .base import Teacher
@@ -37,7 +38,7 @@ class Autoregressive(Teacher):
         self,
         pipe: AutoregressivePipeline,
         source: str,
-        resolution: int | None = None,
+        resolution: Size | None = None,
         autocast: torch.dtype | None = None,
         attention: str = "auto",
     ):
@@ -48,13 +49,21 @@ class Autoregressive(Teacher):
                 component.requires_grad_(False).eval()
         self.net = pipe.transformer
         self.encoders = ("text_encoder",) if pipe.text_encoder is not None else ()
-        self.latent_shape = (pipe.num_tokens, pipe.codes.shape[1])
         self.denoiser = pipe.teacher(autocast, attention)
-        self.resolution = pipe.resolution
-        if resolution not in (None, self.resolution):
+        self.shape = Shape.of(pipe.resolution)
+        if resolution is not None:
+            self.check_shape(Shape.of(resolution))
+
+    def check_shape(self, shape: Shape, field: str = "teacher.resolution") -> None:
+        if shape != self.shape:
             raise FewstepError(
-                f"teacher.resolution: {resolution}: this teacher's map of tokens is for {self.resolution} pixels"
+                f"{field}: {shape.said}: this teacher's map of tokens is for {self.resolution} pixels"
             )
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(n, C): tokens, and the entries of a code."""
+        return (self.pipe.num_tokens, self.pipe.codes.shape[1])
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         return self.pipe.encode_prompt(prompts)

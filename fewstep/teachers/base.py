@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -17,13 +18,14 @@ from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Guidance, NetDenoiser, plainly
 from ..diffusion.solvers import ddim
 from ..errors import FewstepError
+from ..shape import Shape, Size
 from .origin import Origin
 from .pipelines import (
     SIDES,
     class_of,
     encoding,
     fix_shift,
-    native_resolution,
+    native_shape,
     pixels_per_latent,
     size_options,
     takes,
@@ -46,7 +48,7 @@ class Teacher:
             "autoregressive" for token models. solver: of pairs and their steps, by default. floor: whether there are
             solvers that sample it in few steps without training.
         pipe: the stock pipeline, frozen. denoiser: its network as a :class:`~fewstep.diffusion.denoiser.NetDenoiser`.
-        latent_shape: (C, H, W) of one sample. packing: latents along the side of what a network takes as one token
+        shape: of its images, in pixels. packing: latents along the side of what a network takes as one token
             already packed (Flux). patch: the same, of what it packs itself. shifts_latents: whether the stock pipeline
             reads the VAE's ``shift_factor``. normalises: whether it reads ``latents_mean`` and ``latents_std`` of each
             channel, where the VAE has both, or its BatchNorm's. films: whether the VAE is one of films, to which an
@@ -88,7 +90,7 @@ class Teacher:
         self,
         pipe: Any,
         source: str,
-        resolution: int | None = None,
+        resolution: Size | None = None,
         autocast: torch.dtype | None = None,
         attention: str = "auto",
     ):
@@ -101,20 +103,10 @@ class Teacher:
         self.net: Any = getattr(pipe, self.network)  # with its `config`, `dtype` and the like
         _without_dropout(self.net)
         self.prepare(self.net)
-        native, factor = native_resolution(pipe), pixels_per_latent(pipe)
-        size, unit = resolution or native, factor * self.packing * self.patch * self.folds
-        unit = math.lcm(unit, SIDES.get(class_of(pipe), 1))
-        if size % unit:
-            raise FewstepError(f"teacher.resolution: {size}: expected a multiple of {unit} for this pipeline")
-        if size != native and not size_options(pipe):
-            raise FewstepError(
-                f"teacher.resolution: {size}: a {type(pipe).__name__} makes images of {native} pixels only; leave "
-                "it null"
-            )
-        self.resolution = size
-        side = size // factor // self.folds
-        self.latent_shape: tuple[int, ...] = (self.net.config.in_channels // self.packing**2, side, side)
-        fix_shift(pipe, size)
+        self.shape = native_shape(pipe) if resolution is None else Shape.of(resolution)
+        self.check_shape(self.shape)
+        self.published = pipe.scheduler  # as it was loaded, whose shift may depend on the size
+        fix_shift(pipe, self.shape)
         kind = pipe.scheduler.config.get("prediction_type", "epsilon")
         kind = "flow_prediction" if is_flow(pipe.scheduler) else kind
         if kind not in PREDICTIONS:
@@ -133,7 +125,7 @@ class Teacher:
             self.example(),
             bool(self.net.config.get("guidance_embeds")),
             type(self).guide,
-            partial(type(self).image_of, self.positions // (self.packing * self.patch) ** 2),
+            partial(_image_of, type(self), (self.packing * self.patch) ** 2),
             self.image_first,
         )
 
@@ -145,6 +137,55 @@ class Teacher:
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditions of prompts, exactly as the stock pipeline computes them; len(prompts) rows."""
         raise NotImplementedError
+
+    def check_shape(self, shape: Shape, field: str = "teacher.resolution") -> None:
+        """Refuses what the network, its VAE or the stock call does not make.
+
+        Raises:
+            FewstepError: naming the recipe's field.
+        """
+        unit = pixels_per_latent(self.pipe) * self.packing * self.patch * self.folds
+        unit = math.lcm(unit, SIDES.get(class_of(self.pipe), 1))
+        native = native_shape(self.pipe)
+        if shape.height % unit or shape.width % unit:
+            raise FewstepError(f"{field}: {shape.said}: expected a multiple of {unit} for this pipeline")
+        if shape != native and not size_options(self.pipe):
+            raise FewstepError(
+                f"{field}: {shape.said}: a {type(self.pipe).__name__} makes images of {native.said} pixels only; leave "
+                "it null"
+            )
+
+    def at(self, shape: Shape) -> Teacher:
+        """The same weights for images of another shape: latents, conditions of size, and samples of its own.
+
+        A stock call shifts its times by the size of the image, so whatever the teacher itself samples (a grid's row,
+        any solver) has the shift of this shape. A student has one list of times, that of ``teacher.resolution``: its
+        export's scheduler holds one, whatever the size of a call, and so it is trained at these in all shapes.
+        """
+        if shape == self.shape:
+            return self
+        view = copy(self)
+        view.shape, view.pipe = shape, copy(self.pipe)
+        view.pipe.scheduler = self.published
+        fix_shift(view.pipe, shape)
+        view.denoiser = copy(self.denoiser)
+        view.denoiser.schedule = schedule_of(view.pipe.scheduler)
+        return view
+
+    def sizes(self, rows: int) -> dict[str, Tensor]:
+        """What the network is told of the size of its image, beside latents of that size: conditions by name, of
+        :data:`~fewstep.diffusion.cond.SIZES`. They are not of the prompt, so that one cache serves all shapes."""
+        return {}
+
+    def sized(self, cond: Cond) -> Cond:
+        """Conditions with what they are told of this shape."""
+        told = self.sizes(len(cond))
+        device = next((value.device for value in cond.tensors.values()), None)
+        return (
+            Cond({**cond.tensors, **{name: value.to(device) for name, value in told.items()}})
+            if told
+            else cond
+        )
 
     @staticmethod
     def prepare(net: Any) -> None:
@@ -272,7 +313,7 @@ class Teacher:
 
     def _at_once(self) -> int:
         """Images that the VAE takes at a time: one of 1024 px needs some 4 GB in fp32."""
-        return max(1, 1024**2 // self.resolution**2)
+        return max(1, 1024**2 // self.shape.area)
 
     # -------------------------------------------------------------------------------------------------- samples
     def sample(self, noise: Tensor, cond: Cond, steps: int, guidance: float) -> Tensor:
@@ -307,6 +348,17 @@ class Teacher:
     def place(self) -> str:
         """Its source for those who read it elsewhere: of a folder or file the whole path."""
         return Origin(self.source).placed().path
+
+    @property
+    def resolution(self) -> int | list[int]:
+        """Its shape as a recipe and a record say it."""
+        return self.shape.said
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one sample."""
+        channels = self.net.config.in_channels // self.packing**2
+        return (channels, *self.shape.over(pixels_per_latent(self.pipe)).over(self.folds))
 
     @property
     def positions(self) -> int:
@@ -371,6 +423,11 @@ class Teacher:
     @property
     def lora_prefix(self) -> str:
         return self.network
+
+
+def _image_of(cls: type[Teacher], latents: int, features: Tensor, cond: Cond, x_t: Tensor) -> Tensor:
+    """As :meth:`Teacher.image_of`, of as many tokens as x_t has, each of so many ``latents``."""
+    return cls.image_of(math.prod(x_t.shape[2:]) // latents, features, cond)
 
 
 def _without_dropout(net: nn.Module) -> None:

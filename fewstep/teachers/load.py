@@ -15,6 +15,7 @@ from ..diffusion import kernels
 from ..errors import FewstepError, in_line
 from ..extensions import plugins
 from ..files import at_home
+from ..shape import Size
 from .base import Teacher
 from .folders import absent_parts, check_index, check_parts, check_pipeline_folder
 from .origin import Origin, check_loras, merge_loras
@@ -309,7 +310,7 @@ def load_teacher(
     source: str,
     *,
     dtype: str = "float32",
-    resolution: int | None = None,
+    resolution: Size | None = None,
     autocast: str | None = None,
     attention: str = "auto",
     device: torch.device | str = "cpu",
@@ -320,7 +321,8 @@ def load_teacher(
     Args:
         source: what ``DiffusionPipeline.from_pretrained`` takes, a ``.safetensors`` file, or ``builtin:emoji-xl``.
         dtype: of the frozen weights, "float32" or "bfloat16"; the VAE stays in float32.
-        resolution: pixels; default the pipeline's own. autocast: dtype of the networks' arithmetic, "auto" or None.
+        resolution: pixels of a square's side, or height and width; default the pipeline's own.
+        autocast: dtype of the networks' arithmetic, "auto" or None.
         attention: kernel, see :class:`~fewstep.recipe.TeacherConfig`. device: where it will be, for which ``auto`` is
             decided.
         weights: variant, config and loras, see :class:`~fewstep.recipe.TeacherConfig`.

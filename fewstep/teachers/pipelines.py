@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..errors import FewstepError
+from ..shape import Shape, Size
 from .schedulers import BY_STEPS, shifted
 
 
@@ -32,27 +33,20 @@ def pixels_per_latent(pipe: Any) -> int:
 ONE_SIZE = ("HiDreamImagePipeline",)  # whose call scales every size to the area of its network's
 # Which the code of their calls says alone.
 NATIVE = dict.fromkeys(("ZImagePipeline", "Krea2Pipeline", "QwenImage21Pipeline"), 1024)
-SIDES = {"QwenImage21Pipeline": 32}  # pixels, of whose multiples an image is; others its call rounds down
+# Pixels, of whose multiples an image is; others the calls round down, or refuse.
+SIDES = {"QwenImage21Pipeline": 32, "SanaPipeline": 32}
 UNPACKED = ("QwenImage21Pipeline",)  # whose network takes each latent as a token
 
 
-def native_resolution(pipe: Any) -> int:
-    """Pixels along a side of what the stock pipeline makes by default.
-
-    Raises:
-        FewstepError: its images are not square.
-    """
+def native_shape(pipe: Any) -> Shape:
+    """What the stock pipeline makes by default."""
     if type(pipe).__name__ in NATIVE:
-        return NATIVE[type(pipe).__name__]
+        return Shape.of(NATIVE[type(pipe).__name__])
     size: Any = getattr(pipe, "default_sample_size", None) or network_of(pipe).config.sample_size
-    if not isinstance(size, int):
-        if len(set(size)) > 1:
-            raise FewstepError(f"{type(pipe).__name__}: sample_size {size}: expected square images")
-        size = size[0]
-    return int(size * pixels_per_latent(pipe))
+    return Shape(*(side * pixels_per_latent(pipe) for side in Shape.of(size)))
 
 
-def fix_shift(pipe: Any, resolution: int | None = None) -> None:
+def fix_shift(pipe: Any, size: Size | None = None) -> None:
     """Gives a scheduler whose shift depends on the size of the image the shift of this size, for good.
 
     The stock pipelines compute it anew in each call, from the number of tokens (Flux, SD3) and of steps (FLUX.2): then
@@ -62,7 +56,8 @@ def fix_shift(pipe: Any, resolution: int | None = None) -> None:
     if not config.get("use_dynamic_shifting"):
         return
     packed = 1 if class_of(pipe) in UNPACKED else getattr(pipe, "patch_size", 2)
-    tokens = ((resolution or native_resolution(pipe)) // pixels_per_latent(pipe) // packed) ** 2
+    shape = native_shape(pipe) if size is None else Shape.of(size)
+    tokens = shape.over(pixels_per_latent(pipe)).over(packed).area
     if class_of(pipe) == "Lumina2Pipeline":
         # Whose stock call takes the number of channels for that of tokens.
         tokens = network_of(pipe).config.in_channels
@@ -167,30 +162,31 @@ def own_guidance(pipe: Any) -> float:
     return default - how.beside if how.beside else default
 
 
-def check_size(pipe: Any, size: int) -> None:
-    """Refuses images of a side that the autoencoder's latents cannot have.
+def check_size(pipe: Any, size: Size) -> None:
+    """Refuses images of sides that the autoencoder's latents cannot have.
 
     Raises:
         FewstepError: what is expected.
     """
     if not takes(pipe, "height") or getattr(pipe, "vae", None) is None:
         return
-    if class_of(pipe) in ONE_SIZE and size != native_resolution(pipe):
+    shape, native = Shape.of(size), native_shape(pipe)
+    if class_of(pipe) in ONE_SIZE and shape != native:
         raise FewstepError(
-            f"--size {size}: a {class_of(pipe)} makes images of {native_resolution(pipe)} pixels only"
+            f"--size {shape.said}: a {class_of(pipe)} makes images of {native.said} pixels only"
         )
     # Stock pipelines ask for the 8.
     side = math.lcm(8, pixels_per_latent(pipe) * getattr(pipe, "patch_size", 1), SIDES.get(class_of(pipe), 1))
-    if size % side:
-        raise FewstepError(f"--size {size}: expected a multiple of {side} pixels")
+    if shape.height % side or shape.width % side:
+        raise FewstepError(f"--size {shape.said}: expected a multiple of {side} pixels")
 
 
-def size_options(pipe: Any, resolution: int | None = None) -> dict[str, Any]:
-    """Arguments of the stock pipeline's call for square images of this many pixels, by default its own."""
+def size_options(pipe: Any, size: Size | None = None) -> dict[str, Any]:
+    """Arguments of the stock pipeline's call for images of this size, by default its own."""
     if not takes(pipe, "height") or class_of(pipe) in ONE_SIZE:
         return {}
-    size = resolution or native_resolution(pipe)
-    options = {"height": size, "width": size}
+    shape = native_shape(pipe) if size is None else Shape.of(size)
+    options: dict[str, Any] = {"height": shape.height, "width": shape.width}
     if takes(pipe, "use_resolution_binning"):
         options["use_resolution_binning"] = False  # it would round to a size of the published models
     return options

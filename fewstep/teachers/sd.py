@@ -40,8 +40,10 @@ class StableDiffusionXL(Teacher):
     normalises = True
 
     def time_ids(self, rows: int) -> Tensor:
-        size = float(self.resolution)
-        return torch.tensor([[size, size, 0.0, 0.0, size, size]]).expand(rows, -1).contiguous()
+        """(rows, 6): what the stock call says of an image that was neither resized nor cropped: its height and width,
+        where the crop begins, height and width again."""
+        height, width = map(float, self.shape)
+        return torch.tensor([[height, width, 0.0, 0.0, height, width]]).expand(rows, -1).contiguous()
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
@@ -51,8 +53,10 @@ class StableDiffusionXL(Teacher):
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
-        ids = self.time_ids(len(embeds)).to(embeds.device)
-        return Cond({"embeds": embeds.float(), "pooled": pooled.float(), "time_ids": ids})
+        return self.sized(Cond({"embeds": embeds.float(), "pooled": pooled.float()}))
+
+    def sizes(self, rows: int) -> dict[str, Tensor]:
+        return {"time_ids": self.time_ids(rows)}
 
     def blank(self, rows: int) -> Cond:
         c, ids = self.net.config, self.time_ids(rows)

@@ -113,18 +113,17 @@ class PixArtAlpha(_Masked):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
-        return self._sized(self._encode(prompts))
+        return self.sized(self._encode(prompts))
 
     def blank(self, rows: int) -> Cond:
-        return self._sized(super().blank(rows))
+        return self.sized(super().blank(rows))
 
-    def _sized(self, cond: Cond) -> Cond:
+    def sizes(self, rows: int) -> dict[str, Tensor]:
         if not self.net.use_additional_conditions:
-            return cond
-        rows, device = len(cond), cond["embeds"].device
-        size = torch.tensor([[float(self.resolution)] * 2], device=device).expand(rows, -1)
-        ratio = torch.ones(rows, 1, device=device)
-        return Cond({**cond.tensors, "resolution": size.contiguous(), "aspect_ratio": ratio})
+            return {}
+        height, width = self.shape
+        size = torch.tensor([[float(height), float(width)]]).expand(rows, -1).contiguous()
+        return {"resolution": size, "aspect_ratio": torch.full((rows, 1), height / width)}
 
     @staticmethod
     def call(net: Any, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:

@@ -308,7 +308,7 @@ def test_killed_in_the_middle_of_a_shard_a_run_ends_alike(tiny_sdxl, tmp_path, s
         else:
             execute(recipe)
         session = Session(recipe, *check_data(recipe), Process(), begun=True)
-        assert isinstance(session.ahead.data.latents, LiveImages) == (kept == "false")
+        assert isinstance(session.ahead.data.buckets[0].latents, LiveImages) == (kept == "false")
         assert session.trainer.restore() and session.trainer.progress.iteration == 8
         ends[name] = {n: w.clone() for n, w in session.roles["student"].weights.items()}
     assert all(value.equal(ends["killed"][name]) for name, value in ends["straight"].items())
@@ -320,7 +320,10 @@ def test_the_size_of_images_chooses_too_and_the_vae_stays_with_them(
     words = ("--data.images", str(shards), "--data.max_bad", "0.2", "--method.gan_time_range", "[0.02, 0.98]")
     recipe = tiny("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, "--data.cache_gb", "0")
     session = Session(recipe, *check_data(recipe), Process())
-    assert isinstance(session.ahead.data.latents, LiveImages) and session.recipe.data.cache_images is False
+    assert (
+        isinstance(session.ahead.data.buckets[0].latents, LiveImages)
+        and session.recipe.data.cache_images is False
+    )
     assert "fewstep: note: images are encoded beside training" in capsys.readouterr().err
     assert not list(cache.rglob("*.safetensors"))
     batch = session.ahead.batch(0, 0)

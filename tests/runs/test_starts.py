@@ -502,6 +502,7 @@ def test_the_hash_of_a_recipe_knows_only_a_start_that_is_given(tiny_sd15, tmp_pa
         plain["data"]["cache_images"],
         plain["data"]["cache_gb"],
         plain["data"]["encoder_device"],
+        plain["data"]["shapes"],
         plain["teacher"]["variant"],
         plain["teacher"]["config"],
         plain["teacher"]["loras"],

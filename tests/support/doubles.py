@@ -20,7 +20,8 @@ from test_siblings import Spy as SiblingsSpy
 from test_sid import Spy as SidSpy
 
 from fewstep.cost.blank import Blank
-from fewstep.data.batches import Ahead, Batches, Data, Rows
+from fewstep.data.batches import Ahead, Batches, Data
+from fewstep.data.buckets import Rows
 from fewstep.data.pairs import Pairs
 from fewstep.data.store import Store
 from fewstep.diffusion.denoiser import Denoiser, NetDenoiser, ScheduleView

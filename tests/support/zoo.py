@@ -33,6 +33,7 @@ EDITS = (
 )
 UNET, EDM, EDM2 = ("mid_block",), ("model.dec.8x8_in0",), ("unet.dec.8x8_in0",)
 SD21 = {"prediction_type": "v_prediction", "use_linear_projection": True, "attention_head_dim": (1, 2)}
+ONE_SIZE = ("HiDream", "DiT", "UNet2D", "UNet2D by class", "EDM", "EDM2")  # whose stock calls make no other
 ZOO = {
     "SD 1.5": Kind("StableDiffusionPipeline", taps=UNET),
     "SD 2.1, v": Kind("StableDiffusionPipeline", SD21, taps=UNET),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-from zoo import ZOO
+from zoo import ONE_SIZE, ZOO
 
 from fewstep.cli import main
 from fewstep.diffusion.cond import Cond, unconditional
@@ -66,6 +66,25 @@ TRANSFORMERS = (*FLOWS, "PixArt-alpha", "PixArt-Sigma", "DiT")
 EDMS = ("EDM", "EDM2")
 IN_PIXELS = ("DiT", "UNet2D", "UNet2D by class")  # their pipelines give no latents
 PROMPTS = list(ZOO["SDXL"].prompts)
+SHOWN = (
+    "SDXL",
+    "FLUX.1-dev",
+    "Qwen-Image",
+    "Z-Image",
+    "Lumina 2",
+    "PixArt-alpha",
+)  # in another form than a square
+
+
+def in_every_form(*cases):
+    """Cases beginning with a name, of squares, then of other forms where the stock pipeline makes them."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    found = [(*case, "square") for case in cases]
+    for case in (case for case in cases if case[0] not in ONE_SIZE):
+        for form in ("wide", "tall"):
+            shown = case[0] in SHOWN and (form == "wide" or case[0] == "SDXL")
+            found.append(pytest.param(*case, form, marks=() if shown else pytest.mark.long))
+    return found
 
 
 def noise_for(teacher):
@@ -122,10 +141,10 @@ def test_schedule_and_prediction_are_the_schedulers(name, teachers):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-@pytest.mark.parametrize("name", ZOO)
-def test_x0_is_the_stock_pipelines_own_prediction(name, guidance, teachers, with_scheduler):
+@pytest.mark.parametrize("name, form", in_every_form(*ZOO))
+def test_x0_is_the_stock_pipelines_own_prediction(name, form, guidance, teachers, with_scheduler):
     """One Euler or DDIM step from the noisiest time to zero is the x0 prediction."""
-    teacher, prompts = teachers(name), ZOO[name].prompts
+    teacher, prompts = teachers(name, form), ZOO[name].prompts
     t, cond = torch.full((2,), teacher.denoiser.schedule.t_max), teacher.encode(prompts)
     if guidance != 1 and not ZOO[name].guided:
         with pytest.raises(FewstepError, match="no null condition"):
@@ -155,11 +174,11 @@ RUNS = [(n, s) for n, s in RUNS if n not in (*NEWER, "HiDream") or s == "ddim"] 
 RUNS += [("HiDream", "euler"), ("HiDream", "unipc")]
 
 
-@pytest.mark.parametrize("name, solver", RUNS)
+@pytest.mark.parametrize("name, solver, form", in_every_form(*RUNS))
 def test_our_sampler_reproduces_stock_sampling_with_the_same_scheduler(
-    name, solver, teachers, with_scheduler
+    name, solver, form, teachers, with_scheduler
 ):
-    teacher, prompts = teachers(name), ZOO[name].prompts
+    teacher, prompts = teachers(name, form), ZOO[name].prompts
     noise, before, cond = noise_for(teacher), teacher.pipe.scheduler, teacher.encode(prompts)
     scheduler, call = deepcopy(before), {"num_inference_steps": 3}
     if solver != "own":
@@ -177,10 +196,12 @@ def test_our_sampler_reproduces_stock_sampling_with_the_same_scheduler(
         torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["exponential", "linear"])
-def test_the_fixed_shift_is_that_of_the_stock_call(kind, teachers, with_scheduler):
+@pytest.mark.parametrize(
+    "kind, form", [("exponential", "square"), ("exponential", "wide"), ("linear", "tall")]
+)
+def test_the_fixed_shift_is_that_of_the_stock_call(kind, form, teachers, with_scheduler):
     """Flux's own scheduler gets it anew in each call, from the number of tokens."""
-    teacher, options = teachers("FLUX.1-dev"), {"use_dynamic_shifting": True, "time_shift_type": kind}
+    teacher, options = teachers("FLUX.1-dev", form), {"use_dynamic_shifting": True, "time_shift_type": kind}
     with_scheduler(teacher, FlowMatchEulerDiscreteScheduler(**options))
     expected = stock(teacher, PROMPTS, num_inference_steps=3, guidance_scale=2.0)
     fix_shift(teacher.pipe, teacher.resolution)
@@ -204,10 +225,10 @@ def test_a_solver_that_takes_no_grid_is_refused(name, solver, teachers):
         floor_sampler(solver, pipe, pipe.scheduler, 3)
 
 
-@pytest.mark.parametrize("name", NEWER)
-def test_every_step_of_a_guided_stock_call_is_ours(name, teachers, with_scheduler, tmp_path):
+@pytest.mark.parametrize("name, form", in_every_form(*NEWER))
+def test_every_step_of_a_guided_stock_call_is_ours(name, form, teachers, with_scheduler, tmp_path):
     """With the scheduler of its files: its prediction at each step, and where our own steps with it end."""
-    teacher, prompts, seen, grid = teachers(name), ZOO[name].prompts, [], np.linspace(1, 1 / 4, 4)
+    teacher, prompts, seen, grid = teachers(name, form), ZOO[name].prompts, [], np.linspace(1, 1 / 4, 4)
     kind = type(teacher.pipe.scheduler)
     published = kind.from_pretrained(teacher.source, subfolder="scheduler")
     step, cond, x = kind.step, teacher.encode(prompts), noise_for(teacher)
@@ -418,21 +439,28 @@ def test_packing_is_the_stock_pipelines(teachers):
     assert torch.equal(unpack(pack(latents), 16, 16), latents)
 
 
-@pytest.mark.parametrize("name", ["DiT", "UNet2D", "HiDream"])
+@pytest.mark.parametrize("name", ONE_SIZE)
 def test_a_size_that_the_stock_pipeline_cannot_make_is_refused(name, teachers):
-    with pytest.raises(FewstepError, match=r"makes images of .* pixels only; leave it null"):
-        load_teacher(teachers(name).source, resolution=64)
+    side = teachers(name).shape.height
+    for size in (4 * side, [side, 4 * side], [4 * side, side]):
+        said = re.escape(f"teacher.resolution: {size}: a ")
+        with pytest.raises(
+            FewstepError, match=rf"{said}\w+ makes images of {side} pixels only; leave it null"
+        ):
+            load_teacher(teachers(name).source, resolution=size)
 
 
 def test_an_image_that_packs_into_no_tokens_is_refused(teachers):
-    with pytest.raises(FewstepError, match=r"teacher.resolution: 34: expected a multiple of 4"):
-        load_teacher(teachers("FLUX.1-dev").source, resolution=34)
+    for size in (34, [32, 34], [34, 32]):
+        said = re.escape(f"teacher.resolution: {size}: expected a multiple of 4")
+        with pytest.raises(FewstepError, match=said):
+            load_teacher(teachers("FLUX.1-dev").source, resolution=size)
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_images_go_to_scaled_latents_and_back(name, teachers):
-    teacher = teachers(name)
-    shape, g = (2, *[teacher.resolution] * 2, 3), torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("name, form", in_every_form(*ZOO))
+def test_images_go_to_scaled_latents_and_back(name, form, teachers):
+    teacher = teachers(name, form)
+    shape, g = (2, *teacher.shape, 3), torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
     images[0, 0, 0] = torch.tensor([0, 128, 255])
     latents = teacher.latents(images, torch.Generator().manual_seed(0))
@@ -478,7 +506,7 @@ def test_images_go_to_scaled_latents_and_back(name, teachers):
         cover = decoded[:, 3:] / 2 + 0.5
         assert cover.std() > 0.01
         decoded = decoded[:, :3] * cover + 1 - cover
-    assert teacher.decode(latents).shape == (2, *[teacher.resolution] * 2, 3)
+    assert teacher.decode(latents).shape == shape
     expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
     assert (torch.tensor(teacher.decode(latents)).float() - expected).abs().max() <= 1
 

@@ -1,0 +1,247 @@
+"""Images of several shapes: which image belongs to which, and which shape an iteration has."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.data import buckets
+from fewstep.data.batches import Batches
+from fewstep.data.buckets import BLOCK, Bucket, Part, Turns, nearest, shares_of, split
+from fewstep.data.cache import encode_images, images_folder, sizes_of
+from fewstep.data.images import CaptionedImages, load_images
+from fewstep.data.live import LiveImages
+from fewstep.diffusion.cond import Cond, drop_rows, unconditional
+from fewstep.diffusion.rng import Rng
+from fewstep.errors import RecipeError
+from fewstep.shape import Shape
+
+WIDE, TALL, SQUARE = Shape(16, 32), Shape(32, 16), Shape(32, 32)
+SHAPES = [SQUARE, WIDE, TALL]
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        ((100, 100), SQUARE),
+        ((100, 141), SQUARE),  # nearer to 1 than to 2, by their quotient
+        ((100, 142), WIDE),
+        ((142, 100), TALL),
+        ((141, 100), SQUARE),
+        ((10, 999), WIDE),
+        ((999, 10), TALL),
+    ],
+)
+def test_an_image_belongs_to_the_shape_of_the_nearest_proportions(size, expected):
+    for order in (SHAPES, SHAPES[::-1]):
+        assert order[nearest(Shape(*size), order)] == expected
+
+
+def test_of_the_same_proportions_the_largest_that_the_image_covers():
+    shapes = [Shape(64, 96), Shape(128, 192), Shape(32, 48)]
+    assert [nearest(Shape(h, h * 3 // 2), shapes) for h in (20, 32, 64, 100, 128, 500)] == [2, 2, 0, 0, 1, 1]
+
+
+def test_every_turn_is_drawn_with_its_share_and_counted_among_its_own():
+    turns, shares, n = Turns(3, [1.0, 2.0, 5.0]), (1 / 8, 2 / 8, 5 / 8), 3 * BLOCK
+    found = [turns[i] for i in range(n)]
+    counts = [0, 0, 0]
+    for turn, earlier in found:
+        assert earlier == counts[turn]
+        counts[turn] += 1
+    for count, share in zip(counts, shares):
+        assert abs(count / n - share) < 4 * (share * (1 - share) / n) ** 0.5
+    again = Turns(3, [2.0, 4.0, 10.0])
+    assert [again[i] for i in (2 * BLOCK + 7, 5, n - 1)] == [found[i] for i in (2 * BLOCK + 7, 5, n - 1)]
+    for drawn in (buckets._drawn, buckets._before):
+        drawn.cache_clear()  # as in another process
+    assert [turns[i] for i in range(n)] == found
+    first = Rng(3, "shapes", 0).choice(BLOCK, [0, 1, 2], [1 / 8, 2 / 8, 5 / 8])
+    assert [turn for turn, _ in found[:BLOCK]] == first.tolist()
+    other = Turns(4, [1.0, 2.0, 5.0])
+    assert [other[i] for i in range(n)] != found
+    assert [Turns(3, [4.0])[i] for i in (0, 5, 9999)] == [(0, 0), (0, 5), (0, 9999)]
+
+
+def test_shares_are_those_given_or_as_the_images_are():
+    assert shares_of([3.0, 1.0], [None, None]) == [3.0, 1.0]
+    assert shares_of([None, None], [None, None]) == [1.0, 1.0]
+    assert shares_of([None, None], [Rows(5), Rows(2)]) == [5.0, 2.0]
+    assert shares_of([3.0, 1.0], [Rows(5), Rows(2)]) == [3.0, 1.0]
+
+
+class Rows:
+    """Numbers from ``first`` on, as latents of a shape and as conditions."""
+
+    def __init__(self, n, first=0, **more):
+        self.n, self.first, self.more = n, first, more
+
+    def __len__(self):
+        return self.n
+
+    def rows(self, index):
+        return {
+            "latents": (self.first + index).float().view(-1, 1, 1, 1),
+            "id": self.first + index,
+            **self.more,
+        }
+
+
+def batches(seed=0, batch_size=2, per_iteration=3):
+    """Images 0 to 4 are wide, 5 to 11 tall, and captions are numbered from 100 on."""
+
+    def sized(shape):
+        return lambda cond: Cond({**cond.tensors, "time_ids": torch.tensor([[*shape]]).expand(len(cond), -1)})
+
+    def told(name, latents, of, shape, share):
+        return Bucket((4, *shape), Part(latents, of), name, share, sized(shape))
+
+    several = [
+        told("images 2x4", Rows(5), torch.arange(5), (2, 4), 1.0),
+        told("images 4x2", Rows(7, first=5), torch.arange(5, 12), (4, 2), 3.0),
+    ]
+    captions, prompts = Rows(12, first=100), Rows(40, first=1000)
+    options = {"batch_size": batch_size, "per_iteration": per_iteration, "seed": seed}
+    return Batches(prompts, (4, 3, 3), captions=captions, buckets=several, **options)
+
+
+def test_an_iteration_has_one_shape_its_images_and_what_it_is_told():
+    data, seen = batches(), {(2, 4): [], (4, 2): []}
+    for iteration in range(60):
+        parts = [data.batch(iteration, micro) for micro in range(3)]
+        (shape,) = {part.shape for part in parts}
+        assert shape[:2] == (2, 4)
+        for part in parts:
+            sides = shape[2:]
+            for cond in (part.cond, part.real_cond, part.host["cond"], part.host["real_cond"]):
+                assert cond["time_ids"].tolist() == [list(sides)] * 2
+            real = part.real.flatten().long()
+            assert part.real_cond["id"].tolist() == (real + 100).tolist()
+            assert bool((real < 5).all()) == (sides == (2, 4)) and bool((real >= 5).all()) == (
+                sides == (4, 2)
+            )
+            seen[sides] += real.tolist()
+    for sides, (n, first) in {(2, 4): (5, 0), (4, 2): (7, 5)}.items():
+        found = seen[sides]
+        whole = len(found) // n * n  # every epoch of a shape has each of its images once
+        assert whole > n
+        for begin in range(0, whole, n):
+            assert sorted(found[begin : begin + n]) == list(range(first, first + n))
+    assert data.rows == {"prompts": 40, "images 2x4": 5, "images 4x2": 7}
+
+
+def test_batches_are_a_function_of_their_number_alone():
+    """In any order, and by any number of processes: rank r of w has micro-batch i w + r."""
+    data, order = batches(), [(i, m) for i in range(12) for m in range(3)]
+    plain = {key: data.batch(*key) for key in order}
+    for key in reversed(order):
+        one, other = batches().batch(*key), plain[key]
+        assert one.shape == other.shape and one.real.equal(other.real) and one.index.equal(other.index)
+        assert one.rng.normal(3).equal(other.rng.normal(3))
+
+
+def test_one_shape_is_what_there_was_before_there_were_several():
+    """Orders of images and prompts, so that runs from before go on with the bits they would have had."""
+    prompts, latents = Rows(9), Rows(6)
+    data = Batches(
+        prompts, (4, 2, 2), latents=latents, captions=Rows(6), batch_size=2, per_iteration=1, seed=5
+    )
+    order = Rng(5, "images", 0).permutation(6)
+    assert data.batch(1, 0).real.flatten().long().tolist() == order[2:4].tolist()
+    assert data.rows == {"prompts": 9, "images": 6} and data.batch(0, 0).shape == (2, 4, 2, 2)
+
+
+# ------------------------------------------------------------------------------------------------------- real images
+@pytest.fixture
+def pictures(tmp_path):
+    """Six pictures, of which two are wide, one tall, one of those too small for its shape, and one no picture."""
+    sizes = {"a": (40, 90), "b": (64, 64), "c": (90, 40), "d": (14, 28), "e": (50, 60), "f": (33, 66)}
+    with (tmp_path / "metadata.jsonl").open("w") as table:
+        for i, (name, (height, width)) in enumerate(sizes.items()):
+            Image.new("RGB", (width, height), (40 * i, 0, 0)).save(tmp_path / f"{name}.png")
+            table.write(json.dumps({"file_name": f"{name}.png", "text": f"caption {name}"}) + "\n")
+    return tmp_path
+
+
+def test_pictures_are_sorted_by_their_headers_which_are_read_once(pictures, monkeypatch):
+    images = load_images(str(pictures), max_bad=0.5)
+    assert sizes_of(images) == [(40, 90), (64, 64), (90, 40), (14, 28), (50, 60), (33, 66)]
+    monkeypatch.setattr("fewstep.data.cache.size_at", None)  # is not asked again
+    parts = split(images, sizes_of(images), SHAPES)
+    assert [part.captions for part in parts] == [
+        ["caption b", "caption e"],
+        ["caption a", "caption d", "caption f"],
+        ["caption c"],
+    ]
+    assert [part.of.tolist() for part in parts] == [[1, 4], [0, 3, 5], [2]]
+
+
+def test_a_turned_photo_belongs_to_the_shape_that_it_shows(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (80, 40)).save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "a.txt").write_text("a")
+    images = load_images(str(tmp_path))
+    assert sizes_of(images) == [(80, 40)] and images.load(0, [32, 16]).shape == (32, 16, 3)
+
+
+def test_a_shape_without_images_is_refused(pictures):
+    images = load_images(str(pictures))
+    with pytest.raises(
+        RecipeError, match=r"^data.shapes: \[16, 160\]: none of the 6 images of .* is nearest"
+    ):
+        split(images, sizes_of(images), [*SHAPES, Shape(16, 160)])
+
+
+def test_two_captions_of_a_file_stay_its_captions():
+    files = np.zeros((3, 8, 8, 3), dtype=np.uint8)
+    images = CaptionedImages(["a", "b", "c", "A", "B", "C"], files)
+    part = images.part([2, 0])
+    assert part.captions == ["c", "a", "C", "A"] and part.of.tolist() == [2, 0, 5, 3]
+    assert len(part.files) == 2
+
+
+def test_images_of_a_shape_are_encoded_in_it_and_replaced_by_others_of_it(pictures, teachers, capsys):
+    """The small picture d is left out, and the next wide one, f, stands in for it, with its caption."""
+    teacher = teachers("SDXL")
+    images = load_images(str(pictures), max_bad=0.5)
+    parts = split(images, sizes_of(images), SHAPES)
+    for k, shape in enumerate(SHAPES):
+        view = teacher.at(shape)
+        store = Part(encode_images(view, parts[k], quiet=True), parts[k].of)
+        rows = store.rows(torch.arange(len(store)))
+        assert rows["latents"].shape == (len(store), *view.latent_shape)
+        assert rows["row"].tolist() == [[1, 4], [0, 5, 5], [2]][k]
+        live = Part(LiveImages(view, parts[k]), parts[k].of).rows(torch.arange(len(store)))
+        assert live["row"].equal(rows["row"]) and live["latents"].shape == rows["latents"].shape
+    assert "d.png is left out: 28x14 pixels, below 32x16" in capsys.readouterr().err
+
+
+def test_the_cache_of_a_shape_is_of_its_images_alone(pictures, teachers):
+    """Other shapes beside it may leave it others, though as many."""
+    images, teacher = load_images(str(pictures)), teachers("SDXL").at(WIDE)
+    one, other = images.part([0, 3]), images.part([0, 5])
+    folders = {images_folder(teacher, part) for part in (images, one, other)}
+    assert len(folders) == 3 and images_folder(teacher, images.part([0, 3])) in folders
+    assert images_folder(teachers("SDXL").at(TALL), one) not in folders
+    shard = [pictures / "a.png"]  # all lie in one file
+    parts = [replace(images, places=shard).part(records) for records in ([0, 3], [0, 5])]
+    assert images_folder(teacher, parts[0]) != images_folder(teacher, parts[1])
+
+
+def test_a_part_may_lose_as_many_as_the_whole_set(pictures):
+    images = load_images(str(pictures), max_bad=0.5)
+    assert images.part([0, 3, 5]).left_out.total == 6
+
+
+# ----------------------------------------------------------------------------------------------- conditions of size
+def test_the_null_condition_is_told_the_size_of_the_row():
+    null = Cond({"embeds": torch.zeros(1, 3), "time_ids": torch.tensor([[32.0, 32.0]])})
+    cond = Cond({"embeds": torch.ones(2, 3), "time_ids": torch.tensor([[16.0, 32.0]]).expand(2, -1)})
+    found = unconditional(null, cond, 2)
+    assert found["embeds"].sum() == 0 and found["time_ids"].tolist() == [[16, 32]] * 2
+    dropped = drop_rows(cond, null, torch.tensor([True, False]))
+    assert dropped["embeds"].sum(1).tolist() == [0, 3] and dropped["time_ids"].tolist() == [[16, 32]] * 2
