@@ -281,13 +281,14 @@ def digest(recipe: Recipe) -> str:
     # An option that came later leaves the hashes of what does without it alone.
     for part, name in [
         (plain["data"], "column"),
-        *((plain["teacher"], name) for name in ("variant", "config", "loras")),
+        *((plain["teacher"], name) for name in ("variant", "config", "loras", "quantization")),
         *((role, "start_from") for role in plain["roles"].values()),
     ]:
         if not part[name]:
             del part[name]
     for name in ("cache_prompts", "cache_images", "cache_gb", "encoder_device"):  # where the same is done
         del plain["data"][name]
+    del plain["teacher"]["offload"]
     for new in dataclasses.fields(DataConfig):
         if new.name in ("upscale", "max_bad") and plain["data"][new.name] == new.default:
             del plain["data"][new.name]
