@@ -1,9 +1,9 @@
 """Frozen weights of a network's blocks in fewer bits, or in the host's memory: fetched for each product with them.
 
 A layer whose weight is not trained needs that weight twice, in its forward and for the gradient of its input, and
-nothing in between. So it is fetched twice, and no copy of it lives from one to the other. Autograd would keep the
-weight of the forward: hooks that move weights back afterwards (diffusers' group offloading) leave the backward pass
-with weights on another device.
+nothing in between. So it is fetched twice, and no copy of it lives from one to the other. With hooks that move weights
+back after the forward (diffusers' group offloading) autograd keeps what a linear layer had on the device, and finds a
+convolution's weight on another one.
 
 The numbers of 8 bits are those of ``TorchAoConfig(Int8WeightOnlyConfig())`` and ``Float8WeightOnlyConfig``, those of 4
 bits of ``BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`` (QLoRA, arXiv 2305.14314), without their

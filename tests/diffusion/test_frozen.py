@@ -125,6 +125,24 @@ def test_between_forward_and_backward_no_copy_of_a_weight_is_kept():
         assert not saved
 
 
+def test_hooks_that_move_a_weight_back_after_the_forward_would_change_gradients():
+    """Of convolutions, by ``param.data``, as diffusers' group offloading does; of linear layers the copy is kept."""
+    layer = nn.Conv2d(4, 4, 3).requires_grad_(False)
+    kept = copy.deepcopy(layer)
+    frozen._freeze(kept, frozen.FrozenConv2d, None, True)
+    gradients = []
+    for one_of in (layer, kept):
+        x = torch.zeros(1, 4, 3, 3, requires_grad=True)
+        out = one_of(x)
+        if one_of is layer:
+            expected = layer.weight.sum(0)
+            layer.weight.data = torch.zeros_like(layer.weight)  # on a GPU: on the CPU
+        out.sum().backward()
+        gradients.append(x.grad[0])
+    assert not gradients[0].any()
+    torch.testing.assert_close(gradients[1], expected)
+
+
 def test_a_derivative_goes_forward_too():
     layer, kept = one("int8")
     frozen_weight = kept.weight
