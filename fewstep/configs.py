@@ -41,7 +41,9 @@ class TeacherConfig(Bounded):
             with the numbers of diffusers' TorchAoConfig and BitsAndBytesConfig. null keeps ``dtype``.
         offload: the weights of the network's blocks stay in the host's memory, and come to the device for each product.
             Trains the same as without.
-        autocast: of the networks' arithmetic, or null; auto is bfloat16 where the device has units for it, else null.
+        autocast: of the networks' arithmetic, or null: bfloat16, or float16 for cards that have no other, with losses
+            scaled as by ``torch.amp.GradScaler``. auto is bfloat16 where the device has units for it, float16 on a GPU
+            that has none, else null.
         attention: kernel: sdpa (torch chooses), math, flash, efficient or cudnn of torch's own attention, xformers, or
             a name of diffusers' dispatcher where the network goes through it; auto is math for small maps in bf16 on a
             CPU, else sdpa. A run's own recipe holds what either auto became, see :mod:`fewstep.diffusion.kernels`.
@@ -60,7 +62,7 @@ class TeacherConfig(Bounded):
     dtype: Literal["float32", "bfloat16"] = "float32"
     quantization: Literal["int8", "fp8", "nf4"] | None = None
     offload: bool = False
-    autocast: Literal["auto", "bfloat16"] | None = None
+    autocast: Literal["auto", "bfloat16", "float16"] | None = None
     attention: str = "auto"
     resolution: Count | None = None
     gradient_checkpointing: bool = False

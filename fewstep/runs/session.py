@@ -320,6 +320,7 @@ class Session:
             recipe.train,
             folder=self.folder,
             process=process,
+            scaled=recipe.teacher.autocast == "float16",
             on_sample=self._sample,
             on_save=self.preview.settle,
         )

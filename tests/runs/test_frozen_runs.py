@@ -1,4 +1,4 @@
-"""Runs on a frozen base in fewer bits or in the host's memory: they end as others do, and say what they were trained on."""
+"""Runs on a frozen base in fewer bits or in the host's memory: they end as others, and say what they stand on."""
 
 import importlib.util
 import json
@@ -31,11 +31,8 @@ def test_a_run_with_its_blocks_in_the_hosts_memory_ends_with_the_same_bits(tiny_
                "--data.encoder_device", "cpu")  # fmt: skip
     one, other = weights(plain), weights(execute(off))
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
-    records = [
-        json.loads((folder / "export" / "fewstep.json").read_text())
-        for folder in (plain, tmp_path / "off/run")
-    ]
-    assert records[0] == {**records[1], "title": records[0]["title"]} and "trained_on" not in records[0]
+    record = json.loads((tmp_path / "off" / "run" / "export" / "fewstep.json").read_text())
+    assert "trained_on" not in record
 
 
 @pytest.fixture(scope="module")
