@@ -99,7 +99,7 @@ class DataConfig(Bounded):
             batch before; null encodes them before where they take at most ``cache_gb``.
         cache_images: the same of ``images`` and the VAE.
         cache_gb: GB that prompts with captions, and images, may take there where that is left to their size.
-        encoder_device: where the text encoders are that work beside training: cpu, cuda:1; null is with the networks.
+        encoder_device: where text encoders are before training, and beside it: cpu, cuda:1; null is with the networks.
     """
 
     PLACE: ClassVar[str] = "data."

@@ -57,6 +57,9 @@ def steps(recipe: Recipe) -> Iterator[list[str]]:
     for name in sorted(families, key=lambda name: name == "student"):
         words = [word for word in words if not word.startswith(f"--roles.{name}.optimizer")]
         words = [*words, f"--roles.{name}.kind=lora"]
+        if name == "critic":  # which would not follow at the rate of whole weights: eval/results/lora_critic
+            config = recipe.role(next(n for n in _full(recipe) if recipes.family(n) == name))
+            words += [f"--roles.critic.alpha={config.rank}", f"--roles.critic.lr={10 * config.lr:g}"]
         yield words
     for more in ROUND:
         yield [*words, *more]
