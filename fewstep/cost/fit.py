@@ -63,6 +63,9 @@ def steps(recipe: Recipe) -> Iterator[list[str]]:
         yield words
     for more in ROUND:
         yield [*words, *more]
+    networks = recipe.method_class.networks_for(recipe.method)
+    eight = [f"--roles.{name}.optimizer=adamw8bit" for name in dict.fromkeys(map(recipes.family, networks))]
+    yield [*words, *ROUND[-1], *eight]  # moments of adapters, which are the most that is left
 
 
 def _batch(recipe: Recipe, made: Plan, memory: float) -> list[str] | None:

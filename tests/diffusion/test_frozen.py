@@ -44,6 +44,7 @@ def test_fp8_has_three_bits_behind_the_first():
         layer.weight.abs() > layer.weight.abs().max() / 100
     ]
     assert 0.05 < off.max() <= 1 / 16 + 1e-3
+    torch.testing.assert_close(kept.store.parts[0].float().abs().amax(1), torch.full((64,), 448.0))
     assert kept.store.nbytes == 96 * 64 + 4 * 64
 
 
