@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from .. import recipe as recipes
-from ..errors import FewstepError
+from ..errors import FewstepError, RecipeError
 from ..recipe import Recipe
 from .count import plan
 from .devices import GPUS, LIBRARIES
@@ -106,7 +106,12 @@ def proposals(
             print(f"fewstep: plan: does not fit; trying {' '.join(words)}", file=sys.stderr)
         if words or made is None:
             # Peaks are linear in the micro-batch, and the smallest is counted fastest.
-            made = plan(recipes.override(recipe, [*words, "--train.batch_size=1"]), processes, quiet)
+            try:
+                made = plan(recipes.override(recipe, [*words, "--train.batch_size=1"]), processes, quiet)
+            except RecipeError:
+                if not words:
+                    raise
+                continue  # a tangent that wants fp32 weights refuses adapters on a base in half precision
         for gpu in (gpu for gpu in gpus if gpu not in found):
             memory = GPUS[gpu].memory
             batch = _batch(recipe, made, memory)

@@ -19,7 +19,7 @@ from fewstep.cost.meter import storage_bytes
 from fewstep.cost.shapes import Shapeless
 from fewstep.cost.skeleton import skeleton_teacher
 from fewstep.diffusion import frozen
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, RecipeError
 from fewstep.process import Process
 from fewstep.runs.build import build
 from fewstep.runs.library import load_recipe
@@ -122,6 +122,8 @@ def test_the_first_set_that_fits_is_proposed_with_the_largest_micro_batch(monkey
     tried = []
 
     def counted(recipe, processes, quiet):
+        if recipe.teacher.quantization == "nf4" and recipe.role("student").rank == 3:
+            raise RecipeError("roles.student.rank: 3: this method has no use for it")
         tried.append(recipe.teacher.quantization or recipe.teacher.offload)
         return Counted(
             recipe, 4e9 if recipe.teacher.offload else held[recipe.teacher.quantization], 1e9, leaving=9e9
@@ -140,6 +142,8 @@ def test_the_first_set_that_fits_is_proposed_with_the_largest_micro_batch(monkey
                 "--train.accumulate=6"],
     }  # fmt: skip
     assert tried == [False, "int8", "nf4", True, True]
+    odd = recipes.override(recipe, ["--student.rank=3"])  # a set that is refused is passed over
+    assert fit.proposals(odd, ["toy"])["toy"].words[0] == "--teacher.offload=true"
     with pytest.raises(
         FewstepError, match=r"fits l40s-48gb, but not beside its text encoders.*encoder_device=cpu would"
     ):
