@@ -154,16 +154,17 @@ def test_a_derivative_goes_forward_too():
     torch.testing.assert_close(slope, direction @ frozen_weight.T)
 
 
-def test_convolutions_of_channels_last_have_autograds_own_gradient():
+@pytest.mark.parametrize(("width", "how"), [(8, {"stride": 2, "groups": 2}), (32, {})])
+def test_convolutions_of_channels_last_have_autograds_own_gradient(width, how):
     torch.manual_seed(0)
-    layer = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2).requires_grad_(False)
+    layer = nn.Conv2d(width, width, 3, padding=1, **how).requires_grad_(False)
     kept = copy.deepcopy(layer)
     frozen._freeze(kept, frozen.FrozenConv2d, None, True)
     for layout in (torch.contiguous_format, torch.channels_last):
         gradients = []
         for one_of in (layer, kept):
             torch.manual_seed(1)
-            x = torch.randn(2, 8, 9, 9).to(memory_format=layout).requires_grad_()
+            x = torch.randn(2, width, 16, 16).to(memory_format=layout).requires_grad_()
             one_of(x).square().sum().backward()
             gradients.append(x.grad)
         assert torch.equal(*gradients)
