@@ -43,11 +43,13 @@ def steps(recipe: Recipe) -> Iterator[list[str]]:
     yield words
     teacher = recipe.teacher
     families = list(dict.fromkeys(map(recipes.family, _full(recipe))))
+    averaged = [name for name in families if recipe.role(name).ema and not recipe.role(name).ema_device]
     for applies, more in (
         (not teacher.gradient_checkpointing, ["--teacher.gradient_checkpointing=true"]),
         (teacher.dtype == "float32", ["--teacher.dtype=bfloat16"]),
         (teacher.autocast is None, ["--teacher.autocast=bfloat16"]),
         (bool(families), [f"--roles.{name}.optimizer=adamw8bit" for name in families]),
+        (bool(averaged), [f"--roles.{name}.ema_device=cpu" for name in averaged]),
         (bool(families), ["--teacher.offload=true"]),
     ):
         if applies:
@@ -55,7 +57,7 @@ def steps(recipe: Recipe) -> Iterator[list[str]]:
             yield words
     words = [word for word in words if word != "--teacher.offload=true"]
     for name in sorted(families, key=lambda name: name == "student"):
-        words = [word for word in words if not word.startswith(f"--roles.{name}.optimizer")]
+        words = [word for word in words if not word.startswith(f"--roles.{name}.")]
         words = [*words, f"--roles.{name}.kind=lora"]
         if name == "critic":  # which would not follow at the rate of whole weights: eval/results/lora_critic
             config = recipe.role(next(n for n in _full(recipe) if recipes.family(n) == name))
@@ -66,6 +68,11 @@ def steps(recipe: Recipe) -> Iterator[list[str]]:
     networks = recipe.method_class.networks_for(recipe.method)
     eight = [f"--roles.{name}.optimizer=adamw8bit" for name in dict.fromkeys(map(recipes.family, networks))]
     yield [*words, *ROUND[-1], *eight]  # moments of adapters, which are the most that is left
+    if (
+        "student" in families and teacher.dtype == "bfloat16"
+    ):  # a tangent wants the weights below adapters in fp32
+        for more in ([], *ROUND):
+            yield [*words, "--teacher.dtype=float32", *more]
 
 
 def _batch(recipe: Recipe, made: Plan, memory: float) -> list[str] | None:
@@ -111,7 +118,7 @@ def proposals(
             except RecipeError:
                 if not words:
                     raise
-                continue  # a tangent that wants fp32 weights refuses adapters on a base in half precision
+                continue  # which some methods refuse
         for gpu in (gpu for gpu in gpus if gpu not in found):
             memory = GPUS[gpu].memory
             batch = _batch(recipe, made, memory)

@@ -96,6 +96,9 @@ def test_sets_of_options_go_from_the_cheapest_to_another_training():
     eight, off = "--roles.critic.optimizer=adamw8bit", "--teacher.offload=true"
     critic = ["--roles.critic.kind=lora", "--roles.critic.alpha=64", "--roles.critic.lr=0.0005"]
     assert whole == [[], [eight], [eight, off], critic, *([*critic, *more] for more in rounded)]
+    tangent = list(fit.steps(load_recipe("sana_sprint")))
+    assert tangent[2][-1] == "--roles.student.ema_device=cpu" and tangent[4] == ["--roles.student.kind=lora"]
+    assert tangent[-1] == ["--roles.student.kind=lora", "--teacher.dtype=float32", *fit.ROUND[-1]]
     for words in whole:  # none of them is refused
         recipes.override(load_recipe("sdxl_dmd2_4step"), words)
 
