@@ -33,11 +33,14 @@ def _full(recipe: Recipe, name: str = "") -> list[str]:
     return [n for n in names if n.startswith(name) and recipe.role(n).kind == "full"]
 
 
-def steps(recipe: Recipe) -> Iterator[list[str]]:
+def steps(recipe: Recipe, alone: bool = True) -> Iterator[list[str]]:
     """Sets of options, from what costs least to what costs most; a micro-batch that fits goes with each.
 
     First what trains the same, or in half precision; then fewer bits for frozen weights, or the host's memory; whole
     copies, where there are any, become adapters last, for that is another training.
+
+    Args:
+        alone: whether there is one process; of several, moments in 8 bits are refused.
     """
     words: list[str] = []
     yield words
@@ -48,7 +51,7 @@ def steps(recipe: Recipe) -> Iterator[list[str]]:
         (not teacher.gradient_checkpointing, ["--teacher.gradient_checkpointing=true"]),
         (teacher.dtype == "float32", ["--teacher.dtype=bfloat16"]),
         (teacher.autocast is None, ["--teacher.autocast=bfloat16"]),
-        (bool(families), [f"--roles.{name}.optimizer=adamw8bit" for name in families]),
+        (alone and bool(families), [f"--roles.{name}.optimizer=adamw8bit" for name in families]),
         (bool(averaged), [f"--roles.{name}.ema_device=cpu" for name in averaged]),
         (bool(families), ["--teacher.offload=true"]),
     ):
@@ -65,14 +68,11 @@ def steps(recipe: Recipe) -> Iterator[list[str]]:
         yield words
     for more in ROUND:
         yield [*words, *more]
+    if not alone:
+        return
     networks = recipe.method_class.networks_for(recipe.method)
     eight = [f"--roles.{name}.optimizer=adamw8bit" for name in dict.fromkeys(map(recipes.family, networks))]
     yield [*words, *ROUND[-1], *eight]  # moments of adapters, which are the most that is left
-    if (
-        "student" in families and teacher.dtype == "bfloat16"
-    ):  # a tangent wants the weights below adapters in fp32
-        for more in ([], *ROUND):
-            yield [*words, "--teacher.dtype=float32", *more]
 
 
 def _batch(recipe: Recipe, made: Plan, memory: float) -> list[str] | None:
@@ -108,7 +108,7 @@ def proposals(
         Card -> its options; a card that nothing fits is left out.
     """
     found: dict[str, Proposal] = {}
-    for words in steps(recipe):
+    for words in steps(recipe, processes == 1):
         if not quiet and words:
             print(f"fewstep: plan: does not fit; trying {' '.join(words)}", file=sys.stderr)
         if words or made is None:
@@ -118,7 +118,7 @@ def proposals(
             except RecipeError:
                 if not words:
                     raise
-                continue  # which some methods refuse
+                continue  # a tangent refuses adapters on weights in half precision
         for gpu in (gpu for gpu in gpus if gpu not in found):
             memory = GPUS[gpu].memory
             batch = _batch(recipe, made, memory)
@@ -139,7 +139,7 @@ def remedy(made: Plan, gpu: str, quiet: bool = True) -> str:
     if found:
         return f"{found.text} would fit"
     larger = [name for name, d in GPUS.items() if d.memory > GPUS[gpu].memory]
-    last = list(steps(made.recipe))[-1]
+    last = list(steps(made.recipe, made.processes == 1))[-1]
     return (
         f"even --train.batch_size=1 {' '.join(last)} would not; shard full weights over more devices (--processes 8 "
         f"--train.shard=8), lower teacher.resolution, or take {' or '.join(larger) or 'a larger card'}"
