@@ -205,6 +205,10 @@ def plans() -> str:
     )
 
 
+def cards() -> str:
+    return (RESULTS / "cards" / "README.md").read_text().partition("\n")[2].strip()
+
+
 def teacher(pipeline_class: str) -> str:
     """What an adapter says of itself, and the recipes that are written for its pipelines."""
     from fewstep.teachers.load import adapters
@@ -303,7 +307,7 @@ OF_METHODS: dict[str, Callable[[str], str]] = {
 }
 OTHERS: dict[str, Callable[..., str]] = {
     function.__name__: function
-    for function in (fields, all_results, plans, teacher, commands, exits, errors, exported)
+    for function in (fields, all_results, plans, cards, teacher, commands, exits, errors, exported)
 }
 
 

@@ -38,7 +38,14 @@ class TeacherConfig(Bounded):
             stand in for those that the file lacks; null is that of the model's first publisher, of the hub's cache.
         loras: merged into the teacher one after another, ``[{path: style.safetensors, weight: 0.8}]``.
         dtype: of the frozen weights.
-        autocast: of the networks' arithmetic, or null; auto is bfloat16 where the device has units for it, else null.
+        quantization: of the frozen linear layers in the network's blocks, which teacher, student and critic share where
+            roles are LoRAs: int8, fp8 (a byte a weight) or nf4 (half a byte, and a scale for each 64; extra ``4bit``),
+            with the numbers of diffusers' TorchAoConfig and BitsAndBytesConfig. null keeps ``dtype``.
+        offload: the weights of the network's blocks stay in the host's memory, and come to the device for each product.
+            Trains the same as without.
+        autocast: of the networks' arithmetic, or null: bfloat16, or float16 for cards that have no other, with losses
+            scaled as by ``torch.amp.GradScaler``. auto is bfloat16 where the device has units for it, float16 on a GPU
+            that has none, else null.
         attention: kernel: sdpa (torch chooses), math, flash, efficient or cudnn of torch's own attention, xformers, or
             a name of diffusers' dispatcher where the network goes through it; auto is math for small maps in bf16 on a
             CPU, else sdpa. A run's own recipe holds what either auto became, see :mod:`fewstep.diffusion.kernels`.
@@ -55,7 +62,9 @@ class TeacherConfig(Bounded):
     config: str | None = None
     loras: list[TeacherLora] = field(default_factory=list)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    autocast: Literal["auto", "bfloat16"] | None = None
+    quantization: Literal["int8", "fp8", "nf4"] | None = None
+    offload: bool = False
+    autocast: Literal["auto", "bfloat16", "float16"] | None = None
     attention: str = "auto"
     resolution: Count | tuple[Count, Count] | None = None
     gradient_checkpointing: bool = False
@@ -64,7 +73,7 @@ class TeacherConfig(Bounded):
 
     def options(self) -> dict[str, Any]:
         """What :func:`~fewstep.teachers.load_teacher` takes beside the path."""
-        names = ("dtype", "resolution", "autocast", "attention")
+        names = ("dtype", "quantization", "offload", "resolution", "autocast", "attention")
         return {**{name: getattr(self, name) for name in names}, **self.weights()}
 
     def weights(self) -> dict[str, Any]:
@@ -110,7 +119,7 @@ class DataConfig(Bounded):
             batch before; null encodes them before where they take at most ``cache_gb``.
         cache_images: the same of ``images`` and the VAE.
         cache_gb: GB that prompts with captions, and images, may take there where that is left to their size.
-        encoder_device: where the text encoders are that work beside training: cpu, cuda:1; null is with the networks.
+        encoder_device: where text encoders are before training, and beside it: cpu, cuda:1; null is with the networks.
     """
 
     PLACE: ClassVar[str] = "data."

@@ -124,6 +124,14 @@ def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """In host memory from which the device reads without waiting, where there is such memory."""
+    can = (
+        tensor.device.type == "cpu" and device.type != "cpu" and not tensor.is_pinned() and _pins(device.type)
+    )
+    return tensor.pin_memory() if can else tensor
+
+
 class Download:
     """Numbers on their way from the device; reading them waits only where they have not arrived."""
 

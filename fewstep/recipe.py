@@ -284,7 +284,7 @@ def digest(recipe: Recipe) -> str:
     # An option that came later leaves the hashes of what does without it alone.
     for part, name in [
         *((plain["data"], name) for name in ("column", "shapes")),
-        *((plain["teacher"], name) for name in ("variant", "config", "loras")),
+        *((plain["teacher"], name) for name in ("variant", "config", "loras", "quantization")),
         *(
             (role, n)
             for n in ("start_from", "ema_images", "inverse_sqrt")
@@ -295,6 +295,7 @@ def digest(recipe: Recipe) -> str:
             del part[name]
     for name in ("cache_prompts", "cache_images", "cache_gb", "encoder_device"):  # where the same is done
         del plain["data"][name]
+    del plain["teacher"]["offload"]
     for new in dataclasses.fields(DataConfig):
         if new.name in ("upscale", "max_bad") and plain["data"][new.name] == new.default:
             del plain["data"][new.name]

@@ -190,3 +190,53 @@ assert schedule.alpha(torch.tensor([5.0], device=device)).device.type == device.
 assert schedule.alpha(torch.tensor([5.0], device="cpu")).device.type == "cpu"
 assert upload(x, "cpu").equal(torch.ones(3)) and upload(x, device) is x
 """
+
+
+def test_offloaded_blocks_train_the_same_bits_in_less_memory_and_nothing_waits(tmp_path):
+    script, said = tmp_path / "offloads.py", tmp_path / "said.txt"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE / 'support')!r})\n{OFFLOADS}")
+    assert python(script, folder=tmp_path, out=said, err=said) == 0, said.read_text()[-3000:]
+
+
+OFFLOADS = """
+import standin
+import torch
+
+device = standin.install()
+
+from fewstep.device import peak, reset_peak
+from fewstep.diffusion import frozen
+from fewstep.diffusion.kernels import checkpoint_blocks
+from fewstep.recipe import RoleConfig
+from fewstep.teachers import load_teacher
+from fewstep.teachers.tiny import write_tiny_pipeline
+from fewstep.training.roles import build_role
+
+wide = {"block_out_channels": (64, 128), "norm_num_groups": 8, "attention_head_dim": (2, 4)}
+folder = str(write_tiny_pipeline("StableDiffusionXLPipeline", "wide", **wide))
+
+def step(recomputed, **options):
+    teacher = load_teacher(folder, device=device, **options)
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        setattr(teacher.pipe, name, None)
+    if recomputed:
+        checkpoint_blocks(teacher.net)
+    roles = [build_role(name, teacher.net, RoleConfig(rank=2), seed) for seed, name in enumerate(("student", "critic"))]
+    assert {w.device.type for role in roles for w in role.weights.values()} == {device.type}
+    reset_peak(device)
+    x, t = torch.ones(1, *teacher.latent_shape, device=device), torch.tensor([500.0], device=device)
+    cond = teacher.blank(1).to(device)
+    found = []
+    for role in roles:
+        with standin.waits() as waited:
+            out = teacher.denoiser.with_net(role.module).x0(x, t, cond)
+            out.square().mean().backward()
+        assert not waited, waited[0]
+        found += [out.detach(), *(w.grad for w in role.weights.values())]
+    return [value.cpu() for value in found], peak(device), frozen.numel(teacher.net)
+
+for recomputed in (False, True):
+    (plain, most, count), (off, less, _) = (step(recomputed, offload=wish) for wish in (False, True))
+    assert all(a.equal(b) for a, b in zip(plain, off, strict=True)) and any(g.any() for g in off[1:])
+    assert less < most - 0.8 * 4 * count, (most, less, count)
+"""

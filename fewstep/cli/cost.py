@@ -42,23 +42,24 @@ def bench(args: argparse.Namespace) -> int:
     "plan",
     "memory, arithmetic and hours of a recipe, counted before anything is loaded",
     RECIPE,
-    argument("--gpu", default="h100-80gb", help="card, e.g. h100-80gb, a100-40gb, rtx4090-24gb"),
+    argument("--gpu", default="h100-80gb", help="card, e.g. h100-80gb, or what names one: 4090"),
     argument("--processes", type=number(Count), default=1, help="cards, each with a process of its own"),
     argument("--json", action="store_true", help="instead of a table"),
     overrides=True,
 )
 def plan(args: argparse.Namespace) -> int:
-    from ..cost.devices import GPUS
+    from ..cost.devices import GPUS, named
 
-    if args.gpu not in GPUS:
+    gpu = named(args.gpu)
+    if gpu is None:
         raise FewstepError(f"--gpu {args.gpu}: expected one of {', '.join(GPUS)}")
     from .. import cost
     from ..recipe import override
     from ..runs.disk import doubt
 
     made = cost.plan(override(load_recipe(args.recipe), args.overrides), args.processes, quiet=False)
-    print(json.dumps(made.to_dict(args.gpu), indent=1) if args.json else made.text(args.gpu))
+    print(json.dumps(made.to_dict(gpu), indent=1) if args.json else made.text(gpu))
     if note := doubt(made.cache):
         print(f"fewstep: note: {note}", file=sys.stderr)
-    cost.check_fits(made, args.gpu, quiet=False)
+    cost.check_fits(made, gpu, quiet=False)
     return 0

@@ -8,13 +8,20 @@ except what the device's libraries keep for themselves.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_EXPORTS = {"GPUS": "devices", "Plan": "table", "check_fits": "fit", "plan": "count", "remedy": "fit"}
-__all__ = ["GPUS", "Plan", "check_fits", "plan", "remedy"]
+_EXPORTS = {
+    "GPUS": "devices",
+    "Plan": "table",
+    "check_fits": "fit",
+    "plan": "count",
+    "proposals": "fit",
+    "remedy": "fit",
+}
+__all__ = ["GPUS", "Plan", "check_fits", "plan", "proposals", "remedy"]
 
 if TYPE_CHECKING:
     from .count import plan
     from .devices import GPUS
-    from .fit import check_fits, remedy
+    from .fit import check_fits, proposals, remedy
     from .table import Plan
 
 

@@ -134,7 +134,10 @@ def _random(recipe: Recipe, folder: Path | None = None) -> tuple[Trainer, Networ
         return Rng(0, iteration, micro, device=process.device), Rng(0, iteration)
 
     data = Blank(teacher, recipe.train.batch_size, recipe.method_class.needs(recipe.method), draws)
-    trainer = Trainer(method, roles, Ahead(data), recipe.train, folder=folder, process=process, quiet=True)
+    scaled = teacher.denoiser.autocast == torch.float16
+    trainer = Trainer(
+        method, roles, Ahead(data), recipe.train, folder=folder, process=process, quiet=True, scaled=scaled
+    )
     return trainer, _networks(teacher.net, roles)
 
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..training.sharding import blocks_of
+from ..diffusion.frozen import blocks_of
 from .meter import Made, Meter, described, made_of
 
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from .. import recipe as recipes
 from ..data.prompts import shown_prompts
+from ..diffusion.frozen import held_bytes, numel
 from ..diffusion.kernels import ATTENTION
 from ..errors import FewstepError, RecipeError
 from ..methods.base import Method
@@ -172,10 +173,7 @@ def _parts(recipe: Recipe, teacher: Teacher, trainer: Trainer, live: Set[str]) -
     """
 
     def size(module: nn.Module) -> int:
-        return storage_bytes([*module.parameters(), *module.buffers()])
-
-    def numel(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
+        return storage_bytes([*module.parameters(), *module.buffers()]) + held_bytes(module)
 
     pipe = teacher.pipe
     parts = [Part("teacher", numel(teacher.net), 0, size(teacher.net))]

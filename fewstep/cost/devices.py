@@ -27,7 +27,16 @@ GPUS = {
     "a100-40gb": Device(39.4 * 2**30, 312e12, 156e12, 19.5e12),
     "l40s-48gb": Device(44.4 * 2**30, 362e12, 183e12, 91.6e12),
     "rtx4090-24gb": Device(23.5 * 2**30, 165e12, 82.6e12, 82.6e12),
+    "rtx4080-16gb": Device(15.6 * 2**30, 97.5e12, 48.7e12, 48.7e12),
 }
+
+
+def named(words: str) -> str | None:
+    """The card that a name, or a part of one, is of; None where there is none, or several."""
+    found = [words] if words in GPUS else [name for name in GPUS if words.lower() in name]
+    return found[0] if len(found) == 1 else None
+
+
 LIBRARIES = 1.5e9  # assumed: CUDA context, workspaces of cuBLAS and cuDNN
 FRAGMENTS = 0.05  # assumed: of what an iteration allocates and frees
 UTILISATION = 0.40  # assumed share of the data sheet's rate; hours follow from it

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..diffusion import frozen
 from ..errors import FewstepError
 from ..files import at_home
 from ..shape import Size
@@ -93,6 +94,8 @@ def skeleton_teacher(
     source: str,
     *,
     dtype: str = "float32",
+    quantization: str | None = None,
+    offload: bool = False,
     resolution: Size | None = None,
     autocast: str | None = None,
     attention: str = "auto",
@@ -107,4 +110,6 @@ def skeleton_teacher(
     if cls.encoders:  # others know it without
         methods["null"] = lambda self: self.blank(1)
     blank = type(cls.__name__, (cls,), methods)
-    return with_arithmetic(partial(blank, pipe, source, resolution), autocast, attention, device)
+    teacher = with_arithmetic(partial(blank, pipe, source, resolution), autocast, attention, device)
+    frozen.keep(teacher.net, quantization, offload)
+    return teacher

@@ -37,7 +37,7 @@ def choose_autocast(kind: str, units: bool | None) -> tuple[str | None, str]:
         units: see :func:`fewstep.device.bf16_units`.
 
     Returns:
-        ("bfloat16" or None, half a sentence).
+        ("bfloat16", "float16" or None, half a sentence).
     """
     if units:
         return "bfloat16", "it has units for bf16"
@@ -45,7 +45,7 @@ def choose_autocast(kind: str, units: bool | None) -> tuple[str | None, str]:
         return None, "torch does not say whether it has units for bf16; teacher.autocast=bfloat16 if it has"
     if kind == "cpu":
         return None, "it has no matrix units for bf16, without which fp32 is faster"
-    return None, "it has no bf16, and fp16 would need its losses scaled, which is not supported"
+    return "float16", "it has no bf16; losses are scaled for fp16"
 
 
 def choose_attention(kind: str, autocast: str | None, positions: int) -> tuple[str, str]:
@@ -70,7 +70,7 @@ def doubt(autocast: str | None, device: torch.device | str) -> str | None:
     """What to say of a dtype that a recipe or an earlier part of its run fixed, where ``auto`` would not choose it."""
     kind = torch.device(device).type
     units = bf16_units(device)
-    if not autocast or units is not False:
+    if autocast != "bfloat16" or units is not False:
         return None
     why = choose_autocast(kind, units)[1]
     return f"teacher.autocast: {autocast} on {kind}: {why}; --teacher.autocast=auto decides anew"

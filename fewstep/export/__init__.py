@@ -14,7 +14,7 @@ a part of the prompts, are a folder ``part_k/`` of this kind each, and a router 
 from .card import model_card, snippet
 from .load import at_steps, load_exported, stock_call
 from .scheduler import student_scheduler
-from .verify import ExportError, stock_sample, trainer_sample, verify
+from .verify import ExportError, on_the_whole_base, stock_sample, trainer_sample, verify
 from .weights import LORA_FILE, lora_state_dict
 from .write import RECORD, check_exportable, export_student, rehearse_export
 
@@ -28,6 +28,7 @@ __all__ = [
     "load_exported",
     "lora_state_dict",
     "model_card",
+    "on_the_whole_base",
     "rehearse_export",
     "snippet",
     "stock_call",

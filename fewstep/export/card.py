@@ -388,7 +388,21 @@ def _made(record: Mapping[str, Any], teacher: str) -> str:
     merged = f" with {' and '.join(loras)} merged into it" if loras else ""
     return (
         f"A {steps}-step student of `{teacher}`{merged}, distilled with {record['method']} by {fewstep} (recipe "
-        f"{record.get('recipe', 'unknown')})."
+        f"{record.get('recipe', 'unknown')})." + _trained_on(record)
+    )
+
+
+def _trained_on(record: Mapping[str, Any]) -> str:
+    """Of a student whose base was in fewer bits while it was trained."""
+    on = record.get("trained_on")
+    if on is None:
+        return ""
+    told = f" The base was in {on['quantization']} while it was trained"
+    if "difference" not in on:
+        return f"{told}."
+    return (
+        f"{told}; on the base as it is published, which is loaded below, its latents are off those by up to "
+        f"{on['difference']:.2g} of their spread."
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..diffusion.frozen import keep
 from ..errors import FewstepError
 from ..methods.router import Router
 from ..teachers import load_pipeline
@@ -26,13 +27,18 @@ from .weights import LORA_FILE, adapters
 
 
 def load_exported(
-    folder: str | Path, teacher: str | None = None, dtype: str = "float32", upcast: bool = False
+    folder: str | Path,
+    teacher: str | None = None,
+    dtype: str = "float32",
+    upcast: bool = False,
+    quantization: str | None = None,
 ):
     """The stock pipeline of an export, exactly as the model card's snippet loads it, and its ``fewstep.json``.
 
     Args:
         teacher: the base pipeline, if it moved; LoRAs that are merged into it are those of the record.
-        dtype: weights are rounded to. upcast: compute in fp32 all the same.
+        dtype: weights are rounded to. upcast: compute in fp32 all the same. quantization: of a LoRA's base, after that,
+            as ``teacher.quantization``.
 
     Raises:
         FewstepError: no export there, or a damaged one.
@@ -43,7 +49,7 @@ def load_exported(
             f"{folder} is no export (no fewstep.json in it); expected RUN/export of a finished run"
         )
     try:
-        return _load(folder, read_record(folder), teacher, dtype, upcast)
+        return _load(folder, read_record(folder), teacher, dtype, upcast, quantization)
     except FewstepError:
         raise
     except Exception as error:  # a file missing or damaged: each loader raises its own kinds
@@ -83,7 +89,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _load(folder: Path, record: dict[str, Any], teacher: str | None, dtype: str, upcast: bool):
+def _load(
+    folder: Path,
+    record: dict[str, Any],
+    teacher: str | None,
+    dtype: str,
+    upcast: bool,
+    quantization: str | None,
+):
     with hushed():
         if record["kind"] == "lora":
             origin = Origin.recorded(record)
@@ -93,6 +106,7 @@ def _load(folder: Path, record: dict[str, Any], teacher: str | None, dtype: str,
                     "teacher=), or put it back"
                 )
             pipe = load_pipeline(replace(origin, path=teacher or origin.path), dtype)
+            keep(network_of(pipe), quantization, offload=False)
         else:
             pipe = _whole(folder, record, dtype)
         if upcast:

@@ -16,6 +16,7 @@ from ..teachers.base import Teacher
 from ..teachers.generate import call_pipeline
 from ..teachers.pipelines import hushed, size_options, takes
 from .load import at_steps, given, load_exported, stock_call
+from .target import describe
 
 PIXELS = 0.02  # the same decoder, given the same latents, rounds on
 
@@ -143,6 +144,7 @@ def verify(
     dtype: str,
     base_dtype: str = "float32",
     steps: int | None = None,
+    quantization: str | None = None,
 ) -> float:
     """Loads the export in stock diffusers and compares its latents with the trainer's own, both in fp32.
 
@@ -151,7 +153,8 @@ def verify(
 
     Args:
         own: of :func:`trainer_sample`. dtype: of the exported weights. base_dtype: of the teacher's while training.
-        steps: of a student of several numbers of steps.
+        steps: of a student of several numbers of steps. quantization: of the base while training; it is the stock
+            pipeline's too, which :func:`on_the_whole_base` has none of.
 
     Returns:
         The largest absolute difference.
@@ -159,7 +162,7 @@ def verify(
     Raises:
         ExportError: it exceeds the tolerance; a half-precision export is allowed its rounding (5% of the spread).
     """
-    pipe, record = load_exported(folder, teacher.source, base_dtype, upcast=True)
+    pipe, record = load_exported(folder, teacher.source, base_dtype, upcast=True, quantization=quantization)
     pipe.to(teacher.device)
     first = steps is None or steps == record["num_steps"]
     if first:
@@ -177,4 +180,28 @@ def verify(
         )
     if first and teacher.draws_latents:
         compared_pixels(pipe, record, teacher, prompts, made)
+    return difference
+
+
+def on_the_whole_base(
+    folder: Path, own: Tensor, teacher: Teacher, prompts: list[str], base_dtype: str = "float32"
+) -> float | None:
+    """How far a LoRA that was trained on a base in fewer bits is from itself on the base as it is published.
+
+    That is what a model card's program loads. The number goes into ``fewstep.json`` and the card.
+
+    Args:
+        own: of :func:`trainer_sample`, on the base that it was trained on.
+
+    Returns:
+        The largest absolute difference of latents over their spread; None for a whole pipeline, which has one base.
+    """
+    pipe, record = load_exported(folder, teacher.source, base_dtype, upcast=True)
+    if record["kind"] != "lora":
+        return None
+    pipe.to(teacher.device)
+    own = own if teacher.draws_latents else teacher.pixels(own).cpu()
+    made = stock_sample(pipe, record, teacher, prompts)
+    difference = ((made - own).abs().max() / own.std()).item()
+    describe(folder, {**record, "trained_on": {**record["trained_on"], "difference": difference}})
     return difference

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configs import RoleConfig
+from ..diffusion.frozen import plain, whole_weights
 from ..files import write_tensors
 from ..teachers.base import Teacher
 from ..teachers.pipelines import hushed
@@ -40,7 +41,7 @@ def has_lora_files(teacher: Teacher) -> bool:
 
 def merged(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All weights of the network with a folded LoRA added to them, fp32: ``W + B A``, for convolutions as well."""
-    weights = {name: value.detach().cpu().float() for name, value in net.named_parameters()}
+    weights = {name: value.detach().cpu().float() for name, value in whole_weights(net).items()}
     for name in (n for n in state if ".lora_A." in n):
         down, up = state[name].cpu(), state[name.replace(".lora_A.", ".lora_B.")].cpu()
         target = name.split(".lora_A.")[0] + ".weight"
@@ -104,7 +105,11 @@ def network_with(
     """
     small = resized(teacher, net)
     with hushed():
-        net = type(teacher.net).from_config(net.config) if small else copy.deepcopy(teacher.net).cpu().float()
+        net = (
+            type(teacher.net).from_config(net.config)
+            if small
+            else plain(copy.deepcopy(teacher.net)).cpu().float()
+        )
         # Buffers are never trained, so they stay the teacher's.
         net.load_state_dict({**net.state_dict(), **{name: value.float() for name, value in weights.items()}})
         return net.to(dtype)

@@ -81,7 +81,7 @@ class UniInstruct(SiD):
         log_ratio = logits.detach().mean(1).clamp(low, high)
         h = objectives.divergence_weight(config.divergence, log_ratio.exp())
         scale = (schedule.alpha(t) / schedule.sigma(t) ** 2).to(x0.dtype) if config.through_ratio else None
+        weight = weight / h.mean()
         return objectives.expanded_divergence(
-            *(x0, real, fake, weight / h.mean()),
-            *(x_t, log_ratio, config.divergence, config.alpha, scale),
+            x0, real, fake, weight, x_t, log_ratio, config.divergence, config.alpha, scale
         )

@@ -13,6 +13,7 @@ from ..data.pairs import load_pairs
 from ..data.places import PLACE
 from ..data.prompts import load_prompts, shown_prompts
 from ..data.texts import column_for, has_columns
+from ..diffusion.frozen import check_quantization
 from ..errors import FewstepError, RecipeError
 from ..files import Need, check_room, check_writable, contents
 from ..methods.base import Method, Progress
@@ -196,6 +197,34 @@ def check_class(recipe: Recipe, prompts: Sequence[str] = (), images: CaptionedIm
         raise RecipeError(
             f"evaluation.floor_steps: {recipe.evaluation.floor_steps}: a {found} has no training-free solver in few "
             "steps; leave them out"
+        )
+
+
+def check_frozen(recipe: Recipe) -> None:
+    """Refuses, before anything is loaded, ways of keeping frozen weights that a recipe has no use for.
+
+    Raises:
+        RecipeError: with what to give instead.
+    """
+    teacher, method = recipe.teacher, recipe.method_class
+    check_quantization(teacher.quantization)
+    if not teacher.quantization and not teacher.offload:
+        return
+    option = f"quantization: {teacher.quantization}" if teacher.quantization else "offload: true"
+    if teacher.compile:
+        raise RecipeError(
+            f"teacher.compile: true: torch.compile does not take weights that are fetched; expected false with "
+            f"teacher.{option}"
+        )
+    if method.teacher_kind != "diffusion":
+        raise RecipeError(
+            f"teacher.{option}: is for diffusion teachers, and {method.name} distills {method.teacher_kind} ones"
+        )
+    full = [name for name in method.networks_for(recipe.method) if recipe.role(name).kind == "full"]
+    if teacher.quantization and full:
+        raise RecipeError(
+            f"roles.{full[0]}.kind: full: trains a copy of weights that teacher.quantization {teacher.quantization} "
+            "has rounded; expected lora, or teacher.quantization null (teacher.offload true takes full roles)"
         )
 
 

@@ -12,7 +12,9 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from .. import export, extensions
 from .. import recipe as recipes
@@ -21,8 +23,9 @@ from ..data.buckets import Part, Rows
 from ..data.images import CaptionedImages
 from ..data.places import PLACE
 from ..data.store import Store
-from ..device import choose, keep_freed
+from ..device import choose, keep_freed, total
 from ..diffusion import kernels
+from ..diffusion.frozen import numel
 from ..errors import FewstepError, LostProcess, RecipeError, TrainingError, interruptible, tell
 from ..files import WriteError, check_room, check_writable, held, write, write_json
 from ..methods.base import guidance_of
@@ -37,7 +40,15 @@ from ..training.sharding import gathered
 from ..training.trainer import Trainer
 from . import inputs
 from .build import TOOLS, build, encode, on_pixels
-from .checks import check_best, check_class, check_data, check_length, check_output, check_space
+from .checks import (
+    check_best,
+    check_class,
+    check_data,
+    check_frozen,
+    check_length,
+    check_output,
+    check_space,
+)
 from .disk import beside, to_encode
 from .preview import Preview
 from .shapes import buckets_of, check_shapes, look, shapes_of
@@ -174,6 +185,7 @@ def _execute(recipe: Recipe, folder: Path, resuming: bool, meant: Collection[str
         choose(recipe.data.encoder_device, "data.encoder_device")
     device = choose(recipe.train.device)  # which becomes the current one
     kernels.check_attention(recipe.teacher.attention, device, recipe.teacher.autocast)
+    check_frozen(recipe)
     prompts, images = check_data(recipe)
     check_class(recipe, prompts, images)
     kept = checkpoint.every(folder / "checkpoints") if resuming else []
@@ -265,7 +277,8 @@ class Session:
         meant: Collection[str] = (),
     ):
         self.process, self.folder = process, Path(recipe.output)
-        self.teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
+        places: dict[str, Any] = {"device": process.device, "encoder_device": recipe.data.encoder_device}
+        self.teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), **places)
         check_shapes(recipe, self.teacher)
         look(recipe, images, process)
         self.inputs = inputs.inputs_of(recipe, self.teacher, prompts, images)
@@ -281,7 +294,6 @@ class Session:
         self.experts = [self.roles[name] for name in dict.fromkeys(self.method.student.roles)]
         check_space(self.folder, self.roles, recipe, to_encode(recipe, self.teacher, prompts, images))
         self._check_export(None if begun else prompts[0])
-        self._place_encoders()  # after a call of the stock pipeline, which wants them beside its network
         encoded, to_verify = self._encode(prompts, images)
         self.preview = Preview(
             recipe,
@@ -304,6 +316,7 @@ class Session:
             recipe.train,
             folder=self.folder,
             process=process,
+            scaled=recipe.teacher.autocast == "float16",
             on_sample=self._sample,
             on_save=self.preview.settle,
         )
@@ -348,27 +361,32 @@ class Session:
             data = dataclasses.replace(data, **choice)
         return dataclasses.replace(recipe, data=data)
 
-    def _place_encoders(self) -> None:
-        """To the device where they work beside training."""
-        data = self.recipe.data
-        if data.encoder_device and data.cache_prompts is False:
-            for name in self.teacher.encoders:
-                if (encoder := getattr(self.teacher.pipe, name, None)) is not None:
-                    encoder.to(data.encoder_device)
-
     def _check_export(self, prompt: str | None) -> None:
         """What an export would fail at is found before training; a prompt is for the first process to sample."""
         student, configs = self.method.student, [role.config for role in self.experts]
         export.check_exportable(student, configs, self.teacher, self.recipe.export.kohya)
         if prompt is None or not self.process.main:
             return
-        difference = export.rehearse_export(student, configs, self.teacher, prompt)
+        try:
+            self._encoders_to(
+                self.process.device
+            )  # a call of the stock pipeline wants them beside its network
+            difference = export.rehearse_export(student, configs, self.teacher, prompt)
+        except torch.OutOfMemoryError:
+            difference = None
+        finally:
+            if self.recipe.data.encoder_device:
+                self._encoders_to(self.recipe.data.encoder_device)
         if difference is not None:
             print(
                 f"fewstep: stock {self.teacher.pipeline_class} samples the untrained student as it is trained, largest "
                 f"difference {difference:.1e}",
                 file=sys.stderr,  # a bench's output is its result
             )
+
+    def _encoders_to(self, device: torch.device | str) -> None:
+        for name in self.teacher.encoders:
+            getattr(self.teacher.pipe, name).to(device)
 
     def _sample(self, step: int) -> dict[str, float]:
         measured = self.preview.draw(step, self.process.main)
@@ -398,8 +416,8 @@ class Session:
 
     def export(self) -> None:
         recipe, experts = self.recipe, self.experts
-        for name in self.teacher.encoders:
-            getattr(self.teacher.pipe, name).to(self.process.device)
+        self._make_room()
+        self._encoders_to(self.teacher.device)
         with averaged(*experts):
             own = {
                 student.num_steps: export.trainer_sample(student, self.teacher, self.export_prompts)
@@ -411,10 +429,18 @@ class Session:
         differences: list[float] = []
 
         def verify(part: Path) -> None:
-            args = (recipe.export.tolerance, recipe.export.dtype, recipe.teacher.dtype)
+            dtype, bits = recipe.teacher.dtype, recipe.teacher.quantization
+            args = (recipe.export.tolerance, recipe.export.dtype, dtype)
             for steps, sample in own.items():
-                found = export.verify(part, sample, self.teacher, self.export_prompts, *args, steps)
+                found = export.verify(part, sample, self.teacher, self.export_prompts, *args, steps, bits)
                 differences.append(found)
+            if bits:
+                first = own[self.method.student.num_steps]
+                whole = export.on_the_whole_base(part, first, self.teacher, self.export_prompts, dtype)
+                if whole is not None:
+                    print(
+                        f"fewstep: on the base as it is published, not in {bits}: off by {whole:.1e} of the spread"
+                    )
 
         folder = export.export_student(
             self.folder / "export",
@@ -431,8 +457,24 @@ class Session:
         reader = "stock diffusers" if self.teacher.kind == "diffusion" else self.teacher.pipeline_class
         print(f"fewstep: export {folder} verified in {reader}, largest difference {difference:.1e}")
 
+    def _make_room(self) -> None:
+        """Training is over: where two pipelines in fp32, ours and a stock one, are more than the card has, they meet on
+        the CPU, which takes longer."""
+        process, parts = self.process, self.teacher.pipe.components.values()
+        weights = sum(numel(part) for part in parts if isinstance(part, nn.Module))
+        have = total(process.device)
+        if process.world == 1 and have and 2 * 4 * weights > have:
+            print(
+                "fewstep: the export is compared on the CPU, for the card has no room for two pipelines in fp32"
+            )
+            for role in self.roles.values():
+                role.module.to("cpu")
+            self.teacher.to("cpu")
+
     def _about(self) -> dict[str, Any]:
+        bits = self.recipe.teacher.quantization
         return {
+            **({"trained_on": {"quantization": bits}} if bits else {}),
             "title": self.folder.name,
             "method": self.method.name,
             "recipe": recipes.digest(self.recipe),
@@ -478,7 +520,8 @@ def cache(recipe: Recipe) -> dict[str, Store]:
     prompts, images = check_data(recipe)
     check_class(recipe, prompts, images)
     process = start(recipe.train.device)
-    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
+    places: dict[str, Any] = {"device": process.device, "encoder_device": recipe.data.encoder_device}
+    teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), **places)
     check_shapes(recipe, teacher)
     check_room(to_encode(recipe, teacher, prompts, images), f"or set {PLACE} to another disk")
     stores = encode(recipe, teacher, prompts, images, process)

@@ -32,8 +32,8 @@ def of_tensors(module: nn.Module, rounded: bool = False) -> Iterator[str]:
 
 
 def of_network(module: nn.Module) -> str:
-    """Of a network at any precision."""
-    return hash_of(sorted(of_tensors(module, rounded=True)))
+    """Of a network at any precision; of one in fewer bits, what it was before."""
+    return getattr(module, "known_as", None) or hash_of(sorted(of_tensors(module, rounded=True)))
 
 
 def of_file(path: Path) -> str:

@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..diffusion import kernels
+from ..diffusion import frozen, kernels
 from ..errors import FewstepError, in_line
 from ..extensions import plugins
 from ..files import at_home
 from ..shape import Size
 from .base import Teacher
+from .fingerprint import of_network
 from .folders import absent_parts, check_index, check_parts, check_pipeline_folder
 from .origin import Origin, check_loras, merge_loras
 from .pipelines import PROCESSED, heard, hushed
@@ -310,10 +311,13 @@ def load_teacher(
     source: str,
     *,
     dtype: str = "float32",
+    quantization: str | None = None,
+    offload: bool = False,
     resolution: Size | None = None,
     autocast: str | None = None,
     attention: str = "auto",
     device: torch.device | str = "cpu",
+    encoder_device: str | None = None,
     **weights: Any,
 ) -> Teacher:
     """A pipeline folder, hub id, file or ``builtin:`` name as a teacher.
@@ -321,10 +325,11 @@ def load_teacher(
     Args:
         source: what ``DiffusionPipeline.from_pretrained`` takes, a ``.safetensors`` file, or ``builtin:emoji-xl``.
         dtype: of the frozen weights, "float32" or "bfloat16"; the VAE stays in float32.
+        quantization, offload: how those of the network's blocks are kept, see :func:`fewstep.diffusion.frozen.keep`.
         resolution: pixels of a square's side, or height and width; default the pipeline's own.
         autocast: dtype of the networks' arithmetic, "auto" or None.
         attention: kernel, see :class:`~fewstep.recipe.TeacherConfig`. device: where it will be, for which ``auto`` is
-            decided.
+            decided. encoder_device: of the text encoders, by default with the rest.
         weights: variant, config and loras, see :class:`~fewstep.recipe.TeacherConfig`.
 
     Raises:
@@ -341,7 +346,18 @@ def load_teacher(
             autoencoder.to(torch.float32)
     teacher = with_arithmetic(partial(cls, pipe, source, resolution), autocast, attention, device)
     teacher.origin = origin
-    return teacher.to(device)
+    if quantization:
+        teacher.net.known_as = of_network(teacher.net)  # whatever is made of it is of these weights
+    frozen.keep(teacher.net, quantization, offload)
+    if not encoder_device:
+        return teacher.to(device)
+    held = {name: getattr(pipe, name) for name in teacher.encoders}
+    for name in held:
+        setattr(pipe, name, None)  # they never come to the device
+    teacher.to(device)
+    for name, encoder in held.items():
+        setattr(pipe, name, encoder.to(encoder_device))
+    return teacher
 
 
 def with_arithmetic(

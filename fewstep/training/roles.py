@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configs import RoleConfig
+from ..diffusion import frozen
 from ..diffusion.kernels import checkpoint_blocks
 from ..errors import RecipeError
 from .sharding import assign, settle, shards
@@ -112,14 +113,13 @@ class Role:
     def restart(self) -> None:
         """Back to what it was built from: what ``start_from`` gave, else the teacher, an adapter as the identity."""
         settle(self.module)
-        frozen = (
-            dict(self.base.named_parameters()) if self.base is not None and self.config.kind == "full" else {}
-        )
+        whole = self.base is not None and self.config.kind == "full"
+        begun = self.base.state_dict() if self.base is not None and whole else {}
         for name, weight in self.weights.items():
             if self.start is not None:
                 weight.copy_(self.start[name])
             elif self.config.kind == "full":
-                assign(weight, frozen[name].float())
+                assign(weight, begun[name].float())
             elif ".lora_B." in name:
                 weight.zero_()
         for name, value in (self.average or {}).items():
@@ -192,7 +192,11 @@ def build_role(name: str, base: nn.Module, config: RoleConfig, seed: int = 0) ->
         RecipeError: no layer matches ``targets``, or the rank is larger than a layer.
     """
     if config.kind == "full":
-        module = copy.deepcopy(base).requires_grad_(True)
+        if any(layer.store.kind for layer in frozen.stored(base)):
+            raise RecipeError(
+                f"{name}.kind: full: the base is in fewer bits (teacher.quantization); expected lora"
+            )
+        module = frozen.plain(copy.deepcopy(base)).requires_grad_(True)
         _in_fp32([*module.parameters(), *module.buffers()])
         _recompute(module, config)
         return Role(name, module, config, base)
@@ -257,15 +261,16 @@ def _check_lora(name: str, module: nn.Module, config: RoleConfig) -> None:
     layers = lora_targets(module, config.targets)
     if not layers:
         raise RecipeError(f"{name}.targets: {config.targets} match no layer of {type(module).__name__}")
+    kept = set(frozen.stored(module))
     for path, layer in layers.items():
         if not isinstance(layer, (nn.Linear, nn.Conv2d)):
             raise RecipeError(
                 f"{name}.targets: {path} is a {type(layer).__name__}; LoRA adapts Linear and Conv2d"
             )
-        weight = layer.weight
-        limit = min(weight.shape[0], weight[0].numel())
-        if config.rank > limit:
+        shape: Any = layer.store.shape if layer in kept else layer.weight.shape
+        outputs, inputs = shape[0], shape[1:].numel()
+        if config.rank > min(outputs, inputs):
             raise RecipeError(
-                f"{name}.rank: {config.rank} is larger than layer {path} ({weight.shape[0]} outputs, "
-                f"{weight[0].numel()} inputs); use a rank of at most {limit} or leave that layer out of targets"
+                f"{name}.rank: {config.rank} is larger than layer {path} ({outputs} outputs, {inputs} inputs); use a "
+                f"rank of at most {min(outputs, inputs)} or leave that layer out of targets"
             )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.frozen import blocks_of
 from ..process import Process
 
 
@@ -31,13 +32,6 @@ def distribute(module: nn.Module, process: Process) -> None:
     # Gathered until the backward: a loss on tapped features never touches the output whose hook would gather again.
     sharded: Any = fully_shard(module, mesh=process.mesh, ignored_params=frozen, reshard_after_forward=False)
     sharded.sharded_units = [*units, module]
-
-
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a diffusers network, inner ones first, as its class names them."""
-    names = getattr(module, "_no_split_modules", None) or ["BasicTransformerBlock", "ResnetBlock2D"]
-    blocks = [m for m in module.modules() if type(m).__name__ in names and any(True for _ in m.parameters())]
-    return blocks[::-1]
 
 
 def _called_apart(module: nn.Module) -> list[nn.Module]:

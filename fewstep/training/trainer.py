@@ -31,7 +31,8 @@ from .divergence import Divergence, Failed, Outcome
 from .means import Means
 from .optimizers import optimizer_of, take_step
 from .roles import Role
-from .sharding import clip_gradients, sync_gradients, whole
+from .scaling import Scales
+from .sharding import clip_gradients, shards, sync_gradients, whole
 from .signals import StopSignal
 
 
@@ -42,7 +43,8 @@ class Trainer:
         method: whose phases run. roles: every trainable role by name, as the phases name them.
         data: where micro-batches come from. config: see :class:`TrainConfig`.
         folder: run directory; None writes nothing. on_sample: called with the step when a grid is due;
-            what it measured goes to the log. on_save: called before a checkpoint is written.
+            what it measured goes to the log. on_save: called before a checkpoint is written. scaled: losses are, for
+            networks that compute in fp16.
     """
 
     STATE = ("seconds", "updates", "rolled_back", "best", "begun")  # beside weights, optimisers and Progress
@@ -59,6 +61,7 @@ class Trainer:
         on_sample: Callable[[int], Mapping[str, float]] | None = None,
         on_save: Callable[[], None] = lambda: None,
         quiet: bool = False,
+        scaled: bool = False,
     ):
         self.method, self.roles, self.data, self.config = method, roles, data, config
         self.folder, self.process = folder, process or Process()
@@ -78,6 +81,7 @@ class Trainer:
         self.begun: dict[str, float] = {}  # what the weights were, to see that they changed
         self.finite: dict[str, Tensor] = {}  # of this iteration's updates, by phase, on the device
         self.divergence = Divergence(self.phases, self.again)
+        self.scales = Scales([phase.name for phase in self.phases if scaled], self.process.device)
         self.status = StatusLine(config.steps, quiet=self.quiet)
         self.waits = Waits(data)
 
@@ -191,7 +195,7 @@ class Trainer:
         assert phase.loss is not None  # of those that do not follow
         terms = phase.loss(batch, self.progress)
         total: Any = sum(terms.values())
-        self.backward(total / count)
+        self.backward(self.scales.up(phase.name, total / count))
         named = {f"{phase.name}/{k}": v for k, v in terms.items()}
         for name, value in {**named, **{f"health/{k}": v for k, v in batch.log.items()}}.items():
             sums[name] = sums.get(name, 0) + value.detach() / count
@@ -209,9 +213,12 @@ class Trainer:
         Returns:
             The norm of the joint gradient over all ranks, before clipping.
         """
-        norm = clip_gradients(_weights(roles), self.config.clip_norm)
-        self.finite[phase.name] = torch.isfinite(norm)
-        found_inf = 1 - self.finite[phase.name].float()
+        weights = _weights(roles)
+        self.scales.down(phase.name, shards(w.grad for w in weights if w.grad is not None))
+        norm = clip_gradients(weights, self.config.clip_norm)
+        finite = torch.isfinite(norm)
+        self.finite[phase.name] = self.scales.judge(phase.name, finite)
+        found_inf = 1 - finite.float()
         for role in roles:
             optimizer = self.optimizers[role.name]
             take_step(optimizer, self.learning_rate(role, phase), found_inf)
@@ -388,6 +395,7 @@ class Trainer:
         checkpoints, step = self.folder / "checkpoints", self.progress.iteration
         state = {field: getattr(self, field) for field in self.STATE}
         state |= {"iteration": step, "per_iteration": self.progress.per_iteration, "rows": self.data.rows}
+        state |= {"scales": self.scales.plain()} if self.scales.of else {}
         state |= {"last": self.divergence.last.plain(), "skipped": self.divergence.skipped}
         state |= {k: getattr(self, k).floats(self.process) for k in ("window", "judged")}
         where = self.folder / name if name else checkpoints / f"step_{step:08d}"
@@ -413,6 +421,7 @@ class Trainer:
             setattr(self, name, state[name])
         self.progress.iteration = state["iteration"]
         self.divergence.last, self.divergence.skipped = Outcome.of(**state["last"]), state["skipped"]
+        self.scales.restore(state.get("scales", {}))
         for name in ("window", "judged"):
             setattr(self, name, Means.of(state[name], self.process.device))
         samples, micro = self.progress.per_iteration, self.config.batch_size * self.process.world

@@ -201,7 +201,8 @@ def test_a_recipe_that_cannot_fit_is_named_with_what_would_make_it_fit(planned, 
     # No micro-batch fits: what is tried then is planned anew, here all by the plan with adapters.
     monkeypatch.setattr("fewstep.cost.fit.plan", lambda *_: planned["lora"])
     monkeypatch.setitem(GPUS, "toy", replace(GPUS["h100-80gb"], memory=planned["lora"].total() + 1))
-    assert remedy(made, "toy") == "--train.batch_size=1 --teacher.gradient_checkpointing=true would fit"
+    options = "--teacher.gradient_checkpointing=true --train.batch_size=4 --train.accumulate=16"
+    assert remedy(made, "toy") == f"{options} would fit"
     monkeypatch.setitem(GPUS, "toy", replace(GPUS["h100-80gb"], memory=1e9))
     assert "even --train.batch_size=1" in remedy(made, "toy") and "h100-80gb" in remedy(made, "toy")
 

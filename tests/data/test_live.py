@@ -174,13 +174,11 @@ def test_encoders_stay_where_they_are_wanted(tiny_sdxl, tmp_path, cache):
     for words, expected in (
         (("--data.cache_prompts", "true"), ["cpu"]),  # they leave
         (("--data.cache_prompts", "false"), []),
-        (("--data.cache_prompts", "false", "--data.encoder_device", "cpu"), ["cpu"]),
     ):
+        moved.clear()
         recipe = recipe_for(tiny_sdxl, tmp_path, *words)
         session = Session(recipe, *check_data(recipe), Process())
         session.teacher.pipe.text_encoder = Heard()
-        moved.clear()
-        session._place_encoders()
         session.teacher.drop_encoders(texts=session.recipe.data.cache_prompts)
         assert moved == expected
     with pytest.raises(RecipeError, match=r"^data\.encoder_device: cuda:9: "):
@@ -190,19 +188,29 @@ def test_encoders_stay_where_they_are_wanted(tiny_sdxl, tmp_path, cache):
 def test_encoders_go_apart_after_the_stock_call_that_wants_them_together(
     tiny_sdxl, tmp_path, cache, monkeypatch
 ):
+    """And have never been on the device before."""
     order = []
     for owner, name in (
+        (sessions, "load_teacher"),
         (sessions.export, "rehearse_export"),
-        (Session, "_place_encoders"),
+        (Session, "_encoders_to"),
         (sessions, "encode"),
     ):
         function = getattr(owner, name)
-        monkeypatch.setattr(
-            owner, name, lambda *a, name=name, function=function: order.append(name) or function(*a)
-        )
-    recipe = recipe_for(tiny_sdxl, tmp_path, "--data.cache_prompts", "false", "--data.encoder_device", "cpu")
-    Session(recipe, *check_data(recipe), Process())
-    assert order == ["rehearse_export", "_place_encoders", "encode"]
+
+        def noted(*a, name=name, function=function, **k):
+            order.append((name, k.get("encoder_device") or (a[1] if name == "_encoders_to" else None)))
+            return function(*a, **k)
+
+        monkeypatch.setattr(owner, name, noted)
+    for kept in ("true", "false"):
+        words = ("--data.cache_prompts", kept, "--data.encoder_device", "cpu")
+        recipe = recipe_for(tiny_sdxl, tmp_path, *words)
+        Session(recipe, *check_data(recipe), process := Process())
+        beside, apart = ("_encoders_to", process.device), ("_encoders_to", "cpu")
+        expected = [("load_teacher", "cpu"), beside, ("rehearse_export", None), apart, ("encode", None)]
+        assert order == expected and process.device is not order[3][1]
+        order.clear()
 
 
 def test_the_vae_stays_where_references_are_encoded_beside_training(teachers, tmp_path, cache, monkeypatch):

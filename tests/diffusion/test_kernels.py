@@ -81,7 +81,7 @@ def test_a_run_with_an_unknown_kernel_ends_before_anything_is_loaded(tmp_path, c
         ("cpu", True, "bfloat16", "it has units"),
         ("cpu", False, None, "fp32 is faster"),
         ("cuda", True, "bfloat16", "it has units"),
-        ("cuda", False, None, "fp16 would need"),
+        ("cuda", False, "float16", "losses are scaled"),
         ("mps", None, None, "torch does not say"),
     ],
 )

@@ -506,11 +506,14 @@ def test_the_hash_of_a_recipe_knows_only_a_start_that_is_given(tiny_sd15, tmp_pa
         plain["teacher"]["variant"],
         plain["teacher"]["config"],
         plain["teacher"]["loras"],
+        plain["teacher"]["quantization"],
+        plain["teacher"]["offload"],
     )  # options that came later
     before = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
     assert (
         recipes.digest(recipe)
         == before
+        == recipes.digest(recipes.override(recipe, ["--teacher.offload", "true"]))  # trains the same
         != recipes.digest(recipes.override(recipe, ["--data.column", "text"]))
     )
     assert recipes.digest(recipes.override(recipe, ["--student.start_from", "runs/a"])) != recipes.digest(
