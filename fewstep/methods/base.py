@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -346,10 +347,10 @@ def check_null(config: Any, denoiser: Any) -> None:
 
 
 def few(taps: list[str]) -> list[str]:
-    """Blocks that a tiny transformer has, in place of those of a large one."""
-    return (
-        [f"transformer_blocks.{i}" for i in (0, 1)] if any("transformer_blocks." in t for t in taps) else taps
-    )
+    """Blocks that a tiny transformer, or network of EDM's, has in place of those of a large one."""
+    if any("transformer_blocks." in tap for tap in taps):
+        return [f"transformer_blocks.{i}" for i in (0, 1)]
+    return [re.sub(r"(\dx\d_block)\d+$", r"\g<1>0", tap) for tap in taps]
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -23,7 +23,7 @@ from ..diffusion.denoiser import Denoiser, NetDenoiser
 from ..diffusion.discriminator import check_taps, mean_logits
 from ..diffusion.schedules import Flow
 from ..diffusion.student import Student
-from .base import Batch, Expected, Method, Phase, Progress, check_guidance, register
+from .base import Batch, Expected, Method, Phase, Progress, check_guidance, few, register
 from .live_scores import LevelWeight, LiveOptions, drop_captions, made_by, through_networks
 from .terms import regression
 
@@ -122,7 +122,7 @@ class SiD(Method):
             return a, b, c, d
 
         def smoke(self) -> Self:
-            return replace(super().smoke(), gan_schedule=(2, 4))
+            return replace(super().smoke(), gan_schedule=(2, 4), taps=few(self.taps))
 
     config: Config
 

@@ -107,6 +107,8 @@ def _stand_in(folder: Path, teacher: TeacherConfig, prompts: str) -> TeacherConf
     # Of LlamaGen's models some read texts, some labels.
     reads_texts = name == "LlamaGenPipeline" and prompts != CLASSES
     options: dict[str, Any] = {"num_classes": None} if reads_texts else {}
+    if name == "EDMPipeline" and prompts == CLASSES:
+        options = {"num_class_embeds": 1000}
     if told := teacher.weights():
         said = f"--smoke: teacher.{', teacher.'.join(told)}: left out, for the stand-in is of another size"
         print(f"fewstep: note: {said}", file=sys.stderr)
