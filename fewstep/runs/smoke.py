@@ -43,7 +43,7 @@ def smoke(recipe: Recipe, given: Collection[str] = ()) -> Recipe:
             file=sys.stderr,
         )
         data = dataclasses.replace(data, shapes=[])
-    few = _few_emoji(folder, data.column or "text", edits=edits)
+    few = _few_emoji(folder, data.column or "text", edits=edits, classes=data.prompts == CLASSES)
     data = dataclasses.replace(
         data,
         prompts=data.prompts
@@ -143,16 +143,19 @@ def _few_pairs(folder: Path, teacher, data, method) -> Path:
     return make_pairs(folder, load_teacher(teacher.path, **teacher.weights()), prompts, **options)
 
 
-def _few_emoji(folder: Path, column: str = "text", count: int = 8, edits: bool = False) -> Path:
+def _few_emoji(
+    folder: Path, column: str = "text", count: int = 8, edits: bool = False, classes: bool = False
+) -> Path:
     """A folder of captioned images with its prompts, as a user would bring one; with ``edits`` each image is to be made
-    of the next one."""
+    of the next one, with ``classes`` captions are their numbers."""
     from PIL import Image
 
     from ..data import emoji
 
     images, captions = emoji.load()
     chosen = range(0, len(captions), len(captions) // count)[:count]
-    rows = [{"file_name": f"{i:04d}.png", column: captions[i]} for i in chosen]
+    texts = [str(k) if classes else captions[i] for k, i in enumerate(chosen)]
+    rows = [{"file_name": f"{i:04d}.png", column: text} for i, text in zip(chosen, texts)]
     if edits:
         rows = [{**row, REFERENCE: after["file_name"]} for row, after in zip(rows, rows[1:] + rows[:1])]
     target = folder / "emoji"
