@@ -231,7 +231,9 @@ def _run(trainer: Trainer, turn: Turn, accumulate: int, known: dict) -> tuple[Me
                 f"plan: {trainer.method.name} decides by a value it computes ({error.func}), which a plan does not "
                 "have; measure it instead: fewstep bench RECIPE"
             ) from error
-        return meter, meter.alive // count
+        left = meter.alive  # gathered weights too, which all micro-batches share
+        batches.clear()
+        return meter, (left - meter.alive) // count
 
 
 @torch.no_grad()
