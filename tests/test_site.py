@@ -292,9 +292,8 @@ def test_the_page_of_fields_has_every_part_of_a_recipe():
         re.findall(r"^<!-- fields fewstep\.recipe\.(\w+) -->$", PAGES["reference/recipe.md"], re.MULTILINE)
     )
     hints = get_type_hints(recipes.Recipe)
-    assert parts == {hint.__name__ for hint in hints.values() if dataclasses.is_dataclass(hint)} | {
-        "RoleConfig"
-    }
+    own = {hint.__name__ for hint in hints.values() if dataclasses.is_dataclass(hint)}
+    assert parts == own | {"RoleConfig", "ShapeConfig"}
 
 
 def test_the_page_of_commands_has_every_command_with_every_option():

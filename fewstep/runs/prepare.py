@@ -327,10 +327,9 @@ def prepare(
     }
     weights = gathered(role.final_weights(), process)
     if process.main:
+        made = network_with(teacher, net, weights, torch.float32)
         with replacing(out) as part:
-            save_network(
-                teacher, network_with(teacher, net, weights, torch.float32), teacher.pipe.scheduler, part
-            )
+            save_network(teacher, made, teacher.pipe.scheduler, part)
             write_json(part / "prepare.json", record)
     process.barrier()
     return record
