@@ -307,10 +307,9 @@ def prepare(
     batches = partial(
         Batches, conditions, teacher.latent_shape, latents=latents, captions=conditions, device=teacher.device
     )
-    held_out = batches(batch_size=64, seed=config.seed + 1)
-    before = compare(teacher.denoiser, teacher.denoiser, held_out.batch(0, 0))
+    held_out, own = batches(batch_size=64, seed=config.seed + 1), teacher.denoiser
     role = _role(net, config, process)
-    watch = Watch(config, config.train(), role, student, teacher.denoiser, held_out, process, quiet)
+    watch = Watch(config, config.train(), role, student, own, held_out, process, quiet)
     micro = config.accumulate * process.world
     data = batches(batch_size=config.batch_size, per_iteration=micro, seed=config.seed)
     seconds = _train(watch, data, out.with_name(out.name + ".training"))
@@ -319,7 +318,7 @@ def prepare(
         "sinusoids_cut": cut,
         "qk_norm": config.qk_norm,
         "batch": config.batch_size * micro,
-        "before": before,
+        "before": compare(own, own, held_out.batch(0, 0)),
         "checks": watch.checks,
         "after": watch.checks[-1],
         "reached": watch.reached,
