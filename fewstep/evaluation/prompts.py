@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data import texts
+from fewstep.data.prompts import load_prompts
 from fewstep.errors import FewstepError
 from fewstep.teachers.references import identity_of
 
@@ -51,10 +52,12 @@ class Prompts:
 
 
 def read_prompts(path: str | Path, column: str | None = None) -> Prompts:
-    """One prompt a line, or the column of a table, see :mod:`fewstep.data.texts`.
+    """One prompt a line, the column of a table, see :mod:`fewstep.data.texts`, or those that are built in.
 
     Raises:
         FewstepError: neither text nor a table, no prompts, an empty line before the last prompt, a row without one.
     """
+    if str(path).startswith("builtin:"):
+        return Prompts(tuple(load_prompts(str(path), "--prompts")))
     found = texts.read(path, column)
     return Prompts(found.texts, found.records)

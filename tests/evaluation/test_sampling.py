@@ -502,3 +502,10 @@ def test_times_of_a_network_are_no_rows():
         net(torch.zeros(1), torch.zeros(3, 2))
         net(time=torch.zeros(()), x=torch.zeros(2, 2))
     assert rows.count == 5
+
+
+def test_built_in_prompts_are_the_labels_and_the_nothing_of_class_teachers():
+    assert read_prompts("builtin:imagenet-classes").texts == tuple(map(str, range(1000)))
+    assert read_prompts("builtin:unconditional").texts == ("",) * 64
+    with pytest.raises(FewstepError, match=r"^--prompts: builtin:nope is no file"):
+        read_prompts("builtin:nope")
