@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import FewstepError, RecipeError
@@ -26,12 +26,20 @@ class LeftOut:
 
     Attributes:
         reasons: record -> name and reason. path: file that keeps them, once there is a place for it.
+        parts: of the set that it is a part of, itself among them, whose records count together.
     """
 
     def __init__(self, source: str, total: int, share: float):
         self.source, self.total, self.share = source, total, share
         self.reasons: dict[int, tuple[str, str]] = {}
         self.path: Path | None = None
+        self.parts: Sequence[LeftOut] = [self]
+
+    @staticmethod
+    def count_together(parts: Sequence[LeftOut]) -> None:
+        """Of the parts of one set as many may be left out as of the whole one, and not of each."""
+        for part in parts:
+            part.parts = parts
 
     def keep(self, path: Path) -> None:
         """From here on they are written to this file, those of before too; those that stand in it count.
@@ -52,13 +60,14 @@ class LeftOut:
         Raises:
             RecipeError: more than the share allows, with the first of their names.
         """
-        if self.path:
-            self._read()  # what other ranks have left out
-            if record not in self.reasons:
-                self._write({record: (name, reason)})
+        for part in self.parts:
+            if part.path:
+                part._read()  # what other ranks have left out
+        if self.path and record not in self.reasons:
+            self._write({record: (name, reason)})
         self.reasons[record] = (name, reason)
         self.check()
-        if len(self.reasons) <= NAMED:
+        if len(self._all()) <= NAMED:
             print(f"fewstep: note: data.images: {name} is left out: {reason}", file=sys.stderr)
 
     def check(self, checked: int | None = None) -> None:
@@ -67,15 +76,19 @@ class LeftOut:
         Args:
             checked: records that have been looked at, where that is known.
         """
-        if len(self.reasons) <= int(self.share * self.total):
+        found = self._all()
+        if len(found) <= int(self.share * self.total):
             return
-        named = [f"{name} ({reason})" for name, reason in list(self.reasons.values())[:NAMED]]
-        more = f" and {len(self.reasons) - NAMED} more" if len(self.reasons) > NAMED else ""
+        named = [f"{name} ({reason})" for name, reason in found[:NAMED]]
+        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
         raise RecipeError(
-            f"data.images: {self.source}: {len(self.reasons)} of {checked or self.total} files cannot be read: "
+            f"data.images: {self.source}: {len(found)} of {checked or self.total} files cannot be read: "
             f"{', '.join(named)}{more}; remove or replace them (fewstep data check names all), or raise data.max_bad, "
             f"which allows {int(self.share * self.total)} of {self.total}"
         )
+
+    def _all(self) -> list[tuple[str, str]]:
+        return [one for part in self.parts for one in part.reasons.values()]
 
     def _write(self, found: Mapping[int, tuple[str, str]]) -> None:
         """Behind what stands there, in one piece: other ranks write to the same file."""

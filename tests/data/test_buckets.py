@@ -237,6 +237,48 @@ def test_a_part_may_lose_as_many_as_the_whole_set(pictures):
     assert images.part([0, 3, 5]).left_out.total == 6
 
 
+def test_what_is_left_out_of_all_shapes_counts_together(pictures, teachers):
+    """One picture of each shape is none: two of six may be, and the third is too many, whoever finds it and when."""
+    teacher, sizes = teachers("SDXL"), sizes_of(load_images(str(pictures), max_bad=1.0))
+    for name in "abc":
+        (pictures / f"{name}.png").write_bytes(b"none")
+
+    def parts(max_bad):
+        images = load_images(str(pictures), max_bad=1.0)
+        images = replace(images, max_bad=max_bad, upscale=True)  # known by nobody yet
+        return split(images, sizes, SHAPES)
+
+    kept = parts(0.5)
+    rows = [LiveImages(teacher.at(shape), part) for shape, part in zip(SHAPES, kept)]
+    for one in rows[:2]:
+        one.rows(torch.arange(len(one)))
+    other = parts(0.34)  # goes on from what was written
+    LiveImages(teacher.at(SHAPES[0]), other[0]), LiveImages(teacher.at(SHAPES[1]), other[1])
+    tall = LiveImages(teacher.at(TALL), other[2])
+    with pytest.raises(
+        RecipeError, match=r"3 of 6 files cannot be read: b.png .*a.png .*c.png .*allows 2 of 6"
+    ):
+        tall.rows(torch.arange(1))
+    with pytest.raises(RecipeError, match=r"2 of 6 files cannot be read: b.png"):
+        few = parts(0.2)
+        for shape, part in zip(SHAPES, few):
+            LiveImages(teacher.at(shape), part)
+    with pytest.raises(RecipeError, match=r"no image of it can be used"):
+        LiveImages(teacher.at(TALL), kept[2]).rows(torch.arange(1))
+
+
+def test_what_another_process_has_left_out_of_another_shape_counts_too(pictures, teachers):
+    teacher, found = teachers("SDXL"), []
+    for _ in range(2):  # each of its own
+        images = replace(load_images(str(pictures)), max_bad=0.2)
+        found.append(split(images, sizes_of(images), SHAPES))
+        for shape, part in zip(SHAPES, found[-1]):
+            LiveImages(teacher.at(shape), part)
+    found[0][0].left_out.add(0, "b.png", "cut")
+    with pytest.raises(RecipeError, match=r"2 of 6 files cannot be read: b.png \(cut\), c.png \(cut\)"):
+        found[1][2].left_out.add(0, "c.png", "cut")
+
+
 # ----------------------------------------------------------------------------------------------- conditions of size
 def test_the_null_condition_is_told_the_size_of_the_row():
     null = Cond({"embeds": torch.zeros(1, 3), "time_ids": torch.tensor([[32.0, 32.0]])})
