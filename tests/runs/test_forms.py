@@ -264,6 +264,37 @@ def test_grids_have_the_shapes_in_turn_and_the_card_names_them(tiny_sdxl, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_run_of_several_shapes_is_measured_by_the_images_of_its_resolution(tiny_sdxl, tmp_path):
+    """Wide and tall ones are too low and too narrow for it, and one picture is none."""
+    words = (
+        "--train.steps",
+        "2",
+        "--evaluation.num",
+        "4",
+        "--evaluation.named",
+        "2",
+        "--data.max_bad",
+        "0.2",
+    )
+    words += ("--evaluation.teacher_steps", "1", "--evaluation.floor_steps", "[]")
+    words += ("--evaluation.extractor", "effnet-lite0@32")
+    recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words)
+    images = tmp_path / "images"
+    for name, size in (("1", (32, 16)), ("2", (16, 32)), ("3", (32, 16))):
+        Image.new("RGB", size, (200, 40, 10)).save(images / f"{name}.png")
+    with (images / "metadata.jsonl").open("a") as table:
+        for i in (5, 6):
+            table.write(json.dumps({"file_name": f"{i}.png", "text": f"more {i}"}) + "\n")
+    Image.new("RGB", (40, 40)).save(images / "5.png")
+    (images / "6.png").write_bytes(b"none")
+    folder = execute(recipe)
+    table = json.loads((folder / "eval" / "table.json").read_text())
+    assert {row["name"] for row in table["rows"]} >= {"teacher", "student"}
+    asked = [json.loads(line) for line in (folder / "eval" / "prompts.jsonl").read_text().splitlines()]
+    assert {line["real"] for line in asked if "real" in line} < {0, 1, 2}  # of the three that are square
+
+
+@pytest.mark.slow
 def test_a_plan_counts_the_largest_shape(tiny_sdxl, tmp_path):
     words = ("--train.batch_size", "2")
     mixed = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, shapes="[{size: 32}, {size: [48, 32]}]")
