@@ -328,9 +328,8 @@ def prepare(
     weights = gathered(role.final_weights(), process)
     if process.main:
         with replacing(out) as part:
-            save_network(
-                teacher, network_with(teacher, net, weights, torch.float32), teacher.pipe.scheduler, part
-            )
+            whole = network_with(teacher, net, weights, torch.float32)
+            save_network(teacher, whole, teacher.pipe.scheduler, part)
             write_json(part / "prepare.json", record)
     process.barrier()
     return record
