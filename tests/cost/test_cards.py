@@ -22,6 +22,7 @@ from fewstep.diffusion import frozen
 from fewstep.errors import FewstepError, RecipeError
 from fewstep.process import Process
 from fewstep.runs.build import build
+from fewstep.runs.checks import check_frozen
 from fewstep.runs.library import load_recipe
 from fewstep.runs.session import execute
 from fewstep.runs.smoke import smoke
@@ -101,8 +102,22 @@ def test_sets_of_options_go_from_the_cheapest_to_another_training():
     assert not [
         w for words in fit.steps(load_recipe("sdxl_dmd2_4step"), alone=False) for w in words if "8bit" in w
     ]
-    for words in whole:  # none of them is refused
-        recipes.override(load_recipe("sdxl_dmd2_4step"), words)
+    several = [w for words in fit.steps(load_recipe("sana_sprint"), alone=False) for w in words]
+    assert "--teacher.offload=true" in several and not [w for w in several if "ema_device" in w]
+    compiled = recipes.override(load_recipe("sdxl_dmd2_4step"), ["--teacher.compile=true"])
+    for words in [*whole, *fit.steps(compiled)]:  # none of them is refused
+        recipe = compiled if "--teacher.compile=false" in words else load_recipe("sdxl_dmd2_4step")
+        check_frozen(recipes.override(recipe, words), here=False)
+    off = [words for words in fit.steps(compiled) if any("offload" in w or "quantiz" in w for w in words)]
+    assert len(off) == 5 and all("--teacher.compile=false" in words for words in off)
+    lora = [words for words in fit.steps(compiled) if words[-1:] == critic[-1:]]
+    assert lora == [critic]  # which may stay compiled
+
+
+def test_a_plan_refuses_what_a_run_refuses_of_frozen_weights():
+    words = ["--teacher.compile=true", "--teacher.offload=true"]
+    with pytest.raises(RecipeError, match=r"^teacher\.compile: true: torch.compile does not take"):
+        plan(recipes.override(load_recipe("sdxl_dmd2_4step"), words))
 
 
 class Counted:
