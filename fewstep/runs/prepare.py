@@ -291,8 +291,7 @@ def prepare(
         What ``prepare.json`` in the folder says: error and stiffness before, after the cut, and in the end.
 
     Raises:
-        FewstepError: the folder is there already, or the network has no time embedding that is known or no
-            forward-mode derivative.
+        FewstepError: the folder is there, or the network has no known time embedding or no forward-mode derivative.
     """
     process = process or Process(device=teacher.device)
     if out.exists():
