@@ -171,7 +171,7 @@ def load_images(
         RecipeError: folder missing or empty, a caption missing or no text, or corrupt files (up to ten are named).
     """
     if (captions := emoji.prompts(source)) is not None:
-        return CaptionedImages(captions, emoji.load()[0])
+        return CaptionedImages(captions, emoji.load()[0], source=source)
     place = Path(source).expanduser()
     if not place.exists():
         raise RecipeError(f"data.images: {source} is no folder; expected captioned images, or builtin:emoji")

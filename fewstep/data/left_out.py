@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -91,18 +92,24 @@ class LeftOut:
         return [one for part in self.parts for one in part.reasons.values()]
 
     def _write(self, found: Mapping[int, tuple[str, str]]) -> None:
-        """Behind what stands there, in one piece: other ranks write to the same file."""
+        """Behind what stands there, in one piece: other ranks write to the same file. A line that a full disk has cut
+        gets its end first."""
         if not found:
             return
         assert self.path is not None
         rows = ({"record": n, "name": a, "reason": b} for n, (a, b) in found.items())
-        append(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        cut = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
+        append(self.path, "\n" * cut + "".join(json.dumps(row) + "\n" for row in rows))
 
     def _read(self) -> None:
         assert self.path is not None
         try:
-            text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-            for row in map(json.loads, text.split("\n")[:-1]):  # a line without its end is being written
-                self.reasons[row["record"]] = (row["name"], row["reason"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+        except OSError as error:
             raise ReadError(f"{self.path}: cannot be read ({error}); remove it") from error
+        for line in text.split("\n")[:-1]:  # one without its end is being written
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError
+            ):  # of one that was cut the record is found again
+                row = json.loads(line)
+                self.reasons[row["record"]] = (row["name"], row["reason"])

@@ -10,9 +10,10 @@ from PIL import Image
 
 from fewstep.data import buckets
 from fewstep.data.batches import Batches
-from fewstep.data.buckets import BLOCK, Bucket, Part, Turns, nearest, shares_of, split
+from fewstep.data.buckets import BLOCK, Bucket, Part, Turns, homes_of, nearest, shares_of, split
 from fewstep.data.cache import encode_images, images_folder, sizes_of
 from fewstep.data.images import CaptionedImages, load_images
+from fewstep.data.left_out import LeftOut
 from fewstep.data.live import LiveImages
 from fewstep.diffusion.cond import Cond, drop_rows, unconditional
 from fewstep.diffusion.rng import Rng
@@ -277,6 +278,36 @@ def test_what_another_process_has_left_out_of_another_shape_counts_too(pictures,
     found[0][0].left_out.add(0, "b.png", "cut")
     with pytest.raises(RecipeError, match=r"2 of 6 files cannot be read: b.png \(cut\), c.png \(cut\)"):
         found[1][2].left_out.add(0, "c.png", "cut")
+
+
+def test_a_line_that_was_cut_costs_nothing_but_its_record(tmp_path):
+    path, rows = tmp_path / "left_out.jsonl", {3: ("d.png", "cut"), 5: ("f.png", "none")}
+    one = LeftOut("images", 100, 0.5)
+    one.keep(path)
+    for record, (name, reason) in rows.items():
+        one.add(record, name, reason)
+    path.write_bytes(path.read_bytes()[:-20])  # a full disk
+    other = LeftOut("images", 100, 0.5)
+    other.keep(path)
+    assert other.reasons == {3: rows[3]}
+    other.add(7, "h.png", "none")
+    last = LeftOut("images", 100, 0.5)
+    last.keep(path)
+    assert last.reasons == {3: rows[3], 7: ("h.png", "none")}
+    path.write_bytes(b"\xff\xfe{\n[1]\n{}\n" + path.read_bytes())
+    last.keep(path)
+    assert last.reasons.keys() == {3, 7}
+
+
+def test_an_image_without_a_size_goes_to_the_first_shape():
+    assert homes_of([None, Shape(9, 9), None, Shape(8, 16)], [TALL, WIDE, SQUARE]) == [0, 2, 0, 1]
+
+
+def test_what_may_be_enlarged_is_cached_apart(pictures, teachers):
+    images = load_images(str(pictures))
+    assert images_folder(teachers("SDXL"), images) != images_folder(
+        teachers("SDXL"), replace(images, upscale=True)
+    )
 
 
 # ----------------------------------------------------------------------------------------------- conditions of size
