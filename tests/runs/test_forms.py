@@ -89,7 +89,10 @@ def several(recipe_name, teacher, folder, *words, shapes=SHAPES):
         ("[{size: 32}, {size: 16, share: 0}]", r"share: 0.*: expected a positive number"),
         ("[{size: 32}, {size: 16, shares: 0}]", r"1.shares: unknown field; did you mean share"),
         ("[{size: 32}, {share: 1}]", r"1.size: missing"),
-        ("[{size: 32}, {size: [16]}]", r"\[.*\]: element 1: input should be a valid integer; element 1.1: field"),
+        (
+            "[{size: 32}, {size: [16]}]",
+            r"\[.*\]: element 1: input should be a valid integer; element 1.1: field",
+        ),
         ("[[32, 16], [16, 32]]", r""),
     ],
 )
