@@ -18,6 +18,7 @@ from fewstep.data.live import LiveImages
 from fewstep.diffusion.cond import Cond, drop_rows, unconditional
 from fewstep.diffusion.rng import Rng
 from fewstep.errors import RecipeError
+from fewstep.process import Process
 from fewstep.shape import Shape
 
 WIDE, TALL, SQUARE = Shape(16, 32), Shape(32, 16), Shape(32, 32)
@@ -178,6 +179,31 @@ def test_pictures_are_sorted_by_their_headers_which_are_read_once(pictures, monk
         ["caption c"],
     ]
     assert [part.of.tolist() for part in parts] == [[1, 4], [0, 3, 5], [2]]
+
+
+def test_sizes_are_read_again_of_files_that_have_changed(pictures):
+    assert sizes_of(load_images(str(pictures)))[1] == (64, 64)
+    Image.new("RGB", (64, 128)).save(pictures / "b.png")
+    assert sizes_of(load_images(str(pictures)))[1] == (128, 64)
+
+
+def test_equal_images_of_two_batches_have_draws_of_their_own(tmp_path, teachers):
+    for i in range(4):
+        Image.new("RGB", (32, 32), (200, 90, 10)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"{i}")
+    store = encode_images(teachers("SDXL"), load_images(str(tmp_path)), batch_size=2, quiet=True)
+    latents = store.rows(torch.arange(4))["latents"]
+    assert not [(a, b) for a in range(4) for b in range(a) if latents[a].equal(latents[b])]
+
+
+def test_a_node_with_a_disk_of_its_own_encodes_what_others_have_encoded_on_theirs(
+    pictures, teachers, monkeypatch
+):
+    monkeypatch.setattr("fewstep.data.store.SHARD", 2)
+    monkeypatch.setattr(Process, "barrier", lambda _: None)
+    images = load_images(str(pictures), upscale=True)
+    store = encode_images(teachers("SDXL"), images, quiet=True, process=Process(rank=1, world=2))
+    assert len(store.files) == 3 and store.rows(torch.arange(6))["row"].tolist() == list(range(6))
 
 
 def test_a_turned_photo_belongs_to_the_shape_that_it_shows(tmp_path):
