@@ -14,7 +14,7 @@ from fewstep import recipe as recipes
 from fewstep.cli import main
 from fewstep.cost import GPUS, fit, plan
 from fewstep.cost.blank import Blank
-from fewstep.cost.devices import named
+from fewstep.cost.devices import LIBRARIES, named
 from fewstep.cost.meter import storage_bytes
 from fewstep.cost.shapes import Shapeless
 from fewstep.cost.skeleton import skeleton_teacher
@@ -168,6 +168,12 @@ def test_the_first_set_that_fits_is_proposed_with_the_largest_micro_batch(monkey
         FewstepError, match=r"fits l40s-48gb, but not beside its text encoders.*encoder_device=cpu would"
     ):
         fit.check_fits(Counted(recipe, 40e9, 1e9, leaving=9e9), "l40s-48gb")
+    beside, card = (
+        [Counted(recipe, held, 1e9, leaving=9e9) for held in (36e9, 38e9)],
+        GPUS["l40s-48gb"].memory,
+    )
+    assert 38e9 + 9e9 < card < 38e9 + 9e9 + LIBRARIES  # which count too
+    assert [fit._encoders(made, card) for made in beside] == [[], ["--data.encoder_device=cpu"]]
     fit.check_fits(
         Counted(recipe, 40e9, 1e9, leaving=9e9, moments=4e9), "l40s-48gb"
     )  # which come with training

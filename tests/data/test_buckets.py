@@ -312,17 +312,20 @@ def test_a_line_that_was_cut_costs_nothing_but_its_record(tmp_path):
     one.keep(path)
     for record, (name, reason) in rows.items():
         one.add(record, name, reason)
+    one.add(3, *rows[3])
+    assert path.read_text().count("\n") == 2
     path.write_bytes(path.read_bytes()[:-20])  # a full disk
     other = LeftOut("images", 100, 0.5)
+    other.reasons[9] = "j.png", "seen before it began"
     other.keep(path)
-    assert other.reasons == {3: rows[3]}
+    assert other.reasons.keys() == {3, 9}
     other.add(7, "h.png", "none")
     last = LeftOut("images", 100, 0.5)
     last.keep(path)
-    assert last.reasons == {3: rows[3], 7: ("h.png", "none")}
+    assert last.reasons == {3: rows[3], 7: ("h.png", "none"), 9: other.reasons[9]}
     path.write_bytes(b"\xff\xfe{\n[1]\n{}\n" + path.read_bytes())
     last.keep(path)
-    assert last.reasons.keys() == {3, 7}
+    assert last.reasons.keys() == {3, 7, 9}
 
 
 def test_an_image_without_a_size_goes_to_the_first_shape():
