@@ -102,6 +102,10 @@ def test_sets_of_options_go_from_the_cheapest_to_another_training():
     assert not [
         w for words in fit.steps(load_recipe("sdxl_dmd2_4step"), alone=False) for w in words if "8bit" in w
     ]
+    both = recipes.override(load_recipe("sdxl_dmd2_4step"), ["--student.kind=full"])
+    adapters = [[w for w in words if w.endswith("kind=lora")] for words in fit.steps(both)]
+    first = [[], ["--roles.critic.kind=lora"], ["--roles.critic.kind=lora", "--roles.student.kind=lora"]]
+    assert [found for n, found in enumerate(adapters) if found not in adapters[:n]] == first
     several = [w for words in fit.steps(load_recipe("sana_sprint"), alone=False) for w in words]
     assert "--teacher.offload=true" in several and not [w for w in several if "ema_device" in w]
     compiled = recipes.override(load_recipe("sdxl_dmd2_4step"), ["--teacher.compile=true"])
@@ -174,6 +178,8 @@ def test_the_first_set_that_fits_is_proposed_with_the_largest_micro_batch(monkey
     )
     assert 38e9 + 9e9 < card < 38e9 + 9e9 + LIBRARIES  # which count too
     assert [fit._encoders(made, card) for made in beside] == [[], ["--data.encoder_device=cpu"]]
+    apart = recipes.override(recipe, ["--data.encoder_device=cpu"])
+    assert fit._encoders(Counted(apart, 40e9, 1e9, leaving=9e9), card) == []  # where they are already
     fit.check_fits(
         Counted(recipe, 40e9, 1e9, leaving=9e9, moments=4e9), "l40s-48gb"
     )  # which come with training

@@ -26,7 +26,7 @@ from fewstep.process import Process
 from fewstep.runs.checks import check_class, check_data
 from fewstep.runs.library import load_recipe
 from fewstep.runs.session import Session, cache, execute, resume
-from fewstep.runs.shapes import check_shapes
+from fewstep.runs.shapes import buckets_of, check_shapes
 from fewstep.runs.smoke import smoke
 
 
@@ -308,6 +308,17 @@ def test_a_plan_counts_the_largest_shape(tiny_sdxl, tmp_path):
     ]
     totals = [plan(recipe).total() for recipe in (mixed, *alone)]
     assert totals[0] == totals[1] > totals[2]
+
+
+def test_iterations_have_the_shares_that_are_given_or_those_of_the_images(teachers, tiny_sdxl, tmp_path):
+    given = "[{size: 32, share: 5}, {size: [16, 32], share: 1}, {size: [32, 16], share: 0.5}]"
+    for shapes, expected in ((SHAPES, [2, 2, 1]), (given, [5, 1, 0.5])):
+        recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, shapes=shapes)
+        found = buckets_of(recipe, teachers("SDXL"), cache(recipe))
+        assert [bucket.share for bucket in found] == expected
+        assert [bucket.latent_shape[1:] for bucket in found] == [(16, 16), (8, 16), (16, 8)]
+    free = recipes.override(recipe, ["--data.shapes", SHAPES])
+    assert [bucket.share for bucket in buckets_of(free, teachers("SDXL"), {})] == [1, 1, 1]
 
 
 def test_images_of_every_shape_are_cached_apart_and_found_again(tiny_sdxl, tmp_path):
