@@ -175,24 +175,32 @@ def _reconstruct(
             save_png(image, folder / f"{i:06d}.png")
 
 
-def real_images(images: CaptionedImages, size: Size, data: Any) -> tuple[CaptionedImages, ImageSource]:
-    """What a run's samples are compared with: images that can be used at their size, and their pixels.
-
-    Of a run of several shapes those that belong to this one: it may be larger than the others are.
+def of_its_shape(images: CaptionedImages, size: Size, data: Any) -> CaptionedImages:
+    """Images that belong to a run's resolution, where ``data.shapes`` has several: it may be larger than the others.
 
     Raises:
-        RecipeError: more cannot be used than ``data.max_bad`` allows, or none belongs to this shape.
+        RecipeError: none does.
     """
-    if shapes := [Shape.of(one.size) for one in data.shapes]:
-        home = shapes.index(Shape.of(size))
-        belong = [i for i, one in enumerate(homes_of(sizes_of(images), shapes)) if one == home]
-        if not belong:
-            raise RecipeError(
-                f"data.shapes: {Shape.of(size).said}: none of the {len(images.files)} images of {images.source} is "
-                "nearest to its proportions, to compare samples with; add such images, or take another "
-                "teacher.resolution"
-            )
-        images = images.part(belong)
+    shapes = [Shape.of(one.size) for one in data.shapes]
+    if not shapes:
+        return images
+    home = shapes.index(Shape.of(size))
+    belong = [i for i, one in enumerate(homes_of(sizes_of(images), shapes)) if one == home]
+    if not belong:
+        raise RecipeError(
+            f"data.shapes: {Shape.of(size).said}: none of the {len(images.files)} images of {images.source} is nearest "
+            "to its proportions, to compare samples with; add such images, or take another teacher.resolution"
+        )
+    return images.part(belong)
+
+
+def real_images(images: CaptionedImages, size: Size, data: Any) -> tuple[CaptionedImages, ImageSource]:
+    """What a run's samples are compared with: images :func:`of_its_shape` that can be used, and their pixels.
+
+    Raises:
+        RecipeError: more cannot be used than ``data.max_bad`` allows, or as above.
+    """
+    images = of_its_shape(images, size, data)
     if isinstance(images.files, np.ndarray) and images.files.shape[1:3] == Shape.of(size):
         return images, ArrayImages(images.files, data.images)
     kept, pixels = [], []

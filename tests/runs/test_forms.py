@@ -146,6 +146,18 @@ def test_shapes_that_a_teacher_does_not_make_are_refused(name, shapes, said, tea
         check_shapes(recipe, teachers(name))
 
 
+def test_a_data_free_run_without_images_of_its_shape_to_measure_by_is_refused_at_its_start(
+    tiny_sdxl, tmp_path
+):
+    words = ("--teacher.resolution", "[8, 32]", "--method.gan_weight", "0", "--evaluation.num")
+    shapes = "[{size: 32}, {size: [16, 32]}, {size: [8, 32]}]"
+    recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, "4", shapes=shapes)
+    with pytest.raises(RecipeError, match=r"^data.shapes: \[8, 32\]: none of the 5 images .* to compare"):
+        Session(recipe, *check_data(recipe), Process())
+    recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, "0", shapes=shapes)
+    Session(recipe, *check_data(recipe), Process())
+
+
 DATA_FREE = ("--method.gan_weight", "0", "--images", "null")
 
 
