@@ -291,7 +291,8 @@ def prepare(
         What ``prepare.json`` in the folder says: error and stiffness before, after the cut, and in the end.
 
     Raises:
-        FewstepError: the folder is there, or the network has no known time embedding or no forward-mode derivative.
+        FewstepError: the folder is there already, or the network has no time embedding that is known or no
+            forward-mode derivative.
     """
     process = process or Process(device=teacher.device)
     if out.exists():
@@ -306,10 +307,9 @@ def prepare(
     batches = partial(
         Batches, conditions, teacher.latent_shape, latents=latents, captions=conditions, device=teacher.device
     )
-    held_out = batches(batch_size=64, seed=config.seed + 1)
-    before = compare(teacher.denoiser, teacher.denoiser, held_out.batch(0, 0))
+    held_out, own = batches(batch_size=64, seed=config.seed + 1), teacher.denoiser
     role = _role(net, config, process)
-    watch = Watch(config, config.train(), role, student, teacher.denoiser, held_out, process, quiet)
+    watch = Watch(config, config.train(), role, student, own, held_out, process, quiet)
     micro = config.accumulate * process.world
     data = batches(batch_size=config.batch_size, per_iteration=micro, seed=config.seed)
     seconds = _train(watch, data, out.with_name(out.name + ".training"))
@@ -318,7 +318,7 @@ def prepare(
         "sinusoids_cut": cut,
         "qk_norm": config.qk_norm,
         "batch": config.batch_size * micro,
-        "before": before,
+        "before": compare(own, own, held_out.batch(0, 0)),
         "checks": watch.checks,
         "after": watch.checks[-1],
         "reached": watch.reached,
@@ -326,9 +326,9 @@ def prepare(
     }
     weights = gathered(role.final_weights(), process)
     if process.main:
+        made = network_with(teacher, net, weights, torch.float32)
         with replacing(out) as part:
-            whole = network_with(teacher, net, weights, torch.float32)
-            save_network(teacher, whole, teacher.pipe.scheduler, part)
+            save_network(teacher, made, teacher.pipe.scheduler, part)
             write_json(part / "prepare.json", record)
     process.barrier()
     return record
