@@ -184,7 +184,8 @@ def _validate(cls: type, data: Any, prefix: str, known: Sequence[str]) -> Any:
 def _place(data: Any, fault: Mapping[str, Any]) -> tuple[Any, ...]:
     """The field that a fault is of; behind it a location names elements, and members of a union, each with a fault."""
     place: tuple[Any, ...] = fault["loc"]
-    if fault["type"] in ("missing", "missing_argument", "unexpected_keyword_argument", "extra_forbidden"):
+    of_field = ("missing", "missing_argument", "unexpected_keyword_argument", "extra_forbidden")
+    if fault["type"] in of_field and isinstance(place[-1], str):  # and not one of several numbers
         return place
     for depth, part in enumerate(place):
         if not isinstance(data, Mapping) or part not in data:

@@ -20,6 +20,7 @@ from ..process import Process
 from ..recipe import Recipe
 from ..report.bar import Bar
 from ..runs.build import build, on_pixels
+from ..runs.checks import check_frozen
 from ..runs.disk import cached, on_disk
 from ..runs.shapes import shapes_of
 from ..teachers.base import Teacher
@@ -49,6 +50,7 @@ def plan(recipe: Recipe, processes: int = 1, quiet: bool = True) -> Plan:
     recipe = recipes.from_dict(recipes.to_dict(recipe))
     if recipe.teacher.autocast == "auto":  # every card has units for it
         recipe = replace(recipe, teacher=replace(recipe.teacher, autocast="bfloat16"))
+    check_frozen(recipe, here=False)
     full, recipe = recipe, _plainly(_largest(recipe))
     size = recipe.train.batch_size
     if processes % recipe.train.shard:

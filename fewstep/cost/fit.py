@@ -40,25 +40,28 @@ def steps(recipe: Recipe, alone: bool = True) -> Iterator[list[str]]:
     copies, where there are any, become adapters last, for that is another training.
 
     Args:
-        alone: whether there is one process; of several, moments in 8 bits are refused.
+        alone: whether there is one process; of several, moments in 8 bits and averages in the host's memory are
+            refused.
     """
     words: list[str] = []
     yield words
     teacher = recipe.teacher
     families = list(dict.fromkeys(map(recipes.family, _full(recipe))))
     averaged = [name for name in families if recipe.role(name).ema and not recipe.role(name).ema_device]
+    fetched = ["--teacher.compile=false"] if teacher.compile else []  # which compiled blocks do not take
+    offload = ["--teacher.offload=true", *fetched]
     for applies, more in (
         (not teacher.gradient_checkpointing, ["--teacher.gradient_checkpointing=true"]),
         (teacher.dtype == "float32", ["--teacher.dtype=bfloat16"]),
         (teacher.autocast is None, ["--teacher.autocast=bfloat16"]),
         (alone and bool(families), [f"--roles.{name}.optimizer=adamw8bit" for name in families]),
-        (bool(averaged), [f"--roles.{name}.ema_device=cpu" for name in averaged]),
-        (bool(families), ["--teacher.offload=true"]),
+        (alone and bool(averaged), [f"--roles.{name}.ema_device=cpu" for name in averaged]),
+        (bool(families), offload),
     ):
         if applies:
             words = [*words, *more]
             yield words
-    words = [word for word in words if word != "--teacher.offload=true"]
+    words = [word for word in words if word not in offload]
     for name in sorted(families, key=lambda name: name == "student"):
         words = [word for word in words if not word.startswith(f"--roles.{name}.")]
         words = [*words, f"--roles.{name}.kind=lora"]
@@ -67,12 +70,12 @@ def steps(recipe: Recipe, alone: bool = True) -> Iterator[list[str]]:
             words += [f"--roles.critic.alpha={config.rank}", f"--roles.critic.lr={10 * config.lr:g}"]
         yield words
     for more in ROUND:
-        yield [*words, *more]
+        yield [*words, *fetched, *more]
     if not alone:
         return
     networks = recipe.method_class.networks_for(recipe.method)
     eight = [f"--roles.{name}.optimizer=adamw8bit" for name in dict.fromkeys(map(recipes.family, networks))]
-    yield [*words, *ROUND[-1], *eight]  # moments of adapters, which are the most that is left
+    yield [*words, *fetched, *ROUND[-1], *eight]  # moments of adapters, which are the most that is left
 
 
 def _batch(recipe: Recipe, made: Plan, memory: float) -> list[str] | None:

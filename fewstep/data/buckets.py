@@ -16,6 +16,7 @@ from ..diffusion.rng import Rng
 from ..errors import RecipeError
 from ..shape import Shape
 from .images import CaptionedImages
+from .left_out import LeftOut
 
 BLOCK = 1024  # iterations whose shapes are drawn together
 
@@ -111,19 +112,22 @@ def nearest(size: Shape, shapes: Sequence[Shape]) -> int:
     return min(range(len(shapes)), key=lambda k: distance(shapes[k]))
 
 
+def homes_of(sizes: Sequence[Shape | None], shapes: Sequence[Shape]) -> list[int]:
+    """Number of the shape that each image belongs to; one without a size goes to the first shape, and is left out when
+    it is wanted."""
+    found = {size: 0 if size is None else nearest(size, shapes) for size in {*sizes}}
+    return [found[size] for size in sizes]
+
+
 def split(
     images: CaptionedImages, sizes: Sequence[Shape | None], shapes: Sequence[Shape]
 ) -> list[CaptionedImages]:
-    """The images that belong to each shape.
-
-    Args:
-        sizes: of each image; one without goes to the first shape, and is left out when it is wanted.
+    """The images that belong to each shape, by :func:`homes_of`; those that are left out are counted over all.
 
     Raises:
         RecipeError: a shape that no image belongs to.
     """
-    homes = {size: 0 if size is None else nearest(size, shapes) for size in {*sizes}}
-    home = [homes[size] for size in sizes]
+    home = homes_of(sizes, shapes)
     parts = []
     for k, shape in enumerate(shapes):
         records = [i for i, one in enumerate(home) if one == k]
@@ -133,6 +137,7 @@ def split(
                 "proportions; leave this shape out, or add such images"
             )
         parts.append(images.part(records))
+    LeftOut.count_together([part.left_out for part in parts])
     return parts
 
 

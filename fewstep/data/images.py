@@ -67,7 +67,10 @@ class CaptionedImages:
         return self.places if self.places is not None else [f for f in self.files if isinstance(f, Path)]
 
     def part(self, records: Sequence[int]) -> CaptionedImages:
-        """Some of them as a set of their own, of which as many may be of no use as of the whole one."""
+        """Some of them as a set of their own, of which as many may be of no use as of the whole one.
+
+        Parts of one set count apart, unless :meth:`LeftOut.count_together` is told of them.
+        """
         files = (
             self.files[records] if isinstance(self.files, np.ndarray) else [self.files[i] for i in records]
         )
@@ -168,7 +171,7 @@ def load_images(
         RecipeError: folder missing or empty, a caption missing or no text, or corrupt files (up to ten are named).
     """
     if (captions := emoji.prompts(source)) is not None:
-        return CaptionedImages(captions, emoji.load()[0])
+        return CaptionedImages(captions, emoji.load()[0], source=source)
     place = Path(source).expanduser()
     if not place.exists():
         raise RecipeError(f"data.images: {source} is no folder; expected captioned images, or builtin:emoji")

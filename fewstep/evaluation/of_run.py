@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.buckets import homes_of
+from ..data.cache import sizes_of
 from ..data.images import CaptionedImages
 from ..data.prompts import load_prompts
 from ..data.texts import REFERENCE, column_for
 from ..diffusion.rng import Rng
+from ..errors import RecipeError
 from ..export.load import read_record
 from ..export.target import tell_measured
 from ..files import write, write_json
@@ -27,7 +30,7 @@ from ..shape import Shape, Size
 from ..teachers.base import Teacher
 from .floor import calibrate
 from .gallery import for_terminal, results_table
-from .images import ArrayImages
+from .images import ArrayImages, ImageSource
 from .of_spec import run_spec
 from .sampling import save_png
 from .spec import Entry, Spec
@@ -53,6 +56,9 @@ def evaluate_run(
         ``folder/eval/table.json``.
     """
     config, out = recipe.evaluation, folder / "eval"
+    real = None
+    if images is not None:
+        images, real = real_images(images, teacher.resolution, recipe.data)
     asked = _asked(recipe, prompts, images)
     write(out / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in asked))
     spec = Spec(
@@ -61,7 +67,7 @@ def evaluate_run(
         title=folder.resolve().name,
         seed=config.seed,
         size=teacher.resolution,
-        real=None if images is None else real_images(images, teacher.resolution, recipe.data.images),
+        real=real,
         extractor=config.extractor,
         metrics=("fd", "kid"),
         batch_size=config.batch_size,
@@ -169,8 +175,40 @@ def _reconstruct(
             save_png(image, folder / f"{i:06d}.png")
 
 
-def real_images(images: CaptionedImages, size: Size, name: str) -> Any:
-    """All of them at the size of the samples."""
+def of_its_shape(images: CaptionedImages, size: Size, data: Any) -> CaptionedImages:
+    """Images that belong to a run's resolution, where ``data.shapes`` has several: it may be larger than the others.
+
+    Raises:
+        RecipeError: none does.
+    """
+    shapes = [Shape.of(one.size) for one in data.shapes]
+    if not shapes:
+        return images
+    home = shapes.index(Shape.of(size))
+    belong = [i for i, one in enumerate(homes_of(sizes_of(images), shapes)) if one == home]
+    if not belong:
+        raise RecipeError(
+            f"data.shapes: {Shape.of(size).said}: none of the {len(images.files)} images of {images.source} is nearest "
+            "to its proportions, to compare samples with; add such images, or take another teacher.resolution"
+        )
+    return images.part(belong)
+
+
+def real_images(images: CaptionedImages, size: Size, data: Any) -> tuple[CaptionedImages, ImageSource]:
+    """What a run's samples are compared with: images :func:`of_its_shape` that can be used, and their pixels.
+
+    Raises:
+        RecipeError: more cannot be used than ``data.max_bad`` allows, or as above.
+    """
+    images = of_its_shape(images, size, data)
     if isinstance(images.files, np.ndarray) and images.files.shape[1:3] == Shape.of(size):
-        return ArrayImages(images.files, name)
-    return ArrayImages(np.stack([images.load(i, size) for i in range(len(images.files))]), name)
+        return images, ArrayImages(images.files, data.images)
+    kept, pixels = [], []
+    for i in range(len(images.files)):
+        row, found = images.sound(i, size)
+        if row == i:  # none that stands in
+            kept.append(i)
+            pixels.append(found)
+    return images.part(kept) if len(kept) < len(images.files) else images, ArrayImages(
+        np.stack(pixels), data.images
+    )

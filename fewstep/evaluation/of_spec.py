@@ -82,18 +82,19 @@ def sized(spec: Spec) -> Spec:
     if spec.size is not None:
         return spec
     records = {e.name: record_of(e.lora or e.pipeline) for e in spec.models if e.pipeline}
+    calls = {name: record["call"] for name, record in records.items() if record}
     sizes = {
-        name: record["call"]["height"]
-        for name, record in records.items()
-        if record and "height" in record["call"]
+        name: Shape(call["height"], call.get("width", call["height"]))
+        for name, call in calls.items()
+        if "height" in call
     }
-    if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    if len({*sizes.values()}) > 1:
+        told = ", ".join(f"{name} {shape.said}" for name, shape in sizes.items())
         raise FewstepError(
             f"models: students of different sizes in pixels ({told}) have no noise in common; expected one size: "
             "measure them apart, or give size in a file"
         )
-    return dataclasses.replace(spec, size=next(iter(sizes.values()), None))
+    return dataclasses.replace(spec, size=next((shape.said for shape in sizes.values()), None))
 
 
 def run_spec(

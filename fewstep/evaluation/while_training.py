@@ -77,9 +77,8 @@ class TrainingDistance:
         if images is not None:
             extractor = get_extractor(recipe.evaluation.extractor, str(teacher.device))
             self.label = f"samples/FD({extractor.name})"
-            self.metric = frechet_metric(
-                extractor, real_images(images, teacher.resolution, recipe.data.images)
-            )
+            _, real = real_images(images, teacher.resolution, recipe.data)
+            self.metric = frechet_metric(extractor, real)
 
     @torch.no_grad()
     def measure(self, student: Any) -> dict[str, float]:

@@ -200,14 +200,18 @@ def check_class(recipe: Recipe, prompts: Sequence[str] = (), images: CaptionedIm
         )
 
 
-def check_frozen(recipe: Recipe) -> None:
+def check_frozen(recipe: Recipe, here: bool = True) -> None:
     """Refuses, before anything is loaded, ways of keeping frozen weights that a recipe has no use for.
+
+    Args:
+        here: whether it is run on this machine, and not only planned, so that packages have to be there.
 
     Raises:
         RecipeError: with what to give instead.
     """
     teacher, method = recipe.teacher, recipe.method_class
-    check_quantization(teacher.quantization)
+    if here:
+        check_quantization(teacher.quantization)
     if not teacher.quantization and not teacher.offload:
         return
     option = f"quantization: {teacher.quantization}" if teacher.quantization else "offload: true"

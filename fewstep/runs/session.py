@@ -280,7 +280,7 @@ class Session:
         places: dict[str, Any] = {"device": process.device, "encoder_device": recipe.data.encoder_device}
         self.teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), **places)
         check_shapes(recipe, self.teacher)
-        look(recipe, images, process)
+        look(recipe, self.teacher, images, process)
         self.inputs = inputs.inputs_of(recipe, self.teacher, prompts, images)
         if begun:
             inputs.check_inputs(self.folder, self.inputs, recipe, meant)

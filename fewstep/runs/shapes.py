@@ -60,13 +60,24 @@ def check_shapes(recipe: Recipe, teacher: Teacher) -> None:
         )
 
 
-def look(recipe: Recipe, images: CaptionedImages | None, process: Process) -> None:
-    """Reads how large the images are, where that decides of which shape they are: one process first, for all."""
-    if images is None or not recipe.data.shapes or "images" not in recipe.method_class.needs(recipe.method):
+def look(recipe: Recipe, teacher: Teacher, images: CaptionedImages | None, process: Process) -> None:
+    """Reads how large the images are, where that decides of which shape they are: one process first, for all.
+
+    Raises:
+        RecipeError: a shape of which images are wanted, to train on or to compare samples with, and none belongs to it.
+    """
+    wanted = "images" in recipe.method_class.needs(recipe.method)
+    measured = bool(recipe.evaluation.num or recipe.samples.distance)
+    if images is None or not recipe.data.shapes or not (wanted or measured):
         return
+    from ..evaluation.of_run import of_its_shape
+
     if not process.main:
         process.barrier()
-    split(images, sizes_of(images), shapes_of(recipe))
+    if wanted:
+        split(images, sizes_of(images), shapes_of(recipe))
+    else:
+        of_its_shape(images, teacher.resolution, recipe.data)
     if process.main:
         process.barrier()
 

@@ -14,7 +14,7 @@ from fewstep import recipe as recipes
 from fewstep.cli import main
 from fewstep.cost import GPUS, fit, plan
 from fewstep.cost.blank import Blank
-from fewstep.cost.devices import named
+from fewstep.cost.devices import LIBRARIES, named
 from fewstep.cost.meter import storage_bytes
 from fewstep.cost.shapes import Shapeless
 from fewstep.cost.skeleton import skeleton_teacher
@@ -22,6 +22,7 @@ from fewstep.diffusion import frozen
 from fewstep.errors import FewstepError, RecipeError
 from fewstep.process import Process
 from fewstep.runs.build import build
+from fewstep.runs.checks import check_frozen
 from fewstep.runs.library import load_recipe
 from fewstep.runs.session import execute
 from fewstep.runs.smoke import smoke
@@ -101,8 +102,26 @@ def test_sets_of_options_go_from_the_cheapest_to_another_training():
     assert not [
         w for words in fit.steps(load_recipe("sdxl_dmd2_4step"), alone=False) for w in words if "8bit" in w
     ]
-    for words in whole:  # none of them is refused
-        recipes.override(load_recipe("sdxl_dmd2_4step"), words)
+    both = recipes.override(load_recipe("sdxl_dmd2_4step"), ["--student.kind=full"])
+    adapters = [[w for w in words if w.endswith("kind=lora")] for words in fit.steps(both)]
+    first = [[], ["--roles.critic.kind=lora"], ["--roles.critic.kind=lora", "--roles.student.kind=lora"]]
+    assert [found for n, found in enumerate(adapters) if found not in adapters[:n]] == first
+    several = [w for words in fit.steps(load_recipe("sana_sprint"), alone=False) for w in words]
+    assert "--teacher.offload=true" in several and not [w for w in several if "ema_device" in w]
+    compiled = recipes.override(load_recipe("sdxl_dmd2_4step"), ["--teacher.compile=true"])
+    for words in [*whole, *fit.steps(compiled)]:  # none of them is refused
+        recipe = compiled if "--teacher.compile=false" in words else load_recipe("sdxl_dmd2_4step")
+        check_frozen(recipes.override(recipe, words), here=False)
+    off = [words for words in fit.steps(compiled) if any("offload" in w or "quantiz" in w for w in words)]
+    assert len(off) == 5 and all("--teacher.compile=false" in words for words in off)
+    lora = [words for words in fit.steps(compiled) if words[-1:] == critic[-1:]]
+    assert lora == [critic]  # which may stay compiled
+
+
+def test_a_plan_refuses_what_a_run_refuses_of_frozen_weights():
+    words = ["--teacher.compile=true", "--teacher.offload=true"]
+    with pytest.raises(RecipeError, match=r"^teacher\.compile: true: torch.compile does not take"):
+        plan(recipes.override(load_recipe("sdxl_dmd2_4step"), words))
 
 
 class Counted:
@@ -153,6 +172,14 @@ def test_the_first_set_that_fits_is_proposed_with_the_largest_micro_batch(monkey
         FewstepError, match=r"fits l40s-48gb, but not beside its text encoders.*encoder_device=cpu would"
     ):
         fit.check_fits(Counted(recipe, 40e9, 1e9, leaving=9e9), "l40s-48gb")
+    beside, card = (
+        [Counted(recipe, held, 1e9, leaving=9e9) for held in (36e9, 38e9)],
+        GPUS["l40s-48gb"].memory,
+    )
+    assert 38e9 + 9e9 < card < 38e9 + 9e9 + LIBRARIES  # which count too
+    assert [fit._encoders(made, card) for made in beside] == [[], ["--data.encoder_device=cpu"]]
+    apart = recipes.override(recipe, ["--data.encoder_device=cpu"])
+    assert fit._encoders(Counted(apart, 40e9, 1e9, leaving=9e9), card) == []  # where they are already
     fit.check_fits(
         Counted(recipe, 40e9, 1e9, leaving=9e9, moments=4e9), "l40s-48gb"
     )  # which come with training

@@ -10,13 +10,15 @@ from PIL import Image
 
 from fewstep.data import buckets
 from fewstep.data.batches import Batches
-from fewstep.data.buckets import BLOCK, Bucket, Part, Turns, nearest, shares_of, split
+from fewstep.data.buckets import BLOCK, Bucket, Part, Turns, homes_of, nearest, shares_of, split
 from fewstep.data.cache import encode_images, images_folder, sizes_of
 from fewstep.data.images import CaptionedImages, load_images
+from fewstep.data.left_out import LeftOut
 from fewstep.data.live import LiveImages
 from fewstep.diffusion.cond import Cond, drop_rows, unconditional
 from fewstep.diffusion.rng import Rng
 from fewstep.errors import RecipeError
+from fewstep.process import Process
 from fewstep.shape import Shape
 
 WIDE, TALL, SQUARE = Shape(16, 32), Shape(32, 16), Shape(32, 32)
@@ -179,6 +181,31 @@ def test_pictures_are_sorted_by_their_headers_which_are_read_once(pictures, monk
     assert [part.of.tolist() for part in parts] == [[1, 4], [0, 3, 5], [2]]
 
 
+def test_sizes_are_read_again_of_files_that_have_changed(pictures):
+    assert sizes_of(load_images(str(pictures)))[1] == (64, 64)
+    Image.new("RGB", (64, 128)).save(pictures / "b.png")
+    assert sizes_of(load_images(str(pictures)))[1] == (128, 64)
+
+
+def test_equal_images_of_two_batches_have_draws_of_their_own(tmp_path, teachers):
+    for i in range(4):
+        Image.new("RGB", (32, 32), (200, 90, 10)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"{i}")
+    store = encode_images(teachers("SDXL"), load_images(str(tmp_path)), batch_size=2, quiet=True)
+    latents = store.rows(torch.arange(4))["latents"]
+    assert not [(a, b) for a in range(4) for b in range(a) if latents[a].equal(latents[b])]
+
+
+def test_a_node_with_a_disk_of_its_own_encodes_what_others_have_encoded_on_theirs(
+    pictures, teachers, monkeypatch
+):
+    monkeypatch.setattr("fewstep.data.store.SHARD", 2)
+    monkeypatch.setattr(Process, "barrier", lambda _: None)
+    images = load_images(str(pictures), upscale=True)
+    store = encode_images(teachers("SDXL"), images, quiet=True, process=Process(rank=1, world=2))
+    assert len(store.files) == 3 and store.rows(torch.arange(6))["row"].tolist() == list(range(6))
+
+
 def test_a_turned_photo_belongs_to_the_shape_that_it_shows(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -235,6 +262,81 @@ def test_the_cache_of_a_shape_is_of_its_images_alone(pictures, teachers):
 def test_a_part_may_lose_as_many_as_the_whole_set(pictures):
     images = load_images(str(pictures), max_bad=0.5)
     assert images.part([0, 3, 5]).left_out.total == 6
+
+
+def test_what_is_left_out_of_all_shapes_counts_together(pictures, teachers):
+    """One picture of each shape is none: two of six may be, and the third is too many, whoever finds it and when."""
+    teacher, sizes = teachers("SDXL"), sizes_of(load_images(str(pictures), max_bad=1.0))
+    for name in "abc":
+        (pictures / f"{name}.png").write_bytes(b"none")
+
+    def parts(max_bad):
+        images = load_images(str(pictures), max_bad=1.0)
+        images = replace(images, max_bad=max_bad, upscale=True)  # known by nobody yet
+        return split(images, sizes, SHAPES)
+
+    kept = parts(0.5)
+    rows = [LiveImages(teacher.at(shape), part) for shape, part in zip(SHAPES, kept)]
+    for one in rows[:2]:
+        one.rows(torch.arange(len(one)))
+    other = parts(0.34)  # goes on from what was written
+    LiveImages(teacher.at(SHAPES[0]), other[0]), LiveImages(teacher.at(SHAPES[1]), other[1])
+    tall = LiveImages(teacher.at(TALL), other[2])
+    with pytest.raises(
+        RecipeError, match=r"3 of 6 files cannot be read: b.png .*a.png .*c.png .*allows 2 of 6"
+    ):
+        tall.rows(torch.arange(1))
+    with pytest.raises(RecipeError, match=r"2 of 6 files cannot be read: b.png"):
+        few = parts(0.2)
+        for shape, part in zip(SHAPES, few):
+            LiveImages(teacher.at(shape), part)
+    with pytest.raises(RecipeError, match=r"no image of it can be used"):
+        LiveImages(teacher.at(TALL), kept[2]).rows(torch.arange(1))
+
+
+def test_what_another_process_has_left_out_of_another_shape_counts_too(pictures, teachers):
+    teacher, found = teachers("SDXL"), []
+    for _ in range(2):  # each of its own
+        images = replace(load_images(str(pictures)), max_bad=0.2)
+        found.append(split(images, sizes_of(images), SHAPES))
+        for shape, part in zip(SHAPES, found[-1]):
+            LiveImages(teacher.at(shape), part)
+    found[0][0].left_out.add(0, "b.png", "cut")
+    with pytest.raises(RecipeError, match=r"2 of 6 files cannot be read: b.png \(cut\), c.png \(cut\)"):
+        found[1][2].left_out.add(0, "c.png", "cut")
+
+
+def test_a_line_that_was_cut_costs_nothing_but_its_record(tmp_path):
+    path, rows = tmp_path / "left_out.jsonl", {3: ("d.png", "cut"), 5: ("f.png", "none")}
+    one = LeftOut("images", 100, 0.5)
+    one.keep(path)
+    for record, (name, reason) in rows.items():
+        one.add(record, name, reason)
+    one.add(3, *rows[3])
+    assert path.read_text().count("\n") == 2
+    path.write_bytes(path.read_bytes()[:-20])  # a full disk
+    other = LeftOut("images", 100, 0.5)
+    other.reasons[9] = "j.png", "seen before it began"
+    other.keep(path)
+    assert other.reasons.keys() == {3, 9}
+    other.add(7, "h.png", "none")
+    last = LeftOut("images", 100, 0.5)
+    last.keep(path)
+    assert last.reasons == {3: rows[3], 7: ("h.png", "none"), 9: other.reasons[9]}
+    path.write_bytes(b"\xff\xfe{\n[1]\n{}\n" + path.read_bytes())
+    last.keep(path)
+    assert last.reasons.keys() == {3, 7, 9}
+
+
+def test_an_image_without_a_size_goes_to_the_first_shape():
+    assert homes_of([None, Shape(9, 9), None, Shape(8, 16)], [TALL, WIDE, SQUARE]) == [0, 2, 0, 1]
+
+
+def test_what_may_be_enlarged_is_cached_apart(pictures, teachers):
+    images = load_images(str(pictures))
+    assert images_folder(teachers("SDXL"), images) != images_folder(
+        teachers("SDXL"), replace(images, upscale=True)
+    )
 
 
 # ----------------------------------------------------------------------------------------------- conditions of size

@@ -114,6 +114,29 @@ def test_gradients_of_an_adapter_are_those_through_the_whole_weights_bit_for_bit
     assert all(gradient.abs().max() > 0 for gradient in found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_what_a_kept_weight_is_multiplied_with_as_it_does_elsewhere(dtype, lower):
+    """Inputs in fp32 too, which a tiny network has nowhere."""
+    layer, kept = one(None, host=True, dtype=dtype)
+    found = []
+    for one_of in (layer, kept):
+        torch.manual_seed(1)
+        x = torch.randn(2, 5, 96, requires_grad=True)
+        with torch.autocast("cpu", lower):
+            out = one_of(x)
+        out.float().square().mean().backward()
+        found.append((out, x.grad))
+    assert found[0][0].dtype == found[1][0].dtype == lower and found[1][1].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_is_kept_goes_where_its_layer_goes_and_of_the_host_it_stays():
+    for kind, host, place in (("int8", False, "meta"), ("int8", True, "cpu"), (None, True, "cpu")):
+        kept = one(kind, host)[1].to("meta")
+        assert {part.device.type for part in kept.store.parts} == {place} and kept.place.type == "meta"
+
+
 def test_between_forward_and_backward_no_copy_of_a_weight_is_kept():
     """What autograd of an ordinary layer keeps of it is its weight, on the device."""
     layer, kept = one(None, host=True)

@@ -1,6 +1,7 @@
 """What the evaluation of a run asks of its student, teacher and floor, and of which real images."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.data.images import CaptionedImages
+from fewstep.data.images import CaptionedImages, load_images
+from fewstep.errors import RecipeError
 from fewstep.evaluation import of_run
 from fewstep.evaluation.gallery import for_terminal, results_table
 from fewstep.export.target import describe
-from fewstep.recipe import DataConfig, EvalConfig, TeacherConfig
+from fewstep.recipe import DataConfig, EvalConfig, ShapeConfig, TeacherConfig
+from fewstep.shape import Shape
 
 PROMPTS = ["a", "b", "c"]
 
@@ -81,8 +84,45 @@ def test_images_through_the_vae_are_any_and_then_those_that_are_named(tmp_path):
 @pytest.mark.parametrize("size", [8, 16])
 def test_real_images_have_the_size_of_the_samples(size):
     images = images_of(PROMPTS, 3, size)
-    (batch,) = of_run.real_images(images, 8, "mine").batches(9)
-    assert batch.shape == (3, 8, 8, 3) and batch[2].unique().tolist() == [20]
+    used, real = of_run.real_images(images, 8, recipe_of().data)
+    (batch,) = real.batches(9)
+    assert used is images and batch.shape == (3, 8, 8, 3) and batch[2].unique().tolist() == [20]
+
+
+def pictures(folder, *sizes):
+    """Files of these (height, width), each of one grey: its number times ten; None is no picture."""
+    for i, size in enumerate(sizes):
+        path = folder / f"{i}.png"
+        path.with_suffix(".txt").write_text(f"caption {i}")
+        path.write_bytes(b"none") if size is None else Image.new("RGB", size[::-1], (10 * i,) * 3).save(path)
+    return load_images(str(folder), max_bad=0.5)
+
+
+def test_what_training_leaves_out_is_not_measured_either_and_names_go_on_naming_their_image(tmp_path):
+    images = pictures(tmp_path, (8, 8), None, (8, 9), (4, 9), (9, 9))
+    used, real = of_run.real_images(images, 8, recipe_of().data)
+    (batch,) = real.batches(9)
+    assert batch[:, 0, 0, 0].tolist() == [0, 20, 40] and len(used) == 3
+    named = [line for line in of_run._asked(recipe_of(named=9), PROMPTS, used) if "real" in line]
+    greys = {line["prompt"]: batch[line["real"]].max().item() for line in named}
+    assert greys == {f"caption {i}": 10 * i for i in (0, 2, 4)}
+    with pytest.raises(RecipeError, match=r"2 of 5 files cannot be read: .*raise data.max_bad"):
+        of_run.real_images(replace(images, max_bad=0.2), 8, recipe_of().data)
+
+
+def test_samples_of_one_of_several_shapes_are_compared_with_the_images_of_it(tmp_path):
+    """Others are lower or narrower than it, though of use in their own shape."""
+    images = pictures(tmp_path, (8, 8), (4, 8), (8, 4), (4, 9), (9, 8))
+    data = replace(recipe_of().data, shapes=[ShapeConfig([4, 8]), ShapeConfig(8), ShapeConfig([8, 4])])
+    for size, expected in ((8, [0, 4]), ([4, 8], [1, 3]), ([8, 4], [2])):
+        used, real = of_run.real_images(images, size, data)
+        (batch,) = real.batches(9)
+        assert used.captions == [f"caption {i}" for i in expected]
+        assert batch[:, 0, 0, 0].tolist() == [10 * i for i in expected]
+        assert batch.shape[1:3] == Shape.of(size)
+    few = replace(data, shapes=[*data.shapes, ShapeConfig([2, 20])])
+    with pytest.raises(RecipeError, match=r"^data.shapes: \[2, 20\]: none of the 5 images.*to compare"):
+        of_run.real_images(images, [2, 20], few)
 
 
 def test_a_run_that_is_evaluated_again_replaces_what_an_older_student_drew(tmp_path, monkeypatch):

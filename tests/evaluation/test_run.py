@@ -513,6 +513,10 @@ def test_all_rows_have_the_size_of_the_students(tmp_path, monkeypatch):
     free = student("free", {"num_inference_steps": 4})  # of a class whose call has no size
     assert sized(Spec("p", (teacher, small, free, other))).size == 32
     assert sized(Spec("p", (teacher, small, large), size=128)).size == 128
+    wide = student("wide", {"height": 32, "width": 48})
+    assert sized(Spec("p", (teacher, wide, free))).size == [32, 48]
+    with pytest.raises(FewstepError, match=r"different sizes in pixels \(at_32 32, wide \[32, 48\]\)"):
+        sized(Spec("p", (small, wide)))
     assert sized(Spec("p", (teacher, free))).size is None
     monkeypatch.chdir(tmp_path / "at_64")  # whose record is nobody's here
     assert sized(Spec("p", (teacher, other))).size is None

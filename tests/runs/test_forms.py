@@ -26,7 +26,7 @@ from fewstep.process import Process
 from fewstep.runs.checks import check_class, check_data
 from fewstep.runs.library import load_recipe
 from fewstep.runs.session import Session, cache, execute, resume
-from fewstep.runs.shapes import check_shapes
+from fewstep.runs.shapes import buckets_of, check_shapes
 from fewstep.runs.smoke import smoke
 
 
@@ -89,6 +89,10 @@ def several(recipe_name, teacher, folder, *words, shapes=SHAPES):
         ("[{size: 32}, {size: 16, share: 0}]", r"share: 0.*: expected a positive number"),
         ("[{size: 32}, {size: 16, shares: 0}]", r"1.shares: unknown field; did you mean share"),
         ("[{size: 32}, {share: 1}]", r"1.size: missing"),
+        (
+            "[{size: 32}, {size: [16]}]",
+            r"\[.*\]: element 1: input should be a valid integer; element 1.1: field",
+        ),
         ("[[32, 16], [16, 32]]", r""),
     ],
 )
@@ -140,6 +144,18 @@ def test_shapes_that_a_teacher_does_not_make_are_refused(name, shapes, said, tea
     recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, shapes=shapes)
     with pytest.raises(RecipeError, match=rf"^data.shapes: {said}"):
         check_shapes(recipe, teachers(name))
+
+
+def test_a_data_free_run_without_images_of_its_shape_to_measure_by_is_refused_at_its_start(
+    tiny_sdxl, tmp_path
+):
+    words = ("--teacher.resolution", "[8, 32]", "--method.gan_weight", "0", "--evaluation.num")
+    shapes = "[{size: 32}, {size: [16, 32]}, {size: [8, 32]}]"
+    recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, "4", shapes=shapes)
+    with pytest.raises(RecipeError, match=r"^data.shapes: \[8, 32\]: none of the 5 images .* to compare"):
+        Session(recipe, *check_data(recipe), Process())
+    recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, "0", shapes=shapes)
+    Session(recipe, *check_data(recipe), Process())
 
 
 DATA_FREE = ("--method.gan_weight", "0", "--images", "null")
@@ -264,6 +280,37 @@ def test_grids_have_the_shapes_in_turn_and_the_card_names_them(tiny_sdxl, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_run_of_several_shapes_is_measured_by_the_images_of_its_resolution(tiny_sdxl, tmp_path):
+    """Wide and tall ones are too low and too narrow for it, and one picture is none."""
+    words = (
+        "--train.steps",
+        "2",
+        "--evaluation.num",
+        "4",
+        "--evaluation.named",
+        "2",
+        "--data.max_bad",
+        "0.2",
+    )
+    words += ("--evaluation.teacher_steps", "1", "--evaluation.floor_steps", "[]")
+    words += ("--evaluation.extractor", "effnet-lite0@32")
+    recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words)
+    images = tmp_path / "images"
+    for name, size in (("1", (32, 16)), ("2", (16, 32)), ("3", (32, 16))):
+        Image.new("RGB", size, (200, 40, 10)).save(images / f"{name}.png")
+    with (images / "metadata.jsonl").open("a") as table:
+        for i in (5, 6):
+            table.write(json.dumps({"file_name": f"{i}.png", "text": f"more {i}"}) + "\n")
+    Image.new("RGB", (40, 40)).save(images / "5.png")
+    (images / "6.png").write_bytes(b"none")
+    folder = execute(recipe)
+    table = json.loads((folder / "eval" / "table.json").read_text())
+    assert {row["name"] for row in table["rows"]} >= {"teacher", "student"}
+    asked = [json.loads(line) for line in (folder / "eval" / "prompts.jsonl").read_text().splitlines()]
+    assert {line["real"] for line in asked if "real" in line} < {0, 1, 2}  # of the three that are square
+
+
+@pytest.mark.slow
 def test_a_plan_counts_the_largest_shape(tiny_sdxl, tmp_path):
     words = ("--train.batch_size", "2")
     mixed = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, shapes="[{size: 32}, {size: [48, 32]}]")
@@ -273,6 +320,17 @@ def test_a_plan_counts_the_largest_shape(tiny_sdxl, tmp_path):
     ]
     totals = [plan(recipe).total() for recipe in (mixed, *alone)]
     assert totals[0] == totals[1] > totals[2]
+
+
+def test_iterations_have_the_shares_that_are_given_or_those_of_the_images(teachers, tiny_sdxl, tmp_path):
+    given = "[{size: 32, share: 5}, {size: [16, 32], share: 1}, {size: [32, 16], share: 0.5}]"
+    for shapes, expected in ((SHAPES, [2, 2, 1]), (given, [5, 1, 0.5])):
+        recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, shapes=shapes)
+        found = buckets_of(recipe, teachers("SDXL"), cache(recipe))
+        assert [bucket.share for bucket in found] == expected
+        assert [bucket.latent_shape[1:] for bucket in found] == [(16, 16), (8, 16), (16, 8)]
+    free = recipes.override(recipe, ["--data.shapes", SHAPES])
+    assert [bucket.share for bucket in buckets_of(free, teachers("SDXL"), {})] == [1, 1, 1]
 
 
 def test_images_of_every_shape_are_cached_apart_and_found_again(tiny_sdxl, tmp_path):

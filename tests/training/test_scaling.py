@@ -39,6 +39,9 @@ def test_the_scale_grows_and_backs_off_as_torchs_own_scaler(monkeypatch):
         ours.judge("critic", torch.tensor(bool(fine)))
         assert ours.plain() == {"critic": [theirs.get_scale(), theirs._growth_tracker.item()]}
     assert ours.plain()["critic"][0] < scaling.FIRST
+    ours.restore({"critic": [2.0**127, 2]})
+    ours.judge("critic", torch.tensor(True))
+    assert ours.plain() == {"critic": [2.0**127, 0]}  # twice as much would be infinite
 
 
 def test_updates_of_scaled_losses_are_those_of_losses_as_they_are(ring, fitted):
