@@ -231,21 +231,29 @@ def test_the_command_counts_a_full_copy_split_over_two_cards(tmp_path, capsys):
     assert 0 < parts["critic"]["trained"] < student["trained"]
 
 
-def test_micro_batches_share_what_is_gathered_and_keep_what_they_carry(tiny_sdxl):
-    def iteration(method, accumulate):
-        words = ["--teacher", str(tiny_sdxl), "--teacher.resolution", "null", "--train.batch_size", "2"]
+def of_accumulation(method, teacher):
+    """Bytes that an iteration takes with three micro-batches, and what each further one adds; two cards share it."""
+
+    def iteration(accumulate):
+        words = ["--teacher", str(teacher), "--teacher.resolution", "null", "--train.batch_size", "2"]
         words += ["--student.kind", "full", "--critic.kind", "full", "--train.shard", "2"]
         recipe = recipes.override(load_recipe(method), [*words, "--train.accumulate", str(accumulate)])
         return plan(recipe, processes=2, quiet=True).iteration(2)
 
-    each = {}  # bytes that a micro-batch more takes: its prompts, images and noise
-    for method in ("sdxl_sid_4step", "sdxl_dmd2_4step"):
-        few, many = (iteration(method, n) for n in (3, 9))
-        each[method] = (many - few) / 6
-        assert 0 < each[method] < 0.05 * few
-    assert (
-        each["sdxl_dmd2_4step"] - each["sdxl_sid_4step"] >= 4 * 2 * 4 * 16 * 16
-    )  # the critic learns from samples
+    few, many = iteration(3), iteration(9)
+    return few, (many - few) / 6
+
+
+@pytest.mark.slow
+def test_micro_batches_share_what_is_gathered(tiny_sdxl):
+    few, each = of_accumulation("sdxl_sid_4step", tiny_sdxl)
+    assert 0 < each < 0.02 * few  # prompts and noise
+
+
+@pytest.mark.long
+def test_micro_batches_keep_what_they_carry(tiny_sdxl):
+    plain, carried = (of_accumulation(f"sdxl_{name}_4step", tiny_sdxl)[1] for name in ("sid", "dmd2"))
+    assert carried - plain >= 4 * 2 * 4 * 16 * 16  # the critic learns from the student's samples
 
 
 def test_bad_words_are_refused_before_anything_is_counted(capsys):
