@@ -8,27 +8,21 @@ DMD2's discriminator is an estimate of ``log r``. Everything else is DMD2.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..bounds import Bound, Count0, Positive
+from ..bounds import Count0, Positive
 from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser
 from .base import Batch, Expected, Method, Phase, Progress, register
 from .dmd2 import DMD2
-from .terms import difference
+from .terms import Divergence, Ratios, difference
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-Ratios = Annotated[
-    tuple[float, float],
-    Bound("0 < low < high, around 1; (0.1, 20) is published", lambda r: 0 < r[0] < r[1]),
-]
 
 
 @register("fdistill")
@@ -54,7 +48,7 @@ class FDistill(Method):
             gan_weight: as in DMD2, but never 0: without a discriminator there is no ratio.
         """
 
-        divergence: Literal["rkl", "kl", "js", "softened_rkl", "neyman", "hellinger", "jeffreys"] = "js"
+        divergence: Divergence = "js"
         ratio_range: Ratios = (0.1, 20.0)
         logit_limit: Positive = 10.0
         time_bins: Count0 = 10

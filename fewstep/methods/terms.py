@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from ..bounds import Count, Least0, Range, Time
+from ..bounds import Bound, Count, Least0, Range, Time
 from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 Kind = Literal["native", "x0", "eps", "v", "flow"]
 MatchingWeight = Literal["l1", "kl", "vsd", "one"]
+# Of fewstep.diffusion.objectives.divergence_weight, and bounds of the density ratio that it is a function of.
+Divergence = Literal["rkl", "kl", "js", "softened_rkl", "neyman", "hellinger", "jeffreys"]
+Ratios = Annotated[
+    tuple[float, float],
+    Bound("0 < low < high, around 1; (0.1, 20) is f-distill's", lambda r: 0 < r[0] < r[1]),
+]
 
 
 @dataclass

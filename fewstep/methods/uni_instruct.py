@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from torch import Tensor
 
@@ -17,14 +17,10 @@ from ..bounds import Bound
 from ..diffusion import objectives
 from .base import Expected, register
 from .sid import SiD
+from .terms import Divergence, Ratios
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Ratios = Annotated[
-    tuple[float, float],
-    Bound("0 < low < high, around 1; (0.1, 20) is f-distill's", lambda r: 0 < r[0] < r[1]),
-]
 
 
 @register("uni_instruct")
@@ -47,7 +43,7 @@ class UniInstruct(SiD):
             gan_weight: as in SiDA, but never 0: without a discriminator there is no ratio.
         """
 
-        divergence: Literal["rkl", "kl", "js", "softened_rkl", "neyman", "hellinger", "jeffreys"] = "kl"
+        divergence: Divergence = "kl"
         ratio_range: Ratios = (0.1, 20.0)
         through_ratio: bool = False
         gan_weight: Annotated[float, Bound("a positive number; 1e-4 is published", lambda x: x > 0)] = 1e-4
