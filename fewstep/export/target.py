@@ -183,6 +183,10 @@ class Stock(Target):
         for _, call in samplers.values():
             if self.teacher.denoiser.embeds_guidance:
                 call["guidance_scale"] = getattr(student.denoisers[0], "embedded", 1.0)
+            if len(self.roles) > 1 and takes(
+                pipe, "use_kv_cache"
+            ):  # of what the first expert made of the text
+                call["use_kv_cache"] = False
             scale = call.pop("guidance_scale", None)
             if scale is not None and takes(pipe, "guidance_scale"):
                 call |= guided(pipe, scale)

@@ -214,3 +214,13 @@ def test_experts_that_are_networks_are_written_in_the_dtype_that_is_asked_for(
     for place in ("pipeline/transformer", "b"):
         held = load_file(folder / place / "diffusion_pytorch_model.safetensors")
         assert {value.dtype for value in held.values()} == {torch.float16}, place
+
+
+def test_experts_of_a_pipeline_that_keeps_the_text_of_its_first_step_make_it_anew(teachers, tmp_path):
+    teacher = teachers("Qwen-Image-2.1")
+    roles, student = experts_of(teacher, [LORA, LORA], 0.1)
+    folder = exported(teacher, roles, student, tmp_path)
+    own = trainer_sample(student, teacher, PROMPTS[:1])
+    scale = own.abs().max().item()
+    assert verify(folder, own, teacher, PROMPTS[:1], 1e-3 * scale, "float32") < 1e-3 * scale
+    assert "use_kv_cache=False" in (folder / "README.md").read_text()
