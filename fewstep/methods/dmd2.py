@@ -22,6 +22,7 @@ from ..diffusion.student import Student
 from ..diffusion.times import chosen_times
 from . import terms
 from .base import Batch, Expected, Method, Phase, Progress, register
+from .verdicts import verdicts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -156,7 +157,9 @@ class DMD2(Method):
         """Real and fake, noised independently, each with its own condition, in one forward."""
         both, t = self.noised(torch.cat([batch.real, fake]), batch, *self.config.gan_time_range)
         logits = self.discriminator.logits(self.judge, both, t, Cond.cat(batch.real_cond, cond))
-        of_real, of_fake = logits.split([len(batch.real), len(fake)])
+        count = len(batch.real)
+        of_real, of_fake = logits[:count], logits[count:]
+        batch.log |= verdicts(self.judge.schedule, (of_real, t[:count]), (of_fake, t[count:]))
         return objectives.gan_discriminator(of_real, of_fake, batch.real_share, batch.share)
 
     # ----------------------------------------------------------------------------------------------- sampling

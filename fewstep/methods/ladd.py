@@ -21,6 +21,7 @@ from ..diffusion.schedules import expand
 from ..diffusion.student import Student
 from ..diffusion.times import times_at
 from .base import Batch, Expected, Method, Options, Phase, Progress, few, register
+from .verdicts import verdicts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -76,15 +77,17 @@ class Adversary:
     def student_loss(self, fake: Tensor, cond: Cond, rng: Rng) -> Tensor:
         return objectives.hinge_generator(self.judge(fake, cond, *self.noise(fake, rng)))
 
-    def discriminator_loss(self, real: Tensor, fake: Tensor, cond: Cond, rng: Rng) -> Tensor:
+    def discriminator_loss(self, real: Tensor, fake: Tensor, cond: Cond, batch: Batch) -> Tensor:
         """Real and fake behind the same noise at the same levels (SANA-Sprint, alg. 2), in one forward."""
         seen, conds = [real, fake], [cond, cond]
         if self.config.misaligned and len(real) > 1:
             seen, conds = [*seen, real.roll(1, 0)], [*conds, cond]
-        t, eps = self.noise(real, rng)
+        t, eps = self.noise(real, batch.rng)
         many = len(seen)
         logits = self.judge(torch.cat(seen), Cond.cat(*conds), t.repeat(many), torch.cat([eps] * many))
         real_logits, fake_logits = logits[: len(real)], logits[len(real) :]
+        schedule, of_fake = self.teacher.schedule, (fake_logits, t.repeat(many - 1))
+        batch.log |= verdicts(schedule, (real_logits, t), of_fake, ratios=False)
         return objectives.hinge_discriminator(real_logits, fake_logits)
 
     def noise(self, x0: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
@@ -185,7 +188,7 @@ class LADD(Method):
         with torch.no_grad():
             fake = self.generate(batch, progress)
         batch.log["latent_std"] = fake.std()
-        return {"hinge": self.adversary.discriminator_loss(real, fake, cond, batch.rng)}
+        return {"hinge": self.adversary.discriminator_loss(real, fake, cond, batch)}
 
     def generate(self, batch: Batch, progress: Progress) -> Tensor:
         """x0 of noised latents at one of the levels, drawn for each sample; the noisiest input is pure noise."""

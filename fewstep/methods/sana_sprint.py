@@ -126,7 +126,7 @@ class SanaSprint(Method):
         x0, cond = batch.clean(self.config.synthetic)
         with torch.no_grad():
             fake = self.generate(x0, self.told(cond, self.guidance(batch.rng, len(x0))), batch.rng)
-        return {"hinge": self.adversary.discriminator_loss(x0, fake, cond, batch.rng)}
+        return {"hinge": self.adversary.discriminator_loss(x0, fake, cond, batch)}
 
     # ----------------------------------------------------------------------------------------------- sampling
     def guidance(self, rng: Rng, rows: int) -> Guidance:

@@ -15,6 +15,7 @@ from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser, Guidance, NetDenoiser
 from ..diffusion.discriminator import Discriminator
 from .base import Batch, Expected, Options
+from .verdicts import verdicts
 
 End = Literal["random", "segment"]
 
@@ -110,7 +111,7 @@ class Segments:
         if not weight:
             return {"consistency": distance}
         batch.carry |= {"made": made.detach(), "goal": goal, "end": end}
-        logits = self.judge(stage, made, end, batch.clean(self.config.synthetic)[1], batch)
+        logits, _ = self.judge(stage, made, end, batch.clean(self.config.synthetic)[1], batch)
         return {"consistency": distance, "gan": weight * objectives.gan_generator(logits)}
 
     def inconsistency(self, stage: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -130,8 +131,10 @@ class Segments:
     def discrimination(self, stage: int, batch: Batch) -> dict[str, Tensor]:
         _, cond = batch.clean(self.config.synthetic)
         both = torch.cat([batch.carry["goal"], batch.carry["made"]])
-        logits = self.judge(stage, both, batch.carry["end"].repeat(2), Cond.cat(cond, cond), batch)
+        logits, t = self.judge(stage, both, batch.carry["end"].repeat(2), Cond.cat(cond, cond), batch)
         of_goal, of_made = logits.chunk(2)
+        of, of_other = t.chunk(2)
+        batch.log |= verdicts(self.schedule, (of_goal, of), (of_made, of_other))
         return {"discriminator": objectives.gan_discriminator(of_goal, of_made)}
 
     def draw_levels(self, stage: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,9 +162,9 @@ class Segments:
         x0 = denoiser.x0(x_t, t.clamp(min=self.schedule.t_min), cond)
         return trajectory.jump(self.schedule, x_t, x0, t, r)
 
-    def judge(self, stage: int, x: Tensor, end: Tensor, cond: Cond, batch: Batch) -> Tensor:
-        """Logits of what landed at ``end``, diffused to anywhere in one segment's length above it."""
+    def judge(self, stage: int, x: Tensor, end: Tensor, cond: Cond, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits and times of what landed at ``end``, diffused to anywhere in one segment's length above it."""
         up = end + batch.rng.uniform(len(x)) / self.config.segments[stage]
         t, r = self.schedule.at(up.clamp(max=1.0)), self.schedule.at(end)
         x_t = self.schedule.renoise(x, batch.rng.normal_like(x), r, t)
-        return self.discriminator.logits(self.teacher, x_t, t.clamp(min=self.schedule.t_min), cond)
+        return self.discriminator.logits(self.teacher, x_t, t.clamp(min=self.schedule.t_min), cond), t

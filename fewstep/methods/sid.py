@@ -26,6 +26,7 @@ from ..diffusion.student import Student
 from .base import Batch, Expected, Method, Phase, Progress, check_guidance, few, register
 from .live_scores import LevelWeight, LiveOptions, drop_captions, made_by, through_networks
 from .terms import regression
+from .verdicts import verdicts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -178,6 +179,7 @@ class SiD(Method):
             both = torch.cat([schedule.add_noise(batch.real, eps, t), x_t])
             logits = self.logits(both, torch.cat([t, t]), Cond.cat(batch.real_cond, batch.cond))
             real, fake = logits.chunk(2)
+            batch.log |= verdicts(schedule, (real, t), (fake, t))
             told = objectives.discrimination(real, fake, torch.ones_like(t), objectives.finite_rows(x0))
             # On EDM SiDA weighs it as the critic's error, but all levels of a batch by the mean of their weights.
             size = objectives.denoising_weight("edm", schedule, t).mean().to(told) if kind == "edm" else 1.0

@@ -23,6 +23,7 @@ from ..diffusion.rng import Rng
 from ..errors import Interrupted, TrainingError
 from ..files import sweep
 from ..methods.base import Batch, Method, Phase, Progress
+from ..methods.verdicts import settled, weight_of
 from ..process import Process
 from ..report.health import Watch
 from ..report.log import MetricsLog, StatusLine, direction, read_metrics
@@ -321,9 +322,13 @@ class Trainer:
         self.window = Means()
         if not means:
             return {}
-        self.judged.add({name: value for name, value in means.items() if name == self.config.best})
+        best = self.config.best
+        self.judged.add(
+            {name: value for name, value in means.items() if best and name in (best, weight_of(best))}
+        )
         values = self.process.mean(torch.stack([means[name] for name in sorted(means)])).tolist()
-        return {name: value if math.isfinite(value) else None for name, value in zip(sorted(means), values)}
+        numbers = settled(dict(zip(sorted(means), values)))
+        return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
     def _sample(self, log: MetricsLog | None) -> None:
         if self.on_sample and self.config.sample_every:
@@ -369,14 +374,14 @@ class Trainer:
         due = _every(step, self.config.checkpoint_every) or step == self.config.steps
         if name is None or not due:  # a checkpoint because of a signal changes nothing
             return
-        means = self.judged.means()
-        self.judged = Means()
+        means = {n: self.process.mean(value).item() for n, value in sorted(self.judged.means().items())}
+        self.judged, means = Means(), settled(means)
         if name not in means:
             self.say(
                 f"warning: train.best: no {name!r} was logged since the last checkpoint; see metrics.jsonl"
             )
             return
-        value = self.process.mean(means[name]).item()
+        value = means[name]
         better = direction(name) or -1  # a loss where the name does not tell
         if math.isfinite(value) and (not self.best or better * value > better * self.best["value"]):
             self.best = {"step": step, "value": value}

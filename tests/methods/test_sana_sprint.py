@@ -184,6 +184,10 @@ class Judged:
         return self.inner(x0, cond, t, eps)
 
 
+def drawn():
+    return Batch(NONE, (4, 2), Rng(3), Rng(4))
+
+
 @pytest.mark.parametrize("misaligned", [False, True])
 def test_real_and_fake_are_judged_behind_the_same_noise_at_the_same_level(ring, fitted, misaligned):
     config = LADD.Config(taps=["layers.0"], misaligned=misaligned)
@@ -191,7 +195,7 @@ def test_real_and_fake_are_judged_behind_the_same_noise_at_the_same_level(ring, 
     adversary.judge = judged = Judged(adversary)
     labels = Cond({"id": torch.arange(4)})
     real, fake = ring.sample(4, Rng(1)), ring.sample(4, Rng(2))
-    adversary.discriminator_loss(real, fake, labels, Rng(3))
+    adversary.discriminator_loss(real, fake, labels, drawn())
     x0, cond, t, eps = judged.seen[0]
     count = 3 if misaligned else 2
     assert len(x0) == count * 4 and all(t[:4].equal(part) for part in t.split(4))
@@ -200,7 +204,7 @@ def test_real_and_fake_are_judged_behind_the_same_noise_at_the_same_level(ring, 
     assert all(cond["id"][4 * k : 4 * k + 4].equal(labels["id"]) for k in range(count))
     if misaligned:  # others' images under these captions
         assert x0[8:].equal(real[[3, 0, 1, 2]])
-        adversary.discriminator_loss(real[:1], fake[:1], labels.rows(slice(0, 1)), Rng(3))
+        adversary.discriminator_loss(real[:1], fake[:1], labels.rows(slice(0, 1)), drawn())
         assert len(judged.seen[1][0]) == 2  # alone, nothing can be misaligned
 
 
@@ -397,4 +401,4 @@ def test_misaligned_images_are_fakes(ring, fitted):
     adversary = Adversary(LADD.Config(taps=["layers.0"], misaligned=True), flow_view(fitted), (2,))
     adversary.judge = lambda x0, *_: torch.cat([torch.full((4, 1), v) for v in (5.0, -5.0, 3.0)])
     real, fake = ring.sample(4, Rng(1)), ring.sample(4, Rng(2))
-    assert adversary.discriminator_loss(real, fake, NONE, Rng(3)).item() == (0 + (0 + 4) / 2)
+    assert adversary.discriminator_loss(real, fake, NONE, drawn()).item() == (0 + (0 + 4) / 2)

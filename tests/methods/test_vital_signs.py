@@ -1,17 +1,20 @@
 """What a run logs of its health is true: lag where the critic has something to follow, moments of the student's own."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from toys import NONE, SD, Mlp, fit, toy
+from toys import NONE, SD, Mlp, fit, toy, view
 
 from fewstep.diffusion.rng import Rng
 from fewstep.methods import METHODS
 from fewstep.methods.base import Batch, Progress
+from fewstep.methods.verdicts import settled, verdicts, weighted
 from fewstep.recipe import RoleConfig
 from fewstep.report.health import SIGNS
 from fewstep.teachers.analytic import GaussianMixture
+from fewstep.training.means import Means
 
 HEALTHY = {sign.name: sign for sign in SIGNS}
 
@@ -95,9 +98,9 @@ def test_a_critic_that_follows_the_student_has_a_lag(name, options, ring, fitted
 def test_a_critic_that_is_no_posterior_mean_has_none(name, change, ring, fitted):
     def guided(method):
         change(method)
-        for view in (method.teacher, method.critic):
-            plain = view.x0
-            view.x0 = lambda x_t, t, cond, *, guidance=1.0, plain=plain: plain(x_t, t, cond)
+        for one in (method.teacher, method.critic):
+            plain = one.x0
+            one.x0 = lambda x_t, t, cond, *, guidance=1.0, plain=plain: plain(x_t, t, cond)
 
     try:
         options = {"guidance_scale": 1.0, "null_probability": 0.0} if name == "swiftbrush" else {}
@@ -156,3 +159,59 @@ def test_rates_fall_to_nothing_at_the_end_of_the_share_of_a_phase(name, options,
         for trainer.progress.iteration in range(end - 6, end):
             rates.append(trainer.learning_rate(trainer.roles[phase.train[0]], phase))
         assert rates == pytest.approx([1.0, 1.0, 1.0, 0.75, 0.5, 0.25])
+
+
+def test_verdicts_are_counted_behind_each_quarter_of_noise():
+    """By hand: angles 0.1, 0.5, 1.0, 1.5 lie one in each quarter; the fake in the second is taken for real."""
+    t = torch.tensor(
+        [SD.time_at(torch.tensor(math.cos(a)), torch.tensor(math.sin(a))) for a in (0.1, 0.5, 1.0, 1.5)]
+    )
+    real = torch.tensor([[2.0, 4.0], [1.0, -3.0], [0.5, 0.5], [0.0, 0.0]])
+    fake = torch.tensor([[-1.0, -1.0], [0.5, 1.5], [float("nan"), 0.0], [20.0, 20.0]])
+    log = settled(verdicts(SD, (real, t), (fake, t)))
+    accuracies = [log[f"discriminator_accuracy_{k}"].item() for k in (1, 2, 3, 4)]
+    assert accuracies == [1.0, 0.0, 1.0, 0.25]
+    ratios = {k: log[f"density_ratio_{k}"].item() for k in (1, 2, 4)}
+    assert ratios == pytest.approx({1: math.exp(-1), 2: math.e, 4: math.exp(10)})
+    assert "density_ratio_3" not in log and not any("weight" in name for name in log)
+    assert not any("ratio" in name for name in verdicts(SD, (real, t), (fake, t), ratios=False))
+
+
+def test_what_is_logged_together_is_weighed_together():
+    """A batch of one right verdict and one of three wrong ones make a quarter, not a half."""
+    means = Means()
+    for values in ([1.0], [0.0, 0.0, 0.0]):
+        found = weighted("accuracy", torch.tensor(values), torch.ones(len(values), dtype=torch.bool))
+        means.add({f"health/{name}": value for name, value in found.items()})
+    assert settled(means.means()) == {"health/accuracy": 0.25}
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("dmd2", {"gan_weight": 1e-2, "taps": ["layers.0"]}),
+        ("sid", {"gan_weight": 1e-2, "taps": ["layers.0"], "gan_schedule": (0, 0)}),
+        ("ladd", {"taps": ["layers.0"]}),
+        ("hyper_sd", {"gan_weight": 1e-2, "taps": ["layers.0"]}),
+    ],
+)
+def test_every_discriminator_logs_its_verdicts(name, options, ring, fitted, tmp_path):
+    method = METHODS[name]
+    trainer = toy(
+        method,
+        method.Config(**options),
+        view(fitted),
+        fitted,
+        steps=2,
+        batch_size=64,
+        real=ring.sample(64, Rng("real")),
+    )
+    records = []
+    trainer.on_record = records.append
+    trainer.folder = tmp_path
+    trainer.train()
+    record = records[-1]
+    shares = [value for key, value in record.items() if key.startswith("health/discriminator_accuracy_")]
+    assert shares and all(0 <= value <= 1 for value in shares)
+    assert any("density_ratio" in key for key in record) == (name != "ladd")
+    assert not any("weight of" in key for key in record)
