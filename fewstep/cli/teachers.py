@@ -260,7 +260,11 @@ SEARCH: dict[str, Any] = {
         metavar="M",
         help="of a path (default: 50)",
     ),
-    argument("--solver", choices=["dpm++", "euler"], help="default: the better one; euler for a flow"),
+    argument(
+        "--solver",
+        choices=["dpm++", "euler", "heun"],
+        help="default: the best one; euler for a flow, heun for EDM alone",
+    ),
     argument(
         "--families",
         metavar="F,F",
@@ -333,7 +337,8 @@ def _chosen(entry: dict[str, Any]) -> str:
     free = ", Free-U" if "free_u" in entry else ""
     times = ", ".join(f"{time:.4g}" for time in entry["times"])
     stop = f", stop at {entry['stop']:.4g}" if "stop" in entry else ""
-    return f"{entry['family']}{free}, order {entry['order']}: {times}{stop}"
+    jumps = "Heun" if "heun" in entry else f"order {entry['order']}"
+    return f"{entry['family']}{free}, {jumps}: {times}{stop}"
 
 
 # Options of a search -> the field of a recipe that says the same of its evaluation.
