@@ -39,6 +39,9 @@ COMMANDS = Commands()
     argument("--check-every", type=number(Count), default=250, help="steps"),
     argument("--turns", type=number(Positive), default=1.0, help="of the fastest sinusoid that is kept"),
     argument("--qk-norm", action="store_true", help="normalise queries and keys (SANA, SD3)"),
+    argument(
+        "--pixel-norm", action="store_true", help="normalise what time multiplies activations by (EDM2)"
+    ),
     argument("--lr", type=number(Positive), default=2e-5, help="learning rate"),
     argument("--batch-size", type=number(Count), default=16, help="of each process; torchrun starts several"),
     argument("--accumulate", type=number(Count), default=1, help="batches that make an update"),
