@@ -14,6 +14,7 @@ from fewstep.evaluation.models import Model
 from fewstep.evaluation.of_run import real_images
 from fewstep.evaluation.yardstick import open_real
 from fewstep.recipe import DataConfig
+from fewstep.runs.smoke import _few_emoji
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +111,13 @@ def test_named_solvers_of_an_edm_pipeline(teacher, solver, calls, monkeypatch):
 def test_what_an_edm_pipeline_has_not_is_refused(teacher, asked, said):
     with pytest.raises(FewstepError, match=said):
         Model(teacher.pipe, {"pipeline": "builtin:emoji-edm"}).prepare(2, **asked)
+
+
+def test_a_smoke_run_has_the_captions_that_its_teacher_knows(tmp_path):
+    def captions(name, prompts):
+        return load_images(str(_few_emoji(tmp_path / name, prompts=prompts))).captions
+
+    for prompts in ("builtin:emoji-groups", "builtin:emoji-32"):
+        assert set(captions(prompts[8:], prompts)) <= set(emoji.kinds())
+    assert captions("labels", "builtin:imagenet-classes") == [str(k) for k in range(8)]
+    assert set(captions("names", "builtin:emoji")) <= set(emoji.names())
