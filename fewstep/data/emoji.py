@@ -49,7 +49,8 @@ def small() -> np.ndarray:
     """Images uint8 (1906, 32, 32, 3): means of four pixels, which ``builtin:emoji-edm`` was trained on."""
     images = load()[0]
     n, side = len(images), images.shape[1] // 2
-    return images.reshape(n, side, 2, side, 2, 3).mean((2, 4)).round().astype(np.uint8)
+    means: np.ndarray = images.reshape(n, side, 2, side, 2, 3).mean((2, 4)).round().astype(np.uint8)
+    return means
 
 
 def pictures(source: str) -> np.ndarray | None:

@@ -171,8 +171,9 @@ def load_images(
     Raises:
         RecipeError: folder missing or empty, a caption missing or no text, or corrupt files (up to ten are named).
     """
-    if (captions := emoji.prompts(source)) is not None:
-        return CaptionedImages(captions, emoji.pictures(source), source=source)
+    captions, pictures = emoji.prompts(source), emoji.pictures(source)
+    if captions is not None and pictures is not None:
+        return CaptionedImages(captions, pictures, source=source)
     place = Path(source).expanduser()
     if not place.exists():
         raise RecipeError(f"data.images: {source} is no folder; expected captioned images, or builtin:emoji")

@@ -111,9 +111,9 @@ def network_with(
             else plain(copy.deepcopy(teacher.net)).cpu().float()
         )
         # Buffers are never trained, so they stay the teacher's; random features of another network are its own.
-        kept = made.state_dict()
-        kept |= {name: value for name, value in net.named_buffers() if small and name in kept}
-        kept |= weights
+        kept: dict[str, Tensor] = made.state_dict()
+        own = {name: value for name, value in net.named_buffers() if small and name in kept}
+        kept = {**kept, **own, **weights}
         made.load_state_dict({name: value.float() for name, value in kept.items()})
         return made.to(dtype)
 
