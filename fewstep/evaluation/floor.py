@@ -8,7 +8,7 @@ even grid are then made on the other paths, and the one that ends nearest to the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -163,12 +163,7 @@ def calibrate(
     times = reference_times(schedule, reference_steps)
     paths, (searched, held) = Paths.none(times), _batches(teacher, prompts, num, seed, batch_size)
 
-    def along(noise: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
-        best = solvers_of(schedule)[-1]
-        return sample(
-            denoiser, noise, cond, times, order=ORDERS[best], heun=best == "heun", guidance=guidance
-        )
-
+    along = _along(denoiser, times, guidance)
     for noise, cond in searched:
         paths.add(*along(noise, cond))
     costs = _costs(paths, schedule, sorted({ORDERS[name] for name in solvers}))
@@ -185,6 +180,16 @@ def calibrate(
         "seed": seed,
         "schedules": {str(n): search.schedule(n) for n in steps},
     }
+
+
+def _along(
+    denoiser: NetDenoiser, times: list[float], guidance: float
+) -> Callable[[Tensor, Cond], tuple[Tensor, Tensor, Tensor]]:
+    """The reference's path from a noise, by the most exact jumps."""
+    best = solvers_of(denoiser.schedule)[-1]
+    return lambda noise, cond: sample(
+        denoiser, noise, cond, times, order=ORDERS[best], heun=best == "heun", guidance=guidance
+    )
 
 
 def solvers_of(schedule: Schedule) -> list[str]:

@@ -221,7 +221,9 @@ def test_the_reference_is_heuns(tiny, monkeypatch):
     made, plain = [], floor.sample
     monkeypatch.setattr(Search, "schedule", lambda *_: {})
     monkeypatch.setattr(
-        floor, "sample", lambda *args, **options: made.append((args[3], options)) or plain(*args, **options)
+        floor,
+        "sample",
+        lambda *args, **options: made.append((args[3], options)) or plain(*args, **options),
     )
     calibrate(tiny, ["1"], [3], guidance=1.0, num=2, reference_steps=5)
     assert len(made) == 2 and all(options["heun"] for _, options in made)
