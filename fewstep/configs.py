@@ -106,7 +106,8 @@ class DataConfig(Bounded):
             of WebDataset shards, whose captions are meant; or ``builtin:emoji``. A table for a teacher that edits has a
             column ``reference`` too: an image or a list of them.
         images: folder of captioned images: files, WebDataset shards, or tables with images in them; or
-            ``builtin:emoji``; a data-free method only measures itself against them, and null is then allowed.
+            ``builtin:emoji`` (``-32`` at 32 pixels); a data-free method only measures itself against them, and null is
+            then allowed.
         pairs: folder that ``fewstep pairs`` wrote; null where the method needs none.
         shapes: of the images, ``[{size: 1024}, {size: [832, 1216], share: 0.5}]``, each iteration of one of them; none
             is ``teacher.resolution`` alone, which has to be among them: in it the student is exported and measured.

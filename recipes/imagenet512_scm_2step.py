@@ -8,8 +8,8 @@ Images: those of ImageNet at 512 px, captioned by the numbers of their classes.
 Paper: FID 1.88 with two steps of size XXL. Law of the noise (-0.8, 1.6), second step at 1.1, warm-up of the tangent,
 betas and eps are the paper's; its angles are of data of std 0.5, so that sigma is half their tangent: 80 and 0.98.
 Rate and its fall are FastGen's for ImageNet 64, length and half-life ours. The paper changes EDM2's time embedding
-before; this network is taken as it is, and its guidance, which takes a second network, is left out. Not yet run at
-scale.
+before, as ``fewstep prepare`` does; this network is taken as it is, and its guidance, which takes a second network,
+is left out. Not yet run at scale.
 The teacher is EDM2's file, converted: ``fewstep convert edm2 FILE --vae stabilityai/sd-vae-ft-mse``;
 docs/teachers/edm.md.
 """

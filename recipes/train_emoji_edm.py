@@ -1,4 +1,4 @@
-"""Train a small EDM teacher in pixels: emoji at 32 px, conditioned on their 98 kinds.
+"""Train ``builtin:emoji-edm``, the small EDM in pixels that ships with fewstep: emoji at 32 px, by their 98 kinds.
 
     python recipes/train_emoji_edm.py --run runs/emoji-edm      # both stages; Ctrl-C and rerun to continue
     python recipes/train_emoji_edm.py --run runs/emoji-edm --stage save
@@ -21,15 +21,10 @@ SIZE = 32
 DROPPED = 0.1  # share of labels
 
 
-def kinds() -> list[str]:
-    """Names of the classes, by number."""
-    return sorted(set(emoji.groups()))
-
-
 def make_net() -> EDMPrecond:
     return EDMPrecond(
         sample_size=SIZE,
-        num_class_embeds=len(kinds()),
+        num_class_embeds=len(emoji.kinds()),
         model_channels=16,
         channel_mult=(1, 2, 4, 8),
         num_blocks=1,
@@ -40,7 +35,7 @@ def make_net() -> EDMPrecond:
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
     """Images (N, 3, 32, 32) in [-1, 1] and their classes (N,)."""
-    number = {kind: i for i, kind in enumerate(kinds())}
+    number = {kind: i for i, kind in enumerate(emoji.kinds())}
     images = torch.nn.functional.avg_pool2d(to_unit(emoji.load()[0]), 2)
     return images, torch.tensor([number[kind] for kind in emoji.groups()])
 
@@ -50,7 +45,7 @@ def train_net(folder: Path, steps: int, cooldown: int, batch: int = 16) -> None:
     torch.manual_seed(0)
     net = make_net().to(memory_format=torch.channels_last)
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters", flush=True)
-    schedule, none, std = EDM(), len(kinds()), net.config.sigma_data
+    schedule, none, std = EDM(), len(emoji.kinds()), net.config.sigma_data
     run = Run(folder, "net", net, net.parameters(), lr=2e-3, ema=0.998)
 
     def loss():
@@ -73,7 +68,7 @@ def save_pipeline(folder: Path, target: Path) -> None:
 
     net = make_net().eval()
     net.load_state_dict(torch.load(folder / "net.pt", weights_only=True)["ema"])
-    EDMPipeline(net.half(), EDMScheduler(), id2label=dict(enumerate(kinds()))).save_pretrained(target)
+    EDMPipeline(net.half(), EDMScheduler(), id2label=dict(enumerate(emoji.kinds()))).save_pretrained(target)
     size = sum(p.stat().st_size for p in target.rglob("*.safetensors"))
     print(f"{target}: {size / 1e6:.1f} MB of safetensors")
 

@@ -14,7 +14,7 @@ from fewstep.cli.commands import COLUMN, Commands, argument, number, output
 from fewstep.cli.eval_sampling import PROTOCOL, SAMPLING, process
 
 EMOJI = "builtin:emoji"
-IMAGES = "folder or zip of image files, npz of images, statistics file, or builtin:emoji"
+IMAGES = "folder or zip of image files, npz of images, statistics file, builtin:emoji or builtin:emoji-32"
 SCORERS = "clip:PATH, open_clip:ARCHITECTURE:FILE, pickscore:PATH, hpsv2.1:PATH or imagereward:FOLDER; may be repeated"
 FLAGS = {
     "kid": "kernel distance, which has no small-sample bias",
@@ -348,13 +348,12 @@ def _together() -> Iterator[tuple[int, int]]:
 
 
 def _open(side: str, args: argparse.Namespace) -> Any:
+    from fewstep.data import emoji
     from fewstep.evaluation.evaluate import open_side
     from fewstep.evaluation.images import ArrayImages
 
-    if side == EMOJI:
-        from fewstep.data import emoji
-
-        return ArrayImages(emoji.load()[0], EMOJI)
+    if (pictures := emoji.pictures(side)) is not None:
+        return ArrayImages(pictures, side)
     return open_side(side, getattr(args, "skip_bad", None), args.workers)
 
 

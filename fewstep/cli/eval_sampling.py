@@ -178,7 +178,7 @@ def _generate(args: argparse.Namespace) -> int:
     argument("--prompts", metavar="FILE", help="one a line, or a table"),
     COLUMN,
     argument("--num", type=number(Count), metavar="N", help="images of each row"),
-    argument("--real", metavar="IMAGES", help="folder, npz, statistics or builtin:emoji"),
+    argument("--real", metavar="IMAGES", help="folder, npz, statistics, builtin:emoji or builtin:emoji-32"),
     PROTOCOL,
     argument("--extractor", metavar="NAME", help="network for the features"),
     argument("--scorer", action="append", default=[], metavar="KIND:PATH", help="of images and captions"),

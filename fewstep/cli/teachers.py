@@ -39,6 +39,9 @@ COMMANDS = Commands()
     argument("--check-every", type=number(Count), default=250, help="steps"),
     argument("--turns", type=number(Positive), default=1.0, help="of the fastest sinusoid that is kept"),
     argument("--qk-norm", action="store_true", help="normalise queries and keys (SANA, SD3)"),
+    argument(
+        "--pixel-norm", action="store_true", help="normalise what time multiplies activations by (EDM2)"
+    ),
     argument("--lr", type=number(Positive), default=2e-5, help="learning rate"),
     argument("--batch-size", type=number(Count), default=16, help="of each process; torchrun starts several"),
     argument("--accumulate", type=number(Count), default=1, help="batches that make an update"),
@@ -260,7 +263,11 @@ SEARCH: dict[str, Any] = {
         metavar="M",
         help="of a path (default: 50)",
     ),
-    argument("--solver", choices=["dpm++", "euler"], help="default: the better one; euler for a flow"),
+    argument(
+        "--solver",
+        choices=["dpm++", "euler", "heun"],
+        help="default: the best one; euler for a flow, heun for EDM alone",
+    ),
     argument(
         "--families",
         metavar="F,F",
@@ -333,7 +340,8 @@ def _chosen(entry: dict[str, Any]) -> str:
     free = ", Free-U" if "free_u" in entry else ""
     times = ", ".join(f"{time:.4g}" for time in entry["times"])
     stop = f", stop at {entry['stop']:.4g}" if "stop" in entry else ""
-    return f"{entry['family']}{free}, order {entry['order']}: {times}{stop}"
+    jumps = "Heun" if "heun" in entry else f"order {entry['order']}"
+    return f"{entry['family']}{free}, {jumps}: {times}{stop}"
 
 
 # Options of a search -> the field of a recipe that says the same of its evaluation.

@@ -154,7 +154,8 @@ def _read(item: Picture) -> Image.Image:
 def load_images(
     source: str, column: str | None = None, *, upscale: bool = False, max_bad: float = 0.0
 ) -> CaptionedImages:
-    """Captioned images of a folder, or ``builtin:emoji``, where every image comes under both its captions.
+    """Captioned images of a folder, or ``builtin:emoji``, where every image comes under both its captions, or
+    ``builtin:emoji-32``, of 32 pixels and captioned by their kinds.
 
     - image files, captioned by ``NAME.txt`` files, or by tables as Hugging Face's image folders have them: a
       ``metadata.jsonl`` (or .csv, .parquet) in the folder or in those within it, with ``file_name`` and ``text``;
@@ -170,8 +171,9 @@ def load_images(
     Raises:
         RecipeError: folder missing or empty, a caption missing or no text, or corrupt files (up to ten are named).
     """
-    if (captions := emoji.prompts(source)) is not None:
-        return CaptionedImages(captions, emoji.load()[0], source=source)
+    captions, pictures = emoji.prompts(source), emoji.pictures(source)
+    if captions is not None and pictures is not None:
+        return CaptionedImages(captions, pictures, source=source)
     place = Path(source).expanduser()
     if not place.exists():
         raise RecipeError(f"data.images: {source} is no folder; expected captioned images, or builtin:emoji")

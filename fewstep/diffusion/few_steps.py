@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import FewstepError
 from .cond import Cond
 from .denoiser import Denoiser
-from .schedules import Flow, Schedule, repeated
+from .schedules import EDM, Flow, Schedule, repeated
 
 END = 1.0, 0.0  # signal and noise of a sample
 
@@ -43,10 +43,15 @@ def levels(schedule: Schedule, times: Sequence[float], end: tuple[float, float] 
 
 
 def reference_times(schedule: Schedule, num_steps: int) -> list[float]:
-    """The "trailing" grid of diffusers: integers from T-1 for a table, even before the shift for a flow."""
+    """The "trailing" grid of diffusers: integers from T-1 for a table, even before the shift for a flow.
+
+    EDM's is even in the seventh root of sigma, as its own, from which it leaves out the clean end.
+    """
     even, schedule = [1 - i / num_steps for i in range(num_steps)], schedule.for_steps(num_steps)
     if isinstance(schedule, Flow):
         return schedule.shifted(torch.tensor(even, dtype=torch.float64)).tolist()
+    if isinstance(schedule, EDM):
+        return [schedule.t_max, *schedule.at(torch.tensor(even[1:], dtype=torch.float64)).tolist()]
     steps = schedule.t_max + 1
     return [float(round(steps * u) - 1) for u in even]
 
@@ -59,6 +64,7 @@ def sample(
     times: Sequence[float],
     *,
     order: int = 2,
+    heun: bool = False,
     guidance: float = 1.0,
     end: tuple[float, float] = END,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,6 +72,8 @@ def sample(
 
     Args:
         noise: unit noise (B, ...). order: of the jumps, 1 or 2; the first is of order 1, as is one to no noise.
+        heun: on EDM's path, whether each step but one to no noise is corrected by a second call where a first-order
+            jump ends (EDM, arXiv 2206.00364, algorithm 1), in place of jumps of this order.
         end: signal and noise of the sample.
 
     Returns:
@@ -78,8 +86,14 @@ def sample(
         t = repeated(now, x)
         states.append(x)
         predictions.append(denoiser.x0(x, t, cond, guidance=guidance))
-        second = order == 2 and k > 0 and level[k + 1, 1] > 0
+        noisy = level[k + 1, 1] > 0
+        second = order == 2 and k > 0 and noisy and not heun
         a, b, c = map(float, jump(level[k - 1] if second else None, level[k], level[k + 1]))
+        if heun and noisy:  # both slopes are (x - x0) / sigma, for this path's signal is 1
+            ahead, s = a * x + b * predictions[-1], float(level[k + 1, 1])
+            there = (ahead - denoiser.x0(ahead, repeated(s, x), cond, guidance=guidance)) / s
+            x = x + (s - now) / 2 * ((x - predictions[-1]) / now + there)
+            continue
         x = a * x + b * predictions[-1] + (c * predictions[-2] if second else 0)
     return torch.stack(states), torch.stack(predictions), x
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .few_steps import END, levels, reference_times
-from .schedules import Flow, Schedule
+from .schedules import EDM, VP, Flow, Schedule
 
 RHOS = 5.0, 7.0, 12.0  # of the noise levels, the paper's range
 RHO_OF_TIMES = 1.2
@@ -30,6 +30,7 @@ class Walk(NamedTuple):
         family: what its nodes are called. times: where the network is called. order: of the jumps, 1 or 2.
         stop: time at which the sample is taken, with the noise that is left there; None for none.
         free_u: whether the network runs with Free-U.
+        heun: whether the jumps are steps of Heun's method, two calls each but in the last (on EDM's path).
     """
 
     family: str
@@ -37,6 +38,7 @@ class Walk(NamedTuple):
     order: int
     stop: float | None = None
     free_u: bool = False
+    heun: bool = False
 
     def end(self, schedule: Schedule) -> tuple[float, float]:
         """Signal and noise of the sample, as the stock scheduler of this order leaves it: Euler's signal is whole."""
@@ -74,11 +76,11 @@ def stop_time(schedule: Schedule, num_steps: int, rho: float) -> float:
 def walk(
     schedule: Schedule, family: str, times: Sequence[float], order: int, stop: float | None = None
 ) -> Walk | None:
-    """Through these times, or through integers next to them: stock schedulers of second order take no others.
+    """Through these times, or through integers next to them: stock schedulers of a table take no others at order 2.
 
     None where two of them are one.
     """
-    times = [float(round(t)) for t in times] if order == 2 else times
+    times = [float(round(t)) for t in times] if order == 2 and isinstance(schedule, VP) else times
     if any(now <= then for now, then in pairwise([*times, -1.0 if stop is None else stop])):
         return None
     return Walk(family, tuple(times), order, stop)
@@ -88,13 +90,20 @@ def known_walks(schedule: Schedule, num_steps: int, order: int) -> Iterator[Walk
     """All of so many steps that do not depend on the teacher's network.
 
     "even" is the trailing grid. "karras" and "power" end at a clean sample, "stopped" as the paper does. A flow, whose
-    stock schedulers end at no other level than zero, has powers of the time before its shift.
+    stock schedulers end at no other level than zero, has powers of the time before its shift. EDM has "karras", its own
+    formula down to the least level, and "power", which leaves that one out as "even" does.
     """
     yield walk(schedule, "even", reference_times(schedule, num_steps), order)
     schedule = schedule.for_steps(num_steps)
     if isinstance(schedule, Flow):
         even = torch.tensor(spread(1.0, 0.0, num_steps + 1, RHO_OF_TIMES)[:-1], dtype=torch.float64)
         yield walk(schedule, "power", schedule.shifted(even).tolist(), order)
+        return
+    if isinstance(schedule, EDM):
+        for rho in RHOS:
+            ends = schedule.t_max, schedule.t_min
+            yield walk(schedule, "karras", spread(*ends, num_steps, rho), order)
+            yield walk(schedule, "power", spread(*ends, num_steps + 1, rho)[:-1], order)
         return
     for rho in RHOS:
         stop = stop_time(schedule, num_steps, rho)

@@ -8,7 +8,7 @@ even grid are then made on the other paths, and the one that ends nearest to the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from ..diffusion.cond import Cond
 from ..diffusion.denoiser import NetDenoiser
 from ..diffusion.few_steps import Paths, best_nodes, node_weights, reference_times, sample
 from ..diffusion.rng import Rng
-from ..diffusion.schedules import Flow, Schedule
+from ..diffusion.schedules import EDM, Flow, Schedule
 from ..diffusion.walks import Walk, known_walks, walk
 from ..errors import FewstepError
 from ..teachers.base import Teacher
@@ -27,7 +27,8 @@ from ..teachers.pipelines import takes
 from ..teachers.references import check_references
 from .stock import AYS, FREE_U, ays_times, free_u, stock_call
 
-ORDERS = {"euler": 1, "dpm++": 2}  # of the jumps: Euler's is DDIM's on a variance-preserving path
+# Of the jumps: Euler's is DDIM's on a variance-preserving path, Heun's steps are of EDM pipelines.
+ORDERS = {"euler": 1, "dpm++": 2, "heun": 2}
 FAMILIES = ("even", "searched", "ays", "karras", "power", "stopped")
 
 
@@ -47,6 +48,7 @@ class Search:
         guidance: of all samples, 1 for none. families: to choose from. freed: whether Free-U is to be tried.
         times: of the reference, which are the candidates for searched nodes. costs: of every jump between them, of
             each order of jumps that may be taken. held: ends of paths that no search has seen.
+        solvers: of :data:`ORDERS`, of which those without costs of their order are left out.
     """
 
     denoiser: NetDenoiser
@@ -57,24 +59,32 @@ class Search:
     times: list[float]
     costs: dict[int, np.ndarray]
     held: list[End]
+    solvers: Sequence[str] = ("euler", "dpm++")
 
     def candidates(self, num_steps: int) -> Iterator[Walk]:
-        """All that is to be tried, the even grid first: it is measured whether or not it may be chosen."""
-        schedule = self.denoiser.schedule
-        for order, costs in self.costs.items():
-            found: list[Walk | None] = list(known_walks(schedule, num_steps, order))
-            if self.pipeline_class in AYS:
-                found.append(
-                    walk(schedule, "ays", ays_times(self.pipeline_class, schedule, num_steps), order)
-                )
-            for weights in node_weights(schedule, self.times):
-                nodes = best_nodes(costs * weights, num_steps)[0]
-                found.append(walk(schedule, "searched", [self.times[i] for i in nodes], order))
-            for one in filter(None, dict.fromkeys(found)):
+        """All of so many calls that is to be tried, the even grid first: it is measured whether or not it may be
+        chosen. Heun's K steps are 2 K - 1 calls, so that it has walks of odd numbers, on nodes of the other solvers.
+        """
+        for solver in self.solvers:
+            heun, order = solver == "heun", ORDERS[solver]
+            if order not in self.costs or (heun and num_steps % 2 == 0):
+                continue
+            for one in self._walks((num_steps + 1) // 2 if heun else num_steps, order):
                 if one.family in self.families or one.family == "even":
-                    yield one
+                    yield one._replace(heun=heun)
                     if self.freed:
-                        yield one._replace(free_u=True)
+                        yield one._replace(heun=heun, free_u=True)
+
+    def _walks(self, nodes: int, order: int) -> list[Walk]:
+        """Of so many nodes and jumps of this order, each once."""
+        schedule = self.denoiser.schedule
+        found: list[Walk | None] = list(known_walks(schedule, nodes, order))
+        if self.pipeline_class in AYS:
+            found.append(walk(schedule, "ays", ays_times(self.pipeline_class, schedule, nodes), order))
+        for weights in node_weights(schedule, self.times):
+            best = best_nodes(self.costs[order] * weights, nodes)[0]
+            found.append(walk(schedule, "searched", [self.times[i] for i in best], order))
+        return list(filter(None, dict.fromkeys(found)))
 
     def error(self, walk: Walk) -> float:
         """Root mean square distance of this walk's samples to the reference's."""
@@ -83,6 +93,7 @@ class Search:
         try:
             options: dict[str, Any] = {
                 "order": walk.order,
+                "heun": walk.heun,
                 "guidance": self.guidance,
                 "end": walk.end(schedule),
             }
@@ -106,6 +117,8 @@ class Search:
             entry["stop"] = best.stop
         if best.free_u:
             entry["free_u"] = FREE_U
+        if best.heun:
+            entry["heun"] = True
         return {**entry, "call": stock_call(self.denoiser.schedule, best), "error": least}
 
 
@@ -127,10 +140,11 @@ def calibrate(
 
     Args:
         prompts: some are chosen for the paths.
-        steps: numbers of steps. guidance: of paths and samples, 1 for none.
+        steps: numbers of steps, each a call of the network. guidance: of paths and samples, 1 for none.
         num: paths that are searched; half as many more are held out, to choose by.
         reference_steps: of a path, which are also the candidates for searched nodes.
-        solver: "dpm++" or "euler"; by default whichever is better, and "euler" for a flow, which has no other.
+        solver: of :data:`ORDERS`; by default whichever is better. A flow has "euler" alone, and "heun" is of EDM
+            pipelines, whose reference is made by it too.
         families: of :data:`FAMILIES`, to choose from; with the even grid among them nothing is worse than it.
         freed: whether Free-U is tried with each.
 
@@ -145,18 +159,16 @@ def calibrate(
     _check(steps, num, reference_steps, solver)
     _check_teacher(teacher, solver, families, freed)
     schedule, denoiser = teacher.denoiser.schedule, teacher.denoiser
-    flow = isinstance(schedule, Flow)
+    solvers = [solver] if solver else solvers_of(schedule)
     times = reference_times(schedule, reference_steps)
     paths, (searched, held) = Paths.none(times), _batches(teacher, prompts, num, seed, batch_size)
 
-    def along(noise: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
-        return sample(denoiser, noise, cond, times, order=1 if flow else 2, guidance=guidance)
-
+    along = _along(denoiser, times, guidance)
     for noise, cond in searched:
         paths.add(*along(noise, cond))
-    costs = _costs(paths, schedule, [ORDERS[solver]] if solver else [1] if flow else [1, 2])
+    costs = _costs(paths, schedule, sorted({ORDERS[name] for name in solvers}))
     ends = [End(noise, cond, along(noise, cond)[2]) for noise, cond in held]
-    search = Search(denoiser, teacher.pipeline_class, guidance, families, freed, times, costs, ends)
+    search = Search(denoiser, teacher.pipeline_class, guidance, families, freed, times, costs, ends, solvers)
     return {
         "schema": 2,
         "teacher": teacher.source,
@@ -168,6 +180,23 @@ def calibrate(
         "seed": seed,
         "schedules": {str(n): search.schedule(n) for n in steps},
     }
+
+
+def _along(
+    denoiser: NetDenoiser, times: list[float], guidance: float
+) -> Callable[[Tensor, Cond], tuple[Tensor, Tensor, Tensor]]:
+    """The reference's path from a noise, by the most exact jumps."""
+    best = solvers_of(denoiser.schedule)[-1]
+    return lambda noise, cond: sample(
+        denoiser, noise, cond, times, order=ORDERS[best], heun=best == "heun", guidance=guidance
+    )
+
+
+def solvers_of(schedule: Schedule) -> list[str]:
+    """Whose jumps stock pipelines of this path make at times of our own, the most exact last."""
+    if isinstance(schedule, Flow):
+        return ["euler"]
+    return ["euler", "dpm++", "heun"] if isinstance(schedule, EDM) else ["euler", "dpm++"]
 
 
 def _costs(paths: Paths, schedule: Schedule, orders: Sequence[int]) -> dict[int, np.ndarray]:
@@ -202,6 +231,11 @@ def _check(steps: Sequence[int], num: int, reference_steps: int, solver: str | N
             f"--steps {','.join(map(str, steps))}: expected numbers from 1 to {reference_steps}, the steps of the "
             "reference; raise --reference-steps, or ask for fewer"
         )
+    if solver == "heun" and any(n % 2 == 0 for n in steps):
+        raise FewstepError(
+            f"--steps {','.join(map(str, steps))}: steps are calls, of which Heun's K steps make 2 K - 1: expected odd "
+            "numbers, or another --solver"
+        )
     if num < 2:
         raise FewstepError(f"--num {num}: expected at least 2 paths; 64 are enough for most teachers")
     if solver and solver not in ORDERS:
@@ -216,12 +250,16 @@ def _check_teacher(teacher: Teacher, solver: str | None, families: Sequence[str]
             f"{teacher.source}: the stock call of a {teacher.pipeline_class} takes no times of our own; measure its "
             "few steps by a named solver: fewstep eval generate --solver dpm++"
         )
-    flow = isinstance(teacher.denoiser.schedule, Flow)
+    flow, edm = (isinstance(teacher.denoiser.schedule, kind) for kind in (Flow, EDM))
     if flow and solver == "dpm++":
         raise FewstepError(
             f"--solver {solver}: no stock scheduler takes times of our own for a flow with it; use euler"
         )
-    without = {"karras", "stopped"} if flow else set()
+    if solver == "heun" and not edm:
+        raise FewstepError(
+            f"--solver heun: no stock scheduler of a {teacher.pipeline_class} takes times of our own"
+        )
+    without = {"karras", "stopped"} if flow else {"stopped"} if edm else set()
     without |= set() if teacher.pipeline_class in AYS else {"ays"}
     if unknown := [name for name in families if name not in FAMILIES]:
         raise FewstepError(f"--families {','.join(unknown)}: expected some of {', '.join(FAMILIES)}")

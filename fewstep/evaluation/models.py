@@ -24,7 +24,7 @@ from fewstep.teachers.pipelines import (
     size_options,
     takes,
 )
-from fewstep.teachers.schedulers import for_steps, is_flow
+from fewstep.teachers.schedulers import for_steps, is_edm, is_flow
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SOLVERS = ("own", "lcm", "ddim", "euler", "heun", "dpm++", "unipc", "ays")
@@ -100,9 +100,14 @@ class Model:
         """
         call: dict[str, Any] = {"num_inference_steps": steps}
         scheduler = for_steps(self.scheduler, steps)
-        flow = is_flow(scheduler)
+        flow, edm = is_flow(scheduler), is_edm(scheduler)
         free_u(self.network, None)  # a floor before this one may have asked for it
-        if solver != "own" and not flow and not hasattr(scheduler, "alphas_cumprod"):
+        if edm and (solver == "lcm" or timesteps):
+            said = f"--timesteps {','.join(map(str, timesteps))}" if timesteps else f"--solver {solver}"
+            raise FewstepError(
+                f"{said}: an EDM pipeline has none; expected --solver ddim, euler, heun or dpm++"
+            )
+        if solver != "own" and not flow and not edm and not hasattr(scheduler, "alphas_cumprod"):
             raise FewstepError(
                 f"--solver {solver}: {type(scheduler).__name__} of {self.about['pipeline']} has no noise table "
                 "of alphas; use --solver own"

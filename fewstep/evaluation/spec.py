@@ -79,8 +79,8 @@ class Spec:
         prompts, column: see `read_prompts`. num, per_prompt, seed, size, rounding: see `Job`; without a size the
             students' own is that of all rows.
         models: the rows; the reference of same-noise distances is the first pipeline, at its last steps and guidance.
-        real: folder, npz, statistics, "builtin:emoji" or an `ImageSource`; without it nothing is compared with real
-            images.
+        real: folder, npz, statistics, "builtin:emoji" (or -32) or an `ImageSource`; without it nothing is compared with
+            real images.
         protocol, extractor, weights: see `evaluate_images`.
         metrics: names of measures. scorers: of images and captions.
         results: name to file of an earlier `eval fid ... --out`, shown beside if made in the same way.

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..diffusion.schedules import Flow, Schedule, noise_table
+from ..diffusion.schedules import EDM, Flow, Schedule, noise_table
 from ..diffusion.walks import Walk, noise_at
 from ..errors import FewstepError
 from ..files import replacing, write_json
 from ..teachers.pipelines import TELLS_SHIFT, class_of, hands_sigmas, network_of
-from ..teachers.schedulers import FLOOR, for_steps, is_flow, schedule_of
+from ..teachers.schedulers import FLOOR, for_steps, is_edm, is_flow, schedule_of
 
 AYS = {"StableDiffusionPipeline": "StableDiffusion", "StableDiffusionXLPipeline": "StableDiffusionXL"}
 RECORD = "floor.json"
@@ -66,7 +66,7 @@ def free_u_of(net: Any) -> dict[str, float] | None:
 
 def stock_call(schedule: Schedule, walk: Walk) -> dict[str, list[float]]:
     """The walk as its stock pipeline's call takes it; Euler's sigmas say where it ends, too."""
-    if isinstance(schedule, Flow):
+    if isinstance(schedule, (Flow, EDM)):
         return {"sigmas": list(walk.times)}
     if walk.order == 2:
         return {"timesteps": [int(t) for t in walk.times]}
@@ -82,6 +82,8 @@ def stock_scheduler(scheduler: Any, walk: Walk) -> Any:
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
+    if is_edm(scheduler):
+        return FLOOR["heun" if walk.heun else {1: "euler", 2: "dpm++"}[walk.order]](scheduler)
     if is_flow(scheduler):  # the nodes are shifted already
         return FlowMatchEulerDiscreteScheduler(scheduler.config.num_train_timesteps, shift=1.0)
     if (
@@ -104,7 +106,7 @@ def write_floor(folder: Path, scheduler: Any, record: dict[str, Any]) -> None:
     """Writes ``floor.json``, and ``N-steps/scheduler_config.json`` of each number, which stock diffusers loads."""
     with replacing(folder, record=RECORD) as part:
         for steps, entry in record["schedules"].items():
-            walk = Walk(entry["family"], (), entry["order"], entry.get("stop"))
+            walk = Walk(entry["family"], (), entry["order"], entry.get("stop"), heun=entry.get("heun", False))
             stock_scheduler(scheduler, walk).save_pretrained(part / f"{steps}-steps")
         write_json(part / RECORD, record)
 
@@ -146,7 +148,8 @@ def floor_sampler(solver: str, pipe: Any, scheduler: Any, num_steps: int) -> tup
     place = Path(solver) / f"{num_steps}-steps"
     config = json.loads((place / "scheduler_config.json").read_text(encoding="utf-8"))
     free_u(network_of(pipe), found.get("free_u"))
-    return getattr(diffusers, config["_class_name"]).from_pretrained(place), dict(found["call"])
+    kind = type(scheduler) if is_edm(scheduler) else getattr(diffusers, config["_class_name"])
+    return kind.from_pretrained(place), dict(found["call"])
 
 
 def _handed(scheduler: Any, solver: str, pipeline: str) -> Any:

@@ -154,12 +154,11 @@ class Coming(ImageSource):
 
 
 def open_real(real: Any) -> Any:
-    """Images or statistics; "builtin:emoji" are those that come with fewstep."""
-    if real == "builtin:emoji":
-        from fewstep.data import emoji
+    """Images or statistics; "builtin:emoji" and "builtin:emoji-32" are those that come with fewstep."""
+    from fewstep.data import emoji
 
-        return ArrayImages(emoji.load()[0], real)
-    return open_side(real)
+    pictures = emoji.pictures(real) if isinstance(real, str) else None
+    return open_side(real) if pictures is None else ArrayImages(pictures, real)
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -105,14 +105,17 @@ def network_with(
     """
     small = resized(teacher, net)
     with hushed():
-        net = (
+        made = (
             type(teacher.net).from_config(net.config)
             if small
             else plain(copy.deepcopy(teacher.net)).cpu().float()
         )
-        # Buffers are never trained, so they stay the teacher's.
-        net.load_state_dict({**net.state_dict(), **{name: value.float() for name, value in weights.items()}})
-        return net.to(dtype)
+        # Buffers are never trained, so they stay the teacher's; random features of another network are its own.
+        kept: dict[str, Tensor] = made.state_dict()
+        own = {name: value for name, value in net.named_buffers() if small and name in kept}
+        kept = {**kept, **own, **weights}
+        made.load_state_dict({name: value.float() for name, value in kept.items()})
+        return made.to(dtype)
 
 
 def save_network(

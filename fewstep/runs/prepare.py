@@ -5,6 +5,7 @@ is tens of times the one in space, and the tangent of sCM is mostly that (arXiv 
 (arXiv 2503.09641, section 3.2) trains its teacher again on t in [0, 1] and with normalised queries and keys. Here the
 first is a change of weights, not of the class: columns of the time MLP that read fast sinusoids are set to zero and
 stay there, and a copy of the network learns the teacher's own predictions again. Stock diffusers runs it as before.
+EDM2's network is fewstep's own: there it is told sCM's angle by slow features, see :mod:`fewstep.teachers.edm.smooth`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from ..diffusion.consistency import along, angles, refusing_without
 from ..diffusion.denoiser import NetDenoiser, ScheduleView
 from ..diffusion.embedding import given_to_sinusoids, time_embedder
 from ..diffusion.kernels import gather
-from ..diffusion.schedules import TrigFlow, expand, repeated
+from ..diffusion.objectives import denoising_weight
+from ..diffusion.schedules import EDM, TrigFlow, expand, repeated
 from ..diffusion.student import Student
 from ..errors import FewstepError, Interrupted
 from ..export.weights import network_with, save_network
@@ -59,6 +61,7 @@ class PrepareConfig(Bounded):
         turns: sinusoids of more turns over the time range are cut off (1: the slowest only; SANA-Sprint's t in [0, 1]
             is 0.16).
         qk_norm: RMS normalisation of queries and keys, where the network's class has it.
+        pixel_norm: sCM's normalisation of what time and label multiply activations by, of EDM2's network.
         null_probability: how often the null condition is shown, so that guidance keeps both its branches.
         lr: SANA-Sprint's is 2e-5. batch_size: of one process at once. accumulate: of these for an update. SANA-Sprint
             takes 1024 images in all, 5,000 times.
@@ -72,6 +75,7 @@ class PrepareConfig(Bounded):
     check_every: Count = 250
     turns: Positive = 1.0
     qk_norm: bool = False
+    pixel_norm: bool = False
     null_probability: Share = 0.1
     lr: Positive = 2e-5
     batch_size: Count = 16
@@ -143,6 +147,36 @@ def smooth_time(denoiser: NetDenoiser, latent_shape: Sequence[int], turns: float
         optimizer.step()
     optimizer.zero_grad()
     return int((keep == 0).sum())
+
+
+def smooth(teacher: Teacher, config: PrepareConfig) -> tuple[NetDenoiser, int]:
+    """A copy of the teacher that is smooth in time, fp32, to be trained; and how many sinusoids were too fast.
+
+    Raises:
+        FewstepError: a network without a time embedding that is known, or without what is asked for.
+    """
+    from ..teachers.edm.networks import EDM2Precond, EDMPrecond
+    from ..teachers.edm.smooth import smoothed
+
+    net, own = teacher.net, teacher.denoiser
+    if config.pixel_norm and not isinstance(net, EDM2Precond):
+        raise FewstepError(
+            f"prepare: pixel_norm: {type(net).__name__} has none, EDM2's has; leave --pixel-norm out"
+        )
+    if isinstance(net, EDMPrecond) and net.config.model_type != "ncsn++":
+        raise FewstepError(
+            f"prepare: {teacher.source}: EDM's {net.config.model_type} reads ln(sigma) / 4, over which its fastest "
+            "sinusoid makes less than half a turn: it is smooth as it is; distill it without"
+        )
+    if isinstance(net, EDM2Precond) and not config.qk_norm:
+        if net.config.turns is not None:
+            raise FewstepError(f"prepare: {teacher.source} is prepared already; distill it as it is")
+        ends = own.schedule.t_min, own.schedule.t_max
+        made, cut = smoothed(net, config.turns, config.pixel_norm, ends)
+        return own.with_net(made.requires_grad_(True)), cut
+    copied = with_qk_norm(net) if config.qk_norm else copy.deepcopy(net)
+    student = own.with_net(copied.float().requires_grad_(True))
+    return student, smooth_time(student, teacher.latent_shape, config.turns)
 
 
 def with_qk_norm(net: Any) -> nn.Module:
@@ -230,7 +264,12 @@ class Preparation(Method):
         cond = drop_rows(batch.real_cond, self.teacher.null, dropped)
         with torch.no_grad():
             target = self.teacher.predict(x_t, t, cond)
-        return {"prediction": F.mse_loss(denoiser.predict(x_t, t, cond), target)}
+        error = denoiser.predict(x_t, t, cond) - target
+        if isinstance(
+            schedule, EDM
+        ):  # of x0: by EDM's weight, which makes it that of the network's own output
+            error = expand(denoising_weight("edm", schedule, t).sqrt(), error) * error
+        return {"prediction": error.square().mean()}
 
 
 @dataclass
@@ -298,9 +337,8 @@ def prepare(
     if out.exists():
         raise FewstepError(f"prepare: {out} is there already; give another folder")
     check_stiffness(teacher.denoiser, teacher.latent_shape)
-    net = with_qk_norm(teacher.net) if config.qk_norm else copy.deepcopy(teacher.net)
-    student = teacher.denoiser.with_net(net.float().requires_grad_(True))
-    cut = smooth_time(student, teacher.latent_shape, config.turns)
+    student, cut = smooth(teacher, config)
+    net = student.net
     conditions, latents = _encoded(teacher, images, process, quiet := quiet or not process.main)
     teacher.drop_encoders()
 
@@ -317,6 +355,7 @@ def prepare(
         "teacher": teacher.source,
         "sinusoids_cut": cut,
         "qk_norm": config.qk_norm,
+        **({"pixel_norm": True} if config.pixel_norm else {}),
         "batch": config.batch_size * micro,
         "before": compare(own, own, held_out.batch(0, 0)),
         "checks": watch.checks,

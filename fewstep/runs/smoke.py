@@ -43,7 +43,7 @@ def smoke(recipe: Recipe, given: Collection[str] = ()) -> Recipe:
             file=sys.stderr,
         )
         data = dataclasses.replace(data, shapes=[])
-    few = _few_emoji(folder, data.column or "text", edits=edits, classes=data.prompts == CLASSES)
+    few = _few_emoji(folder, data.column or "text", edits=edits, prompts=data.prompts)
     data = dataclasses.replace(
         data,
         prompts=data.prompts
@@ -144,17 +144,19 @@ def _few_pairs(folder: Path, teacher, data, method) -> Path:
 
 
 def _few_emoji(
-    folder: Path, column: str = "text", count: int = 8, edits: bool = False, classes: bool = False
+    folder: Path, column: str = "text", count: int = 8, edits: bool = False, prompts: str = "builtin:emoji"
 ) -> Path:
     """A folder of captioned images with its prompts, as a user would bring one; with ``edits`` each image is to be made
-    of the next one, with ``classes`` captions are their numbers."""
+    of the next one. ``prompts`` are a recipe's: of class labels captions are numbers, of kinds kinds."""
     from PIL import Image
 
     from ..data import emoji
 
     images, captions = emoji.load()
+    if prompts in ("builtin:emoji-groups", emoji.SMALL):
+        captions = emoji.groups()
     chosen = range(0, len(captions), len(captions) // count)[:count]
-    texts = [str(k) if classes else captions[i] for k, i in enumerate(chosen)]
+    texts = [str(k) if prompts == CLASSES else captions[i] for k, i in enumerate(chosen)]
     rows = [{"file_name": f"{i:04d}.png", column: text} for i, text in zip(chosen, texts)]
     if edits:
         rows = [{**row, REFERENCE: after["file_name"]} for row, after in zip(rows, rows[1:] + rows[:1])]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 ASSETS = Path(__file__).parent.parent / "assets"
-BUILTIN = {f"builtin:{name}": ASSETS / name for name in ("emoji-xl", "emoji-flow", "emoji-ar")}
+BUILTIN = {f"builtin:{name}": ASSETS / name for name in ("emoji-xl", "emoji-flow", "emoji-ar", "emoji-edm")}
 VARIABLE = "FEWSTEP_TEACHERS"
 REGISTERED: dict[str, type[Teacher]] = {}
 MODULAR = "modular_model_index.json"

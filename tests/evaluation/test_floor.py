@@ -462,7 +462,11 @@ def test_command_line(tiny_sdxl, tmp_path, capsys):
         ({"steps": [0]}, "--steps 0: expected numbers from 1 to 5"),
         ({"steps": [2, 6]}, "--steps 2,6.*raise --reference-steps"),
         ({"num": 1}, "--num 1: expected at least 2"),
-        ({"solver": "heun"}, "--solver heun: expected one of euler, dpm"),
+        ({"solver": "lcm"}, "--solver lcm: expected one of euler, dpm"),
+        (
+            {"solver": "heun", "steps": [3]},
+            "--solver heun: no stock scheduler of a StableDiffusionXLPipeline",
+        ),
         ({"families": ["even", "odd"]}, "--families odd: expected some of even, searched, ays, karras"),
     ],
 )

@@ -70,15 +70,28 @@ def normalise_weights(net: nn.Module) -> None:
 
 
 class MPFourier(nn.Module):
-    """Random features of a time, (B,) -> (B, C) of magnitude 1 (eq. 75)."""
+    """Features of a time, (B,) -> (B, C) of magnitude 1: random ones (eq. 75), or slow ones of an angle.
+
+    Args:
+        turns: None, or how often the fastest turns while an angle goes from 0 to pi / 2. Then they are cosines and
+            sines of frequencies that fall by 10,000, a positional embedding (sCM, arXiv 2410.11081, section 4.1).
+    """
 
     freqs: Tensor
     phases: Tensor
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, turns: float | None = None):
         super().__init__()
-        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+        freqs, phases = 2 * math.pi * torch.randn(channels), 2 * math.pi * torch.rand(channels)
+        if turns is not None:
+            half = channels // 2
+            falling = 4 * turns * 10_000.0 ** (-torch.arange(half) / half)
+            freqs = torch.cat([falling, falling, torch.zeros(channels % 2)])
+            phases = torch.cat(
+                [torch.zeros(half), torch.full((half,), -math.pi / 2), torch.zeros(channels % 2)]
+            )
+        self.register_buffer("freqs", freqs)
+        self.register_buffer("phases", phases)
 
     def forward(self, time: Tensor) -> Tensor:
         angles = torch.outer(time.float(), self.freqs.float()) + self.phases.float()
@@ -87,7 +100,9 @@ class MPFourier(nn.Module):
 
 @dataclass(frozen=True)
 class Balance:
-    """Shares and sizes of EDM2's blocks: of the residual, of attention, the clip of activations, channels of a head."""
+    """Shares and sizes of EDM2's blocks: of the residual, of attention, the clip of activations, channels of a head;
+    and whether what time and label multiply activations by is normalised over channels, as sCM has it.
+    """
 
     emb: int
     dropout: float = 0.0
@@ -95,6 +110,7 @@ class Balance:
     attention: float = 0.3
     clip: float | None = 256.0
     head: int = 64
+    pixel_norm: bool = False
 
 
 class Block2(nn.Module):
@@ -129,6 +145,7 @@ class Block2(nn.Module):
         if not self.decodes:
             x = unit(x if self.conv_skip is None else self.conv_skip(x), [1])
         told = self.emb_linear(emb, self.emb_gain) + 1
+        told = unit(told, [1]) if self.balance.pixel_norm else told
         y = silu(self.conv_res0(silu(x)) * told[:, :, None, None].to(x.dtype))
         y = self.conv_res1(self.dropout(y))
         if self.decodes and self.conv_skip is not None:
@@ -159,7 +176,8 @@ class MagnitudeUNet(Checkpointed):
         noise, emb: channels of the features of time and of the embedding, as multiples of ``width``; by default of
             the first level and of the widest.
         label_balance, concat_balance: share of the label in the embedding, of skips in the decoder.
-        dropout, residual_balance, attention_balance, clip, head: see :class:`Balance`.
+        dropout, residual_balance, attention_balance, clip, head, pixel_norm: see :class:`Balance`.
+        turns: of the features of time, see :class:`MPFourier`.
     """
 
     def __init__(
@@ -180,14 +198,16 @@ class MagnitudeUNet(Checkpointed):
         attention_balance: float = 0.3,
         clip: float | None = 256.0,
         head: int = 64,
+        turns: float | None = None,
+        pixel_norm: bool = False,
     ):
         super().__init__()
         widths = [width * m for m in multiples]
         noisy, told = width * noise if noise else widths[0], width * emb if emb else max(widths)
-        balance = Balance(told, dropout, residual_balance, attention_balance, clip, head)
+        balance = Balance(told, dropout, residual_balance, attention_balance, clip, head, pixel_norm)
         self.classes, self.label_balance, self.concat_balance = classes, label_balance, concat_balance
         self.out_gain = nn.Parameter(torch.zeros(1))
-        self.emb_fourier = MPFourier(noisy)
+        self.emb_fourier = MPFourier(noisy, turns)
         self.emb_noise = Weighted(noisy, told)
         self.emb_label = Weighted(classes, told) if classes else None
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()

@@ -1,7 +1,7 @@
 """EDM's and EDM2's denoisers as diffusers models: a preconditioned network, ``D(x, sigma, label)``.
 
-``D = c_skip x + c_out F(c_in x, ln(sigma) / 4, label)`` with the coefficients of EDM (arXiv 2206.00364, table 1). The
-state dict has the published names: ``model.`` of EDM's files, ``unet.`` and ``logvar_`` of EDM2's.
+``D = c_skip x + c_out F(c_in x, time, label)``, time ``ln(sigma) / 4``, with the coefficients of EDM (arXiv 2206.00364,
+table 1). The state dict has the published names: ``model.`` of EDM's files, ``unet.`` and ``logvar_`` of EDM2's.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ class Preconditioned(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
 
     def raw(self, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
-        """``F``, shape of x; time ``ln(sigma) / 4`` (B,), label one-hot (B, classes) or None."""
+        """``F``, shape of x; time of :meth:`time_of` (B,), label one-hot (B, classes) or None."""
         raise NotImplementedError
+
+    def time_of(self, sigma: Tensor) -> Tensor:
+        """What the network is told of sigma, (B,)."""
+        return sigma.log() / 4
 
     def forward(
         self,
@@ -49,7 +53,7 @@ class Preconditioned(ModelMixin, ConfigMixin):
         data = self.config.sigma_data
         size = (sigma**2 + data**2).sqrt()
         x = sample.to(torch.float32)
-        time = sigma.flatten().log() / 4
+        time = self.time_of(sigma.flatten())
         prediction = self.raw(
             (x / size).to(self.dtype), time.to(self.dtype), self.one_hot(class_labels, len(x))
         )
@@ -132,6 +136,9 @@ class EDM2Precond(Preconditioned):
         logvar_channels: features of time for the uncertainty of EDM2's training loss.
         channel_mult_noise, channel_mult_emb, label_balance, concat_balance, dropout, res_balance, attn_balance,
             clip_act, channels_per_head: see :class:`~fewstep.teachers.edm.edm2.MagnitudeUNet`.
+        turns: None as published. Of a network that ``fewstep prepare`` has been over: it is told TrigFlow's angle
+            ``atan(sigma / sigma_data)`` by slow features, see :class:`~fewstep.teachers.edm.edm2.MPFourier`.
+        pixel_norm: False as published; sCM's normalisation of modulations, of a network that was prepared with it.
         Others as of :class:`EDMPrecond`.
     """
 
@@ -162,6 +169,8 @@ class EDM2Precond(Preconditioned):
         clip_act: float | None = 256.0,
         channels_per_head: int = 64,
         null_label: bool = False,
+        turns: float | None = None,
+        pixel_norm: bool = False,
     ):
         super().__init__()
         self.unet = MagnitudeUNet(
@@ -181,13 +190,17 @@ class EDM2Precond(Preconditioned):
                 concat_balance,
                 dropout,
             ),
-            *(res_balance, attn_balance, clip_act, channels_per_head),
+            *(res_balance, attn_balance, clip_act, channels_per_head, turns, pixel_norm),
         )
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = Weighted(logvar_channels, 1)
 
     def raw(self, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
         return self.unet(x, time, label)
+
+    def time_of(self, sigma: Tensor) -> Tensor:
+        turns = self.config.turns
+        return super().time_of(sigma) if turns is None else torch.atan(sigma / self.config.sigma_data)
 
     def logvar(self, sigma: Tensor) -> Tensor:
         """Logarithm of the uncertainty of the training loss (eq. 21), (B,) -> (B, 1)."""

@@ -50,6 +50,7 @@ class EDMPipeline(DiffusionPipeline):
         prompt: str | int | Sequence[str | int] = "",
         *,
         num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -62,20 +63,20 @@ class EDMPipeline(DiffusionPipeline):
         Args:
             prompt: numbers or names of classes; of a network without classes only their count matters.
             num_inference_steps: a student's own, and 18 of a teacher, by default; Heun calls the network ``2 K - 1``
-                times.
+                times. sigmas: levels at which its steps begin, in place of the scheduler's own.
             guidance_scale: ``u + g (c - u)``; 0 and 1 are none, others need a network with a null label.
             generator: one, or one per image. latents: unit noise (B, C, H, W).
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W), or "latent", what the solver ends at.
             callback_on_step_end: ``f(pipe, step, sigma, {})`` after each call of the network.
 
         Raises:
-            FewstepError: a label of no class, or guidance without a null label.
+            FewstepError: a label of no class, or guidance without a null label. ValueError: levels that do not fall.
         """
         prompts = [str(p) for p in ([prompt] if isinstance(prompt, (str, int)) else prompt)]
         device, config, scheduler = self._execution_device, self.unet.config, self.scheduler
         labels = torch.tensor(labels_of(self, prompts), device=device) if config.num_class_embeds else None
         steps = num_inference_steps or scheduler.num_inference_steps
-        scheduler.set_timesteps(steps, device=device)
+        scheduler.set_timesteps(steps, device=device, sigmas=sigmas)
         shape = (len(prompts), config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)

@@ -57,14 +57,25 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         """What unit noise is multiplied with to begin."""
         return float(self.sigmas[0])
 
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Levels of so many steps: a student's own where it has them, else EDM's grid.
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Levels of so many steps: a student's own where it has them, else EDM's grid; or these, falling, above 0.
 
         Raises:
-            ValueError: a student that was not trained for so many.
+            ValueError: a student that was not trained for so many, or levels that do not fall to something above 0.
         """
         config = self.config
-        if config.sigmas:
+        if sigmas is not None:
+            levels = torch.tensor(sigmas, dtype=torch.float64)
+            if not len(levels) or not bool((levels > 0).all()) or not bool((levels.diff() < 0).all()):
+                raise ValueError(f"sigmas {list(sigmas)}: expected at least one, falling, above 0")
+        elif num_inference_steps is None:
+            raise ValueError("set_timesteps: expected num_inference_steps or sigmas")
+        elif config.sigmas:
             known = {len(levels): levels for levels in config.sigmas}
             if num_inference_steps not in known:
                 raise ValueError(
@@ -77,7 +88,7 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.cat([levels, levels.new_zeros(1)])
         twice = torch.cat([levels[:1], levels[1:].repeat_interleave(2)])
         self.timesteps = (twice if config.solver == "heun" else levels).to(device or "cpu")
-        self.num_inference_steps, self._call = num_inference_steps, 0
+        self.num_inference_steps, self._call = len(levels), 0
         self._before: tuple[Tensor, Tensor] | None = (
             None  # of the call before: sample and slope, or prediction
         )

@@ -1,0 +1,123 @@
+"""``builtin:emoji-edm``: its labels, its drawings, and the recipe that trains it."""
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep import load_teacher
+from fewstep.cli import eval as commands
+from fewstep.data import emoji
+from fewstep.data.images import load_images
+from fewstep.data.prompts import load_prompts
+from fewstep.errors import FewstepError
+from fewstep.evaluation.models import Model
+from fewstep.evaluation.of_run import real_images
+from fewstep.evaluation.yardstick import open_real
+from fewstep.recipe import DataConfig
+from fewstep.runs.smoke import _few_emoji
+
+
+@pytest.fixture(scope="module")
+def recipe(training_recipe):
+    return training_recipe("train_emoji_edm")
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_teacher("builtin:emoji-edm")
+
+
+def test_a_kind_is_the_label_that_it_was_trained_as(recipe, teacher):
+    """By name or by number, of every drawing; and there is a branch for guidance."""
+    names, labels = load_prompts("builtin:emoji-groups"), recipe.data()[1]
+    assert torch.equal(teacher.encode(names)["label"], labels) and len(labels) == 1906
+    assert len(labels.unique()) == 98 == teacher.net.config.num_class_embeds
+    assert (
+        teacher.encode(["7"])["label"].tolist() == [7] == teacher.encode([emoji.kinds()[7]])["label"].tolist()
+    )
+    assert teacher.null()["label"].tolist() == [98] and teacher.autoencoder is None
+    with pytest.raises(FewstepError, match="class label 'red apple': expected a number from 0 to 97"):
+        teacher.encode(["red apple"])
+
+
+def test_the_drawings_are_those_that_it_was_trained_on(recipe, teacher):
+    """Rounded to what a picture holds, and nothing resizes them again on the way to training or measuring."""
+    images, labels = recipe.data()
+    exact = (images.permute(0, 2, 3, 1) + 1) * 127.5
+    small = torch.from_numpy(emoji.small())
+    assert small.shape == exact.shape == (1906, 32, 32, 3)
+    assert (small - exact).abs().max() <= 0.5 + 1e-3 and (small - exact).abs().mean() > 0.01
+    found = load_images("builtin:emoji-32")
+    assert found.captions == emoji.groups() == load_prompts("builtin:emoji-32")
+    assert all(np.array_equal(found.load(i, 32), emoji.small()[i]) for i in (0, 700, 1905))
+    same, real = real_images(
+        found, teacher.resolution, DataConfig("builtin:emoji-groups", "builtin:emoji-32")
+    )
+    assert same is found and np.array_equal(real.images, emoji.small())
+    for opened in (open_real("builtin:emoji-32"), commands._open("builtin:emoji-32", None)):
+        assert np.array_equal(opened.images, emoji.small())
+    assert open_real("builtin:emoji").images.shape[1] == 64 and emoji.pictures("builtin:no") is None
+
+
+def test_the_network_in_training_is_the_stock_pipelines(recipe, tmp_path):
+    torch.manual_seed(0)
+    net = recipe.make_net().eval()
+    for weight in net.parameters():  # some begin at zero
+        weight.data.add_(0.05 * torch.randn_like(weight))
+    net.half().float()  # as saved
+    torch.save({"ema": net.state_dict()}, tmp_path / "net.pt")
+    recipe.save_pipeline(tmp_path, tmp_path / "pipeline")
+    saved = load_teacher(str(tmp_path / "pipeline"))
+    x, sigma = torch.randn(3, 3, 32, 32), torch.tensor([0.1, 1.0, 20.0])
+    told = saved.encode([emoji.kinds()[k] for k in (3, 50, 97)])
+    with torch.no_grad():
+        own = net(x, sigma, torch.tensor([3, 50, 97]))[0]
+        assert torch.allclose(own, saved.denoiser.x0(x, sigma, told), atol=1e-3)
+        free = net(x, sigma, torch.full((3,), 98))[0]
+        guided = saved.denoiser.x0(x, sigma, told, guidance=2.0)
+    assert (own - free).abs().max() > 0.01 and torch.allclose(guided, 2 * own - free, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "solver, calls", [("own", [1, 3, 35]), ("heun", [1, 3, 35]), ("ddim", [1, 2, 18]), ("dpm++", [1, 2, 18])]
+)
+def test_named_solvers_of_an_edm_pipeline(teacher, solver, calls, monkeypatch):
+    """Heun's 18 steps are 35 calls, as in the paper; those of one call a step are at as many steps."""
+    monkeypatch.setattr(teacher.pipe, "scheduler", teacher.pipe.scheduler)
+    model, seen = Model(teacher.pipe, {"pipeline": "builtin:emoji-edm"}), []
+    monkeypatch.setattr(
+        teacher.net, "forward", lambda x, sigma, _label: seen.append(float(sigma)) or (0.5 * x,)
+    )
+    for steps, wanted in zip((1, 2, 18), calls):
+        seen.clear()
+        teacher.pipe(["3"], output_type="latent", **model.prepare(steps, solver))
+        assert len(seen) == wanted and seen[0] == pytest.approx(80)
+    assert model.prepare(2, solver)["guidance_scale"] == 1.0
+    assert teacher.pipe.scheduler.config.solver == {"own": "heun", "ddim": "euler"}.get(solver, solver)
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        (
+            {"solver": "lcm"},
+            "--solver lcm: an EDM pipeline has none; expected --solver ddim, euler, heun or dpm",
+        ),
+        ({"timesteps": [3, 1]}, "--timesteps 3,1: an EDM pipeline has none"),
+        ({"solver": "unipc"}, "UniPCMultistepScheduler: no solver of an EDM pipeline"),
+        ({"solver": "ays"}, "solver ays: no table for EDMPipeline"),
+    ],
+)
+def test_what_an_edm_pipeline_has_not_is_refused(teacher, asked, said):
+    with pytest.raises(FewstepError, match=said):
+        Model(teacher.pipe, {"pipeline": "builtin:emoji-edm"}).prepare(2, **asked)
+
+
+def test_a_smoke_run_has_the_captions_that_its_teacher_knows(tmp_path):
+    def captions(name, prompts):
+        return load_images(str(_few_emoji(tmp_path / name, prompts=prompts))).captions
+
+    for prompts in ("builtin:emoji-groups", "builtin:emoji-32"):
+        assert set(captions(prompts[8:], prompts)) <= set(emoji.kinds())
+    assert captions("labels", "builtin:imagenet-classes") == [str(k) for k in range(8)]
+    assert set(captions("names", "builtin:emoji")) <= set(emoji.names())
