@@ -40,6 +40,22 @@ def test_a_kind_is_the_label_that_it_was_trained_as(recipe, teacher):
         teacher.encode(["red apple"])
 
 
+def test_it_is_taught_what_is_behind_the_noise_on_average(recipe):
+    """Against Bayes' rule in float64, among likely images only; without noise it is the image itself."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.rand(5, 3, 4, 4, generator=rng) * 2 - 1
+    sigma = torch.tensor([0.01, 2.0, 5.0])
+    x_t = images[:3] + sigma.view(3, 1, 1, 1) * torch.randn(3, 3, 4, 4, generator=rng)
+    likely = torch.tensor([[True] * 5, [True] * 5, [False, False, True, True, True]])
+    found = recipe.posterior_mean(x_t, sigma, images, likely)
+    distance = (x_t[:, None] - images).double().square().flatten(2).sum(2)
+    density = torch.exp(-distance / (2 * sigma.double()[:, None] ** 2)) * likely
+    weights = density / density.sum(1, keepdim=True)
+    expected = torch.einsum("bn,nchw->bchw", weights, images.double())
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+    assert torch.allclose(found[0], images[0], atol=1e-6) and weights[1].max() < 0.999
+
+
 def test_the_drawings_are_those_that_it_was_trained_on(recipe, teacher):
     """Rounded to what a picture holds, and nothing resizes them again on the way to training or measuring."""
     images, labels = recipe.data()
