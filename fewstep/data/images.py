@@ -101,13 +101,20 @@ class CaptionedImages:
                     f"data.images: {item}: {reason}; put it back, then go on with fewstep resume"
                 ) from error
             raise BadRecord(str(error).splitlines()[0][:80] or type(error).__name__) from error
-        small = image.height < shape.height or image.width < shape.width
-        if small and not self.upscale and not isinstance(item, np.ndarray):
-            below = size if isinstance(size, int) else f"{shape.width}x{shape.height}"
-            raise BadRecord(
-                f"{image.width}x{image.height} pixels, below {below}; data.upscale would enlarge it"
-            )
+        reason = (
+            None if isinstance(item, np.ndarray) else self.too_small(Shape(image.height, image.width), size)
+        )
+        if reason:
+            raise BadRecord(reason)
         return np.asarray(ImageOps.fit(image, (shape.width, shape.height), Image.Resampling.LANCZOS))
+
+    def too_small(self, found: Shape, size: Size) -> str | None:
+        """Why an image of this shape is not made one of this size; None where it is, or where ``upscale`` allows it."""
+        shape = Shape.of(size)
+        if self.upscale or (found.height >= shape.height and found.width >= shape.width):
+            return None
+        below = shape.said if isinstance(shape.said, int) else f"{shape.width}x{shape.height}"
+        return f"{found.width}x{found.height} pixels, below {below}; data.upscale would enlarge it"
 
     def sound(self, index: int, size: Size) -> tuple[int, np.ndarray]:
         """The first record from ``index`` on that can be used, and its pixels.

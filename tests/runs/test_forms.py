@@ -22,6 +22,8 @@ from fewstep.cli import main
 from fewstep.cost import plan
 from fewstep.diffusion.times import even_times
 from fewstep.errors import RecipeError
+from fewstep.evaluation.mixture import Mixture
+from fewstep.evaluation.of_run import CEILING
 from fewstep.process import Process
 from fewstep.runs.checks import check_class, check_data
 from fewstep.runs.library import load_recipe
@@ -146,9 +148,7 @@ def test_shapes_that_a_teacher_does_not_make_are_refused(name, shapes, said, tea
         check_shapes(recipe, teachers(name))
 
 
-def test_a_data_free_run_without_images_of_its_shape_to_measure_by_is_refused_at_its_start(
-    tiny_sdxl, tmp_path
-):
+def test_a_data_free_run_without_images_to_measure_by_is_refused_at_its_start(tiny_sdxl, tmp_path):
     words = ("--teacher.resolution", "[8, 32]", "--method.gan_weight", "0", "--evaluation.num")
     shapes = "[{size: 32}, {size: [16, 32]}, {size: [8, 32]}]"
     recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, "4", shapes=shapes)
@@ -156,6 +156,16 @@ def test_a_data_free_run_without_images_of_its_shape_to_measure_by_is_refused_at
         Session(recipe, *check_data(recipe), Process())
     recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, "0", shapes=shapes)
     Session(recipe, *check_data(recipe), Process())
+    words = ("--method.gan_weight", "0", "--samples.count", "1", "--evaluation.num")
+    for num, size in (("4", "64"), ("4", "32"), ("0", "64")):
+        recipe = tiny("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, num, "--teacher.resolution", size)
+        if (num, size) == ("4", "64"):
+            with pytest.raises(
+                RecipeError, match=r"5 of 5 files cannot be read: 0.png \(40x36 pixels, below 64"
+            ):
+                Session(recipe, *check_data(recipe), Process())
+        else:
+            Session(recipe, *check_data(recipe), Process())
 
 
 DATA_FREE = ("--method.gan_weight", "0", "--images", "null")
@@ -280,34 +290,58 @@ def test_grids_have_the_shapes_in_turn_and_the_card_names_them(tiny_sdxl, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_run_of_several_shapes_is_measured_by_the_images_of_its_resolution(tiny_sdxl, tmp_path):
-    """Wide and tall ones are too low and too narrow for it, and one picture is none."""
+def test_a_run_of_several_shapes_is_measured_in_all_of_them(tiny_sdxl, tmp_path, capsys):
+    """Every row has the same shapes, the export too where it is measured alone, and so have the real images."""
     words = (
         "--train.steps",
         "2",
         "--evaluation.num",
-        "4",
+        "12",
         "--evaluation.named",
-        "2",
-        "--data.max_bad",
-        "0.2",
+        "3",
+        "--samples.distance",
+        "3",
     )
-    words += ("--evaluation.teacher_steps", "1", "--evaluation.floor_steps", "[]")
-    words += ("--evaluation.extractor", "effnet-lite0@32")
+    words += ("--evaluation.teacher_steps", "1", "--evaluation.floor_steps", "[2]")
+    words += ("--evaluation.extractor", "effnet-lite0@32", "--train.sample_every", "2")
     recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words)
     images = tmp_path / "images"
-    for name, size in (("1", (32, 16)), ("2", (16, 32)), ("3", (32, 16))):
-        Image.new("RGB", size, (200, 40, 10)).save(images / f"{name}.png")
-    with (images / "metadata.jsonl").open("a") as table:
-        for i in (5, 6):
-            table.write(json.dumps({"file_name": f"{i}.png", "text": f"more {i}"}) + "\n")
-    Image.new("RGB", (40, 40)).save(images / "5.png")
-    (images / "6.png").write_bytes(b"none")
+    for i in range(5):
+        Image.new("RGB", [(32, 32), (32, 16), (16, 32)][i % 3], (60 * i, 40, 10)).save(images / f"{i}.png")
     folder = execute(recipe)
     table = json.loads((folder / "eval" / "table.json").read_text())
-    assert {row["name"] for row in table["rows"]} >= {"teacher", "student"}
-    asked = [json.loads(line) for line in (folder / "eval" / "prompts.jsonl").read_text().splitlines()]
-    assert {line["real"] for line in asked if "real" in line} < {0, 1, 2}  # of the three that are square
+    mixture = Mixture.recorded(json.loads((folder / "export" / "fewstep.json").read_text()))
+    assert mixture.plain() == {"shapes": [32, [16, 32], [32, 16]], "shares": [2.0, 2.0, 1.0]}
+    num = table["images"]
+    expected = [mixture.at(recipe.evaluation.seed, i) for i in range(num)]
+    counts = {str(shape): expected.count(shape) for shape in {*expected}}
+    assert num > 12 and {row["name"] for row in table["rows"]} >= {"teacher", "student", "floor", CEILING}
+    for row in table["rows"]:
+        assert row["shapes"] == counts
+        place = folder / "eval" / (row.get("samples") or "ceiling")
+        made = [Image.open(place / f"{i:06d}.png").size[::-1] for i in range(num)]
+        assert made == expected
+    assert table["real"]["n"] == 5 and "cell" not in table
+    assert f"{counts['32x32']} of 32x32" in (folder / "eval" / "table.md").read_text()
+    card = (folder / "export" / "README.md").read_text()
+    assert "Each prompt has one of several shapes, the same in every row" in card
+    assert "samples/FD(effnet-lite0@32)" in (folder / "metrics.jsonl").read_text()
+    (tmp_path / "p.txt").write_text("".join(f"thing {i}\n" for i in range(6)))
+    words = ["--prompts", str(tmp_path / "p.txt"), "--speed-runs", "0", "--device", "cpu", "--out"]
+    student = ["eval", "generate", str(tiny_sdxl), "--lora", str(folder), "--steps", "4", *words]
+    capsys.readouterr()
+    assert main([*student, str(tmp_path / "many")]) == 0
+    assert main([*student, str(tmp_path / "one"), "--size", "32"]) == 0
+    shares = ["--size", "32:2,16x32:2,32x16:1"]
+    teacher = ["eval", "generate", str(tiny_sdxl), "--steps", "1", *words, str(tmp_path / "teacher"), *shares]
+    assert main(teacher) == 0
+    for name, shapes in (
+        ("many", [mixture.at(0, i) for i in range(6)]),
+        ("one", [(32, 32)] * 6),
+        ("teacher", [mixture.at(0, i) for i in range(6)]),
+    ):
+        made = sorted((tmp_path / name).rglob("0*.png"))
+        assert [Image.open(path).size[::-1] for path in made] == shapes
 
 
 @pytest.mark.slow
