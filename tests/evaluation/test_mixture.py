@@ -315,6 +315,8 @@ def test_images_that_are_too_small_to_compare_with_are_refused_by_their_headers(
     check_real(pictures(tmp_path / "b", (8, 8), (16, 16), (20, 20)), 16, None)
     with pytest.raises(RecipeError, match=r"1 of 3 images can be used"):
         check_real(pictures(tmp_path / "c", (8, 8), (16, 16), (8, 20), max_bad=1.0), 16, None)
+    with pytest.raises(RecipeError, match=r"1 of 2 images can be used"):
+        check_real(pictures(tmp_path / "e", None, (16, 16), max_bad=1.0), 16, None)
     mixed = pictures(tmp_path / "d", (32, 32), (15, 32), (32, 15), (40, 40), max_bad=1.0)
     with pytest.raises(
         RecipeError, match=r"^data.shapes: \[16, 32\]: none of the 4 images .* and can be used"
