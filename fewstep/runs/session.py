@@ -520,6 +520,7 @@ def cache(recipe: Recipe) -> dict[str, Store]:
         recipe, data=dataclasses.replace(recipe.data, cache_prompts=True, cache_images=True)
     )
     choose(recipe.train.device)
+    check_frozen(recipe)
     prompts, images = check_data(recipe)
     check_class(recipe, prompts, images)
     process = start(recipe.train.device)

@@ -347,9 +347,11 @@ class Copies:
     resolution = 32
 
     def at(self, shape):
-        seen = SimpleNamespace(resolution=shape.said, latents=lambda pixels, _: pixels)
-        seen.decode = lambda latents: latents.numpy()
-        return seen
+        def latents(pixels, _generator):
+            assert pixels.shape[1:3] == shape
+            return pixels
+
+        return SimpleNamespace(latents=latents, decode=lambda latents: latents.numpy())
 
 
 def test_images_through_the_vae_have_the_shapes_of_the_samples(tmp_path):

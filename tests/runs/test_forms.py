@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from test_end_to_end import tiny
 from fewstep import recipe as recipes
 from fewstep.cli import main
 from fewstep.cost import plan
+from fewstep.cost.bench import bench
 from fewstep.diffusion.times import even_times
 from fewstep.errors import RecipeError
 from fewstep.evaluation.mixture import Mixture
@@ -399,11 +401,91 @@ def test_the_teachers_row_has_the_shift_of_each_shape_and_the_student_one_list_o
         assert made.equal(loaded.sample(noise, group.cond, steps, guidance))
 
 
-def test_a_smoke_run_leaves_shapes_out_where_the_teacher_is_another(tiny_sdxl, tmp_path, capsys):
-    recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path)
-    assert smoke(recipe, {"output"}).data.shapes == []
-    assert "--smoke: data.shapes: left out, for the stand-in is of another size" in capsys.readouterr().err
-    assert len(smoke(recipe, {"teacher.path", "output"}).data.shapes) == 3
+LARGE = "[{size: 1024, share: 2}, {size: [832, 1216], share: 1}, {size: [1216, 832], share: 1}]"
+
+
+def smoked(name, tmp_path, shapes=LARGE, *words):
+    """As ``--smoke`` makes it of a recipe at the size of its teacher."""
+    words = ("--data.shapes", shapes, "--output", str(tmp_path / "out"), *words)
+    recipe = recipes.override(load_recipe(name), words)
+    return smoke(recipe, {"output"})
+
+
+def said(recipe):
+    return [one.size for one in recipe.data.shapes]
+
+
+def test_a_smoke_run_keeps_shapes_in_the_proportions_of_its_stand_in(tiny_sdxl, tmp_path, capsys):
+    recipe = smoked("sdxl_dmd2_4step", tmp_path)
+    assert said(recipe) == [32, [26, 38], [38, 26]]
+    assert [one.share for one in recipe.data.shapes] == [2, 1, 1] and recipe.teacher.resolution == 32
+    sizes = [Image.open(path).size for path in sorted(Path(recipe.data.images).glob("*.png"))]
+    assert len(sizes) == 8 and {*sizes} == {(32, 32), (38, 26), (26, 38)}
+    wide = smoked("sdxl_dmd2_4step", tmp_path, LARGE, "--teacher.resolution", "[832, 1216]")
+    assert wide.teacher.resolution == [24, 40] and said(wide)[:2] == [32, [24, 40]]
+    assert not capsys.readouterr().err.count("data.shapes")
+    few = smoked("sdxl_dmd2_4step", tmp_path, "[{size: 1024}, {size: [1016, 1032]}, {size: [512, 1024]}]")
+    assert said(few) == [32, [16, 32]]
+    assert "--smoke: data.shapes: 32x32, 16x32 here, for others are as small" in capsys.readouterr().err
+    assert smoked("sdxl_dmd2_4step", tmp_path, "[{size: 1024}, {size: [1016, 1032]}]").data.shapes == []
+    coarse = smoked("sana_scm_2step", tmp_path)
+    assert said(coarse) == [96, [64, 128], [128, 64]] and coarse.teacher.resolution == 96
+    given = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path)
+    assert len(smoke(given, {"teacher.path", "output"}).data.shapes) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sdxl_dmd2_4step",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("sana_scm_2step", "flux_dmd2_4step")),
+    ],
+)
+def test_a_smoke_run_of_several_shapes_comes_to_its_end(name, tmp_path):
+    recipe = smoked(name, tmp_path)
+    folder = execute(recipe)
+    record = json.loads((folder / "export" / "fewstep.json").read_text())
+    assert len(record["shapes"]) == 3 and record["shares"] == [2.0, 1.0, 1.0]
+
+
+def test_a_recipe_with_frozen_options_of_no_use_fails_alike_wherever_it_begins(
+    tiny_sdxl, tmp_path, monkeypatch
+):
+    """Training, its cache and its bench say the same, before any data are read."""
+    monkeypatch.setattr("fewstep.runs.session.check_data", lambda _: pytest.fail("data were read"))
+    monkeypatch.setattr("fewstep.cost.bench.check_data", lambda _: pytest.fail("data were read"))
+    for words, said in (
+        (("--teacher.offload", "true", "--teacher.compile", "true"), "teacher.compile: true: torch.compile"),
+        (
+            ("--teacher.quantization", "int8", "--student.kind", "full"),
+            "roles.student.kind: full: trains a copy",
+        ),
+    ):
+        recipe = tiny("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words)
+        begins = (execute, cache, bench, partial(bench, random_weights=True))
+        told = set()
+        for begin in begins:
+            with pytest.raises(RecipeError, match=said) as error:
+                begin(recipe)
+            told.add(str(error.value))
+        assert len(told) == 1
+
+
+@pytest.mark.slow
+def test_a_bench_of_random_weights_measures_each_shape(tiny_sdxl, tmp_path):
+    words = ("--train.batch_size", "1", "--train.accumulate", "1")
+    recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, shapes="[{size: 32}, {size: [64, 32]}]")
+    found = bench(recipe, iterations=5, random_weights=True)
+    assert found["resolution"] == 32 and [*found["shapes"]] == ["32x32", "64x32"]
+    small, large = found["shapes"].values()
+    assert small["tflop_per_iteration"] == found["tflop_per_iteration"] < large["tflop_per_iteration"]
+    assert large["seconds_per_iteration"] > 0 and large["images_per_second"] > 0
+    plain = bench(tiny("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words), iterations=5, random_weights=True)
+    assert "shapes" not in plain and plain["resolution"] == 32
+    with pytest.raises(RecipeError, match=r"^data.shapes: \[17, 32\]: expected a multiple of 2"):
+        shapes = "[{size: 32}, {size: [17, 32]}]"
+        bench(several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, shapes=shapes), random_weights=True)
 
 
 METHODS = [  # a recipe of each method that trains without pairs
