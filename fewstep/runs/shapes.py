@@ -58,7 +58,7 @@ def check_shapes(recipe: Recipe, teacher: Teacher) -> None:
     if teacher.shape not in shapes:
         raise RecipeError(
             f"data.shapes: {[shape.said for shape in shapes]}: expected teacher.resolution among them, "
-            f"{teacher.resolution}, in which the student is exported and measured; add it, or set teacher.resolution"
+            f"{teacher.resolution}, in which the student is exported; add it, or set teacher.resolution"
         )
 
 

@@ -148,7 +148,7 @@ def _small_shapes(recipe: Recipe, teacher: TeacherConfig) -> tuple[TeacherConfig
             file=sys.stderr,
         )
     shapes = list(found.values()) if len(found) > 1 else []
-    return dataclasses.replace(teacher, resolution=own.said), shapes
+    return dataclasses.replace(teacher, resolution=_plain(own)), shapes
 
 
 def _scaled_shapes(
@@ -164,8 +164,13 @@ def _scaled_shapes(
     for one in recipe.data.shapes:
         size = Shape.of(one.size)
         shape = own if size == home else scaled(size, tiny.unit)
-        found.setdefault(shape, ShapeConfig(shape.said, one.share))
+        found.setdefault(shape, ShapeConfig(_plain(shape), one.share))
     return own, found
+
+
+def _plain(shape: Shape) -> int | tuple[int, int]:
+    """As a recipe has it."""
+    return shape.height if shape.height == shape.width else (shape.height, shape.width)
 
 
 def _small(name: str, config: RoleConfig, given: Collection[str]) -> RoleConfig:

@@ -369,6 +369,27 @@ def test_images_through_the_vae_have_the_shapes_of_the_samples(tmp_path):
         assert one == expected[line["real"]]
 
 
+def test_a_run_without_an_export_is_measured_in_its_shapes_too(tmp_path, monkeypatch):
+    """As ``fewstep floor`` measures what a student will have to beat."""
+    seen = []
+    monkeypatch.setattr(of_run, "run_spec", lambda spec, *_, **__: (seen.append(spec), {"rows": []})[1])
+    images = pictures(tmp_path / "i", *[(32, 32)] * 4 + [(16, 32)] * 2 + [(32, 16)] * 2)
+    recipe = recipe_of(shares=(1, 1, 2), seed=5, teacher_steps=0, floor_steps=[])
+    recipe.teacher = SimpleNamespace(path="builtin:nothing", weights=dict)
+    teacher = SimpleNamespace(resolution=32, device="cpu")
+    of_run.evaluate_run(recipe, tmp_path / "run", teacher, ["a"], images)
+    (spec,) = seen
+    assert spec.mixture == Mixture.of(SIZES, [1, 1, 2]) and spec.size is None and spec.seed == 5
+    assert len(spec.real) == 4  # one, one and two of the three shapes
+    of_run.evaluate_run(replace_data(recipe), tmp_path / "run", teacher, ["a"], images)
+    assert seen[1].mixture is None and seen[1].size == 32
+
+
+def replace_data(recipe):
+    """Of one shape."""
+    return SimpleNamespace(**{**vars(recipe), "data": replace(recipe.data, shapes=[])})
+
+
 # ------------------------------------------------------------------------------------------------- while it trains
 def test_distances_while_training_are_drawn_in_all_shapes(teachers, tmp_path):
     pytest.importorskip("torchmetrics")

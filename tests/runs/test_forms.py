@@ -286,6 +286,7 @@ def test_grids_have_the_shapes_in_turn_and_the_card_names_them(tiny_sdxl, tmp_pa
     record = json.loads((folder / "export" / "fewstep.json").read_text())
     assert record["shapes"] == [32, [16, 32], [32, 16]] and record["resolution"] == 32
     card = (folder / "export" / "README.md").read_text()
+    assert "height=32, width=32" in card.partition("```python")[2].partition("```")[0]
     assert (
         "Trained at 32 x 32, 16 x 32 and 32 x 16 pixels; `height=` and `width=` of the call choose." in card
     )
@@ -417,19 +418,19 @@ def said(recipe):
 
 def test_a_smoke_run_keeps_shapes_in_the_proportions_of_its_stand_in(tiny_sdxl, tmp_path, capsys):
     recipe = smoked("sdxl_dmd2_4step", tmp_path)
-    assert said(recipe) == [32, [26, 38], [38, 26]]
+    assert said(recipe) == [32, (26, 38), (38, 26)]
     assert [one.share for one in recipe.data.shapes] == [2, 1, 1] and recipe.teacher.resolution == 32
     sizes = [Image.open(path).size for path in sorted(Path(recipe.data.images).glob("*.png"))]
     assert len(sizes) == 8 and {*sizes} == {(32, 32), (38, 26), (26, 38)}
     wide = smoked("sdxl_dmd2_4step", tmp_path, LARGE, "--teacher.resolution", "[832, 1216]")
-    assert wide.teacher.resolution == [24, 40] and said(wide)[:2] == [32, [24, 40]]
+    assert wide.teacher.resolution == (24, 40) and said(wide)[:2] == [32, (24, 40)]
     assert not capsys.readouterr().err.count("data.shapes")
     few = smoked("sdxl_dmd2_4step", tmp_path, "[{size: 1024}, {size: [1016, 1032]}, {size: [512, 1024]}]")
-    assert said(few) == [32, [16, 32]]
+    assert said(few) == [32, (16, 32)]
     assert "--smoke: data.shapes: 32x32, 16x32 here, for others are as small" in capsys.readouterr().err
     assert smoked("sdxl_dmd2_4step", tmp_path, "[{size: 1024}, {size: [1016, 1032]}]").data.shapes == []
     coarse = smoked("sana_scm_2step", tmp_path)
-    assert said(coarse) == [96, [64, 128], [128, 64]] and coarse.teacher.resolution == 96
+    assert said(coarse) == [96, (64, 128), (128, 64)] and coarse.teacher.resolution == 96
     given = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path)
     assert len(smoke(given, {"teacher.path", "output"}).data.shapes) == 3
 
