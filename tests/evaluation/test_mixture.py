@@ -374,7 +374,7 @@ def test_a_run_without_an_export_is_measured_in_its_shapes_too(tmp_path, monkeyp
     seen = []
     monkeypatch.setattr(of_run, "run_spec", lambda spec, *_, **__: (seen.append(spec), {"rows": []})[1])
     images = pictures(tmp_path / "i", *[(32, 32)] * 4 + [(16, 32)] * 2 + [(32, 16)] * 2)
-    recipe = recipe_of(shares=(1, 1, 2), seed=5, teacher_steps=0, floor_steps=[])
+    recipe = recipe_of(shares=(1, 1, 2), seed=5, teacher_steps=0, floor_steps=[2], floor_solvers=["dpm++"])
     recipe.teacher = SimpleNamespace(path="builtin:nothing", weights=dict)
     teacher = SimpleNamespace(resolution=32, device="cpu")
     of_run.evaluate_run(recipe, tmp_path / "run", teacher, ["a"], images)
