@@ -421,7 +421,7 @@ def test_a_smoke_run_keeps_shapes_in_the_proportions_of_its_stand_in(tiny_sdxl, 
     assert said(recipe) == [32, (26, 38), (38, 26)]
     assert [one.share for one in recipe.data.shapes] == [2, 1, 1] and recipe.teacher.resolution == 32
     sizes = [Image.open(path).size for path in sorted(Path(recipe.data.images).glob("*.png"))]
-    assert len(sizes) == 8 and {*sizes} == {(32, 32), (38, 26), (26, 38)}
+    assert len(sizes) == 8 and sizes[:4] == [(32, 32), (38, 26), (26, 38), (32, 32)]
     wide = smoked("sdxl_dmd2_4step", tmp_path, LARGE, "--teacher.resolution", "[832, 1216]")
     assert wide.teacher.resolution == (24, 40) and said(wide)[:2] == [32, (24, 40)]
     assert not capsys.readouterr().err.count("data.shapes")
