@@ -44,13 +44,8 @@ def smoke(recipe: Recipe, given: Collection[str] = ()) -> Recipe:
     if data.shapes and teacher is not recipe.teacher:
         teacher, shapes = _small_shapes(recipe, teacher)
         data = dataclasses.replace(data, shapes=shapes)
-    few = _few_emoji(
-        folder,
-        data.column or "text",
-        edits=edits,
-        classes=data.prompts == CLASSES,
-        shapes=[Shape.of(one.size) for one in data.shapes],
-    )
+    shapes = [Shape.of(one.size) for one in data.shapes]
+    few = _few_emoji(folder, data.column or "text", 8, edits, data.prompts == CLASSES, shapes)
     data = dataclasses.replace(
         data,
         prompts=data.prompts
