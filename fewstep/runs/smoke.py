@@ -44,8 +44,8 @@ def smoke(recipe: Recipe, given: Collection[str] = ()) -> Recipe:
     if data.shapes and teacher is not recipe.teacher:
         teacher, shapes = _small_shapes(recipe, teacher)
         data = dataclasses.replace(data, shapes=shapes)
-    shapes = [Shape.of(one.size) for one in data.shapes]
-    few = _few_emoji(folder, data.column or "text", 8, edits, data.prompts == CLASSES, shapes)
+    made = [Shape.of(one.size) for one in data.shapes]
+    few = _few_emoji(folder, data.column or "text", 8, edits, data.prompts == CLASSES, made)
     data = dataclasses.replace(
         data,
         prompts=data.prompts
