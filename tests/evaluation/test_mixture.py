@@ -13,7 +13,7 @@ from PIL import Image
 from fewstep.data.buckets import Turns
 from fewstep.data.images import CaptionedImages, load_images
 from fewstep.errors import FewstepError, RecipeError
-from fewstep.evaluation import of_run, real
+from fewstep.evaluation import of_run, real, yardstick
 from fewstep.evaluation.evaluate import evaluate_images
 from fewstep.evaluation.features import extract
 from fewstep.evaluation.images import ArrayImages, FirstImages, open_images
@@ -174,6 +174,18 @@ def test_rows_have_the_shapes_that_students_were_trained_in(tmp_path):
         FewstepError, match=r"students of different sizes in pixels \(a 32x32 0.5, .*, d 32\)"
     ):
         sized(Spec("p", (several, student("d"))))
+
+
+def test_a_protocol_of_one_size_refuses_several_before_anything_is_drawn(
+    prompts, pool, tmp_path, monkeypatch
+):
+    one = SimpleNamespace(name="one", image_size=32, clip=None, get_extractor=lambda *_: pool)
+    monkeypatch.setattr(yardstick.protocols, "load", lambda _: one)
+    spec = Spec(str(tmp_path / "p.txt"), (Entry("a", "b"),), shapes=tuple(MIX.items()), protocol="one")
+    with pytest.raises(
+        FewstepError, match=r"has images of 16 x 32, 32 x 16, but the protocol one wants 32 x 32"
+    ):
+        yardstick.Yardstick(spec, prompts, "cpu")
 
 
 def test_grids_show_each_image_in_its_own_proportions(tmp_path):
