@@ -110,8 +110,8 @@ class DataConfig(Bounded):
             then allowed.
         pairs: folder that ``fewstep pairs`` wrote; null where the method needs none.
         shapes: of the images, ``[{size: 1024}, {size: [832, 1216], share: 0.5}]``, each iteration of one of them; none
-            is ``teacher.resolution`` alone, which has to be among them: in it the student is exported and measured.
-            Real images go to the shape of the nearest proportions.
+            is ``teacher.resolution`` alone, which has to be among them: in it the student is exported. All are
+            measured. Real images go to the shape of the nearest proportions.
         column: of the texts in tables of prompts and of captions; null is the only one called text, caption or prompt.
         upscale: enlarge images below the teacher's resolution; without it they cannot be used.
         max_bad: share of the images that may be left out because they cannot be used; each is named, and another one

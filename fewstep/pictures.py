@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import struct
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -29,8 +31,27 @@ def fault(path: Path | IO[bytes]) -> str | None:
 def size_of(path: Path | IO[bytes]) -> tuple[int, int]:
     """(width, height) as :func:`read_picture` gives it, by the file's header alone."""
     with Image.open(path) as image:
-        turned = image.getexif().get(ORIENTATION, 1) >= 5
-        return (image.height, image.width) if turned else image.size
+        # Of a PNG whose header says nothing Pillow decodes all, for what may be told behind the pixels.
+        undecoded = image.format == "PNG" and not ("exif" in image.info or _told_behind(image.fp))
+        exif = Image.Image.getexif(image) if undecoded else image.getexif()
+        return (image.height, image.width) if exif.get(ORIENTATION, 1) >= 5 else image.size
+
+
+def _told_behind(file: Any) -> bool:
+    """Whether anything but pixels follows the first pixels of a PNG, by the names of its chunks; the file stays where
+    it is. One that is cut short tells nothing."""
+    here, behind = file.tell(), False
+    file.seek(8)
+    try:
+        while len(head := file.read(8)) == 8:
+            length, name = struct.unpack(">I4s", head)
+            if behind and name not in (b"IDAT", b"IEND"):
+                return True
+            behind |= name == b"IDAT"
+            file.seek(length + 4, io.SEEK_CUR)
+    finally:
+        file.seek(here)
+    return False
 
 
 def read_picture(path: Path | IO[bytes]) -> Image.Image:

@@ -181,6 +181,23 @@ def size(text: str) -> int | list[int]:
     return Shape.of([int(side) for side in sides] * (3 - len(sides))).said
 
 
+def sizes(text: str) -> int | list[int] | dict[str, Any]:
+    """One size as :func:`size`; of several, separated by commas, ``sizes`` and ``shares``, which are equal where none
+    is given behind a colon."""
+    words = [word.partition(":") for word in text.split(",")]
+    if len(words) == 1:
+        return size(text)
+    found = [size(name) for name, _, _ in words]
+    if any(colon for _, colon, _ in words):
+        try:
+            return {"sizes": found, "shares": [float(share) for _, _, share in words]}
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text}: expected a share behind each size, or behind none, such as 1024:2,832x1216:1"
+            ) from None
+    return {"sizes": found}
+
+
 def integers(text: str) -> list[int]:
     """Numbers from 1 on, separated by commas."""
     values = [int(word) if word.strip().isdecimal() else math.nan for word in text.split(",")]

@@ -16,7 +16,7 @@ from fewstep.cli.commands import (
     integers,
     number,
     output,
-    size,
+    sizes,
     weights_of,
 )
 from fewstep.files import SHARED
@@ -40,7 +40,13 @@ IMAGES = (
     argument("--num", type=number(Count), metavar="N", help="images in all (default: all prompts)"),
     argument("--per-prompt", type=number(Count), default=1, metavar="K", help="images of each prompt"),
     argument("--seed", type=number(Seed), default=0, help="sample i uses SEED + i"),
-    argument("--size", type=size, metavar="PIXELS", help="of a square, or HEIGHTxWIDTH"),
+    argument(
+        "--size",
+        type=sizes,
+        metavar="PIXELS",
+        help="of a square, or HEIGHTxWIDTH; several in turn of the prompts as SIZE:SHARE,SIZE:SHARE (default: the "
+        "student's, or the pipeline's)",
+    ),
     argument("--rounding", default="nearest", help="to uint8: nearest or truncate"),
     argument("--batch-size", type=number(Count), default=8, metavar="B", help="images at once"),
     argument(
@@ -91,8 +97,20 @@ def job_of(args: argparse.Namespace, steps: int, **others: Any) -> Any:
     """The `Job` of the options."""
     from fewstep.evaluation.sampling import Job
 
-    shared = {name: getattr(args, name) for name in ("seed", "per_prompt", "size", "rounding")}
-    return Job(steps=steps, **shared, **others)
+    shared = {name: getattr(args, name) for name in ("seed", "per_prompt", "rounding")}
+    return Job(steps=steps, **_sized(args), **shared, **others)
+
+
+def _sized(args: argparse.Namespace) -> dict[str, Any]:
+    """One size or a mixture: what was asked for, or else the shapes that a student was trained in."""
+    from fewstep.evaluation.mixture import Mixture
+    from fewstep.evaluation.models import record_of
+
+    if isinstance(args.size, dict):
+        return {"mixture": Mixture.of(**args.size)}
+    if args.size is None and (mixture := Mixture.recorded(record_of(args.lora or args.pipeline))):
+        return {"mixture": mixture}
+    return {"size": args.size}
 
 
 @SAMPLING.command(
@@ -137,7 +155,7 @@ def _generate(args: argparse.Namespace) -> int:
         check_place(folder, True, MANIFEST, "--out")
         read_manifest(folder)
     base = Origin.of(args.pipeline, **weights_of(args))
-    model = open_model(base, args.lora, args.network, args.dtype, args.device, args.size)
+    model = open_model(base, args.lora, args.network, args.dtype, args.device, jobs[0].size)
     for job, folder in zip(jobs, folders):
         manifest = sample_folder(
             model,

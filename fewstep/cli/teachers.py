@@ -369,6 +369,7 @@ def _measured_floor(args: argparse.Namespace) -> int:
     from ..evaluation.of_run import evaluate_run
     from ..recipe import override
     from ..runs.checks import check_data
+    from ..runs.shapes import check_shapes
     from ..teachers import load_teacher
 
     for name, field in OF_A_RECIPE.items():
@@ -382,6 +383,7 @@ def _measured_floor(args: argparse.Namespace) -> int:
     check_place(args.out, True, option="--out")
     prompts, images = check_data(recipe)
     teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), device=args.device)
+    check_shapes(recipe, teacher)
     evaluate_run(recipe, args.out, teacher, prompts, images)
     print(args.out / "eval" / "table.json")
     return 0

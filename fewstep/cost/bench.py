@@ -22,8 +22,9 @@ from ..diffusion.rng import Rng
 from ..process import Process, start
 from ..recipe import Recipe
 from ..runs.build import build, on_pixels
-from ..runs.checks import check_data
+from ..runs.checks import check_data, check_frozen
 from ..runs.session import Session
+from ..runs.shapes import check_shapes, shapes_of
 from ..runs.summary import hardware
 from ..training.trainer import Trainer
 from .bare import Bare
@@ -85,17 +86,19 @@ def bench(
         ``peak_memory_gb``, weights included; shares of forward, backward and optimiser, and ``outside``, of everything
         else: data, random numbers, losses, bookkeeping; ``tflops``, achieved in the networks, and ``matmul_tflops``, of
         a large product in this dtype on this device; with a baseline ``bare_seconds`` and ``over_bare``, the median
-        over rounds of trainer over bare (of CPU time where that is the device).
+        over rounds of trainer over bare (of CPU time where that is the device). Of random weights ``resolution`` too,
+        in which all this is measured, and of a recipe of several shapes ``shapes``: the same of each.
     """
     recipe = recipes.override(recipe, arguments)
+    check_frozen(recipe)
     with tempfile.TemporaryDirectory() as folder:
         train = replace(recipe.train, steps=10**6, sample_every=0, checkpoint_every=0)
         recipe = replace(recipe, output=str(Path(folder) / "run"), train=train)
         (trainer, nets), encoders = (_random(recipe), {}) if random_weights else _real(recipe)
-        return {
-            **_measure(recipe, trainer, nets, encoders, iterations, baseline),
-            "hardware": hardware(trainer.process),
-        }
+        found = _measure(recipe, trainer, nets, encoders, iterations, baseline)
+        if random_weights:
+            found |= _of_each_shape(recipe, trainer, nets, iterations, found)
+        return {**found, "hardware": hardware(trainer.process)}
 
 
 Networks = dict[str, nn.Module]
@@ -124,6 +127,7 @@ def _random(recipe: Recipe, folder: Path | None = None) -> tuple[Trainer, Networ
     torch.manual_seed(recipe.train.seed)
     with process.device:
         teacher = skeleton_teacher(recipe.teacher.path, **recipe.teacher.options(), device=process.device)
+    check_shapes(recipe, teacher)
     if teacher.autoencoder and not on_pixels(recipe):
         getattr(teacher.pipe, teacher.autoencoder).to("cpu")
     kernels.set_precision(process.device, recipe.train.tf32)
@@ -139,6 +143,22 @@ def _random(recipe: Recipe, folder: Path | None = None) -> tuple[Trainer, Networ
         method, roles, Ahead(data), recipe.train, folder=folder, process=process, quiet=True, scaled=scaled
     )
     return trainer, _networks(teacher.net, roles)
+
+
+def _of_each_shape(
+    recipe: Recipe, trainer: Trainer, nets: Networks, iterations: int, measured: dict[str, Any]
+) -> dict[str, Any]:
+    """In which resolution was ``measured``, and what the iterations of each of several shapes take."""
+    blank: Any = trainer.data
+    blank, found = blank.data, {}
+    for shape in shapes_of(recipe):
+        if shape != blank.teacher.shape:
+            data = Blank(blank.teacher.at(shape), recipe.train.batch_size, blank.needs, blank.draws)
+            trainer.data = Ahead(data)
+            found[str(shape)] = _measure(recipe, trainer, nets, {}, iterations, None)
+        else:
+            found[str(shape)] = {name: value for name, value in measured.items() if "bare" not in name}
+    return {"resolution": blank.teacher.resolution, **({"shapes": found} if found else {})}
 
 
 def _networks(net: nn.Module, roles) -> Networks:

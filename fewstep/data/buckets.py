@@ -122,22 +122,28 @@ def homes_of(sizes: Sequence[Shape | None], shapes: Sequence[Shape]) -> list[int
 def split(
     images: CaptionedImages, sizes: Sequence[Shape | None], shapes: Sequence[Shape]
 ) -> list[CaptionedImages]:
-    """The images that belong to each shape, by :func:`homes_of`; those that are left out are counted over all.
+    """The images that belong to each shape, by :func:`homes_of`; those that are left out are counted over all. Images
+    that were split into the same shapes before are the same parts.
 
     Raises:
         RecipeError: a shape that no image belongs to.
     """
-    home = homes_of(sizes, shapes)
-    parts = []
-    for k, shape in enumerate(shapes):
-        records = [i for i, one in enumerate(home) if one == k]
+    told = f"parts of {list(shapes)}"
+    if told in images.known:
+        known: list[CaptionedImages] = images.known[told]
+        return known
+    belong: list[list[int]] = [[] for _ in shapes]
+    for record, k in enumerate(homes_of(sizes, shapes)):
+        belong[k].append(record)
+    for shape, records in zip(shapes, belong):
         if not records:
             raise RecipeError(
-                f"data.shapes: {shape.said}: none of the {len(home)} images of {images.source} is nearest to its "
+                f"data.shapes: {shape.said}: none of the {len(sizes)} images of {images.source} is nearest to its "
                 "proportions; leave this shape out, or add such images"
             )
-        parts.append(images.part(records))
+    parts = [images.part(records) for records in belong]
     LeftOut.count_together([part.left_out for part in parts])
+    images.known[told] = parts
     return parts
 
 

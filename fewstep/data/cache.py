@@ -33,6 +33,7 @@ from . import store
 from .images import CaptionedImages, size_at
 from .left_out import FILE
 from .places import PLACE, cache_root
+from .shards import Members
 from .store import Store, joined, rows_to_make, shard_path, without_padding
 
 BATCH = 32  # prompts that are encoded at a time
@@ -123,10 +124,20 @@ def images_folder(teacher: Teacher, images: CaptionedImages) -> Path:
 
 
 def sizes_of(images: CaptionedImages) -> list[Shape | None]:
-    """How large each image is, by the headers of their files, which are read once; None where there is none."""
+    """How large each image is, by the headers of their files, which are read once and kept; None where there is none.
+    Of shards the index knows it."""
+    if "sizes" not in images.known:
+        images.known["sizes"] = _sizes_of(images)
+    found: list[Shape | None] = images.known["sizes"]
+    return found
+
+
+def _sizes_of(images: CaptionedImages) -> list[Shape | None]:
     every = range(len(images.files))
     if isinstance(images.files, np.ndarray):
-        return [size_at(images, i) for i in every]
+        return [Shape(*images.files.shape[1:3])] * len(every)
+    if isinstance(images.files, Members):
+        return [shape and Shape(*shape) for shape in images.files.shapes]
     path = _folder("sizes", [_fingerprint(images), len(every)]) / "sizes.json"
     try:
         return [one and Shape(*one) for one in json.loads(path.read_text(encoding="utf-8"))]

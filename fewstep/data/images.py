@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -25,13 +26,32 @@ from ..pictures import fault, read_picture, size_of
 from ..shape import Shape, Size
 from . import emoji, texts
 from .image_sets import EXTENSIONS, split, walk
-from .left_out import BadRecord, LeftOut
+from .left_out import BadRecord, LeftOut, TooSmall
 from .shards import Member, read_shards, shards_of
 from .tables import Cell, open_tables, tables_in
 
 TABLES = (".jsonl", ".csv", ".parquet")  # with captions: metadata.jsonl and so on
 LOOK = 64  # pictures that are decoded before anything expensive starts
 Picture = Path | Member | Cell
+
+
+class Chosen(Sequence[Picture]):
+    """Some of many pictures, which are made when they are wanted."""
+
+    def __init__(self, files: Sequence[Picture], records: Sequence[int]):
+        self.files, self.records = files, records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> Picture: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Picture]: ...
+    def __getitem__(self, index: int | slice) -> Picture | list[Picture]:
+        if isinstance(index, slice):
+            return [self.files[i] for i in self.records[index]]
+        return self.files[self.records[index]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +63,7 @@ class CaptionedImages:
     Attributes:
         passed_over: what else lay there. places: files on disk that hold the images; None where each is one.
         upscale: whether an image may be smaller than what is asked for. source, max_bad: see :class:`LeftOut`.
-        of: of a part of a set: rows of the set that its rows are.
+        of: of a part of a set: rows of the set that its rows are. known: what was found out of all of them, once.
     """
 
     captions: list[str]
@@ -55,6 +75,7 @@ class CaptionedImages:
     max_bad: float = 0.0
     of: Tensor | None = None
     left_out: LeftOut = field(init=False, compare=False)
+    known: dict[str, Any] = field(init=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "left_out", LeftOut(self.source, len(self.files), self.max_bad))
@@ -71,9 +92,7 @@ class CaptionedImages:
 
         Parts of one set count apart, unless :meth:`LeftOut.count_together` is told of them.
         """
-        files = (
-            self.files[records] if isinstance(self.files, np.ndarray) else [self.files[i] for i in records]
-        )
+        files = self.files[records] if isinstance(self.files, np.ndarray) else Chosen(self.files, records)
         first = torch.tensor(list(records))
         rows = torch.cat([first + begin for begin in range(0, len(self), len(self.files))])
         captions = [self.captions[row] for row in rows.tolist()]
@@ -87,7 +106,7 @@ class CaptionedImages:
         """Centre crop to the proportions of ``size``, then Lanczos to it; transparent pixels become white.
 
         Raises:
-            BadRecord: no picture, or one that is lower or narrower than ``size``, unless ``upscale``.
+            BadRecord: no picture, or (TooSmall) one that is lower or narrower than ``size``, unless ``upscale``.
             ReadError: the disk does not give it, as when its file is gone.
         """
         item, shape = self.files[index % len(self.files)], Shape.of(size)
@@ -101,13 +120,20 @@ class CaptionedImages:
                     f"data.images: {item}: {reason}; put it back, then go on with fewstep resume"
                 ) from error
             raise BadRecord(str(error).splitlines()[0][:80] or type(error).__name__) from error
-        small = image.height < shape.height or image.width < shape.width
-        if small and not self.upscale and not isinstance(item, np.ndarray):
-            below = size if isinstance(size, int) else f"{shape.width}x{shape.height}"
-            raise BadRecord(
-                f"{image.width}x{image.height} pixels, below {below}; data.upscale would enlarge it"
-            )
+        reason = (
+            None if isinstance(item, np.ndarray) else self.too_small(Shape(image.height, image.width), size)
+        )
+        if reason:
+            raise TooSmall(reason)
         return np.asarray(ImageOps.fit(image, (shape.width, shape.height), Image.Resampling.LANCZOS))
+
+    def too_small(self, found: Shape, size: Size) -> str | None:
+        """Why an image of this shape is not made one of this size; None where it is, or where ``upscale`` allows it."""
+        shape = Shape.of(size)
+        if self.upscale or (found.height >= shape.height and found.width >= shape.width):
+            return None
+        below = shape.said if isinstance(shape.said, int) else f"{shape.width}x{shape.height}"
+        return f"{found.width}x{found.height} pixels, below {below}; data.upscale would enlarge it"
 
     def sound(self, index: int, size: Size) -> tuple[int, np.ndarray]:
         """The first record from ``index`` on that can be used, and its pixels.
@@ -209,15 +235,29 @@ def look(images: CaptionedImages, records: Sequence[int]) -> None:
     images.left_out.check(len(records))
 
 
-def faults(images: CaptionedImages, size: Size, threads: int | None = None) -> Iterator[tuple[str, str]]:
-    """Name of every record in turn, and why it is of no use at this size; an empty reason where it is."""
+class Fault(NamedTuple):
+    """Why a record is of no use: the rule, of :data:`RULES`, and the words of a run."""
 
-    def fault_of(record: int) -> tuple[str, str]:
+    name: str
+    rule: str
+    reason: str
+
+
+RULES = ("too small", "cannot be decoded", "cannot be read")
+
+
+def faults(
+    images: CaptionedImages, sizes: Sequence[Size], threads: int | None = None
+) -> Iterator[Fault | None]:
+    """Of every record in turn what is wrong with it at the size of its place; None where nothing is."""
+
+    def fault_of(record: int) -> Fault | None:
         try:
-            images.load(record, size)
-            return "", ""
+            images.load(record, sizes[record])
+            return None
         except (BadRecord, ReadError) as error:
-            return name_of(images.files[record]), str(error)
+            rule = RULES[0 if isinstance(error, TooSmall) else 1 if isinstance(error, BadRecord) else 2]
+            return Fault(name_of(images.files[record]), rule, str(error))
 
     chunk = 1024  # results that wait to be told
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:

@@ -19,6 +19,10 @@ class BadRecord(FewstepError):
     """One record of a set is of no use; its message is the reason, in a few words."""
 
 
+class TooSmall(BadRecord):
+    """It would have to be enlarged."""
+
+
 class LeftOut:
     """What was left out of a set so far.
 

@@ -1,9 +1,9 @@
 """WebDataset: tar files in which the parts of a record, a picture and its caption, have one name and follow each other.
 
-Each is read once from end to end, for the place of every picture and for the captions; what was found is kept in the
-cache, so that later starts read nothing. From then on a picture is a plain read at its place. So the records of all
-shards are one list, of which a run draws a permutation, and a run that is resumed in the middle of a shard reads what
-it would have read.
+Each is read once from end to end, for the place and the size of every picture and for the captions; what was found is
+kept in the cache, so that later starts read nothing. From then on a picture is a plain read at its place. So the
+records of all shards are one list, of which a run draws a permutation, and a run that is resumed in the middle of a
+shard reads what it would have read.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, overload
 
 import numpy as np
+from PIL import UnidentifiedImageError
 
 from ..errors import FewstepError, in_line
 from ..files import write_json
+from ..pictures import size_of
 from .image_sets import EXTENSIONS, natural
 from .left_out import BadRecord
 from .places import cache_root
@@ -61,6 +63,7 @@ class Members(Sequence[Member]):
         self.names = [name for one in found for name in one["names"]]
         self.begins = np.array([n for one in found for n in one["begins"]], dtype=np.int64)
         self.sizes = np.array([n for one in found for n in one["sizes"]], dtype=np.int64)
+        self.shapes = [shape for one in found for shape in one["shapes"]]  # (height, width) each, or None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -105,7 +108,7 @@ def read_shards(paths: Sequence[Path], column: str | None = None) -> tuple[Membe
 
 def _index(path: Path, column: str | None) -> Found:
     about = path.stat()
-    key = json.dumps([str(path.resolve()), about.st_size, about.st_mtime_ns, column])
+    key = json.dumps(["with sizes", str(path.resolve()), about.st_size, about.st_mtime_ns, column])
     kept = cache_root() / "shards" / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
     try:
         found: Found = json.loads(kept.read_text(encoding="utf-8"))
@@ -116,7 +119,7 @@ def _index(path: Path, column: str | None) -> Found:
 
 
 def _read(path: Path, column: str | None) -> Found:
-    found: Found = {"names": [], "begins": [], "sizes": [], "captions": []}
+    found: Found = {"names": [], "begins": [], "sizes": [], "captions": [], "shapes": []}
     try:
         with tarfile.open(path, "r:") as tar:
             for key, parts in _records(tar):
@@ -124,7 +127,7 @@ def _read(path: Path, column: str | None) -> Found:
                 if picture is None:
                     continue
                 caption = _caption(tar, path, key, parts, column)
-                values = (picture.name, picture.offset_data, picture.size, caption)
+                values = (picture.name, picture.offset_data, picture.size, caption, _shape(tar, picture))
                 for name, value in zip(found, values):
                     found[name].append(value)
     except (tarfile.TarError, EOFError, OSError) as error:
@@ -133,6 +136,21 @@ def _read(path: Path, column: str | None) -> Found:
             "places to read at"
         ) from None
     return found
+
+
+def _shape(tar: tarfile.TarFile, picture: tarfile.TarInfo) -> tuple[int, int] | None:
+    """Height and width by the picture's header, beside which the index reads nothing of it; None where it has none."""
+    file = tar.extractfile(picture)
+    try:
+        assert file is not None
+        width, height = size_of(file)
+    except OSError as error:
+        if isinstance(error, UnidentifiedImageError) or error.errno is None:
+            return None
+        raise  # of the disk
+    except Exception:  # Pillow raises many kinds on hostile files
+        return None
+    return height, width
 
 
 def _records(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:

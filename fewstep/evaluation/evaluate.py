@@ -91,7 +91,7 @@ class Question:
     ) -> Sides:
         """The sets, of so many images, with what is asked of them, checked to fit them."""
         if self.protocol and self.protocol.image_size:
-            _check_sizes(self.protocol, real, fake)
+            check_sizes(self.protocol, real, fake)
         prompted, groups, made = self.prompted, self.groups, list[Scorer]()
         if prompted is not None:
             prompted = _check_indices("prompted", prompted, n_fake, n_real)
@@ -265,9 +265,10 @@ def _read_as(side: ImageSource | Statistics, question: Question) -> ImageSource 
     return side
 
 
-def _check_sizes(protocol: Protocol, real: Any, fake: Any) -> None:
+def check_sizes(protocol: Protocol, *sides: Any) -> None:
+    """Refuses images of other sizes than a protocol's, where it has one."""
     wanted = {(protocol.image_size, protocol.image_size)}
-    for side in (real, fake):
+    for side in sides:
         if isinstance(side, ImageSource) and side.sizes != wanted:
             found = ", ".join(f"{height} x {width}" for height, width in sorted(side.sizes - wanted)[:5])
             raise FewstepError(

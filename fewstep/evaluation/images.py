@@ -32,7 +32,7 @@ class ImageSource:
 
     Attributes:
         name: path, or "array".
-        sizes: the (height, width) that occur, before any rotation that EXIF asks for.
+        sizes: the (height, width) that occur, before any rotation that EXIF asks for. each: of every file.
         skipped: names of files that could not be read and were left out, as the caller allowed.
         passed_over: what lies there and is no part of the set, in words.
         files: one per image, if there are files. workers: how many processes decode them.
@@ -46,6 +46,7 @@ class ImageSource:
     files: list[File] | None = None
     workers: int = 0
     kinds: Sequence[frozenset[str]] = ()
+    each: Sequence[tuple[int, int]] = ()
     reading: str = SHOWN
 
     def __len__(self) -> int:
@@ -222,7 +223,8 @@ class FileImages(ImageSource):
         broken = [f"{name}: {one}" for name, one in zip(names, found) if isinstance(one, str)]
         self.files = [file for file, one in zip(files, found) if not isinstance(one, str)]
         self.names = [name for name, one in zip(names, found) if not isinstance(one, str)]
-        self.sizes = {one[0] for one in found if not isinstance(one, str)}
+        self.each = [one[0] for one in found if not isinstance(one, str)]
+        self.sizes = {*self.each}
         self.kinds = [one[1] for one in found if not isinstance(one, str)]
         self.skipped = tuple(name for name, one in zip(names, found) if isinstance(one, str))
         if len(broken) > (skip_bad or 0) or not self.files:
@@ -294,6 +296,7 @@ class FirstImages(ImageSource):
         self.passed_over = source.passed_over
         self.files = None if source.files is None else source.files[after : after + n]
         self.kinds, self.reading = source.kinds[after : after + n], source.reading
+        self.each = source.each[after : after + n]
 
     def __len__(self) -> int:
         return self.n

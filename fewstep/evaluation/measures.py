@@ -200,7 +200,8 @@ def kid(sides: Sides) -> Iterator[Number]:
 
 def retrieval(sides: Sides) -> Iterator[Number]:
     """Share of fake images that look most like the real image they were asked to be."""
-    same = M.duplicate_groups(torch.cat(list(images_of(sides.real).batches(1024))))
+    real = images_of(sides.real).batches(BATCH)
+    same = M.duplicate_groups(image for batch in real for image in batch)
     share = M.retrieval_accuracy(sides.y, sides.prompted, sides.x, same)
     error = (share * (1 - share) / len(sides.y)) ** 0.5
     yield Number("retrieval", share, error, "binomial", {"chance": 1 / len(sides.x)})

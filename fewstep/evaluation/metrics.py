@@ -4,7 +4,8 @@ Features are float tensors (N, D). Moments are float64, because the small eigenv
 the Fréchet distance and do not survive float32.
 """
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -209,10 +210,12 @@ def retrieval_accuracy(
     return hits / len(fake_features)
 
 
-def duplicate_groups(images: Tensor) -> Tensor:
-    """Class of each image (N,), equal for pixel-identical images (N, H, W, C); numbered as they appear."""
-    seen: dict[bytes, int] = {}
-    return torch.tensor([seen.setdefault(bytes(image.contiguous().numpy()), len(seen)) for image in images])
+def duplicate_groups(images: Iterable[Tensor]) -> Tensor:
+    """Class of each image (N,), equal for pixel-identical images (H, W, C), of which one is held at a time; numbered as
+    they appear."""
+    seen: dict[tuple[tuple[int, ...], bytes], int] = {}
+    keys = ((tuple(one.shape), hashlib.sha256(one.contiguous().numpy().data).digest()) for one in images)
+    return torch.tensor([seen.setdefault(key, len(seen)) for key in keys])
 
 
 def vendi(features: Tensor) -> float:

@@ -13,7 +13,7 @@ import torch
 
 from fewstep.errors import FewstepError
 from fewstep.evaluation.stock import RECORD, floor_sampler, free_u
-from fewstep.shape import Size
+from fewstep.shape import Shape, Size
 from fewstep.teachers import load_pipeline
 from fewstep.teachers.origin import Origin
 from fewstep.teachers.pipelines import (
@@ -65,10 +65,24 @@ class Model:
     size: Size | None = None
 
     def __post_init__(self):
-        self.scheduler = getattr(self.pipe, "scheduler", None)  # pipelines of tokens have none
+        # Pipelines of tokens have none. As it was loaded its shift may depend on the size.
+        self.scheduler = self.published = getattr(self.pipe, "scheduler", None)
         if self.scheduler is not None:
             fix_shift(self.pipe, self.size)
             self.scheduler = self.pipe.scheduler
+
+    def at(self, shape: Shape) -> "Model":
+        """The same weights for images of another shape: its times are those of the stock call for it, and its fixed
+        noise has its latents."""
+        view = copy.copy(self)
+        view.size = shape.said
+        view.record = self.record and record_at(self.record, shape)
+        if self.published is not None and self.published.config.get("use_dynamic_shifting"):
+            view.pipe = copy.copy(self.pipe)
+            view.pipe.scheduler = self.published
+            fix_shift(view.pipe, shape)
+            view.scheduler = view.pipe.scheduler
+        return view
 
     @property
     def network(self) -> torch.nn.Module:
@@ -190,6 +204,23 @@ class Model:
                     )
                     digest.update(f"{part}.{name} {tuple(tensor.shape)} {tensor.dtype} {total}".encode())
         return digest.hexdigest()
+
+
+def record_at(record: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+    """What an export says of itself, of images of another shape: the latents of its fixed noise are as many more."""
+    call = record["call"]
+    if "latent_shape" not in record or "height" not in call:
+        return dict(record)
+    before = Shape(call["height"], call.get("width", call["height"]))
+
+    def scaled(one: Sequence[int]) -> list[int]:
+        """(C, H, W), or the rows of (N, D), which are packed tokens."""
+        if len(one) == 2:
+            return [one[0] * shape.area // before.area, one[1]]
+        return [one[0], one[1] * shape.height // before.height, one[2] * shape.width // before.width]
+
+    names = ("latent_shape", "given_shape")
+    return {**record, **{name: scaled(record[name]) for name in names if name in record}}
 
 
 def _switches(record: Mapping[str, Any]) -> bool:

@@ -9,29 +9,27 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..data.buckets import homes_of
-from ..data.cache import sizes_of
 from ..data.images import CaptionedImages
 from ..data.prompts import load_prompts
 from ..data.texts import REFERENCE, column_for
 from ..diffusion.rng import Rng
-from ..errors import RecipeError
 from ..export.load import read_record
 from ..export.target import tell_measured
 from ..files import write, write_json
-from ..shape import Shape, Size
+from ..shape import Shape
 from ..teachers.base import Teacher
 from .floor import calibrate
 from .gallery import for_terminal, results_table
-from .images import ArrayImages, ImageSource
+from .mixture import Mixture, mixture_of
 from .of_spec import run_spec
+from .real import real_images
 from .sampling import save_png
 from .spec import Entry, Spec
 from .stock import write_floor
@@ -56,17 +54,24 @@ def evaluate_run(
         ``folder/eval/table.json``.
     """
     config, out = recipe.evaluation, folder / "eval"
-    real = None
+    real, mixture = None, mixture_of(recipe, images)
     if images is not None:
-        images, real = real_images(images, teacher.resolution, recipe.data)
-    asked = _asked(recipe, prompts, images)
+        images, real = real_images(images, teacher.resolution, recipe.data, mixture, config.seed)
+    shapes = getattr(real, "shapes", ())
+    asked = _asked(recipe, prompts, images, mixture, shapes)
+
+    def ceiling(place: Path) -> None:
+        assert images is not None
+        _reconstruct(teacher, images, asked, config.seed, place, mixture, shapes)
+
     write(out / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in asked))
     spec = Spec(
         prompts=str(out / "prompts.jsonl"),
-        models=tuple(_entries(recipe, folder, teacher, images, asked)),
+        models=tuple(_entries(recipe, folder, teacher, images, asked, ceiling)),
         title=folder.resolve().name,
         seed=config.seed,
-        size=teacher.resolution,
+        size=None if mixture else teacher.resolution,
+        shapes=tuple(mixture.items()) if mixture else (),
         real=real,
         extractor=config.extractor,
         metrics=("fd", "kid"),
@@ -95,8 +100,20 @@ def _edition(export: Path) -> dict[str, Any]:
     return {name: record.get(name) for name in ("trained_steps", "dtype")}
 
 
-def _asked(recipe, prompts: list[str], images: CaptionedImages | None) -> list[dict[str, Any]]:
-    """Prompts for the distances, then those that caption exactly one image, with its index as ``real``."""
+def _asked(
+    recipe,
+    prompts: list[str],
+    images: CaptionedImages | None,
+    mixture: Mixture | None = None,
+    shapes: Sequence[Shape] = (),
+) -> list[dict[str, Any]]:
+    """Prompts for the distances, then those that caption exactly one image, with its index as ``real``.
+
+    Where there is a mixture, each of the latter stands where the sample has the shape of its image.
+
+    Args:
+        shapes: of the images, where there is a mixture.
+    """
     config = recipe.evaluation
     source = prompts
     if config.prompts:
@@ -111,9 +128,23 @@ def _asked(recipe, prompts: list[str], images: CaptionedImages | None) -> list[d
         counts = Counter(images.captions)
         single = [i for i, caption in enumerate(images.captions) if counts[caption] == 1]
         order = Rng(config.seed, "named").permutation(len(single)).tolist()
-        for i in (single[k] for k in order[: config.named] if len(single) > 1):
+        named = [single[k] for k in order if len(single) > 1]
+        if mixture:
+            named = _in_turn(named, shapes, mixture, config.seed, len(lines))
+        for i in named[: config.named]:
             lines.append({**_row(images.captions[i]), "real": i % len(images.files)})
     return lines
+
+
+def _in_turn(named: list[int], shapes: Sequence[Shape], mixture: Mixture, seed: int, first: int) -> list[int]:
+    """Of these rows one after another whose image has the shape of the sample in its place, until there is none."""
+    left: dict[Shape, list[int]] = {}
+    for row in reversed(named):
+        left.setdefault(shapes[row % len(shapes)], []).append(row)
+    found: list[int] = []
+    while left.get(shape := mixture.at(seed, first + len(found))):
+        found.append(left[shape].pop())
+    return found if len(found) > 1 else []
 
 
 def _row(prompt: str) -> dict[str, Any]:
@@ -123,7 +154,12 @@ def _row(prompt: str) -> dict[str, Any]:
 
 
 def _entries(
-    recipe, folder: Path, teacher: Teacher, images: CaptionedImages | None, asked: list[dict[str, Any]]
+    recipe,
+    folder: Path,
+    teacher: Teacher,
+    images: CaptionedImages | None,
+    asked: list[dict[str, Any]],
+    ceiling: Callable[[Path], None],
 ) -> Iterator[Entry]:
     config, path, weights = recipe.evaluation, recipe.teacher.path, recipe.teacher.weights()
     guidance = (config.teacher_guidance,)
@@ -131,7 +167,7 @@ def _entries(
         many = (config.teacher_steps,)
         yield Entry("teacher", path, kind="teacher", steps=many, guidance=guidance, **weights)
         if images is not None and images.captions is not None and teacher.autoencoder is not None:
-            _reconstruct(teacher, images, asked, config.seed, folder / "eval" / "ceiling")
+            ceiling(folder / "eval" / "ceiling")
             yield Entry(CEILING, images=str(folder / "eval" / "ceiling"), kind="reference")
     if (folder / "export").is_dir():  # `fewstep floor` measures what a student will have to beat
         record = read_record(folder / "export")
@@ -160,55 +196,35 @@ def _search(recipe, teacher: Teacher, asked: list[dict[str, Any]]) -> dict[str, 
 
 
 def _reconstruct(
-    teacher: Teacher, images: CaptionedImages, asked: list[dict[str, Any]], seed: int, folder: Path
+    teacher: Teacher,
+    images: CaptionedImages,
+    asked: list[dict[str, Any]],
+    seed: int,
+    folder: Path,
+    mixture: Mixture | None = None,
+    shapes: Sequence[Shape] = (),
 ) -> None:
-    """Real images through the VAE: any for the distances, then the named ones."""
+    """Real images through the VAE: any for the distances, then the named ones; of several shapes each of the shape that
+    the sample in its place has.
+
+    Args:
+        shapes: of the images, where there are several.
+    """
     named = [line["real"] for line in asked if "real" in line]
-    order = Rng(seed, "reconstruction").permutation(len(images)).tolist()
-    count = len(asked) - len(named)
-    chosen = [*(order * -(-count // len(order)))[:count], *named]
-    generator = torch.Generator().manual_seed(0)
-    for start in range(0, len(chosen), BATCH):
-        part = chosen[start : start + BATCH]
-        pixels = torch.from_numpy(np.stack([images.load(i, teacher.resolution) for i in part]))
-        for i, image in enumerate(teacher.decode(teacher.latents(pixels, generator)), start):
-            save_png(image, folder / f"{i:06d}.png")
-
-
-def of_its_shape(images: CaptionedImages, size: Size, data: Any) -> CaptionedImages:
-    """Images that belong to a run's resolution, where ``data.shapes`` has several: it may be larger than the others.
-
-    Raises:
-        RecipeError: none does.
-    """
-    shapes = [Shape.of(one.size) for one in data.shapes]
-    if not shapes:
-        return images
-    home = shapes.index(Shape.of(size))
-    belong = [i for i, one in enumerate(homes_of(sizes_of(images), shapes)) if one == home]
-    if not belong:
-        raise RecipeError(
-            f"data.shapes: {Shape.of(size).said}: none of the {len(images.files)} images of {images.source} is nearest "
-            "to its proportions, to compare samples with; add such images, or take another teacher.resolution"
-        )
-    return images.part(belong)
-
-
-def real_images(images: CaptionedImages, size: Size, data: Any) -> tuple[CaptionedImages, ImageSource]:
-    """What a run's samples are compared with: images :func:`of_its_shape` that can be used, and their pixels.
-
-    Raises:
-        RecipeError: more cannot be used than ``data.max_bad`` allows, or as above.
-    """
-    images = of_its_shape(images, size, data)
-    if isinstance(images.files, np.ndarray) and images.files.shape[1:3] == Shape.of(size):
-        return images, ArrayImages(images.files, data.images)
-    kept, pixels = [], []
-    for i in range(len(images.files)):
-        row, found = images.sound(i, size)
-        if row == i:  # none that stands in
-            kept.append(i)
-            pixels.append(found)
-    return images.part(kept) if len(kept) < len(images.files) else images, ArrayImages(
-        np.stack(pixels), data.images
-    )
+    count, generator = len(asked) - len(named), torch.Generator().manual_seed(0)
+    wanted = [mixture.at(seed, i) if mixture else Shape.of(teacher.resolution) for i in range(len(asked))]
+    rows: dict[Shape, list[int]] = {}
+    for row in Rng(seed, "reconstruction").permutation(len(images)).tolist():
+        rows.setdefault(shapes[row % len(shapes)] if mixture else wanted[0], []).append(row)
+    places: dict[Shape, list[int]] = {}
+    for place, shape in enumerate(wanted):
+        places.setdefault(shape, []).append(place)
+    for shape, some in places.items():
+        order, view = rows[shape], teacher.at(shape) if mixture else teacher
+        any_of = [order[k % len(order)] for k in range(len(some))]
+        chosen = [one if place < count else named[place - count] for one, place in zip(any_of, some)]
+        for start in range(0, len(some), BATCH):
+            part = chosen[start : start + BATCH]
+            pixels = torch.from_numpy(np.stack([images.load(i, shape.said) for i in part]))
+            for place, image in zip(some[start:], view.decode(view.latents(pixels, generator))):
+                save_png(image, folder / f"{place:06d}.png")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 
 from fewstep.errors import FewstepError
 from fewstep.evaluation.compare import cell, check_alike
-from fewstep.evaluation.images import FirstImages, open_images
+from fewstep.evaluation.images import FirstImages, ImageSource, open_images
 from fewstep.evaluation.measures import describe
+from fewstep.evaluation.mixture import Mixture, counted
 from fewstep.evaluation.models import check_model, check_steps, open_model, record_of, solver_name
 from fewstep.evaluation.page import write_page
 from fewstep.evaluation.prompts import Prompts, read_prompts
@@ -21,9 +23,9 @@ from fewstep.evaluation.spec import Entry, Spec, slug
 from fewstep.evaluation.statistics import table
 from fewstep.evaluation.yardstick import Yardstick, write_json
 from fewstep.files import replacing, write
-from fewstep.report.grid import image_grid
+from fewstep.report.grid import centred, image_grid
 from fewstep.report.rows import row_name
-from fewstep.shape import Shape, Size
+from fewstep.shape import Shape
 
 SHOWN = 8  # images of each row, and as many of prompts that name a real one
 
@@ -52,7 +54,7 @@ class Row:
 
 def rows_of(spec: Spec) -> list[Row]:
     """All rows, each model's in the order of solvers, guidances and steps."""
-    shared = {name: getattr(spec, name) for name in ("per_prompt", "seed", "size", "rounding")}
+    shared = {name: getattr(spec, name) for name in ("per_prompt", "seed", "size", "rounding", "mixture")}
     rows = []
     for entry in spec.models:
         if entry.images:
@@ -74,27 +76,37 @@ def rows_of(spec: Spec) -> list[Row]:
 
 def sized(spec: Spec) -> Spec:
     """With the pixels of all rows, where none are asked for and students have some: of other sizes no two rows would
-    have the same noise, and a pipeline's own size need not be its student's.
+    have the same noise, and a pipeline's own size need not be its student's. Of a student of several shapes these, with
+    the shares that it was trained with.
 
     Raises:
         FewstepError: students of different sizes, or a damaged export.
     """
-    if spec.size is not None:
+    if spec.size is not None or spec.shapes:
         return spec
     records = {e.name: record_of(e.lora or e.pipeline) for e in spec.models if e.pipeline}
-    calls = {name: record["call"] for name, record in records.items() if record}
-    sizes = {
-        name: Shape(call["height"], call.get("width", call["height"]))
-        for name, call in calls.items()
-        if "height" in call
-    }
-    if len({*sizes.values()}) > 1:
-        told = ", ".join(f"{name} {shape.said}" for name, shape in sizes.items())
+    made = {name: _made_in(record) for name, record in records.items() if record}
+    made = {name: one for name, one in made.items() if one}
+    if len({*made.values()}) > 1:
+        told = ", ".join(
+            f"{name} {one.said if isinstance(one, Shape) else one}" for name, one in made.items()
+        )
         raise FewstepError(
             f"models: students of different sizes in pixels ({told}) have no noise in common; expected one size: "
             "measure them apart, or give size in a file"
         )
-    return dataclasses.replace(spec, size=next((shape.said for shape in sizes.values()), None))
+    one = next(iter(made.values()), None)
+    if isinstance(one, Mixture):
+        return dataclasses.replace(spec, shapes=tuple(one.items()))
+    return dataclasses.replace(spec, size=one and one.said)
+
+
+def _made_in(record: dict[str, Any]) -> Shape | Mixture | None:
+    """The size or the shapes that a student was trained in; None of one that says nothing of it."""
+    call = record["call"]
+    if "height" not in call:
+        return None
+    return Mixture.recorded(record) or Shape(call["height"], call.get("width", call["height"]))
 
 
 def run_spec(
@@ -137,7 +149,7 @@ def run_spec(
         images = FirstImages(open_images(folder), num)
         run = manifest["run"] if manifest else {"images": images.sha256}
         result = yardstick.measure(images, out / "results" / f"{row.folder}.json", run, pipe)
-        records.append(_record(row, manifest, result))
+        records.append(_record(row, manifest, result, _shapes_of(images) if spec.mixture else {}))
         _save_grid(out / records[-1]["grid"], images, yardstick)
         _write(out, spec, rows, records, yardstick)  # rows that are done survive an interruption
     return _write(out, spec, rows, records, yardstick) if yardstick else {}
@@ -191,7 +203,14 @@ def _wait(folder: Path, job: Job, num: int) -> None:
         time.sleep(2)
 
 
-def _record(row: Row, manifest: dict[str, Any] | None, result: dict[str, Any]) -> dict[str, Any]:
+def _shapes_of(images: ImageSource) -> dict[str, int]:
+    """How many images there are of each shape, most of them first."""
+    return {str(Shape(*size)): count for size, count in Counter(images.each).most_common()}
+
+
+def _record(
+    row: Row, manifest: dict[str, Any] | None, result: dict[str, Any], shapes: dict[str, int]
+) -> dict[str, Any]:
     drawn = {}
     if row.job is not None and manifest is not None:
         drawn = {
@@ -203,6 +222,7 @@ def _record(row: Row, manifest: dict[str, Any] | None, result: dict[str, Any]) -
     return {
         "name": row.entry.name,
         "kind": row.entry.kind,
+        **({"shapes": shapes} if shapes else {}),
         **drawn,
         "folder": row.folder,
         "grid": f"grids/{row.folder.replace('/', '_')}.png",
@@ -220,7 +240,8 @@ def shown(yardstick: Yardstick) -> list[int]:
 
 
 def _save_grid(path: Path, images: Any, yardstick: Yardstick) -> None:
-    """The same prompts and noise in every row's grid; small images enlarged, large ones made smaller."""
+    """The same prompts and noise in every row's grid; small images enlarged, large ones made smaller. Images of several
+    shapes stand in the middle of cells of one size."""
     from PIL import Image
 
     tiles = []
@@ -229,8 +250,10 @@ def _save_grid(path: Path, images: Any, yardstick: Yardstick) -> None:
         tile = Image.fromarray(batch[0].numpy())
         tile.thumbnail(LARGEST)
         tiles.append(np.asarray(tile))
+    cell = Shape(*map(max, zip(_tile(yardstick.spec), *(tile.shape[:2] for tile in tiles))))
     with replacing(path, durable=False) as part:
-        image_grid(np.stack(tiles), SHOWN, scale=_scale(tiles[0].shape[1])).save(part)
+        grid = np.concatenate([centred(tile[None], cell) for tile in tiles])
+        image_grid(grid, SHOWN, scale=_scale(cell.width)).save(part)
 
 
 LARGEST = (256, 256)  # pixels of an image in a grid
@@ -240,16 +263,24 @@ def _scale(width: int) -> int:
     return max(1, 96 // width)
 
 
-def _cell(size: Size | None) -> dict[str, list[int]]:
-    """How large images of this size are in a grid, where they are no squares."""
+def _tile(spec: Spec) -> Shape:
+    """What holds an image of every shape in a grid, before it is enlarged; of an unknown size next to nothing."""
     from PIL import Image
 
-    shape = Shape.of(size or 1)
-    if shape.height == shape.width:
+    made = []
+    for shape in spec.mixture.shapes if spec.mixture else [Shape.of(spec.size or 1)]:
+        tile = Image.new("L", (shape.width, shape.height))
+        tile.thumbnail(LARGEST)
+        made.append((tile.height, tile.width))
+    return Shape(*map(max, zip(*made)))
+
+
+def _cell(spec: Spec) -> dict[str, list[int]]:
+    """How large a cell of a grid is, where it is no square."""
+    tile = _tile(spec)
+    if tile.height == tile.width:
         return {}
-    tile = Image.new("L", (shape.width, shape.height))
-    tile.thumbnail(LARGEST)
-    return {"cell": [side * _scale(tile.width) for side in (tile.height, tile.width)]}
+    return {"cell": [side * _scale(tile.width) for side in tile]}
 
 
 def _write(
@@ -274,7 +305,8 @@ def _write(
         "named": len(yardstick.named),
         "prompts": [yardstick.captions[i] for i in shown(yardstick)],
         "columns": SHOWN,
-        **_cell(spec.size),
+        **_cell(spec),
+        **({"mixture": spec.mixture.plain()} if spec.mixture else {}),
         "real": describe(yardstick.real) if yardstick.real is not None else None,
         "protocol": yardstick.protocol.name if yardstick.protocol else None,
         "rows": table_rows,
@@ -305,11 +337,19 @@ def _notes(
     if yardstick.named:
         images += f", and {len(yardstick.named)} by name for retrieval,"
     notes = [f"{images} in every row, of the same prompts and the same noise; ± is a standard error."]
+    if yardstick.spec.mixture:
+        told = "; ".join(dict.fromkeys(counted(r["shapes"]) for r in records if r.get("shapes")))
+        notes.append(
+            f"Each prompt has one of several shapes, the same in every row: {told}. Real images are those that belong "
+            "to these, cropped to them; features are of each image at its own shape, resized as the extractor does."
+        )
     speeds = [r["speed"] for r in records if r["speed"]]
     if devices := sorted({speed["device"] for speed in speeds}):
         batches = ", ".join(str(b) for b in sorted({speed["batch"] for speed in speeds}))
+        spec = yardstick.spec
+        one = f", of {spec.mixture.at(spec.seed, 0)}" if spec.mixture and spec.speed_runs else ""
         notes.append(
-            f"Seconds: median at batch {batches}, from the prompt to pixels, on {', '.join(devices)}."
+            f"Seconds: median at batch {batches}{one}, from the prompt to pixels, on {', '.join(devices)}."
         )
     if reference and len(records) > 1:
         notes.append(
@@ -333,14 +373,16 @@ def columns(rows: list[dict[str, Any]]) -> list[str]:
 def to_markdown(whole: dict[str, Any]) -> str:
     """The table with a standard error beside every measured number, and the warnings below."""
     labels = columns(whole["rows"])
-    header = ("model", "solver", "guidance", "steps", "NFE", "s / image", "peak MiB", *labels)
+    shapes = ["images"] * any(row.get("shapes") for row in whole["rows"])
+    header = ("model", *shapes, "solver", "guidance", "steps", "NFE", "s / image", "peak MiB", *labels)
     body = []
     for row in whole["rows"]:
         speed = row.get("speed") or {}
         seconds = {"value": speed["seconds"], "error": speed["seconds_error"]} if speed else None
         guidance = "" if row.get("guidance") is None else f"{row['guidance']:g}"
         memory = f"{speed['peak_memory_mb']:.0f}" if speed else ""
-        facts = (row["name"], row.get("solver", ""), guidance, row.get("steps", ""))
+        told = [counted(row.get("shapes", {}))] * len(shapes)
+        facts = (row["name"], *told, row.get("solver", ""), guidance, row.get("steps", ""))
         measured = (cell(row["metrics"].get(label)) for label in labels)
         body.append((*facts, f"{speed['nfe']:g}" if speed else "", cell(seconds), memory, *measured))
     lines = [f"# {whole['title']}", "", table(header, body), ""]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.evaluation.compare import cell
+from fewstep.evaluation.mixture import counted
 from fewstep.evaluation.plot import Series, legend, plot
 from fewstep.files import write
 from fewstep.report.rows import row_name
@@ -48,11 +49,13 @@ def write_page(whole: dict[str, Any], out: Path) -> None:
 
 
 def _table(rows: list[dict[str, Any]], labels: list[str]) -> str:
-    head = ("model", "solver", "guidance", "steps", "NFE", "s / image", "peak MiB", *labels)
+    shapes = ["images"] * any(row.get("shapes") for row in rows)
+    head = ("model", *shapes, "solver", "guidance", "steps", "NFE", "s / image", "peak MiB", *labels)
     html = "<tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>"
     for row in rows:
         speed = row.get("speed")
-        cells = [row["name"], row.get("solver", ""), _number(row.get("guidance")), row.get("steps", "")]
+        cells = [row["name"], *[counted(row.get("shapes", {}))] * len(shapes)]
+        cells += [row.get("solver", ""), _number(row.get("guidance")), row.get("steps", "")]
         if speed:
             seconds = cell({"value": speed["seconds"], "error": speed["seconds_error"]})
             cells += [_number(speed["nfe"]), seconds, f"{speed['peak_memory_mb']:.0f}"]

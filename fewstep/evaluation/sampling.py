@@ -11,7 +11,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from fewstep.data.image_sets import MANIFEST
 from fewstep.errors import FewstepError
 from fewstep.evaluation.files import check_file
 from fewstep.evaluation.images import FirstImages, ImageSource
+from fewstep.evaluation.mixture import Mixture
 from fewstep.evaluation.models import Model
 from fewstep.evaluation.prompts import Prompts
 from fewstep.evaluation.speed import Stopwatch, measure_speed
@@ -52,6 +53,7 @@ class Job:
         seed: sample i uses `seed + i`.
         per_prompt: images of each prompt, in a row.
         size: pixels of a square's side, or height and width; None for the pipeline's own.
+        mixture: several sizes in place of one: all images of a prompt have the one of its place and of the seed.
         rounding: from 0..1 times 255 to uint8: "nearest", or "truncate" as the DMD2 protocols do.
         layout: "flat" or "geneval".
         timesteps: `steps` falling times of the network's calls, or None for the scheduler's own.
@@ -66,6 +68,7 @@ class Job:
     rounding: str = "nearest"
     layout: str = "flat"
     timesteps: tuple[int, ...] | None = None
+    mixture: Mixture | None = None
 
     def __post_init__(self):
         for name, known in (("rounding", ROUNDINGS), ("layout", LAYOUTS)):
@@ -83,6 +86,18 @@ class Job:
             raise FewstepError(f"--guidance is {self.guidance}, expected a number that is finite")
         if self.timesteps and len(self.timesteps) != self.steps:
             raise FewstepError(f"--timesteps has {len(self.timesteps)} times for --steps {self.steps}")
+
+    def shape(self, i: int) -> Shape | None:
+        """Of sample i; None for the pipeline's own."""
+        if self.mixture:
+            return self.mixture.at(self.seed, i // self.per_prompt)
+        return Shape.of(self.size) if self.size else None
+
+    def plain(self) -> dict[str, Any]:
+        """JSON-ready. Shapes stand in it only where there are several, so that folders from before are known again."""
+        mixture = {"mixture": self.mixture.plain()} if self.mixture else {}
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "mixture"}
+        return {**own, **mixture}
 
     def path(self, i: int) -> str:
         """File of sample i inside the folder."""
@@ -140,33 +155,57 @@ def sample_folder(
     """
     num = check_num(num, prompts, job.per_prompt)
     check_batches(batch_size, speed_runs)
-    call = model.prepare(job.steps, job.solver, job.guidance, job.timesteps)
-    if job.size:
-        check_size(model.pipe, job.size)
-        call |= size_options(model.pipe, job.size)
-    manifest = _claim(folder, _describe(model, prompts, job, call), num, replace)
+    ready = _ready(model, job)
+    first, call = next(iter(ready.values()))
+    manifest = _claim(folder, _describe(first, prompts, job, call), num, replace)
     mine = list(range(rank, num, world))
     sweep(folder)
     if rank == 0 and (cut := too_long(model.pipe, prompts.texts)):
         print(f"fewstep: note: {cut}", file=sys.stderr)
     if job.layout == "geneval":
         _write_metadata(folder, prompts, mine, job.per_prompt)
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     bar = Bar(f"drawing {label or folder.name}", unit="images", quiet=rank > 0)
-    watch = _fill(model, prompts, job, call, folder, batches, bar)
+    watch = _fill(ready, prompts, job, folder, _batches(job, mine, batch_size), bar)
     if rank == 0 and "speed" not in manifest and (speed_runs or watch.images):
+        first, call = ready[job.shape(0)]
         one = ([prompts.texts[0]], [0], job, call)
-        alone = partial(measure_speed, lambda: draw(model, *one), model.network)
+        alone = partial(measure_speed, lambda: draw(first, *one), first.network)
         manifest["speed"] = alone(speed_runs) if speed_runs else watch.read()
         write_json(folder / MANIFEST, manifest)
     return manifest
 
 
+Ready = dict[Shape | None, tuple[Model, dict[str, Any]]]  # shape -> the model and the arguments of its call
+
+
+def _ready(model: Model, job: Job) -> Ready:
+    """Each shape has the times and the arguments of size that the stock call has for it.
+
+    Raises:
+        FewstepError: a shape that the pipeline does not make.
+    """
+    found: Ready = {}
+    for shape in job.mixture.shapes if job.mixture else [job.shape(0)]:
+        if shape:
+            check_size(model.pipe, shape)
+        view = model.at(shape) if job.mixture and shape else model
+        call = view.prepare(job.steps, job.solver, job.guidance, job.timesteps)
+        found[shape] = view, call | (size_options(view.pipe, shape) if shape else {})
+    return found
+
+
+def _batches(job: Job, samples: list[int], size: int) -> list[list[int]]:
+    """At most so many samples of one shape each."""
+    of_shape: dict[Shape | None, list[int]] = {}
+    for i in samples:
+        of_shape.setdefault(job.shape(i), []).append(i)
+    return [some[start : start + size] for some in of_shape.values() for start in range(0, len(some), size)]
+
+
 def _fill(
-    model: Model,
+    ready: Ready,
     prompts: Prompts,
     job: Job,
-    call: dict[str, Any],
     folder: Path,
     batches: list[list[int]],
     bar: Bar,
@@ -176,12 +215,13 @@ def _fill(
     Whole batches are made again for one missing image, so that a resumed run repeats the arithmetic exactly.
     """
     missing = [[i for i in batch if not _is_image(folder / job.path(i))] for batch in batches]
-    watch = Stopwatch(model.network)
+    watch = Stopwatch(next(iter(ready.values()))[0].network)
     bar.total = sum(map(len, missing))
     with bar:
         for batch, wanted in zip(batches, missing):
             if wanted:
                 texts = [prompts.texts[i // job.per_prompt] for i in batch]
+                model, call = ready[job.shape(batch[0])]
                 with watch.drawing(len(batch)):
                     images = draw(model, texts, batch, job, call)
                 for i in wanted:
@@ -300,7 +340,7 @@ def check_whole(images: ImageSource, manifest: dict[str, Any] | None) -> None:
 
 
 def _describe(model: Model, prompts: Prompts, job: Job, call: dict[str, Any]) -> dict[str, Any]:
-    """`run`, which decides the images, and `about`, which only names them."""
+    """`run`, which decides the images, and `about`, which only names them; of several shapes the first one's call."""
     import diffusers
     import transformers
 
@@ -308,7 +348,7 @@ def _describe(model: Model, prompts: Prompts, job: Job, call: dict[str, Any]) ->
     return {
         "run": {
             "prompts_sha256": prompts.sha256,
-            **asdict(job),
+            **job.plain(),
             "guidance": call["guidance_scale"],
             "scheduler": type(getattr(model.pipe, "scheduler", None)).__name__,
             "scheduler_config": _config_sha256(getattr(model.pipe, "scheduler", None)),

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from fewstep.errors import FewstepError
 from fewstep.evaluation.images import ImageSource
+from fewstep.evaluation.mixture import Mixture
 from fewstep.evaluation.models import check_solver
 from fewstep.files import all_at_home
 from fewstep.teachers.origin import Origin
@@ -78,6 +79,8 @@ class Spec:
         title: of the page.
         prompts, column: see `read_prompts`. num, per_prompt, seed, size, rounding: see `Job`; without a size the
             students' own is that of all rows.
+        shapes: several sizes in place of one, mappings of `size` and `share`: each prompt has one of them, the same in
+            every row; without them and without a size those that the students were trained in.
         models: the rows; the reference of same-noise distances is the first pipeline, at its last steps and guidance.
         real: folder, npz, statistics, "builtin:emoji" (or -32) or an `ImageSource`; without it nothing is compared with
             real images.
@@ -95,6 +98,7 @@ class Spec:
     per_prompt: int = 1
     seed: int = 0
     size: int | list[int] | None = None
+    shapes: tuple[dict[str, Any], ...] = ()
     rounding: str = "nearest"
     real: str | ImageSource | None = None
     protocol: str | None = None
@@ -120,8 +124,14 @@ class Spec:
         for name, least in (("batch_size", 1), ("per_prompt", 1), ("speed_runs", 0)):
             _check(getattr(self, name) >= least, f"{name} is {getattr(self, name)}", f"{least} or more")
         _check(self.dtype in DTYPES, f"dtype is {self.dtype!r}", f"one of {', '.join(DTYPES)}")
+        _check(not (self.mixture and self.size), f"size is {self.size} beside shapes", "one of them")
         for metric in self.metrics:
             _check(metric in MEASURES, f"metrics has {metric!r}", f"of {', '.join(MEASURES)}")
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """Of the shapes; None where all images have one size."""
+        return Mixture.read(self.shapes)
 
     @property
     def reference(self) -> Entry | None:
@@ -141,6 +151,7 @@ ITEMS = {
     float | None: ("numbers, or null for the model's own", (int, float, NoneType)),
     Entry: ("mappings of fields", (dict,)),
     dict: ("mappings of path and weight", (dict,)),
+    dict[str, Any]: ("mappings of size and share", (dict,)),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from fewstep.diffusion.cond import Cond
 from fewstep.diffusion.rng import Rng
 from fewstep.errors import RecipeError
 from fewstep.evaluation.images import ImageSource
-from fewstep.evaluation.of_run import real_images
+from fewstep.evaluation.mixture import Mixture
+from fewstep.evaluation.real import real_images
+from fewstep.teachers.base import Teacher
 from fewstep.vision.extractor import Extractor
 from fewstep.vision.extractors import get_extractor
 
@@ -59,37 +61,58 @@ def frechet_metric(extractor: Extractor, real: ImageSource) -> Any:
     return metric
 
 
+class Chunk(NamedTuple):
+    """Samples of one shape that are drawn at once: the teacher of this shape, and their conditions."""
+
+    teacher: Teacher
+    cond: Cond
+
+
 class TrainingDistance:
     """Draws the same prompts and noise whenever it is asked; all ranks draw, the one that holds images measures.
+
+    With a mixture each prompt has one of its shapes, and the real images are those of all of them.
 
     Args:
         recipe: its ``samples.distance`` is the number of samples, ``evaluation.extractor`` the feature space.
         teacher: with its encoders. prompts: some are chosen. images: the real ones, None on other ranks.
+        mixture: of the shapes of samples, the same on all ranks.
     """
 
-    def __init__(self, recipe: Any, teacher: Any, prompts: list[str], images: CaptionedImages | None):
+    def __init__(
+        self,
+        recipe: Any,
+        teacher: Any,
+        prompts: list[str],
+        images: CaptionedImages | None,
+        mixture: Mixture | None = None,
+    ):
         self.teacher, self.seed, self.num = teacher, recipe.samples.seed, recipe.samples.distance
         order = Rng(self.seed, "distance").permutation(len(prompts)).tolist()
-        chosen = [prompts[order[i % len(order)]] for i in range(self.num)]
-        self.starts = range(0, self.num, CHUNK)
-        self.cond = Cond.cat(*(teacher.encode(chosen[i : i + CHUNK]) for i in self.starts)).to(teacher.device)
+        shapes = [mixture.at(self.seed, i) if mixture else teacher.shape for i in range(self.num)]
+        self.chunks: list[Chunk] = []
+        for shape in dict.fromkeys(shapes):
+            view = teacher.at(shape)
+            chosen = [prompts[order[i % len(order)]] for i in range(self.num) if shapes[i] == shape]
+            for start in range(0, len(chosen), CHUNK):
+                cond = teacher.encode(chosen[start : start + CHUNK]).to(teacher.device)
+                self.chunks.append(Chunk(view, view.sized(cond) if mixture else cond))
         self.metric = None
         if images is not None:
             extractor = get_extractor(recipe.evaluation.extractor, str(teacher.device))
             self.label = f"samples/FD({extractor.name})"
-            _, real = real_images(images, teacher.resolution, recipe.data)
+            _, real = real_images(images, teacher.resolution, recipe.data, mixture, recipe.evaluation.seed)
             self.metric = frechet_metric(extractor, real)
 
     @torch.no_grad()
     def measure(self, student: Any) -> dict[str, float]:
         """The distance under its label, or nothing on a rank that holds no images."""
         rng = Rng(self.seed, "distance noise", device=self.teacher.device)
-        for start in self.starts:
-            rows = slice(start, min(start + CHUNK, self.num))
-            noise = rng.normal(rows.stop - start, *self.teacher.latent_shape)
-            latents = student.sample(noise, self.cond.rows(rows), rng.normal_like)
+        for teacher, cond in self.chunks:
+            noise = rng.normal(len(cond), *teacher.latent_shape)
+            latents = student.sample(noise, cond, rng.normal_like)
             if self.metric is not None:
-                images = torch.from_numpy(self.teacher.decode(latents)).permute(0, 3, 1, 2)
+                images = torch.from_numpy(teacher.decode(latents)).permute(0, 3, 1, 2)
                 self.metric.update(images, real=False)
         if self.metric is None:
             return {}

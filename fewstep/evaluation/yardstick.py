@@ -12,7 +12,7 @@ import torch
 from fewstep.errors import FewstepError
 from fewstep.evaluation import protocols
 from fewstep.evaluation.compare import load_result
-from fewstep.evaluation.evaluate import check_captions, evaluate_images, open_side
+from fewstep.evaluation.evaluate import check_captions, check_sizes, evaluate_images, open_side
 from fewstep.evaluation.features import extract
 from fewstep.evaluation.images import ArrayImages, FirstImages, ImageSource
 from fewstep.evaluation.measures import Sides, describe, possible
@@ -67,7 +67,9 @@ class Yardstick:
         if self.scorers:
             check_captions(self.captions, len(self.captions))
         self.others = {name: load_result(path) for name, path in spec.results.items()}
-        coming = Coming(self.cut, spec.size or LARGE)
+        coming = Coming(self.cut, *(spec.mixture.shapes if spec.mixture else [spec.size or LARGE]))
+        if self.protocol and self.protocol.image_size and spec.mixture:
+            check_sizes(self.protocol, coming)
         groups = torch.tensor(self.groups) if "diversity" in self.measured else None
         real = coming if self.real is None else self.real
         possible(self.measured, Sides(real, coming, self.extractor, groups=groups))  # before any are made
@@ -146,8 +148,8 @@ class Yardstick:
 class Coming(ImageSource):
     """Images that are still to be made: how many, and of which size."""
 
-    def __init__(self, count: int, size: Size):
-        self.name, self.count, self.sizes = "the samples", count, {Shape.of(size)}
+    def __init__(self, count: int, *sizes: Size):
+        self.name, self.count, self.sizes = "the samples", count, {*map(Shape.of, sizes)}
 
     def __len__(self) -> int:
         return self.count

@@ -66,6 +66,15 @@ def image_grid(
     return grid
 
 
+def centred(images: np.ndarray, cell: Shape) -> np.ndarray:
+    """Images (N, H, W, 3) in the middle of white cells (N, *cell, 3), which are at least as large."""
+    height, width = images.shape[1:3]
+    top, left = (cell.height - height) // 2, (cell.width - width) // 2
+    found = np.full((len(images), *cell, 3), 255, dtype=np.uint8)
+    found[:, top : top + height, left : left + width] = images
+    return found
+
+
 def sheet(images: np.ndarray, prompts: Sequence[str], scale: int | None = None) -> Image.Image:
     """A page to look at: the images of each prompt side by side, with the prompt below them.
 

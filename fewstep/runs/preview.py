@@ -18,12 +18,13 @@ from ..diffusion.cond import Cond
 from ..diffusion.rng import Rng
 from ..diffusion.schedules import repeated
 from ..errors import FewstepError
+from ..evaluation.mixture import Mixture
 from ..files import replacing, write_json
 from ..methods import Method
 from ..methods.base import guidance_of
 from ..recipe import Recipe
 from ..report.bar import Bar
-from ..report.grid import image_grid
+from ..report.grid import centred, image_grid
 from ..shape import Shape
 from ..teachers.base import Teacher, to_bytes
 from ..teachers.lengths import unsaid
@@ -32,15 +33,6 @@ from ..training.roles import Role, averaged
 from .shapes import shapes_of
 
 CHUNK = 8  # samples drawn at once
-
-
-def centred(images: np.ndarray, cell: Shape) -> np.ndarray:
-    """Images (N, H, W, 3) in the middle of white cells (N, *cell, 3), which are at least as large."""
-    height, width = images.shape[1:3]
-    top, left = (cell.height - height) // 2, (cell.width - width) // 2
-    found = np.full((len(images), *cell, 3), 255, dtype=np.uint8)
-    found[:, top : top + height, left : left + width] = images
-    return found
 
 
 def tiny_decoder(source: str, teacher: Teacher) -> Callable[[Tensor], np.ndarray]:
@@ -98,6 +90,7 @@ class Preview:
         prompts: list[str],
         folder: Path,
         images: CaptionedImages | None = None,
+        mixture: Mixture | None = None,
     ):
         self.config, self.guidance = recipe.samples, guidance_of(recipe.method)
         self.teacher, self.method, self.roles, self.folder = teacher, method, roles, folder / "samples"
@@ -119,7 +112,7 @@ class Preview:
         if self.config.distance:
             from ..evaluation.while_training import TrainingDistance
 
-            self.distance = TrainingDistance(recipe, teacher, prompts, images)
+            self.distance = TrainingDistance(recipe, teacher, prompts, images, mixture)
 
     def draw(self, step: int, write: bool) -> dict[str, float]:
         """One grid; every rank takes part in the forward passes, the first one writes and gives what it measured."""

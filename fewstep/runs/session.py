@@ -27,6 +27,7 @@ from ..device import choose, keep_freed, total
 from ..diffusion import kernels
 from ..diffusion.frozen import numel
 from ..errors import FewstepError, LostProcess, RecipeError, TrainingError, interruptible, tell
+from ..evaluation.mixture import mixture_of
 from ..files import WriteError, check_room, check_writable, held, write, write_json
 from ..methods.base import guidance_of
 from ..process import Process, start
@@ -51,7 +52,7 @@ from .checks import (
 )
 from .disk import beside, to_encode
 from .preview import Preview
-from .shapes import buckets_of, check_shapes, look, shapes_of
+from .shapes import buckets_of, check_shapes, look
 from .starts import check_starts
 from .summary import hardware, memory, versions
 from .trackers import Trackers
@@ -281,6 +282,7 @@ class Session:
         self.teacher = load_teacher(recipe.teacher.path, **recipe.teacher.options(), **places)
         check_shapes(recipe, self.teacher)
         look(recipe, self.teacher, images, process)
+        self.mixture = mixture_of(recipe, images)
         self.inputs = inputs.inputs_of(recipe, self.teacher, prompts, images)
         if begun:
             inputs.check_inputs(self.folder, self.inputs, recipe, meant)
@@ -303,6 +305,7 @@ class Session:
             prompts,
             self.folder,
             images if process.main else None,
+            self.mixture,
         )
         self.export_prompts = [*self.preview.prompts[:2], *(prompts[i] for i in to_verify)]
         live = recipe.data.cache_prompts is False
@@ -481,7 +484,7 @@ class Session:
             "guidance_scale": guidance_of(self.recipe.method),
             "trained_steps": self.trainer.progress.iteration,
             "prompt": self.export_prompts[0],
-            **({"shapes": [shape.said for shape in shapes]} if (shapes := shapes_of(self.recipe)) else {}),
+            **(self.mixture.plain() if self.mixture else {}),
         }
 
     def write_summary(self, report: bool = True) -> None:
@@ -517,6 +520,7 @@ def cache(recipe: Recipe) -> dict[str, Store]:
         recipe, data=dataclasses.replace(recipe.data, cache_prompts=True, cache_images=True)
     )
     choose(recipe.train.device)
+    check_frozen(recipe)
     prompts, images = check_data(recipe)
     check_class(recipe, prompts, images)
     process = start(recipe.train.device)

@@ -8,6 +8,8 @@ from ..data.buckets import Bucket, Rows, shares_of, split
 from ..data.cache import sizes_of
 from ..data.images import CaptionedImages
 from ..errors import FewstepError, RecipeError
+from ..evaluation.mixture import mixture_of
+from ..evaluation.real import check_real
 from ..process import Process
 from ..recipe import Recipe
 from ..shape import Shape
@@ -56,7 +58,7 @@ def check_shapes(recipe: Recipe, teacher: Teacher) -> None:
     if teacher.shape not in shapes:
         raise RecipeError(
             f"data.shapes: {[shape.said for shape in shapes]}: expected teacher.resolution among them, "
-            f"{teacher.resolution}, in which the student is exported and measured; add it, or set teacher.resolution"
+            f"{teacher.resolution}, in which the student is exported; add it, or set teacher.resolution"
         )
 
 
@@ -64,20 +66,19 @@ def look(recipe: Recipe, teacher: Teacher, images: CaptionedImages | None, proce
     """Reads how large the images are, where that decides of which shape they are: one process first, for all.
 
     Raises:
-        RecipeError: a shape of which images are wanted, to train on or to compare samples with, and none belongs to it.
+        RecipeError: a shape of which images are wanted, to train on or to compare samples with, and none belongs to it;
+            images to compare with alone of which too many are too small.
     """
     wanted = "images" in recipe.method_class.needs(recipe.method)
     measured = bool(recipe.evaluation.num or recipe.samples.distance)
-    if images is None or not recipe.data.shapes or not (wanted or measured):
+    if images is None or not ((wanted and recipe.data.shapes) or (measured and not wanted)):
         return
-    from ..evaluation.of_run import of_its_shape
-
     if not process.main:
         process.barrier()
     if wanted:
         split(images, sizes_of(images), shapes_of(recipe))
     else:
-        of_its_shape(images, teacher.resolution, recipe.data)
+        check_real(images, teacher.resolution, mixture_of(recipe, images))
     if process.main:
         process.barrier()
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..configs import EvalConfig, RoleConfig, SampleConfig, TeacherConfig
+from ..configs import EvalConfig, RoleConfig, SampleConfig, ShapeConfig, TeacherConfig
 from ..data.prompts import CLASSES, UNCONDITIONAL
 from ..data.texts import REFERENCE
 from ..methods.base import guidance_of
 from ..recipe import Recipe, family, to_dict
+from ..shape import Shape
+from ..teachers.base import Teacher
 from ..teachers.pipelines import EDITING
 
 RANK = 4
+LARGER = (1, 2, 3)  # times the stand-in's size along a side
 
 
 def smoke(recipe: Recipe, given: Collection[str] = ()) -> Recipe:
@@ -38,12 +42,10 @@ def smoke(recipe: Recipe, given: Collection[str] = ()) -> Recipe:
         teacher = _stand_in(folder / "teacher", teacher, data.prompts)
     edits = teacher.pipeline_class in EDITING
     if data.shapes and teacher is not recipe.teacher:
-        print(
-            "fewstep: note: --smoke: data.shapes: left out, for the stand-in is of another size",
-            file=sys.stderr,
-        )
-        data = dataclasses.replace(data, shapes=[])
-    few = _few_emoji(folder, data.column or "text", edits=edits, prompts=data.prompts)
+        teacher, shapes = _small_shapes(recipe, teacher)
+        data = dataclasses.replace(data, shapes=shapes)
+    made = [Shape.of(one.size) for one in data.shapes]
+    few = _few_emoji(folder, data.column or "text", 8, edits, data.prompts, made)
     data = dataclasses.replace(
         data,
         prompts=data.prompts
@@ -124,6 +126,48 @@ def _stand_in(folder: Path, teacher: TeacherConfig, prompts: str) -> TeacherConf
     )
 
 
+def _small_shapes(recipe: Recipe, teacher: TeacherConfig) -> tuple[TeacherConfig, list[ShapeConfig]]:
+    """The stand-in at its size of ``teacher.resolution``, and ``data.shapes`` as much smaller, in the proportions that
+    its latents allow; without those that would be the same as another."""
+    from ..teachers import load_teacher
+
+    tiny = load_teacher(teacher.path, resolution=teacher.resolution)
+    home = Shape.of(recipe.teacher.resolution or recipe.data.shapes[0].size)
+    # Of coarse latents all would be the same square, unless they are a little larger.
+    tries = [_scaled_shapes(recipe, home, tiny, larger) for larger in LARGER]
+    own, found = max(tries, key=lambda one: len(one[1]))
+    if len(found) < len(recipe.data.shapes):
+        kept = ", ".join(map(str, found))
+        print(
+            f"fewstep: note: --smoke: data.shapes: {kept} here, for others are as small as one of them",
+            file=sys.stderr,
+        )
+    shapes = list(found.values()) if len(found) > 1 else []
+    return dataclasses.replace(teacher, resolution=_plain(own)), shapes
+
+
+def _scaled_shapes(
+    recipe: Recipe, home: Shape, tiny: Teacher, larger: int
+) -> tuple[Shape, dict[Shape, ShapeConfig]]:
+    """Of the stand-in's area, so many times along a side: the size of its stock call, and all of ``data.shapes``."""
+    factor = larger * (tiny.shape.area / home.area) ** 0.5
+
+    def scaled(shape: Shape, unit: int) -> Shape:
+        return Shape(*(max(unit, round(side * factor / unit) * unit) for side in shape))
+
+    own, found = scaled(home, math.lcm(8, tiny.unit)), dict[Shape, ShapeConfig]()
+    for one in recipe.data.shapes:
+        size = Shape.of(one.size)
+        shape = own if size == home else scaled(size, tiny.unit)
+        found.setdefault(shape, ShapeConfig(_plain(shape), one.share))
+    return own, found
+
+
+def _plain(shape: Shape) -> int | tuple[int, int]:
+    """As a recipe has it."""
+    return shape.height if shape.height == shape.width else (shape.height, shape.width)
+
+
 def _small(name: str, config: RoleConfig, given: Collection[str]) -> RoleConfig:
     start = config.start_from
     if start is not None and not {f"roles.{n}.start_from" for n in (name, family(name))} & set(given):
@@ -144,14 +188,21 @@ def _few_pairs(folder: Path, teacher, data, method) -> Path:
 
 
 def _few_emoji(
-    folder: Path, column: str = "text", count: int = 8, edits: bool = False, prompts: str = "builtin:emoji"
+    folder: Path,
+    column: str = "text",
+    count: int = 8,
+    edits: bool = False,
+    prompts: str = "builtin:emoji",
+    shapes: Sequence[Shape] = (),
 ) -> Path:
     """A folder of captioned images with its prompts, as a user would bring one; with ``edits`` each image is to be made
-    of the next one. ``prompts`` are a recipe's: of class labels captions are numbers, of kinds kinds."""
-    from PIL import Image
+    of the next one. ``prompts`` are a recipe's: of class labels captions are numbers, of kinds kinds. Images are
+    squares, or have some shapes in turn."""
+    from PIL import Image, ImageOps
 
     from ..data import emoji
 
+    count = max(count, len(shapes))
     images, captions = emoji.load()
     if prompts in ("builtin:emoji-groups", emoji.SMALL):
         captions = emoji.groups()
@@ -162,8 +213,12 @@ def _few_emoji(
         rows = [{**row, REFERENCE: after["file_name"]} for row, after in zip(rows, rows[1:] + rows[:1])]
     target = folder / "emoji"
     target.mkdir(parents=True)
-    for i, row in zip(chosen, rows):
-        Image.fromarray(images[i]).save(target / row["file_name"])
+    for k, (i, row) in enumerate(zip(chosen, rows)):
+        image = Image.fromarray(images[i])
+        if shapes:
+            height, width = shapes[k % len(shapes)]
+            image = ImageOps.fit(image, (width, height))
+        image.save(target / row["file_name"])
     (target / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (target / "prompts.txt").write_text("".join(row[column] + "\n" for row in rows))
     return target

@@ -144,9 +144,7 @@ class Teacher:
         Raises:
             FewstepError: naming the recipe's field.
         """
-        unit = pixels_per_latent(self.pipe) * self.packing * self.patch * self.folds
-        unit = math.lcm(unit, SIDES.get(class_of(self.pipe), 1))
-        native = native_shape(self.pipe)
+        unit, native = self.unit, native_shape(self.pipe)
         if shape.height % unit or shape.width % unit:
             raise FewstepError(f"{field}: {shape.said}: expected a multiple of {unit} for this pipeline")
         if shape != native and not size_options(self.pipe):
@@ -353,6 +351,12 @@ class Teacher:
     def resolution(self) -> int | list[int]:
         """Its shape as a recipe and a record say it."""
         return self.shape.said
+
+    @property
+    def unit(self) -> int:
+        """Pixels of whose multiples the sides of its images are."""
+        side = pixels_per_latent(self.pipe) * self.packing * self.patch * self.folds
+        return math.lcm(side, SIDES.get(class_of(self.pipe), 1))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -1,13 +1,18 @@
 """Images of several shapes: which image belongs to which, and which shape an iteration has."""
 
+import io
 import json
+import tarfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fewstep import recipe as recipes
+from fewstep.cli import main
 from fewstep.data import buckets
 from fewstep.data.batches import Batches
 from fewstep.data.buckets import BLOCK, Bucket, Part, Turns, homes_of, nearest, shares_of, split
@@ -15,10 +20,15 @@ from fewstep.data.cache import encode_images, images_folder, sizes_of
 from fewstep.data.images import CaptionedImages, load_images
 from fewstep.data.left_out import LeftOut
 from fewstep.data.live import LiveImages
+from fewstep.data.shards import Member
 from fewstep.diffusion.cond import Cond, drop_rows, unconditional
 from fewstep.diffusion.rng import Rng
 from fewstep.errors import RecipeError
+from fewstep.pictures import read_picture, size_of
 from fewstep.process import Process
+from fewstep.recipe import ShapeConfig
+from fewstep.runs.library import load_recipe
+from fewstep.runs.shapes import parts_of
 from fewstep.shape import Shape
 
 WIDE, TALL, SQUARE = Shape(16, 32), Shape(32, 16), Shape(32, 32)
@@ -215,12 +225,111 @@ def test_a_turned_photo_belongs_to_the_shape_that_it_shows(tmp_path):
     assert sizes_of(images) == [(80, 40)] and images.load(0, [32, 16]).shape == (32, 16, 3)
 
 
+def png(size, behind=False):
+    """Of a photo that is turned, as its header says or what follows its pixels."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.new("RGB", size).save(file, "PNG", exif=exif)
+    data = file.getvalue()
+    begin = data.index(b"eXIf") - 4
+    end = begin + 12 + int.from_bytes(data[begin : begin + 4], "big")
+    return data[:begin] + data[end:-12] + data[begin:end] + data[-12:] if behind else data
+
+
+def test_a_header_tells_the_size_and_no_pixel_is_decoded(monkeypatch):
+    plain, turned, late = io.BytesIO(), io.BytesIO(png((80, 40))), io.BytesIO(png((80, 40), behind=True))
+    Image.new("RGB", (80, 40)).save(plain, "PNG")
+    assert read_picture(io.BytesIO(late.getvalue())).size == size_of(late) == (40, 80)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda _: pytest.fail("decoded"))
+    assert size_of(plain) == (80, 40) and size_of(turned) == (40, 80)
+    assert size_of(io.BytesIO(plain.getvalue()[:-30])) == (80, 40)
+
+
+def test_a_start_reads_sizes_of_shards_once_and_sorts_images_once(tmp_path, monkeypatch):
+    """The index of a shard holds them: whoever starts again reads no picture but those that are looked at."""
+    (tmp_path / "s").mkdir()
+    with tarfile.open(tmp_path / "s" / "0.tar", "w") as tar:
+        for i in range(90):
+            file = io.BytesIO()
+            Image.new("RGB", [(32, 32), (32, 16), (16, 32)][i % 3], (i, 0, 0)).save(file, "PNG")
+            for name, data in ((f"{i:02d}.png", file.getvalue()), (f"{i:02d}.txt", b"text")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data if i != 7 or name.endswith("txt") else b"none")
+                tar.addfile(member, io.BytesIO(data if member.size == len(data) else b"none"))
+    opened, shapes = [], [ShapeConfig(32), ShapeConfig([16, 32]), ShapeConfig([32, 16])]
+    recipe, teacher = (
+        SimpleNamespace(data=SimpleNamespace(shapes=shapes)),
+        SimpleNamespace(at=lambda shape: shape),
+    )
+    open_member = Member.open
+    monkeypatch.setattr(Member, "open", lambda self: (opened.append(self.name), open_member(self))[1])
+    for _ in range(2):
+        opened.clear()
+        images = load_images(str(tmp_path / "s"), max_bad=0.5)
+        looked = len(opened)
+        found = [parts_of(recipe, teacher, images) for _ in range(3)]
+        assert len(opened) == looked <= 64 and found[0][0][1] is found[2][0][1]
+        assert [shape for shape, _ in found[0]] == SHAPES and [len(part) for _, part in found[0]] == [
+            31,
+            29,
+            30,
+        ]
+        assert sizes_of(images)[7] is None and sizes_of(images)[8] == (32, 16)
+        assert [int(found[0][2][1].load(k, (32, 16))[0, 0, 0]) for k in (0, 3)] == [2, 11]
+        monkeypatch.setattr("fewstep.data.shards._read", lambda *_: pytest.fail("indexed again"))
+        monkeypatch.setattr("fewstep.data.cache.size_at", None)
+
+
 def test_a_shape_without_images_is_refused(pictures):
     images = load_images(str(pictures))
     with pytest.raises(
         RecipeError, match=r"^data.shapes: \[16, 160\]: none of the 6 images of .* is nearest"
     ):
         split(images, sizes_of(images), [*SHAPES, Shape(16, 160)])
+
+
+def test_a_check_says_how_many_images_each_shape_has_before_anything_is_trained(pictures, tmp_path, capsys):
+    (pictures / "g.png").write_bytes(b"none")
+    with (pictures / "metadata.jsonl").open("a") as table:
+        table.write(json.dumps({"file_name": "g.png", "text": "caption g"}) + "\n")
+    words = ["data", "check", str(pictures)]
+    assert main([*words, "--resolution", "32,16x32,32x16"]) == 2
+    said = capsys.readouterr().out.splitlines()
+    assert (
+        "32x32: 3 images, 1 of no use: 1 cannot be decoded" in said
+    )  # what has no size counts with the first
+    assert "16x32: 3 images, 1 of no use: 1 too small" in said and "32x16: 1 images, 0 of no use" in said
+    assert "d.png: 28x14 pixels, below 32x16; data.upscale would enlarge it" in said
+    assert said[-1].endswith("7 images, 2 of no use: 1 cannot be decoded, 1 too small")
+    (pictures / "g.png").unlink(), (pictures / "d.png").unlink()
+    rows = (pictures / "metadata.jsonl").read_text().splitlines()
+    (pictures / "metadata.jsonl").write_text(
+        "".join(row + "\n" for row in rows if '"d' not in row and '"g' not in row)
+    )
+    assert main([*words, "--resolution", "32,16x32,32x16"]) == 0
+    assert main([*words, "--resolution", "32,16x32,32x16,160x16"]) == 2
+    said = capsys.readouterr().out.splitlines()
+    assert "160x16: 0 images, 0 of no use" in said and said[-1].startswith(
+        "fewstep: a run refuses shapes without"
+    )
+
+
+def test_a_check_knows_the_shapes_of_a_recipe(pictures, tmp_path, capsys):
+    recipe = load_recipe("sdxl_dmd2_4step")
+    shapes = [ShapeConfig(32), ShapeConfig([16, 32]), ShapeConfig([32, 16])]
+    path = tmp_path / "recipe.yaml"
+    for data, code in (
+        (replace(recipe.data, shapes=shapes), 2),
+        (replace(recipe.data, shapes=shapes, upscale=True), 0),
+    ):
+        path.write_text(recipes.dump(replace(recipe, data=data)))
+        assert main(["data", "check", str(pictures), "--recipe", str(path)]) == code
+        assert "16x32: 3 images" in capsys.readouterr().out
+    assert main(["data", "check", str(pictures), "--recipe", str(path), "--resolution", "32"]) == 2
+    assert "--resolution beside --recipe" in capsys.readouterr().err
+    path.write_text(recipes.dump(replace(recipe, teacher=replace(recipe.teacher, resolution=[16, 32]))))
+    assert main(["data", "check", str(pictures), "--recipe", str(path)]) == 2  # d is too small
+    assert "6 images, 1 of no use: 1 too small" in capsys.readouterr().out
 
 
 def test_two_captions_of_a_file_stay_its_captions():

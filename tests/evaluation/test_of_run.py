@@ -15,8 +15,7 @@ from fewstep.errors import RecipeError
 from fewstep.evaluation import of_run
 from fewstep.evaluation.gallery import for_terminal, results_table
 from fewstep.export.target import describe
-from fewstep.recipe import DataConfig, EvalConfig, ShapeConfig, TeacherConfig
-from fewstep.shape import Shape
+from fewstep.recipe import DataConfig, EvalConfig, TeacherConfig
 
 PROMPTS = ["a", "b", "c"]
 
@@ -108,21 +107,6 @@ def test_what_training_leaves_out_is_not_measured_either_and_names_go_on_naming_
     assert greys == {f"caption {i}": 10 * i for i in (0, 2, 4)}
     with pytest.raises(RecipeError, match=r"2 of 5 files cannot be read: .*raise data.max_bad"):
         of_run.real_images(replace(images, max_bad=0.2), 8, recipe_of().data)
-
-
-def test_samples_of_one_of_several_shapes_are_compared_with_the_images_of_it(tmp_path):
-    """Others are lower or narrower than it, though of use in their own shape."""
-    images = pictures(tmp_path, (8, 8), (4, 8), (8, 4), (4, 9), (9, 8))
-    data = replace(recipe_of().data, shapes=[ShapeConfig([4, 8]), ShapeConfig(8), ShapeConfig([8, 4])])
-    for size, expected in ((8, [0, 4]), ([4, 8], [1, 3]), ([8, 4], [2])):
-        used, real = of_run.real_images(images, size, data)
-        (batch,) = real.batches(9)
-        assert used.captions == [f"caption {i}" for i in expected]
-        assert batch[:, 0, 0, 0].tolist() == [10 * i for i in expected]
-        assert batch.shape[1:3] == Shape.of(size)
-    few = replace(data, shapes=[*data.shapes, ShapeConfig([2, 20])])
-    with pytest.raises(RecipeError, match=r"^data.shapes: \[2, 20\]: none of the 5 images.*to compare"):
-        of_run.real_images(images, [2, 20], few)
 
 
 def test_a_run_that_is_evaluated_again_replaces_what_an_older_student_drew(tmp_path, monkeypatch):

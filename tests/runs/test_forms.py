@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,11 @@ from test_end_to_end import tiny
 from fewstep import recipe as recipes
 from fewstep.cli import main
 from fewstep.cost import plan
+from fewstep.cost.bench import bench
 from fewstep.diffusion.times import even_times
 from fewstep.errors import RecipeError
+from fewstep.evaluation.mixture import Mixture
+from fewstep.evaluation.of_run import CEILING
 from fewstep.process import Process
 from fewstep.runs.checks import check_class, check_data
 from fewstep.runs.library import load_recipe
@@ -146,9 +150,7 @@ def test_shapes_that_a_teacher_does_not_make_are_refused(name, shapes, said, tea
         check_shapes(recipe, teachers(name))
 
 
-def test_a_data_free_run_without_images_of_its_shape_to_measure_by_is_refused_at_its_start(
-    tiny_sdxl, tmp_path
-):
+def test_a_data_free_run_without_images_to_measure_by_is_refused_at_its_start(tiny_sdxl, tmp_path):
     words = ("--teacher.resolution", "[8, 32]", "--method.gan_weight", "0", "--evaluation.num")
     shapes = "[{size: 32}, {size: [16, 32]}, {size: [8, 32]}]"
     recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, "4", shapes=shapes)
@@ -156,6 +158,16 @@ def test_a_data_free_run_without_images_of_its_shape_to_measure_by_is_refused_at
         Session(recipe, *check_data(recipe), Process())
     recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, "0", shapes=shapes)
     Session(recipe, *check_data(recipe), Process())
+    words = ("--method.gan_weight", "0", "--samples.count", "1", "--evaluation.num")
+    for num, size in (("4", "64"), ("4", "32"), ("0", "64")):
+        recipe = tiny("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, num, "--teacher.resolution", size)
+        if (num, size) == ("4", "64"):
+            with pytest.raises(
+                RecipeError, match=r"5 of 5 files cannot be read: 0.png \(40x36 pixels, below 64"
+            ):
+                Session(recipe, *check_data(recipe), Process())
+        else:
+            Session(recipe, *check_data(recipe), Process())
 
 
 DATA_FREE = ("--method.gan_weight", "0", "--images", "null")
@@ -274,40 +286,65 @@ def test_grids_have_the_shapes_in_turn_and_the_card_names_them(tiny_sdxl, tmp_pa
     record = json.loads((folder / "export" / "fewstep.json").read_text())
     assert record["shapes"] == [32, [16, 32], [32, 16]] and record["resolution"] == 32
     card = (folder / "export" / "README.md").read_text()
+    assert "height=32, width=32" in card.partition("```python")[2].partition("```")[0]
     assert (
         "Trained at 32 x 32, 16 x 32 and 32 x 16 pixels; `height=` and `width=` of the call choose." in card
     )
 
 
 @pytest.mark.slow
-def test_a_run_of_several_shapes_is_measured_by_the_images_of_its_resolution(tiny_sdxl, tmp_path):
-    """Wide and tall ones are too low and too narrow for it, and one picture is none."""
+def test_a_run_of_several_shapes_is_measured_in_all_of_them(tiny_sdxl, tmp_path, capsys):
+    """Every row has the same shapes, the export too where it is measured alone, and so have the real images."""
     words = (
         "--train.steps",
         "2",
         "--evaluation.num",
-        "4",
+        "12",
         "--evaluation.named",
-        "2",
-        "--data.max_bad",
-        "0.2",
+        "3",
+        "--samples.distance",
+        "3",
     )
-    words += ("--evaluation.teacher_steps", "1", "--evaluation.floor_steps", "[]")
-    words += ("--evaluation.extractor", "effnet-lite0@32")
+    words += ("--evaluation.teacher_steps", "1", "--evaluation.floor_steps", "[2]")
+    words += ("--evaluation.extractor", "effnet-lite0@32", "--train.sample_every", "2")
     recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words)
     images = tmp_path / "images"
-    for name, size in (("1", (32, 16)), ("2", (16, 32)), ("3", (32, 16))):
-        Image.new("RGB", size, (200, 40, 10)).save(images / f"{name}.png")
-    with (images / "metadata.jsonl").open("a") as table:
-        for i in (5, 6):
-            table.write(json.dumps({"file_name": f"{i}.png", "text": f"more {i}"}) + "\n")
-    Image.new("RGB", (40, 40)).save(images / "5.png")
-    (images / "6.png").write_bytes(b"none")
+    for i in range(5):
+        Image.new("RGB", [(32, 32), (32, 16), (16, 32)][i % 3], (60 * i, 40, 10)).save(images / f"{i}.png")
     folder = execute(recipe)
     table = json.loads((folder / "eval" / "table.json").read_text())
-    assert {row["name"] for row in table["rows"]} >= {"teacher", "student"}
-    asked = [json.loads(line) for line in (folder / "eval" / "prompts.jsonl").read_text().splitlines()]
-    assert {line["real"] for line in asked if "real" in line} < {0, 1, 2}  # of the three that are square
+    mixture = Mixture.recorded(json.loads((folder / "export" / "fewstep.json").read_text()))
+    assert mixture.plain() == {"shapes": [32, [16, 32], [32, 16]], "shares": [2.0, 2.0, 1.0]}
+    num = table["images"]
+    expected = [mixture.at(recipe.evaluation.seed, i) for i in range(num)]
+    counts = {str(shape): expected.count(shape) for shape in {*expected}}
+    assert num > 12 and {row["name"] for row in table["rows"]} >= {"teacher", "student", "floor", CEILING}
+    for row in table["rows"]:
+        assert row["shapes"] == counts
+        place = folder / "eval" / (row.get("samples") or "ceiling")
+        made = [Image.open(place / f"{i:06d}.png").size[::-1] for i in range(num)]
+        assert made == expected
+    assert table["real"]["n"] == 5 and "cell" not in table
+    assert f"{counts['32x32']} of 32x32" in (folder / "eval" / "table.md").read_text()
+    card = (folder / "export" / "README.md").read_text()
+    assert "Each prompt has one of several shapes, the same in every row" in card
+    assert "samples/FD(effnet-lite0@32)" in (folder / "metrics.jsonl").read_text()
+    (tmp_path / "p.txt").write_text("".join(f"thing {i}\n" for i in range(6)))
+    words = ["--prompts", str(tmp_path / "p.txt"), "--speed-runs", "0", "--device", "cpu", "--out"]
+    student = ["eval", "generate", str(tiny_sdxl), "--lora", str(folder), "--steps", "4", *words]
+    capsys.readouterr()
+    assert main([*student, str(tmp_path / "many")]) == 0
+    assert main([*student, str(tmp_path / "one"), "--size", "32"]) == 0
+    shares = ["--size", "32:2,16x32:2,32x16:1"]
+    teacher = ["eval", "generate", str(tiny_sdxl), "--steps", "1", *words, str(tmp_path / "teacher"), *shares]
+    assert main(teacher) == 0
+    for name, shapes in (
+        ("many", [mixture.at(0, i) for i in range(6)]),
+        ("one", [(32, 32)] * 6),
+        ("teacher", [mixture.at(0, i) for i in range(6)]),
+    ):
+        made = sorted((tmp_path / name).rglob("0*.png"))
+        assert [Image.open(path).size[::-1] for path in made] == shapes
 
 
 @pytest.mark.slow
@@ -365,11 +402,91 @@ def test_the_teachers_row_has_the_shift_of_each_shape_and_the_student_one_list_o
         assert made.equal(loaded.sample(noise, group.cond, steps, guidance))
 
 
-def test_a_smoke_run_leaves_shapes_out_where_the_teacher_is_another(tiny_sdxl, tmp_path, capsys):
-    recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path)
-    assert smoke(recipe, {"output"}).data.shapes == []
-    assert "--smoke: data.shapes: left out, for the stand-in is of another size" in capsys.readouterr().err
-    assert len(smoke(recipe, {"teacher.path", "output"}).data.shapes) == 3
+LARGE = "[{size: 1024, share: 2}, {size: [832, 1216], share: 1}, {size: [1216, 832], share: 1}]"
+
+
+def smoked(name, tmp_path, shapes=LARGE, *words):
+    """As ``--smoke`` makes it of a recipe at the size of its teacher."""
+    words = ("--data.shapes", shapes, "--output", str(tmp_path / "out"), *words)
+    recipe = recipes.override(load_recipe(name), words)
+    return smoke(recipe, {"output"})
+
+
+def said(recipe):
+    return [one.size for one in recipe.data.shapes]
+
+
+def test_a_smoke_run_keeps_shapes_in_the_proportions_of_its_stand_in(tiny_sdxl, tmp_path, capsys):
+    recipe = smoked("sdxl_dmd2_4step", tmp_path)
+    assert said(recipe) == [32, (26, 38), (38, 26)]
+    assert [one.share for one in recipe.data.shapes] == [2, 1, 1] and recipe.teacher.resolution == 32
+    sizes = [Image.open(path).size for path in sorted(Path(recipe.data.images).glob("*.png"))]
+    assert len(sizes) == 8 and sizes[:4] == [(32, 32), (38, 26), (26, 38), (32, 32)]
+    wide = smoked("sdxl_dmd2_4step", tmp_path, LARGE, "--teacher.resolution", "[832, 1216]")
+    assert wide.teacher.resolution == (24, 40) and said(wide)[:2] == [32, (24, 40)]
+    assert not capsys.readouterr().err.count("data.shapes")
+    few = smoked("sdxl_dmd2_4step", tmp_path, "[{size: 1024}, {size: [1016, 1032]}, {size: [512, 1024]}]")
+    assert said(few) == [32, (16, 32)]
+    assert "--smoke: data.shapes: 32x32, 16x32 here, for others are as small" in capsys.readouterr().err
+    assert smoked("sdxl_dmd2_4step", tmp_path, "[{size: 1024}, {size: [1016, 1032]}]").data.shapes == []
+    coarse = smoked("sana_scm_2step", tmp_path)
+    assert said(coarse) == [96, (64, 128), (128, 64)] and coarse.teacher.resolution == 96
+    given = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path)
+    assert len(smoke(given, {"teacher.path", "output"}).data.shapes) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sdxl_dmd2_4step",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("sana_scm_2step", "flux_dmd2_4step")),
+    ],
+)
+def test_a_smoke_run_of_several_shapes_comes_to_its_end(name, tmp_path):
+    recipe = smoked(name, tmp_path)
+    folder = execute(recipe)
+    record = json.loads((folder / "export" / "fewstep.json").read_text())
+    assert len(record["shapes"]) == 3 and record["shares"] == [2.0, 1.0, 1.0]
+
+
+def test_a_recipe_with_frozen_options_of_no_use_fails_alike_wherever_it_begins(
+    tiny_sdxl, tmp_path, monkeypatch
+):
+    """Training, its cache and its bench say the same, before any data are read."""
+    monkeypatch.setattr("fewstep.runs.session.check_data", lambda _: pytest.fail("data were read"))
+    monkeypatch.setattr("fewstep.cost.bench.check_data", lambda _: pytest.fail("data were read"))
+    for words, said in (
+        (("--teacher.offload", "true", "--teacher.compile", "true"), "teacher.compile: true: torch.compile"),
+        (
+            ("--teacher.quantization", "int8", "--student.kind", "full"),
+            "roles.student.kind: full: trains a copy",
+        ),
+    ):
+        recipe = tiny("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words)
+        begins = (execute, cache, bench, partial(bench, random_weights=True))
+        told = set()
+        for begin in begins:
+            with pytest.raises(RecipeError, match=said) as error:
+                begin(recipe)
+            told.add(str(error.value))
+        assert len(told) == 1
+
+
+@pytest.mark.slow
+def test_a_bench_of_random_weights_measures_each_shape(tiny_sdxl, tmp_path):
+    words = ("--train.batch_size", "1", "--train.accumulate", "1")
+    recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, shapes="[{size: 32}, {size: [64, 32]}]")
+    found = bench(recipe, iterations=5, random_weights=True)
+    assert found["resolution"] == 32 and [*found["shapes"]] == ["32x32", "64x32"]
+    small, large = found["shapes"].values()
+    assert small["tflop_per_iteration"] == found["tflop_per_iteration"] < large["tflop_per_iteration"]
+    assert large["seconds_per_iteration"] > 0 and large["images_per_second"] > 0
+    plain = bench(tiny("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words), iterations=5, random_weights=True)
+    assert "shapes" not in plain and plain["resolution"] == 32
+    with pytest.raises(RecipeError, match=r"^data.shapes: \[17, 32\]: expected a multiple of 2"):
+        shapes = "[{size: 32}, {size: [17, 32]}]"
+        bench(several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, shapes=shapes), random_weights=True)
 
 
 METHODS = [  # a recipe of each method that trains without pairs
