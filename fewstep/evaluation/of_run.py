@@ -167,6 +167,11 @@ def _reconstruct(
     order = Rng(seed, "reconstruction").permutation(len(images)).tolist()
     count = len(asked) - len(named)
     chosen = [*(order * -(-count // len(order)))[:count], *named]
+    reconstruct(teacher, images, chosen, folder)
+
+
+def reconstruct(teacher: Teacher, images: CaptionedImages, chosen: list[int], folder: Path) -> None:
+    """Writes these images as the teacher's VAE gives them back, numbered in their order."""
     generator = torch.Generator().manual_seed(0)
     for start in range(0, len(chosen), BATCH):
         part = chosen[start : start + BATCH]
