@@ -58,7 +58,7 @@ class Row(Bounded):
         name: on the page, by default the recipe's.
         options: dotted fields of the recipe -> values.
         start_from: another row, above this one, whose student of the same seed this one begins with; its cost is added.
-        pairs: made before, for recipes with ``data.pairs``.
+        pairs: made before, for recipes with ``data.pairs``; without it those of the row that it starts from.
         share: of the budget that :func:`~fewstep.leaderboard.search.settle` fills, for rows that others start from.
     """
 
@@ -180,7 +180,7 @@ def load_board(path: str | Path) -> Board:
                 raise FewstepError(
                     f"rows.{row.label}: its teacher is {recipe.teacher.path}; expected one of teachers: {known}"
                 )
-            if recipe.data.pairs and not row.pairs:
+            if recipe.data.pairs and not Run(board, row, board.seeds[0]).pairs:
                 raise FewstepError(
                     f"rows.{row.label}.pairs: missing; its recipe trains on pairs, which the budget pays: give num"
                 )
@@ -243,6 +243,13 @@ class Run:
         )
 
     @property
+    def pairs(self) -> Run | None:
+        """Whose pairs it trains on: its own, those of what it starts from, or none."""
+        if self.row.pairs:
+            return self
+        return self.before.pairs if self.before and self.source.data.pairs else None
+
+    @property
     def source(self) -> Recipe:
         return load_recipe(self.row.recipe)
 
@@ -284,7 +291,7 @@ class Run:
         recipe = self.recipe
         data = dataclasses.replace(recipe.data, pairs=None)
         parts = [recipes.digest(dataclasses.replace(recipe, data=data)), self.board.threads]
-        parts += [self.pairs_digest] if self.row.pairs else []
+        parts += [self.pairs.pairs_digest] if self.pairs else []
         parts += [self.before.digest] if self.before else []
         return hash_of(parts)[:12]
 

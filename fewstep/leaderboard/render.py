@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from html import escape
 from itertools import groupby
@@ -216,15 +215,10 @@ def draw_sheet(
 
     rows: list[tuple[str, Path]] = []
     for teacher, others in board["teachers"].items():
-        best = {
-            row["nfe"]: row for row in sorted(others, key=_by_fd, reverse=True) if row.get("kind") == "floor"
-        }
-        kept = [row for row in others if row.get("kind") != "floor" or best.get(row.get("nfe")) is row]
-        rows += [
-            (f"{row_name(row)}: {_calls(row)}", folders[teacher] / row["samples"])
-            for row in kept
-            if "samples" in row
-        ]
+        drawn = [row for row in others if "samples" in row]
+        best = {row["nfe"]: row for row in sorted(drawn, key=_by_fd, reverse=True) if row["kind"] == "floor"}
+        kept = [row for row in drawn if row["kind"] != "floor" or best[row["nfe"]] is row]
+        rows += [(f"{row_name(row)}: {_calls(row)}", folders[teacher] / row["samples"]) for row in kept]
         for row in (row for row in board["rows"] if row["teacher"] == teacher):
             first = next((run["samples"] for run in row["runs"] if run["samples"]), None)
             if first:
@@ -251,9 +245,37 @@ def draw_sheet(
 
 
 def _by_fd(row: dict[str, Any]) -> float:
-    metrics = row.get("metrics") or {}
-    return metrics["FD"]["value"] if "FD" in metrics else math.inf
+    found: float = row["metrics"]["FD"]["value"]
+    return found
 
 
 def _calls(row: dict[str, Any]) -> str:
     return f"{row['nfe']:g} call{'s' * (row['nfe'] != 1)}"
+
+
+def best(board: dict[str, Any], chosen: list[str]) -> str:
+    """Some rows beside their teacher and the floor, as the README shows them.
+
+    Args:
+        chosen: "NAME" or "NAME:STEPS", where one student has several.
+
+    Raises:
+        StopIteration: there is no such row with numbers.
+    """
+    lines = []
+    for name, _, steps in (choice.partition(":") for choice in chosen):
+        fitting = (row for row in board["rows"] if row["name"] == name and row["metrics"])
+        row = next(row for row in fitting if not steps or row["steps"] == int(steps))
+        teacher = next(r for r in board["teachers"][row["teacher"]] if r.get("kind") == "teacher")
+        floor = row["floor"]
+        lines.append(
+            (
+                f"[`{name}`](recipes/{row['recipe']}.py)" + (f", {steps_of(int(steps))}" if steps else ""),
+                f"{number(row['metrics']['FD'])}, {_calls(row)}",
+                f"{number(teacher['metrics']['FD'])}, {_calls(teacher)}",
+                f"{number(floor['FD'])}, {_calls(floor)}" if floor else "",
+                number({**row["metrics"]["retrieval"], "error": None, "spread": None}),
+                f"{row['cpu_seconds'] / 60:.0f} min",
+            )
+        )
+    return table(("student", "FD", "its teacher", "floor", "names found", "time of a core"), lines)

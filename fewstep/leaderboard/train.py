@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __file__ as PACKAGE
 from ..errors import FewstepError
 from ..files import held, read_text, write_json
 from .board import Run, words
@@ -40,7 +39,7 @@ STUDENTLESS = ("cli", "cost", "evaluation", "leaderboard", "report")  # folders 
 @functools.cache
 def code_hash() -> str:
     """Hash of the package's code as far as a training depends on it; comments and docstrings may change."""
-    package = Path(PACKAGE).parent
+    package = Path(__file__).parents[1]
     state = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package)
@@ -300,8 +299,8 @@ def _trained(place: Place, children: Children, run: Run, record: dict[str, Any])
         command = ["resume", str(folder)]
     else:
         command = ["train", run.row.recipe, f"--output={folder}", *words(run.options())]
-        if run.row.pairs:
-            command.append(f"--data.pairs={place.pairs(run)}")
+        if run.pairs:
+            command.append(f"--data.pairs={place.pairs(run.pairs)}")
         if run.before and (earlier := found(place, run.before)):
             command.append(f"--roles.student.start_from={place.run(earlier['name']) / 'export'}")
     code, _ = children.call(command, place.log(record["name"]))
