@@ -18,8 +18,8 @@ def write_images(folder):
     captions = [*KINDS * 4, *NAMES]
     with (folder / "metadata.jsonl").open("w") as table:
         for i, caption in enumerate(captions):
-            Image.new("RGB", (40, 40), (20 * i, 255 - 20 * i, 37 * i % 255)).save(folder / f"{i}.png")
-            table.write(json.dumps({"file_name": f"{i}.png", "text": caption}) + "\n")
+            Image.new("RGB", (40, 40), (20 * i, 255 - 20 * i, 37 * i % 255)).save(folder / f"{i:02d}.png")
+            table.write(json.dumps({"file_name": f"{i:02d}.png", "text": caption}) + "\n")
     (folder.parent / "prompts.txt").write_text("\n".join([*KINDS, *NAMES]))
     return folder
 

@@ -157,13 +157,13 @@ def test_a_sheet_has_a_line_for_each_row_of_the_same_drawings(whole, tmp_path):
                        ("good-s0/1", 8), ("old-s0/1", 8)):  # fmt: skip
         (tmp_path / "samples" / name).mkdir(parents=True)
         for i in (0, 3):
-            image = np.full((side, side, 3), 40 * i, np.uint8)
+            image = np.full((side, side, 3), (255, 40 * i, 0), np.uint8)
             Image.fromarray(image).save(tmp_path / "samples" / name / f"{i:06d}.png")
     for path in (tmp_path / "one.png", tmp_path / "two.png"):
         assert render.draw_sheet(board, {TEACHER: tmp_path}, [0, 3], ["a", "b"], path)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     pixels = np.asarray(Image.open(tmp_path / "one.png"))
-    assert (pixels == 120).all(-1).sum() == 7 * 64 and (pixels == 0).all(-1).sum() >= 7 * 64
+    assert [(pixels == (255, green, 0)).all(-1).sum() for green in (0, 120)] == [7 * 64, 7 * 64]
 
 
 # ------------------------------------------------------------------------------------------------------ the README
