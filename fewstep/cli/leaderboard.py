@@ -31,7 +31,7 @@ COMMANDS = Commands()
         help="of two cores for a row, in place of the board's",
     ),
     argument("--seeds", type=number(Count), metavar="N", help="the first N of the board's"),
-    argument("--only", nargs="+", default=[], metavar="ROW", help="rows, with those that they start from"),
+    argument("--only", nargs="+", default=[], metavar="ROW", help="train these, and what they start from"),
     argument("--jobs", type=number(Count), default=1, metavar="N", help="trainings at a time (default: 1)"),
     argument("--again", action="store_true", help="train failed runs, and those of other code, again"),
     argument("--render-only", action="store_true", help="train nothing: measure and show what there is"),
@@ -49,23 +49,24 @@ COMMANDS = Commands()
 )
 def leaderboard(args: argparse.Namespace) -> int:
     from ..leaderboard import run, search
-    from ..leaderboard.board import load_board, resized
+    from ..leaderboard.board import chosen, load_board, resized
     from ..leaderboard.train import Place
 
     if args.search and (args.render_only or args.again or args.results):
         raise FewstepError("--search: runs trials alone; leave out --render-only, --again and --results")
-    board = resized(load_board(args.board), args.minutes and 120 * args.minutes, args.seeds, args.only)
+    board = resized(load_board(args.board), args.minutes and 120 * args.minutes, args.seeds)
+    rows = chosen(board, args.only)
     place = Place(args.to)
     if args.search:
-        search.search(board, place, args.search, args.share, args.jobs)
+        search.search(board, place, args.search, args.share, rows, args.jobs)
         print(place.folder / search.SETTLED)
         return 0
     command = f"fewstep leaderboard {Path(args.board).name}" + (
         f" --minutes {args.minutes:g}" if args.minutes else ""
     )
-    whole = run.leaderboard(
-        board, place, command, jobs=args.jobs, again=args.again, training=not args.render_only
-    )
+    if args.render_only:
+        rows = []
+    whole = run.leaderboard(board, place, command, rows, jobs=args.jobs, again=args.again)
     run.told(whole)
     if args.results:
         run.keep(place, args.results)

@@ -189,38 +189,33 @@ def load_board(path: str | Path) -> Board:
     return board
 
 
-def resized(board: Board, cpu_seconds: float | None, seeds: int | None, only: list[str]) -> Board:
-    """The board at another budget, with iterations in proportion, of so many seeds, or with some of its rows.
+def resized(board: Board, cpu_seconds: float | None, seeds: int | None) -> Board:
+    """The board at another budget, with iterations in proportion, or of its first seeds.
 
     Raises:
-        FewstepError: no such row; rows that others start from come along by themselves.
+        FewstepError: more seeds than it names.
     """
-    wanted = {*only}
-    if unknown := wanted - {row.label for row in board.rows}:
-        raise FewstepError(
-            f"--only {' '.join(sorted(unknown))}: no row of the board; there are {_labels(board)}"
-        )
-    for row in reversed(board.rows):
-        if row.label in wanted and row.start_from:
-            wanted.add(row.start_from)
     scale = (cpu_seconds or board.cpu_seconds) / board.cpu_seconds
-    rows = [
-        dataclasses.replace(row, steps=max(1, round(row.steps * scale)))
-        for row in board.rows
-        if not only or row.label in wanted
-    ]
+    rows = [dataclasses.replace(row, steps=max(1, round(row.steps * scale))) for row in board.rows]
     count = len(board.seeds) if seeds is None else seeds
     if count > len(board.seeds):
         raise FewstepError(
             f"--seeds {count}: the board names {len(board.seeds)}; name more of them in its file"
         )
-    return dataclasses.replace(
-        board, rows=rows, cpu_seconds=board.cpu_seconds * scale, seeds=board.seeds[:count]
-    )
+    budget = board.cpu_seconds * scale
+    return dataclasses.replace(board, rows=rows, cpu_seconds=budget, seeds=board.seeds[:count])
 
 
-def _labels(board: Board) -> str:
-    return ", ".join(row.label for row in board.rows)
+def chosen(board: Board, only: list[str]) -> list[Row]:
+    """Rows of these names, or all.
+
+    Raises:
+        FewstepError: no such row.
+    """
+    labels = [row.label for row in board.rows]
+    if unknown := sorted({*only} - {*labels}):
+        raise FewstepError(f"--only {' '.join(unknown)}: no row of the board; there are {', '.join(labels)}")
+    return [row for row in board.rows if not only or row.label in only]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import FewstepError
 from ..files import held, write, write_json
-from .board import RECORD, Board, Run, runs_of, to_dict
+from .board import RECORD, Board, Row, Run, runs_of, to_dict
 from .measure import Ruler
 from .render import draw_sheet, to_html, to_markdown
 from .summary import Records, better_half, summary
@@ -21,13 +21,13 @@ SHOWN = 6  # kinds, and as many names, on the sheet
 
 
 def leaderboard(
-    board: Board, place: Place, command: str, *, jobs: int = 1, again: bool = False, training: bool = True
+    board: Board, place: Place, command: str, rows: list[Row], *, jobs: int = 1, again: bool = False
 ) -> dict[str, Any]:
     """Trains the first seed of every row, measures, trains the other seeds of the better half, measures again.
 
     Args:
-        command: as it was typed, for the record. jobs: trainings at a time. again: failed runs, and those of other
-            code, anew. training: False only measures and renders what there is.
+        command: as it was typed, for the record. rows: of the board, that are trained; all that there is of others is
+            measured and shown with them. jobs: trainings at a time. again: failed runs, and those of other code, anew.
 
     Returns:
         What ``leaderboard.json`` in the board's folder holds.
@@ -36,11 +36,10 @@ def leaderboard(
         write_json(place.folder / RECORD, to_dict(board))
         rulers = rulers_of(board, place)
         first, rest = board.seeds[:1], board.seeds[1:]
-        if training:
-            train(place, runs_of(board, board.rows, first), jobs, again)
+        train(place, runs_of(board, rows, first), jobs, again)
         whole = measure(board, place, rulers, command)
-        if training and rest and (chosen := better_half(board, whole["rows"])):
-            train(place, runs_of(board, chosen, rest), jobs, again)
+        if rest and (better := [row for row in better_half(board, whole["rows"]) if row in rows]):
+            train(place, runs_of(board, better, rest), jobs, again)
             whole = measure(board, place, rulers, command)
     return whole
 

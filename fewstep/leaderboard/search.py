@@ -50,16 +50,20 @@ def _value(plain: Any, name: str) -> float | None:
     return plain if isinstance(plain, int | float) and not isinstance(plain, bool) else None
 
 
-def search(board: Board, place: Place, trials: int, share: float, jobs: int = 1) -> Board:
+def search(board: Board, place: Place, trials: int, share: float, rows: list[Row], jobs: int = 1) -> Board:
     """Runs what is missing of the trials; writes ``trials.jsonl`` and ``settled.yaml``, a board of the best ones.
+
+    Args:
+        trials: of each row. share: of its iterations. rows: of the board, that are tried; what there is of others
+            counts.
 
     Raises:
         FewstepError: the board names no fields to search, or none that a row's recipe has.
     """
-    rows = {
+    tries = {
         row.label: [trial_of(board, row, number, share) for number in range(trials)] for row in board.rows
     }
-    for label, tried in rows.items():
+    for label, tried in tries.items():
         if trials > 1 and tried[0].options == tried[1].options:
             raise FewstepError(
                 f"search: {list(board.search)}: the recipe of {label} has none of these numbers"
@@ -67,7 +71,7 @@ def search(board: Board, place: Place, trials: int, share: float, jobs: int = 1)
     # What a trial starts from is the first trial of that row: the search is for each row alone.
     flat = [
         dataclasses.replace(row, start_from=f"{row.start_from}.t0" if row.start_from else None)
-        for tried in rows.values()
+        for tried in tries.values()
         for row in tried
     ]
     whole = dataclasses.replace(board, rows=flat, seeds=[SEED], seed=SEED)
@@ -75,20 +79,22 @@ def search(board: Board, place: Place, trials: int, share: float, jobs: int = 1)
         write_json(place.folder / RECORD, to_dict(board))
         rulers = rulers_of(whole, place, "trials")
         lines: list[dict[str, Any]] = []
-        for label, tried in rows.items():
+        for label, tried in tries.items():
             runs = [Run(whole, whole.row(row.label), SEED) for row in tried]
-            train(place, runs, jobs)
-            lines += [_line(place, run, label, number, rulers) for number, run in enumerate(runs)]
+            if board.row(label) in rows:
+                train(place, runs, jobs)
+            made = [(number, run, found(place, run)) for number, run in enumerate(runs)]
+            lines += [_line(place, run, label, number, one, rulers) for number, run, one in made if one]
             write(place.folder / TRIALS, "".join(json.dumps(line) + "\n" for line in lines))
         settled = settle(board, lines)
         write(place.folder / SETTLED, yaml.safe_dump(to_dict(settled), sort_keys=False, width=110))
     return settled
 
 
-def _line(place: Place, run: Run, label: str, number: int, rulers: dict[str, Any]) -> dict[str, Any]:
+def _line(
+    place: Place, run: Run, label: str, number: int, record: dict[str, Any], rulers: dict[str, Any]
+) -> dict[str, Any]:
     """A trial as it is kept; of one that failed, why."""
-    record = found(place, run)
-    assert record is not None  # it has been trained, or has failed
     about = {"row": label, "trial": number, "steps": run.row.steps, "options": run.row.options}
     kept = {
         key: record.get(key)

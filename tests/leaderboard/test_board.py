@@ -9,7 +9,17 @@ import yaml
 
 from fewstep.errors import FewstepError
 from fewstep.leaderboard import search, train
-from fewstep.leaderboard.board import Board, BoardTeacher, PairsOf, Row, Run, load_board, resized, to_dict
+from fewstep.leaderboard.board import (
+    Board,
+    BoardTeacher,
+    PairsOf,
+    Row,
+    Run,
+    chosen,
+    load_board,
+    resized,
+    to_dict,
+)
 
 XL = BoardTeacher("builtin:emoji-xl")
 
@@ -106,15 +116,16 @@ def test_pairs_are_shared_by_who_starts_from_another():
     assert Run(board_of(first, plain), plain, 0).pairs is None
 
 
-def test_another_budget_takes_iterations_in_proportion_and_rows_bring_what_they_start_from():
+def test_another_budget_takes_iterations_in_proportion():
     rows = [Row("demo", 100, name="a"), Row("demo", 10, name="b", start_from="a"), Row("demo", 10, name="c")]
-    found = resized(board_of(*rows, cpu_seconds=1000), 100, 2, ["b"])
-    assert [(row.label, row.steps) for row in found.rows] == [("a", 10), ("b", 1)]
+    found = resized(board_of(*rows, cpu_seconds=1000), 100, 2)
+    assert [(row.label, row.steps) for row in found.rows] == [("a", 10), ("b", 1), ("c", 1)]
     assert (found.cpu_seconds, found.seeds) == (100, [0, 1])
     with pytest.raises(FewstepError, match=r"--only d: no row of the board; there are a, b, c"):
-        resized(board_of(*rows), None, None, ["d"])
+        chosen(board_of(*rows), ["d", "a"])
     with pytest.raises(FewstepError, match=r"--seeds 4: the board names 3"):
-        resized(board_of(*rows), None, 4, [])
+        resized(board_of(*rows), None, 4)
+    assert chosen(board_of(*rows), ["c"]) == [rows[2]] and chosen(board_of(*rows), []) == rows
 
 
 def test_words_about_code_are_no_code():

@@ -141,11 +141,11 @@ def test_a_board_that_is_killed_goes_on_to_the_same_bits_and_then_has_nothing_to
     monkeypatch.setattr(train.Children, "call", refuse)
     monkeypatch.setattr("fewstep.leaderboard.measure.open_model", refuse)
     pages = {p.name: p.read_bytes() for p in place.folder.glob("leaderboard.*")}
-    again = leaderboards.leaderboard(board, place, whole["command"])
+    again = leaderboards.leaderboard(board, place, whole["command"], board.rows)
     assert again == whole and pages == {p.name: p.read_bytes() for p in place.folder.glob("leaderboard.*")}
     monkeypatch.setattr("fewstep.leaderboard.summary.code_hash", lambda: "later")
     monkeypatch.setattr(train, "code_hash", lambda: "later")
-    later = leaderboards.leaderboard(board, place, whole["command"])
+    later = leaderboards.leaderboard(board, place, whole["command"], board.rows)
     assert all(row["stale"] for row in later["rows"]) and not any(row["stale"] for row in whole["rows"])
     assert later["rows"][0]["metrics"] == whole["rows"][0]["metrics"]
 
@@ -158,7 +158,7 @@ def test_a_search_keeps_all_its_trials_and_the_board_it_settles_on_can_run(tiny,
     board = boards.board_of(folder, teacher, rows, seeds=[0], search=factors, cpu_seconds=50)
     board = load_board(boards.write_board(tmp_path, board))
     place = Place(tmp_path / "made")
-    settled = search.search(board, place, 2, 0.2)
+    settled = search.search(board, place, 2, 0.2, board.rows)
     lines = [json.loads(line) for line in (place.folder / search.TRIALS).read_text().splitlines()]
     assert [(line["row"], line["trial"], line["status"]) for line in lines] == [
         ("good", 0, "done"), ("good", 1, "done"), ("lost", 0, "failed"), ("lost", 1, "failed")
@@ -169,8 +169,10 @@ def test_a_search_keeps_all_its_trials_and_the_board_it_settles_on_can_run(tiny,
     assert load_board(place.folder / search.SETTLED) == settled
     assert settled.rows[0].options == best["options"] and settled.rows[0].steps > 1
     monkeypatch.setattr(train.Children, "call", lambda *_: pytest.fail("trained again"))
-    assert search.search(board, place, 2, 0.2) == settled
-    assert resized(settled, 25, 1, ["good"]).rows[0].steps == pytest.approx(settled.rows[0].steps / 2, abs=1)
+    assert (
+        search.search(board, place, 2, 0.2, board.rows) == settled == search.search(board, place, 2, 0.2, [])
+    )
+    assert resized(settled, 25, 1).rows[0].steps == pytest.approx(settled.rows[0].steps / 2, abs=1)
 
 
 def test_a_folder_of_somebody_else_is_refused(tiny, tmp_path):
