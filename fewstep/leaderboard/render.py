@@ -147,17 +147,15 @@ def _error(metric: dict[str, Any]) -> float:
     return max(metric["error"] or 0.0, metric.get("spread") or 0.0)
 
 
-def plots(board: dict[str, Any]) -> dict[str, str]:
-    """Name of a file -> figures as HTML: of each teacher by calls and by cost."""
-    found = {}
-    for teacher in board["teachers"]:
-        for axis, (title, _) in AXES.items():
-            lines = {metric: series_of(board, teacher, metric, axis) for metric in PLOTTED}
-            names = list(dict.fromkeys(line.name for series in lines.values() for line in series))
-            drawn = "".join(plot(COLUMNS[m], series, names, logarithmic=True) for m, series in lines.items())
-            if drawn:
-                key = f"{teacher.rpartition(':')[2].rpartition('/')[2]}_{axis}"
-                found[key] = f'<h3>By {title}</h3>{legend(names)}<div class="plots">{drawn}</div>'
+def plots(board: dict[str, Any], teacher: str) -> str:
+    """Figures as HTML, by calls and by cost."""
+    found = ""
+    for axis, (title, _) in AXES.items():
+        lines = {metric: series_of(board, teacher, metric, axis) for metric in PLOTTED}
+        names = list(dict.fromkeys(line.name for series in lines.values() for line in series))
+        drawn = "".join(plot(COLUMNS[m], series, names, logarithmic=True) for m, series in lines.items())
+        if drawn:
+            found += f'<h3>By {title}</h3>{legend(names)}<div class="plots">{drawn}</div>'
     return found
 
 
@@ -181,8 +179,7 @@ def to_html(board: dict[str, Any], sheet: str | None = None) -> str:
         )
         body += f'<h2>{escape(teacher)}</h2><div class="wide"><table><tr>{head}</tr>'
         body += "".join(f"<tr>{line}</tr>" for line in cells) + f"</table></div><ul>{told}</ul>"
-        short = teacher.rpartition(":")[2].rpartition("/")[2]
-        body += "".join(html for key, html in plots(board).items() if key.rpartition("_")[0] == short)
+        body += plots(board, teacher)
     picture = (
         f'<h2>Drawings</h2><img src="{escape(sheet)}" alt="the same prompts and noise in every row">'
         if sheet

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FewstepError
+from ..evaluation.spec import slug
 from ..files import held, write, write_json
-from .board import RECORD, Board, Row, Run, runs_of, to_dict
+from .board import RECORD, Board, Row, Run, hash_of, runs_of, to_dict
 from .measure import Ruler
 from .render import draw_sheet, to_html, to_markdown
 from .summary import Records, better_half, summary
@@ -34,27 +35,30 @@ def leaderboard(
     """
     with held(place.folder):
         write_json(place.folder / RECORD, to_dict(board))
-        rulers = rulers_of(board, place)
+        if rows:
+            rulers_of(board, place)  # not kept: trainings need the memory
         first, rest = board.seeds[:1], board.seeds[1:]
         train(place, runs_of(board, rows, first), jobs, again)
-        whole = measure(board, place, rulers, command)
+        whole = measure(board, place, command)
         if rest and (better := [row for row in better_half(board, whole["rows"]) if row in rows]):
             train(place, runs_of(board, better, rest), jobs, again)
-            whole = measure(board, place, rulers, command)
+            whole = measure(board, place, command)
     return whole
 
 
 def rulers_of(board: Board, place: Place, name: str = "eval") -> dict[str, Ruler]:
-    """One for each teacher; one that is not there is said before anything is trained."""
-    return {one.path: Ruler(board, one, place.folder / name / short(one.path)) for one in board.teachers}
+    """One for each teacher, in folders of their own; says what is wrong with teachers and images."""
+    return {
+        one.path: Ruler(
+            board, one, place.folder / name / f"{slug(Path(one.path).name)}-{hash_of(one.path)[:6]}"
+        )
+        for one in board.teachers
+    }
 
 
-def short(teacher: str) -> str:
-    return teacher.rpartition(":")[2].rstrip("/").rpartition("/")[2]
-
-
-def measure(board: Board, place: Place, rulers: dict[str, Ruler], command: str) -> dict[str, Any]:
+def measure(board: Board, place: Place, command: str) -> dict[str, Any]:
     """Everything that is there, and the page of it."""
+    rulers = rulers_of(board, place)
     others = {path: ruler.others() for path, ruler in rulers.items()}
     records: Records = {run.key: found(place, run) for run in runs_of(board, board.rows, board.seeds)}
     measured: dict[str, list[dict[str, Any]]] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import dataclasses
 import functools
 import glob
 import hashlib
@@ -263,25 +264,11 @@ def _begun(run: Run, record: dict[str, Any]) -> dict[str, Any]:
 def _prepared(place: Place, children: Children, run: Run, record: dict[str, Any]) -> str | None:
     """Makes pairs and finds the student to start from; what they cost goes to the record. Why they are not there."""
     if run.row.pairs:
-        folder, name = place.pairs(run), f"pairs-{run.pairs_digest}"
-        made = json.loads(read_text(place.record(name)) or "{}")
-        if not made.get("whole"):
-            options = {"num": run.row.pairs.num, "steps": run.row.pairs.steps, "solver": run.row.pairs.solver}
-            given = {key: value for key, value in options.items() if value is not None}
-            command = [
-                "pairs",
-                run.row.recipe,
-                f"--out={folder}",
-                f"--seed={run.row.pairs.seed}",
-                *words(given),
-            ]
-            code, cpu = children.call([*command, *words(run.options())], place.log(name))
-            cpu += made.get("cpu_seconds", 0.0)  # of attempts that failed
-            made = {"whole": code == 0, "cpu_seconds": round(cpu, 1), "num": run.row.pairs.num}
-            write_json(place.record(name), made)
-            if code:
-                return f"pairs: {_last(place.log(name), code)}"
+        made = _pairs(place, children, run)
+        if not made["whole"]:
+            return f"pairs: {made['reason']}"
         record["before"].append({"what": f"{made['num']} pairs", "cpu_seconds": made["cpu_seconds"]})
+        record["code"] = sorted({*record["code"], *made["code"]})
     if run.before:
         earlier = found(place, run.before)
         if earlier is None or earlier["status"] != "done":
@@ -290,6 +277,27 @@ def _prepared(place: Place, children: Children, run: Run, record: dict[str, Any]
         record["before"].append({"what": run.before.row.label, "cpu_seconds": round(cost, 1)})
         record["code"] = sorted({*record["code"], *earlier["code"]})
     return None
+
+
+def _pairs(place: Place, children: Children, run: Run) -> dict[str, Any]:
+    """The record of a run's pairs, which are made where they are not whole; it has the cost of attempts that failed."""
+    asked, name = run.row.pairs, f"pairs-{run.pairs_digest}"
+    assert asked is not None
+    made: dict[str, Any] = json.loads(read_text(place.record(name)) or "{}")
+    if made.get("whole"):
+        return made
+    given = {key: value for key, value in dataclasses.asdict(asked).items() if value is not None}
+    command = ["pairs", run.row.recipe, f"--out={place.pairs(run)}", *words(given), *words(run.options())]
+    code, cpu = children.call(command, place.log(name))
+    made = {
+        "whole": code == 0,
+        "reason": _last(place.log(name), code) if code else None,
+        "num": asked.num,
+        "cpu_seconds": round(cpu + made.get("cpu_seconds", 0.0), 1),
+        "code": sorted({*made.get("code", []), code_hash()}),
+    }
+    write_json(place.record(name), made)
+    return made
 
 
 def _trained(place: Place, children: Children, run: Run, record: dict[str, Any]) -> str | None:

@@ -151,6 +151,16 @@ def test_pairs_are_made_once_and_paid_by_each_and_a_start_costs_what_it_took(tmp
     assert sum(word.startswith(f"--data.pairs={place.folder}") for word in last) == 1
 
 
+def test_pairs_of_other_code_mark_who_trains_on_them(tmp_path, pretended, monkeypatch):
+    board = board_of(Row("emoji_dmd_1step", 5, pairs=PairsOf(9)))
+    place, first = Place(tmp_path), train.code_hash()
+    everything(place, board)
+    monkeypatch.setattr(train, "code_hash", lambda: "later")
+    record = everything(place, board, again=True)["emoji_dmd_1step", 0]
+    assert record["code"] == sorted([first, "later"]) and stale(record)
+    assert [command[0] for command in pretended.commands] == ["pairs", "train", "train"]
+
+
 def test_what_starts_from_a_failed_run_fails_and_says_why(tmp_path, pretended):
     board = board_of(Row("demo", 5, name="first"), Row("demo", 6, name="second", start_from="first"))
     pretended.fails["first"] = "no"

@@ -150,7 +150,7 @@ def test_a_board_that_is_killed_goes_on_to_the_same_bits_and_then_has_nothing_to
     assert later["rows"][0]["metrics"] == whole["rows"][0]["metrics"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_search_keeps_all_its_trials_and_the_board_it_settles_on_can_run(tiny, tmp_path, monkeypatch):
     folder, teacher, options = tiny
     rows = [one("good", options, steps=10), one("lost", {**options, "roles.student.start_from": "/nowhere"})]
