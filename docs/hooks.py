@@ -184,7 +184,9 @@ def fields(name: str) -> str:
 
 
 def all_files() -> dict[str, Any]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    """Results of single recipes."""
+    files = sorted(path for path in RESULTS.glob("*.json") if path.stem != "leaderboard")
+    return {path.stem: json.loads(path.read_text()) for path in files}
 
 
 def all_results() -> str:
@@ -196,6 +198,28 @@ def all_results() -> str:
         for stem, result in files.items()
     ]
     return f"{gallery(files)}\n\n## Files\n\n{table(('file', 'command', 'hardware'), rows)}"
+
+
+def leaderboard() -> str:
+    """The tables of the leaderboard, with its page, its drawings and its trials where they are kept."""
+    from fewstep.leaderboard.render import to_markdown
+
+    path = RESULTS / "leaderboard.json"
+    if not path.is_file():
+        return "Not run yet."
+    board = json.loads(path.read_text())
+    source = {row["name"]: row["recipe"] for row in board["rows"]}
+    text = to_markdown(board, lambda name: f"[`{name}`](../../recipes/{source[name]}.py)").partition("\n")[2]
+    kept = {
+        "leaderboard.html": "page with plots",
+        "leaderboard.png": "drawings of all rows",
+        "leaderboard_trials.jsonl": "trials of the search",
+        "leaderboard.json": "numbers of every seed",
+    }
+    links = (
+        f"[{what}](../../eval/results/{name})" for name, what in kept.items() if (RESULTS / name).is_file()
+    )
+    return f"{text.strip()}\n\n{' · '.join(links)}"
 
 
 def plans() -> str:
@@ -307,7 +331,18 @@ OF_METHODS: dict[str, Callable[[str], str]] = {
 }
 OTHERS: dict[str, Callable[..., str]] = {
     function.__name__: function
-    for function in (fields, all_results, plans, cards, teacher, commands, exits, errors, exported)
+    for function in (
+        fields,
+        all_results,
+        leaderboard,
+        plans,
+        cards,
+        teacher,
+        commands,
+        exits,
+        errors,
+        exported,
+    )
 }
 
 

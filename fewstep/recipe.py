@@ -135,8 +135,8 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
     method = get_method(str(options["name"]))
     method.Config.__pydantic_config__ = _FORBID  # type: ignore[attr-defined]
     known = [*_paths(Recipe, ""), *_paths(method.Config, "method.")]
-    config = _validate(method.Config, _present(method, options), "method", known)
-    recipe = _validate(Recipe, {**data, "method": config}, "", known)
+    config = validate(method.Config, _present(method, options), "method", known)
+    recipe = validate(Recipe, {**data, "method": config}, "", known)
     networks = method.networks_for(config)
     known = list(dict.fromkeys([*networks, *map(family, networks), *method.extras]))
     for role in recipe.roles:
@@ -170,7 +170,7 @@ def _present(method: type[Method], options: Mapping[str, Any]) -> dict[str, Any]
     return {name: value for name, value in options.items() if name not in ("name", *method.moved)}
 
 
-def _validate(cls: type, data: Any, prefix: str, known: Sequence[str]) -> Any:
+def validate(cls: type, data: Any, prefix: str, known: Sequence[str]) -> Any:
     try:
         return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:

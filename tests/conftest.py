@@ -36,7 +36,7 @@ def pytest_configure(config):
 LONG = [
     "test_distributed", "test_standin", "test_end_to_end", "test_plan", "test_gpu_check",
     "test_contract", "test_dd1_dd2", "test_siblings", "test_family", "test_routed", "test_notebooks",
-    "test_bench", "test_kills", "test_lost_data", "test_sid", "test_teachers", "test_dmd2",
+    "test_bench", "test_kills", "test_runs", "test_lost_data", "test_sid", "test_teachers", "test_dmd2",
     "test_starts", "test_interruption", "test_sim", "test_trajectory_export", "test_faults",
     "test_autoregressive", "test_sana_sprint", "test_phased_dmd", "test_pairs", "test_support",
     "test_prepare", "test_site", "test_wheel", "test_fuzz",

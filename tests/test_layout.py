@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "fewstep"
 ORDER = [
     ["__init__", "__main__"],
     ["cli"],
-    ["cost"],
+    ["cost", "leaderboard"],
     ["runs"],
     ["evaluation", "recipe"],
     ["export"],

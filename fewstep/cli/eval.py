@@ -19,6 +19,7 @@ SCORERS = "clip:PATH, open_clip:ARCHITECTURE:FILE, pickscore:PATH, hpsv2.1:PATH 
 FLAGS = {
     "kid": "kernel distance, which has no small-sample bias",
     "prdc": "precision, recall, density and coverage",
+    "nearest": "distance to the nearest real image and share of copies, where REAL is the training set",
     "vendi": "effective number of different images",
     "is": "Inception score",
     "fd_inf": "Fréchet distance extrapolated to infinitely many images",

@@ -16,10 +16,10 @@ from ..errors import interruptible, tell
 def parser() -> argparse.ArgumentParser:
     """Of all commands; each module declares its own beside what they do."""
     from ..version import __version__
-    from . import cost, data, doctor, eval, recipes, runs, teachers
+    from . import cost, data, doctor, eval, leaderboard, recipes, runs, teachers
     from .commands import Parser, add_all
 
-    modules = (runs, teachers, data, eval, recipes, cost, doctor)
+    modules = (runs, teachers, data, eval, leaderboard, recipes, cost, doctor)
     main = Parser(
         prog="fewstep",
         description="Distill diffusion image models into 1 to 8 steps.",

@@ -214,6 +214,14 @@ def prdc(sides: Sides) -> Iterator[Number]:
         yield Number(name, value, error, kind, {"n_real": len(sides.x)})
 
 
+def nearest(sides: Sides) -> Iterator[Number]:
+    """Distances to the nearest real image, where the real ones are what a model was trained on."""
+    kinds = {"ratio": "bootstrap over images", "copies": "binomial"}
+    for name, (value, error) in M.nearest_to_training(sides.x, sides.y).items():
+        label = "nearest" if name == "ratio" else name
+        yield Number(label, value, error, kinds[name], {"n_real": len(sides.x)})
+
+
 def vendi(sides: Sides) -> Iterator[Number]:
     """Effective number of different fake images."""
     error = M.vendi_error(sides.y) if len(sides.y) >= 4 else None
@@ -354,6 +362,7 @@ MEASURES: dict[str, Measure] = {
     "kid": Measure(kid, ("real", "fake"), _count(3, "real", "fake")),
     "retrieval": Measure(retrieval, ("real", "fake"), asked="prompted"),
     "prdc": Measure(prdc, ("real", "fake"), _count(6, "real", "fake")),
+    "nearest": Measure(nearest, ("real", "fake"), _count(3, "real")),
     "vendi": Measure(vendi, ("fake",)),
     "diversity": Measure(diversity, ("fake",), _ungrouped, asked="groups"),
     "diversity-difference": Measure(diversity_difference, ("real", "fake"), _unpaired),

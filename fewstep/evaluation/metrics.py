@@ -341,6 +341,41 @@ def precision_recall_density_coverage(
     return {name: (float(v.mean()), float(v.std() / len(v) ** 0.5)) for name, v in values.items()}
 
 
+def nearest_to_training(real: Tensor, fake: Tensor, low: float = 0.05) -> dict[str, tuple[float, float]]:
+    """Whether images are new, or those that a model was trained on: distances to the nearest training image.
+
+    Let `d` be the distances of the fake images to their nearest real one, and `r` those of the real ones to their
+    nearest other; real images with the same features count once. Both are of Euclidean distances of features.
+    `ratio` is the median of `d` over that of `r`: near 0 for copies, about 1 for images as new to the training set as
+    its own are to each other, above 1 far from all of them. `copies` is the share of `d` at or below the `low` quantile
+    of `r`, which is `low` for the real images among themselves: far above it, a model repeats its training set.
+
+    Args:
+        real: features (M, D) of the training images, at least 3 different ones.
+        fake: features (N, D).
+        low: quantile in (0, 1), linear between order statistics.
+
+    Returns:
+        `ratio` with its standard error by the bootstrap over fake images, `copies` with a binomial one.
+    """
+    real = torch.unique(real.float(), dim=0)
+    if len(real) < 3:
+        raise ValueError(f"needs at least 3 different real images, got {len(real)}")
+    centre = real.mean(0)  # distances come from dot products, which are precise only near the origin
+    real, fake = real - centre, fake.float() - centre
+    (among,) = _neighbour_distance(real, (1,))
+    nearest = torch.cat([torch.cdist(block, real).min(1).values for block in fake.split(BLOCK)])
+    among, nearest = among.double(), nearest.double()
+    generator = torch.Generator().manual_seed(0)
+    again = nearest[torch.randint(len(nearest), (1000, len(nearest)), generator=generator)]
+    middle = among.quantile(0.5)
+    share = float((nearest <= among.quantile(low)).double().mean())
+    return {
+        "ratio": (float(nearest.quantile(0.5) / middle), float((again.quantile(0.5, dim=1) / middle).std())),
+        "copies": (share, (share * (1 - share) / len(nearest)) ** 0.5),
+    }
+
+
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     """`exp(E KL(p(y|x) | p(y)))` of a classifier, averaged over consecutive parts of the images.
 

@@ -223,8 +223,26 @@ def _reconstruct(
         order, view = rows[shape], teacher.at(shape) if mixture else teacher
         any_of = [order[k % len(order)] for k in range(len(some))]
         chosen = [one if place < count else named[place - count] for one, place in zip(any_of, some)]
-        for start in range(0, len(some), BATCH):
-            part = chosen[start : start + BATCH]
-            pixels = torch.from_numpy(np.stack([images.load(i, shape.said) for i in part]))
-            for place, image in zip(some[start:], view.decode(view.latents(pixels, generator))):
-                save_png(image, folder / f"{place:06d}.png")
+        reconstruct(view, images, chosen, folder, some, generator)
+
+
+def reconstruct(
+    teacher: Teacher,
+    images: CaptionedImages,
+    chosen: Sequence[int],
+    folder: Path,
+    places: Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Writes these images as the teacher's VAE gives them back, under their places, by default their order.
+
+    Args:
+        generator: of the VAE's own noise, by default of seed 0.
+    """
+    places = range(len(chosen)) if places is None else places
+    generator = generator or torch.Generator().manual_seed(0)
+    for start in range(0, len(chosen), BATCH):
+        part = chosen[start : start + BATCH]
+        pixels = torch.from_numpy(np.stack([images.load(i, teacher.resolution) for i in part]))
+        for place, image in zip(places[start:], teacher.decode(teacher.latents(pixels, generator))):
+            save_png(image, folder / f"{place:06d}.png")

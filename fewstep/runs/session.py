@@ -497,6 +497,7 @@ class Session:
             "student_steps": self.method.student.num_steps,
             "steps": self.trainer.progress.iteration,
             "seconds": round(self.trainer.seconds, 1),
+            "cpu_seconds": None if (cpu := self.trainer.cpu_seconds) is None else round(cpu, 1),
             "parameters": {n: sum(w.numel() for w in r.weights.values()) for n, r in self.roles.items()},
             "hardware": hardware(self.process),
             "memory": memory(self.process),

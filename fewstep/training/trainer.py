@@ -48,7 +48,8 @@ class Trainer:
             networks that compute in fp16.
     """
 
-    STATE = ("seconds", "updates", "rolled_back", "best", "begun")  # beside weights, optimisers and Progress
+    # Beside weights, optimisers and Progress.
+    STATE = ("seconds", "cpu_seconds", "updates", "rolled_back", "best", "begun")
 
     def __init__(
         self,
@@ -77,6 +78,8 @@ class Trainer:
         self.optimizers = {name: optimizer_of(role, entries) for name, role in roles.items()}
         self.updates = dict.fromkeys(roles, 0)
         self.seconds, self.rolled_back = 0.0, 0
+        # Of this process and its threads, whoever shares the cores; None where an earlier release began the run.
+        self.cpu_seconds: float | None = 0.0
         self.window, self.judged = Means(), Means()
         self.best: dict[str, float] = {}
         self.begun: dict[str, float] = {}  # what the weights were, to see that they changed
@@ -98,6 +101,7 @@ class Trainer:
             self.status = StatusLine(self.config.steps, self.progress.iteration, quiet=self.quiet)
             watch = Watch(read_metrics(log.path) if log else ())
             begin = time.perf_counter() - self.seconds
+            begin_cpu = time.process_time() - (self.cpu_seconds or 0.0)
             if self.progress.iteration == 0:
                 self.begun = {name: _digest(role) for name, role in self.roles.items()}
                 self._sample(log)
@@ -111,6 +115,8 @@ class Trainer:
                     continue
                 step = self.progress.iteration
                 self.seconds = time.perf_counter() - begin
+                if self.cpu_seconds is not None:
+                    self.cpu_seconds = time.process_time() - begin_cpu
                 if step % self.config.log_every == 0 or step == self.config.steps:
                     record = self._record()
                     self._note(log, record)
@@ -423,7 +429,7 @@ class Trainer:
             return False
         state = checkpoint.load(folder, self.roles, self.optimizers, self.process)
         for name in self.STATE:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name) if name == "cpu_seconds" else state[name])
         self.progress.iteration = state["iteration"]
         self.divergence.last, self.divergence.skipped = Outcome.of(**state["last"]), state["skipped"]
         self.scales.restore(state.get("scales", {}))

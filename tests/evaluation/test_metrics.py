@@ -199,6 +199,28 @@ def test_precision_recall_density_coverage_equal_brute_force(monkeypatch):
     assert error == pytest.approx((p * (1 - p) / 19) ** 0.5) and 0 < result["density"][1] < 1
 
 
+def test_copies_and_new_images_by_their_distance_to_the_training_set(monkeypatch):
+    """On a line: gaps between neighbours 1, 1, 2, 2, 10 make r = 1, 1, 1, 2, 2, 10 of median 1.5."""
+    monkeypatch.setattr(M, "BLOCK", 2)
+    real = torch.tensor([[0.0], [1], [2], [4], [6], [16], [16]])  # the last is a duplicate, which counts once
+    fake = torch.tensor([[0.25], [3.0], [6.0], [16.5], [-30.0]])  # d = 0.25, 1, 0, 0.5, 30
+    found = M.nearest_to_training(real, fake, low=0.5)
+    assert found["ratio"][0] == pytest.approx(0.5 / 1.5) and found["ratio"][1] > 0
+    assert found["copies"] == (0.8, pytest.approx((0.8 * 0.2 / 5) ** 0.5))
+    assert M.nearest_to_training(real, fake, low=0.01)["copies"][0] == 0.8  # at or below 1, the smallest
+    assert M.nearest_to_training(real, fake + 100)["copies"][0] == 0
+    with pytest.raises(ValueError, match="at least 3 different real images, got 2"):
+        M.nearest_to_training(real[[0, 1, 1]], fake)
+
+
+def test_a_copyist_is_seen_and_fresh_samples_of_the_same_law_are_not():
+    real = gaussian(400, 6, 21)
+    fresh, copied = gaussian(300, 6, 22), real[:300] + 0.01 * gaussian(300, 6, 23)
+    new, old = M.nearest_to_training(real, fresh), M.nearest_to_training(real, copied)
+    assert new["ratio"][0] == pytest.approx(1, abs=0.1) and new["copies"][0] == pytest.approx(0.05, abs=0.04)
+    assert old["ratio"][0] < 0.1 and old["copies"][0] > 0.95
+
+
 def test_collapse_lowers_recall_and_coverage_but_not_precision():
     real = gaussian(200, 4, 17)
     fake = real[:1] + 0.01 * gaussian(200, 4, 18)

@@ -9,6 +9,7 @@ from fewstep.diffusion.rng import Rng
 from fewstep.methods import METHODS
 from fewstep.methods.base import Phase, Progress
 from fewstep.teachers.analytic import GaussianMixture
+from fewstep.training import checkpoint
 
 GAN = {"gan_weight": 1e-2, "taps": ["layers.0"], "num_steps": 2, "start": 999, "critic_steps": 2}
 
@@ -141,3 +142,40 @@ def test_a_gradient_is_the_mean_of_micro_batches_and_no_longer_than_it_may_be(ac
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-8)
     length = torch.cat([g.flatten() for g in clipped]).norm().item()
     assert length == pytest.approx(1e-3, rel=1e-3) and torch.cat([g.flatten() for g in whole]).norm() > 1e-2
+
+
+def test_cpu_seconds_are_the_process_own_go_on_after_a_stop_and_are_unknown_of_older_runs(
+    ring, tmp_path, monkeypatch
+):
+    clock = [100.0]
+    monkeypatch.setattr("fewstep.training.trainer.time.process_time", lambda: clock[0])
+
+    def run(steps):
+        trainer = trainer_of("sid", ring, {}, steps=steps)
+        trainer.folder, iterate = tmp_path / "run", trainer.iterate
+
+        def costs():
+            iterate()
+            clock[0] += 2.5
+
+        trainer.iterate = costs
+        trainer.restore()
+        trainer.train()
+        return trainer
+
+    assert run(2).cpu_seconds == 5
+    clock[0] = 3.0  # another process has its own
+    assert run(4).cpu_seconds == 10
+    monkeypatch.setattr("fewstep.training.checkpoint.load", without_cpu_seconds(checkpoint.load))
+    assert run(5).cpu_seconds is None
+
+
+def without_cpu_seconds(load):
+    """A checkpoint as earlier releases wrote it."""
+
+    def older(*args):
+        state = load(*args)
+        del state["cpu_seconds"]
+        return state
+
+    return older
