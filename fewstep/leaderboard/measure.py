@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..configs import DataConfig
 from ..data.images import load_images
 from ..device import choose
@@ -209,8 +211,7 @@ class Ruler:
         }
 
     def _pixels(self, chosen: list[int]) -> Any:
-        assert isinstance(self.all, ArrayImages)
-        return self.all.images[chosen]
+        return np.stack([self.images.load(i, self.loaded.resolution) for i in chosen])
 
     def shown(self, most: int) -> Iterator[int]:
         """Indices of drawings for a sheet: some kinds, and as many names."""

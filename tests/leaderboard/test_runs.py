@@ -58,13 +58,13 @@ def test_real_images_measured_as_drawings_are_their_own_best(ruler, tmp_path):
 
     folder = ruler.out / "samples" / "real"
     for i, index in enumerate([*ruler.reference, *ruler.named]):
-        save_png(ruler.all.images[index].numpy(), folder / f"{i:06d}.png")
+        save_png(ruler.images.load(index, ruler.loaded.resolution), folder / f"{i:06d}.png")
     metrics = ruler._measured(folder)["metrics"]
     assert metrics["FD"]["value"] == pytest.approx(0, abs=1e-3) and metrics["precision"]["value"] == 1
     assert metrics["retrieval"]["value"] == 1 and {m["n_fake"] for m in metrics.values()} == {4, 8}
     swapped = [*ruler.reference, *ruler.named[1:], ruler.named[0]]
     for i, index in enumerate(swapped):
-        save_png(ruler.all.images[index].numpy(), folder / f"{i:06d}.png")
+        save_png(ruler.images.load(index, ruler.loaded.resolution), folder / f"{i:06d}.png")
     assert ruler._measured(folder)["metrics"]["retrieval"]["value"] == 0
 
 
