@@ -138,7 +138,7 @@ def check(words: list[str]) -> None:
         leaf.allow_abbrev = False  # what is shown is spelt out
     args, rest = whole.parse_known_args(words[1:])
     assert args.takes_overrides or not rest, f"{words}: {rest}"
-    if "recipe" in args:
+    if getattr(args, "recipe", None):
         check_recipe(args.recipe, rest)
     if args.command == "recipes" and args.action == "copy":
         assert args.name in recipe_files() or args.name.isupper(), words
