@@ -363,7 +363,9 @@ class Copies:
             assert pixels.shape[1:3] == shape
             return pixels
 
-        return SimpleNamespace(latents=latents, decode=lambda latents: latents.numpy())
+        return SimpleNamespace(
+            resolution=shape.said, latents=latents, decode=lambda latents: latents.numpy()
+        )
 
 
 def test_images_through_the_vae_have_the_shapes_of_the_samples(tmp_path):
