@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.buckets import Turns, homes_of, shares_of
@@ -16,14 +16,19 @@ from ..shape import Shape, Size
 
 @dataclass(frozen=True)
 class Mixture:
-    """Shapes with shares, as a recipe's ``data.shapes``.
+    """Shapes with shares, as a recipe's ``data.shapes``. Equal are those that draw the same.
 
     Attributes:
         shapes: (height, width) each. shares: of the prompts, any positive numbers in proportion to one another.
+        chances: the same with a sum of one.
     """
 
     shapes: tuple[Shape, ...]
-    shares: tuple[float, ...]
+    shares: tuple[float, ...] = field(compare=False)
+    chances: tuple[float, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "chances", Turns(0, self.shares).chances)
 
     @classmethod
     def of(cls, sizes: Sequence[Size], shares: Sequence[float] | None = None) -> Mixture:

@@ -13,7 +13,7 @@ from PIL import Image
 from fewstep.data.buckets import Turns
 from fewstep.data.images import CaptionedImages, load_images
 from fewstep.errors import FewstepError, RecipeError
-from fewstep.evaluation import of_run, real, yardstick
+from fewstep.evaluation import of_run, real, sampling, yardstick
 from fewstep.evaluation.evaluate import evaluate_images
 from fewstep.evaluation.features import extract
 from fewstep.evaluation.images import ArrayImages, FirstImages, open_images
@@ -21,7 +21,7 @@ from fewstep.evaluation.mixture import Mixture, counted, mixture_of
 from fewstep.evaluation.models import open_model, record_at
 from fewstep.evaluation.of_spec import _cell, _save_grid, _tile, sized
 from fewstep.evaluation.prompts import read_prompts
-from fewstep.evaluation.real import RealImages, check_real, real_images
+from fewstep.evaluation.real import RealImages, check_enough, check_real, real_images
 from fewstep.evaluation.sampling import Job, draw, read_manifest, sample_folder
 from fewstep.evaluation.spec import Entry, Spec, load_spec
 from fewstep.evaluation.while_training import CHUNK, TrainingDistance
@@ -130,6 +130,24 @@ def test_a_folder_of_several_shapes_goes_on_as_it_began(tiny_sdxl, prompts, tmp_
     assert not (tmp_path / "c").exists()
 
 
+def test_speed_is_measured_in_the_shape_of_the_first_sample(tiny_sdxl, prompts, tmp_path, monkeypatch):
+    """As the note of a table says."""
+    monkeypatch.setattr(sampling, "measure_speed", lambda drawn, *_: {"drawn": drawn().shape})
+    model, seeds = open_model(str(tiny_sdxl)), {MIX.at(seed, 0): seed for seed in range(20)}
+    for shape, seed in seeds.items():
+        job = Job(1, seed=seed, mixture=MIX)
+        sample_folder(model, prompts, job, tmp_path / str(shape), num=2, speed_runs=1)
+        assert read_manifest(tmp_path / str(shape))["speed"]["drawn"] == [1, *shape, 3]
+    assert {*seeds} == {*MIX.shapes}
+
+
+def test_a_model_of_another_shape_has_the_fixed_noise_of_this_one(tiny_sdxl):
+    call = {"num_inference_steps": 1, "height": 32, "width": 32}
+    model = open_model(str(tiny_sdxl))
+    model.record = {"call": call, "latent_shape": [4, 16, 16], "noise": "fixed"}
+    assert model.at(WIDE).record["latent_shape"] == [4, 8, 16] and model.record["latent_shape"] == [4, 16, 16]
+
+
 def test_fixed_noise_has_the_latents_of_each_shape():
     call = {"height": 32, "width": 32}
     plain = record_at({"call": call, "latent_shape": [4, 16, 16]}, WIDE)
@@ -138,6 +156,18 @@ def test_fixed_noise_has_the_latents_of_each_shape():
     found = record_at(packed, Shape(32, 48))
     assert found["latent_shape"] == [96, 16] and found["given_shape"] == [16, 8, 12]
     assert record_at({"call": {}, "latent_shape": [4, 16, 16]}, WIDE)["latent_shape"] == [4, 16, 16]
+
+
+def test_mixtures_that_draw_the_same_are_equal(tmp_path):
+    """Of shares in proportion, such as of two students of twice as many images; not of others, nor in another order."""
+    mixture = Mixture.of(SIZES, [10.0, 8.0, 6.0])
+    assert mixture == Mixture.of(SIZES, [5.0, 4.0, 3.0]) and hash(mixture) == hash(
+        Mixture.of(SIZES, [5, 4, 3])
+    )
+    assert mixture != Mixture.of(SIZES, [5.0, 4.0, 4.0]) and mixture != Mixture.of(
+        SIZES[::-1], [6.0, 8.0, 10.0]
+    )
+    assert mixture.plain()["shares"] == [10.0, 8.0, 6.0]
 
 
 # ------------------------------------------------------------------------------------------------------ a table's rows
@@ -261,6 +291,32 @@ def test_the_reference_is_mixed_as_the_samples_are(tmp_path):
     assert len({tuple(greys(real_images(images, 32, data, mixture, seed=s)[1])) for s in range(5)}) > 1
 
 
+def test_the_reference_is_filled_of_those_that_can_be_used(tmp_path):
+    images = pictures(tmp_path / "i", *[(32, 32)] * 4, *[(16, 32)] * 4)
+    for i in (5, 7):
+        path = tmp_path / "i" / f"{i:03d}.png"
+        path.write_bytes(path.read_bytes()[:-30])  # its header is whole
+    mixture = Mixture.of([32, [16, 32]], [2.0, 1.0])
+    found = greys(real_images(images, 32, DataConfig("p", "i"), mixture)[1])
+    assert (
+        sorted(found)[:2] == [(16, 32, 4), (16, 32, 6)] and [one[0] for one in found] == [32] * 4 + [16] * 2
+    )
+
+
+def test_the_hash_of_the_reference_is_of_its_pixels_and_their_shapes(tmp_path):
+    def hashed(name, sizes, asked):
+        images = pictures(tmp_path / name, *sizes)
+        return real_images(images, 32, DataConfig("p", "i"), Mixture.of(asked))[1].sha256
+
+    wide, tall = (16, 32), (32, 16)
+    first = hashed("a", [wide, tall], [wide, tall])
+    assert first == hashed("b", [wide, tall], [wide, tall])
+    assert first != hashed("c", [tall, wide], [tall, wide])  # the same bytes in the same order
+    Image.new("RGB", tall[::-1], (6, 5, 5)).save(tmp_path / "a" / "001.png")
+    images = load_images(str(tmp_path / "a"))
+    assert first != real_images(images, 32, DataConfig("p", "i"), Mixture.of([wide, tall]))[1].sha256
+
+
 def test_features_of_mixed_images_are_of_each_at_its_own_shape(tmp_path, pool):
     """In a folder they come in any order; batches of the network are as of equal ones."""
     rng = np.random.default_rng(0)
@@ -324,6 +380,9 @@ def test_images_that_are_too_small_to_compare_with_are_refused_by_their_headers(
     ):
         check_real(pictures(tmp_path / "a", *[(8, 8)] * 4, max_bad=1.0), 16, None)
     check_real(replace(images, upscale=True), 16, None)
+    check_real(
+        pictures(tmp_path / "f", (32, 32), (16, 32), (32, 16), max_bad=0.0), 32, MIX
+    )  # each by its own shape
     check_real(pictures(tmp_path / "b", (8, 8), (16, 16), (20, 20)), 16, None)
     with pytest.raises(RecipeError, match=r"1 of 3 images can be used"):
         check_real(pictures(tmp_path / "c", (8, 8), (16, 16), (8, 20), max_bad=1.0), 16, None)
@@ -335,6 +394,22 @@ def test_images_that_are_too_small_to_compare_with_are_refused_by_their_headers(
     ):
         check_real(mixed, 32, MIX)
     assert mixed.left_out.reasons.keys() == {1, 2}
+
+
+def test_too_few_images_to_compare_with_are_refused_before_training_on_them(tmp_path):
+    """As few headers are read as it takes; what is left out already does not count."""
+    alone = pictures(tmp_path / "a", (32, 32), (8, 32), None)
+    with pytest.raises(RecipeError, match=r"1 of 3 images can be used at 16x16 pixels, to compare samples"):
+        check_enough(alone, 16)
+    check_enough(replace(alone, upscale=True), 16)
+    images = pictures(tmp_path / "b", (32, 32), (16, 16), (16, 16))
+    (tmp_path / "b" / "002.png").unlink()
+    check_enough(images, 16)
+    images.left_out.reasons[0] = "000.png", "cannot be decoded"
+    Image.new("RGB", (8, 8)).save(tmp_path / "b" / "002.png")
+    with pytest.raises(RecipeError, match=r"1 of 3 images can be used"):
+        check_enough(images, 16)
+    check_enough(CaptionedImages(["a", "b"], np.zeros((2, 8, 8, 3), dtype=np.uint8)), 16)
 
 
 def test_named_prompts_stand_where_samples_have_the_shape_of_their_image(tmp_path):
@@ -363,9 +438,7 @@ class Copies:
             assert pixels.shape[1:3] == shape
             return pixels
 
-        return SimpleNamespace(
-            resolution=shape.said, latents=latents, decode=lambda latents: latents.numpy()
-        )
+        return SimpleNamespace(resolution=shape.said, latents=latents, decode=lambda latents: latents.numpy())
 
 
 def test_images_through_the_vae_have_the_shapes_of_the_samples(tmp_path):
