@@ -12,8 +12,9 @@ from PIL import Image
 
 from fewstep.data.buckets import Turns
 from fewstep.data.images import CaptionedImages, load_images
+from fewstep.diffusion.rng import Rng
 from fewstep.errors import FewstepError, RecipeError
-from fewstep.evaluation import of_run, real, sampling, yardstick
+from fewstep.evaluation import of_run, real, sampling, while_training, yardstick
 from fewstep.evaluation.evaluate import evaluate_images
 from fewstep.evaluation.features import extract
 from fewstep.evaluation.images import ArrayImages, FirstImages, open_images
@@ -507,6 +508,27 @@ def test_distances_while_training_are_drawn_in_all_shapes(teachers, tmp_path):
     assert shapes == [(size, size[0]) for size in latents] * 3
     alone = TrainingDistance(recipe, teacher, prompts, None)
     assert [(c.teacher.shape, len(c.cond)) for c in alone.chunks] == [(SQUARE, 8), (SQUARE, 8), (SQUARE, 5)]
+
+
+def test_distances_while_training_ask_each_prompt_in_the_shape_of_its_place(teachers, tmp_path, monkeypatch):
+    """And are to the reference that the evaluation has at the end."""
+    pytest.importorskip("torchmetrics")
+    teacher, asked, seen = teachers("SDXL"), [], []
+    monkeypatch.setattr(type(teacher), "sized", lambda *_: None)
+    monkeypatch.setattr(while_training, "frechet_metric", lambda *_: None)
+    monkeypatch.setattr(while_training, "real_images", lambda *told: seen.append(told) or (None, None))
+    recipe = recipe_of(extractor="effnet-lite0@32", seed=7)
+    recipe.samples = SampleConfig(distance=9, seed=2)
+    prompts, images = [f"thing {i}" for i in range(12)], pictures(tmp_path / "i", (32, 32))
+    monkeypatch.setattr(
+        teacher, "encode", lambda some: asked.append(some) or SimpleNamespace(to=lambda _: some)
+    )
+    TrainingDistance(recipe, teacher, prompts, images, MIX)
+    order = Rng(2, "distance").permutation(12).tolist()
+    drawn = [MIX.at(2, i) for i in range(9)]
+    expected = [[prompts[order[i]] for i in range(9) if drawn[i] == shape] for shape in dict.fromkeys(drawn)]
+    assert asked == expected and len(asked) > 1
+    assert seen == [(images, teacher.resolution, recipe.data, MIX, 7)]
 
 
 def test_counts_in_words():
