@@ -189,6 +189,9 @@ def test_pictures_are_sorted_by_their_headers_which_are_read_once(pictures, monk
         ["caption c"],
     ]
     assert [part.of.tolist() for part in parts] == [[1, 4], [0, 3, 5], [2]]
+    assert split(images, sizes_of(images), SHAPES) is parts
+    others = split(images, sizes_of(images), SHAPES[::-1])
+    assert [part.of.tolist() for part in others] == [[2], [0, 3, 5], [1, 4]]
 
 
 def test_sizes_are_read_again_of_files_that_have_changed(pictures):

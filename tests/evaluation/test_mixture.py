@@ -1,5 +1,6 @@
 """Images of several shapes, measured: which a sample has, what draws it, and what it is compared with."""
 
+import argparse
 import json
 import weakref
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.cli.commands import sizes
 from fewstep.data.buckets import Turns
 from fewstep.data.images import CaptionedImages, load_images
 from fewstep.diffusion.rng import Rng
@@ -67,11 +69,21 @@ def test_the_shape_of_a_sample_is_its_prompts_and_comes_with_its_share():
         ([32, 16], [1]),
         ([32, 16], [1, 0]),
         ([32, "a"], None),
+        ([32, 16.5], None),
+        ([32, None], None),
+        ([32, [16]], None),
+        ([32, [16, 16, 16]], None),
+        ([32, 16], [True, 1]),
+        ([32, 16], 3),
+        (32, None),
     ],
 )
 def test_shapes_that_say_nothing_are_refused(sizes, shares):
     with pytest.raises(FewstepError, match=r"expected sizes in pixels, each another, and a share"):
         Mixture.of(sizes, shares)
+    if sizes:
+        with pytest.raises(FewstepError, match=r"expected sizes in pixels, each another, and a share"):
+            Mixture.recorded({"shapes": sizes, "shares": shares})  # of a damaged export
 
 
 def test_a_recipe_is_measured_with_the_shares_of_its_iterations():
@@ -159,6 +171,13 @@ def test_fixed_noise_has_the_latents_of_each_shape():
     assert record_at({"call": {}, "latent_shape": [4, 16, 16]}, WIDE)["latent_shape"] == [4, 16, 16]
 
 
+def test_an_option_of_sizes_has_their_shares():
+    assert sizes("32:2,16x32:0.5") == {"sizes": [32, [16, 32]], "shares": [2.0, 0.5]}
+    assert sizes("32,16x32") == {"sizes": [32, [16, 32]]} and sizes("16x32") == [16, 32]
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a share behind each size, or behind none"):
+        sizes("32:2,16x32")
+
+
 def test_mixtures_that_draw_the_same_are_equal(tmp_path):
     """Of shares in proportion, such as of two students of twice as many images; not of others, nor in another order."""
     mixture = Mixture.of(SIZES, [10.0, 8.0, 6.0])
@@ -180,6 +199,7 @@ def test_a_file_of_a_table_says_shapes_or_a_size(tmp_path, prompts):
     for more, said in (
         (shapes + "size: 32\n", r"size is 32 beside shapes, expected one of them"),
         ("shapes: [32, 16]\n", r"shapes is \[32, 16\], expected mappings of size and share"),
+        ("shapes: [{size: 32.5}, {size: 16}]\n", r"expected sizes in pixels, each another"),
         ("shapes: [{size: 32, shares: 1}]\n", r"expected mappings of size and share"),
         ("shapes: [{size: 32, share: 1}, {size: 16}]\n", r"a share above 0 for each or for none"),
     ):
