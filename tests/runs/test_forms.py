@@ -170,6 +170,14 @@ def test_a_data_free_run_without_images_to_measure_by_is_refused_at_its_start(ti
             Session(recipe, *check_data(recipe), Process())
 
 
+def test_shown_samples_are_told_the_shape_that_they_have(tiny_sdxl, tmp_path):
+    recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, "--samples.count", "4", "--evaluation.num", "0")
+    groups = Session(recipe, *check_data(recipe), Process()).preview.groups
+    assert [group.teacher.shape for group in groups] == [(32, 32), (16, 32), (32, 16)]
+    for group in groups:
+        assert group.cond["time_ids"][:, :2].tolist() == [list(group.teacher.shape)] * len(group.cond)
+
+
 def test_a_run_on_too_few_images_to_compare_with_is_refused_at_its_start(tiny_sdxl, tmp_path):
     """Not after its training, where the evaluation reads them."""
     for num, size in (("4", "32"), ("0", "32"), ("4", "16")):
