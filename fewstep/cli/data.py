@@ -61,10 +61,13 @@ def check(args: argparse.Namespace) -> int:
 
 def _meant(args: argparse.Namespace) -> tuple[list[Shape], bool, str | None]:
     """Shapes, whether small images are enlarged, and the column of captions, of the recipe where one is named."""
+    from ..evaluation.mixture import Mixture
+
     asked = args.resolution
     if args.recipe is None:
-        found = asked["sizes"] if isinstance(asked, dict) else [asked or 1]
-        return [Shape.of(one) for one in found], False, None
+        if isinstance(asked, dict):
+            return list(Mixture.of(**asked).shapes), False, None
+        return [Shape.of(asked or 1)], False, None
     from ..runs.library import load_recipe
     from ..runs.shapes import shapes_of
 

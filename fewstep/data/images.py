@@ -132,7 +132,7 @@ class CaptionedImages:
         shape = Shape.of(size)
         if self.upscale or (found.height >= shape.height and found.width >= shape.width):
             return None
-        below = shape.said if isinstance(shape.said, int) else f"{shape.width}x{shape.height}"
+        below = shape.said if isinstance(shape.said, int) else f"{shape.width} wide and {shape.height} high"
         return f"{found.width}x{found.height} pixels, below {below}; data.upscale would enlarge it"
 
     def sound(self, index: int, size: Size) -> tuple[int, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.buckets import Turns, homes_of, shares_of
@@ -16,14 +16,19 @@ from ..shape import Shape, Size
 
 @dataclass(frozen=True)
 class Mixture:
-    """Shapes with shares, as a recipe's ``data.shapes``.
+    """Shapes with shares, as a recipe's ``data.shapes``. Equal are those that draw the same.
 
     Attributes:
         shapes: (height, width) each. shares: of the prompts, any positive numbers in proportion to one another.
+        chances: the same with a sum of one.
     """
 
     shapes: tuple[Shape, ...]
-    shares: tuple[float, ...]
+    shares: tuple[float, ...] = field(compare=False)
+    chances: tuple[float, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "chances", Turns(0, self.shares).chances)
 
     @classmethod
     def of(cls, sizes: Sequence[Size], shares: Sequence[float] | None = None) -> Mixture:
@@ -32,17 +37,13 @@ class Mixture:
         Raises:
             FewstepError: no sizes, a size twice, or other shares than one above 0 for each.
         """
-        given = tuple(shares if shares else [1.0] * len(sizes))
-        plain = all(
-            type(side) is int and side > 0
-            for size in sizes
-            for side in ([size] if isinstance(size, int) else size)
-        )
+        plain = isinstance(sizes, list | tuple) and all(map(_is_size, sizes))
         found = tuple(Shape.of(size) for size in sizes) if plain else ()
-        numbers = all(isinstance(share, int | float) and 0 < share < math.inf for share in given)
-        if not found or len({*found}) < len(found) or len(given) != len(found) or not numbers:
+        given = shares if shares else [1.0] * len(found)
+        numbers = isinstance(given, list | tuple) and all(map(_is_share, given))
+        if not found or len({*found}) < len(found) or not numbers or len(given) != len(found):
             raise FewstepError(
-                f"shapes {list(sizes)} with shares {list(given)}: expected sizes in pixels, each another, and a share "
+                f"shapes {sizes} with shares {shares or 'alike'}: expected sizes in pixels, each another, and a share "
                 "above 0 for each or for none"
             )
         return cls(found, tuple(map(float, given)))
@@ -52,9 +53,12 @@ class Mixture:
         """Of mappings of ``size`` and ``share``, as YAML has them; None of none."""
         if not items:
             return None
+        known = isinstance(items, list | tuple) and all(
+            isinstance(one, Mapping) and "size" in one and not {*one} - {"size", "share"} for one in items
+        )
+        if not known:
+            raise FewstepError(f"shapes is {items}, expected mappings of size and share")
         shares = [one["share"] for one in items if one.get("share") is not None]
-        if any(set(one) - {"size", "share"} or "size" not in one for one in items):
-            raise FewstepError(f"shapes is {list(items)}, expected mappings of size and share")
         return cls.of([one["size"] for one in items], shares)
 
     @classmethod
@@ -78,6 +82,18 @@ class Mixture:
     def __str__(self) -> str:
         total = math.fsum(self.shares)
         return ", ".join(f"{shape} {share / total:.3g}" for shape, share in zip(self.shapes, self.shares))
+
+
+def _is_size(size: Any) -> bool:
+    """Whether it is whole pixels of a side, or of height and width."""
+    sides = [size, size] if isinstance(size, int) else size
+    return (
+        isinstance(sides, list | tuple) and [type(side) is int and side > 0 for side in sides] == [True] * 2
+    )
+
+
+def _is_share(share: Any) -> bool:
+    return type(share) in (int, float) and 0 < share < math.inf
 
 
 def counted(shapes: Mapping[str, int]) -> str:

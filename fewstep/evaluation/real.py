@@ -12,7 +12,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..data.buckets import homes_of
 from ..data.cache import sizes_of
-from ..data.images import CaptionedImages, name_of
+from ..data.images import CaptionedImages, name_of, size_at
 from ..data.left_out import BadRecord
 from ..diffusion.rng import Rng
 from ..errors import RecipeError
@@ -159,6 +159,23 @@ def check_real(images: CaptionedImages, size: Size, mixture: Mixture | None) -> 
             usable[homes[record]] += 1
     images.left_out.check()
     _check(images, shapes, usable)
+
+
+def check_enough(images: CaptionedImages, size: Size) -> None:
+    """Refuses, at the start of a run that trains on these images, fewer than can be compared with; by the headers of as
+    few files as it takes.
+
+    Raises:
+        RecipeError: as :func:`real_images`.
+    """
+    records = (record for record in range(len(images.files)) if record not in images.left_out.reasons)
+    if not isinstance(images.files, np.ndarray):
+        records = (
+            record
+            for record in records
+            if (found := size_at(images, record)) and not images.too_small(found, size)
+        )
+    _check(images, [Shape.of(size)], [len(list(islice(records, LEAST)))])
 
 
 def _homes(images: CaptionedImages, mixture: Mixture | None) -> list[int]:

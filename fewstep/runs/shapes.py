@@ -9,7 +9,7 @@ from ..data.cache import sizes_of
 from ..data.images import CaptionedImages
 from ..errors import FewstepError, RecipeError
 from ..evaluation.mixture import mixture_of
-from ..evaluation.real import check_real
+from ..evaluation.real import check_enough, check_real
 from ..process import Process
 from ..recipe import Recipe
 from ..shape import Shape
@@ -67,16 +67,18 @@ def look(recipe: Recipe, teacher: Teacher, images: CaptionedImages | None, proce
 
     Raises:
         RecipeError: a shape of which images are wanted, to train on or to compare samples with, and none belongs to it;
-            images to compare with alone of which too many are too small.
+            images to compare with alone of which too many are too small; fewer images than can be compared with.
     """
     wanted = "images" in recipe.method_class.needs(recipe.method)
     measured = bool(recipe.evaluation.num or recipe.samples.distance)
-    if images is None or not ((wanted and recipe.data.shapes) or (measured and not wanted)):
+    if images is None or not (measured or (wanted and recipe.data.shapes)):
         return
     if not process.main:
         process.barrier()
-    if wanted:
+    if wanted and recipe.data.shapes:
         split(images, sizes_of(images), shapes_of(recipe))
+    elif wanted:
+        check_enough(images, teacher.resolution)
     else:
         check_real(images, teacher.resolution, mixture_of(recipe, images))
     if process.main:

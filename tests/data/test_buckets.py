@@ -189,6 +189,9 @@ def test_pictures_are_sorted_by_their_headers_which_are_read_once(pictures, monk
         ["caption c"],
     ]
     assert [part.of.tolist() for part in parts] == [[1, 4], [0, 3, 5], [2]]
+    assert split(images, sizes_of(images), SHAPES) is parts
+    others = split(images, sizes_of(images), SHAPES[::-1])
+    assert [part.of.tolist() for part in others] == [[2], [0, 3, 5], [1, 4]]
 
 
 def test_sizes_are_read_again_of_files_that_have_changed(pictures):
@@ -299,7 +302,7 @@ def test_a_check_says_how_many_images_each_shape_has_before_anything_is_trained(
         "32x32: 3 images, 1 of no use: 1 cannot be decoded" in said
     )  # what has no size counts with the first
     assert "16x32: 3 images, 1 of no use: 1 too small" in said and "32x16: 1 images, 0 of no use" in said
-    assert "d.png: 28x14 pixels, below 32x16; data.upscale would enlarge it" in said
+    assert "d.png: 28x14 pixels, below 32 wide and 16 high; data.upscale would enlarge it" in said
     assert said[-1].endswith("7 images, 2 of no use: 1 cannot be decoded, 1 too small")
     (pictures / "g.png").unlink(), (pictures / "d.png").unlink()
     rows = (pictures / "metadata.jsonl").read_text().splitlines()
@@ -312,6 +315,10 @@ def test_a_check_says_how_many_images_each_shape_has_before_anything_is_trained(
     assert "160x16: 0 images, 0 of no use" in said and said[-1].startswith(
         "fewstep: a run refuses shapes without"
     )
+    for wrong in ("32,16x32,32", "32:1,16x32:nan", "32:0,16x32:1"):
+        assert main([*words, "--resolution", wrong]) == 2
+        found = capsys.readouterr()
+        assert "expected sizes in pixels, each another, and a share above 0" in found.err and not found.out
 
 
 def test_a_check_knows_the_shapes_of_a_recipe(pictures, tmp_path, capsys):
@@ -353,7 +360,7 @@ def test_images_of_a_shape_are_encoded_in_it_and_replaced_by_others_of_it(pictur
         assert rows["row"].tolist() == [[1, 4], [0, 5, 5], [2]][k]
         live = Part(LiveImages(view, parts[k]), parts[k].of).rows(torch.arange(len(store)))
         assert live["row"].equal(rows["row"]) and live["latents"].shape == rows["latents"].shape
-    assert "d.png is left out: 28x14 pixels, below 32x16" in capsys.readouterr().err
+    assert "d.png is left out: 28x14 pixels, below 32 wide and 16 high" in capsys.readouterr().err
 
 
 def test_the_cache_of_a_shape_is_of_its_images_alone(pictures, teachers):

@@ -1,5 +1,6 @@
 """Images of several shapes, measured: which a sample has, what draws it, and what it is compared with."""
 
+import argparse
 import json
 import weakref
 from dataclasses import replace
@@ -10,10 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.cli.commands import sizes
 from fewstep.data.buckets import Turns
 from fewstep.data.images import CaptionedImages, load_images
+from fewstep.diffusion.rng import Rng
 from fewstep.errors import FewstepError, RecipeError
-from fewstep.evaluation import of_run, real, yardstick
+from fewstep.evaluation import of_run, real, sampling, while_training, yardstick
 from fewstep.evaluation.evaluate import evaluate_images
 from fewstep.evaluation.features import extract
 from fewstep.evaluation.images import ArrayImages, FirstImages, open_images
@@ -21,7 +24,7 @@ from fewstep.evaluation.mixture import Mixture, counted, mixture_of
 from fewstep.evaluation.models import open_model, record_at
 from fewstep.evaluation.of_spec import _cell, _save_grid, _tile, sized
 from fewstep.evaluation.prompts import read_prompts
-from fewstep.evaluation.real import RealImages, check_real, real_images
+from fewstep.evaluation.real import RealImages, check_enough, check_real, real_images
 from fewstep.evaluation.sampling import Job, draw, read_manifest, sample_folder
 from fewstep.evaluation.spec import Entry, Spec, load_spec
 from fewstep.evaluation.while_training import CHUNK, TrainingDistance
@@ -66,11 +69,21 @@ def test_the_shape_of_a_sample_is_its_prompts_and_comes_with_its_share():
         ([32, 16], [1]),
         ([32, 16], [1, 0]),
         ([32, "a"], None),
+        ([32, 16.5], None),
+        ([32, None], None),
+        ([32, [16]], None),
+        ([32, [16, 16, 16]], None),
+        ([32, 16], [True, 1]),
+        ([32, 16], 3),
+        (32, None),
     ],
 )
 def test_shapes_that_say_nothing_are_refused(sizes, shares):
     with pytest.raises(FewstepError, match=r"expected sizes in pixels, each another, and a share"):
         Mixture.of(sizes, shares)
+    if sizes:
+        with pytest.raises(FewstepError, match=r"expected sizes in pixels, each another, and a share"):
+            Mixture.recorded({"shapes": sizes, "shares": shares})  # of a damaged export
 
 
 def test_a_recipe_is_measured_with_the_shares_of_its_iterations():
@@ -130,6 +143,24 @@ def test_a_folder_of_several_shapes_goes_on_as_it_began(tiny_sdxl, prompts, tmp_
     assert not (tmp_path / "c").exists()
 
 
+def test_speed_is_measured_in_the_shape_of_the_first_sample(tiny_sdxl, prompts, tmp_path, monkeypatch):
+    """As the note of a table says."""
+    monkeypatch.setattr(sampling, "measure_speed", lambda drawn, *_: {"drawn": drawn().shape})
+    model, seeds = open_model(str(tiny_sdxl)), {MIX.at(seed, 0): seed for seed in range(20)}
+    for shape, seed in seeds.items():
+        job = Job(1, seed=seed, mixture=MIX)
+        sample_folder(model, prompts, job, tmp_path / str(shape), num=2, speed_runs=1)
+        assert read_manifest(tmp_path / str(shape))["speed"]["drawn"] == [1, *shape, 3]
+    assert {*seeds} == {*MIX.shapes}
+
+
+def test_a_model_of_another_shape_has_the_fixed_noise_of_this_one(tiny_sdxl):
+    call = {"num_inference_steps": 1, "height": 32, "width": 32}
+    model = open_model(str(tiny_sdxl))
+    model.record = {"call": call, "latent_shape": [4, 16, 16], "noise": "fixed"}
+    assert model.at(WIDE).record["latent_shape"] == [4, 8, 16] and model.record["latent_shape"] == [4, 16, 16]
+
+
 def test_fixed_noise_has_the_latents_of_each_shape():
     call = {"height": 32, "width": 32}
     plain = record_at({"call": call, "latent_shape": [4, 16, 16]}, WIDE)
@@ -138,6 +169,25 @@ def test_fixed_noise_has_the_latents_of_each_shape():
     found = record_at(packed, Shape(32, 48))
     assert found["latent_shape"] == [96, 16] and found["given_shape"] == [16, 8, 12]
     assert record_at({"call": {}, "latent_shape": [4, 16, 16]}, WIDE)["latent_shape"] == [4, 16, 16]
+
+
+def test_an_option_of_sizes_has_their_shares():
+    assert sizes("32:2,16x32:0.5") == {"sizes": [32, [16, 32]], "shares": [2.0, 0.5]}
+    assert sizes("32,16x32") == {"sizes": [32, [16, 32]]} and sizes("16x32") == [16, 32]
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a share behind each size, or behind none"):
+        sizes("32:2,16x32")
+
+
+def test_mixtures_that_draw_the_same_are_equal(tmp_path):
+    """Of shares in proportion, such as of two students of twice as many images; not of others, nor in another order."""
+    mixture = Mixture.of(SIZES, [10.0, 8.0, 6.0])
+    assert mixture == Mixture.of(SIZES, [5.0, 4.0, 3.0]) and hash(mixture) == hash(
+        Mixture.of(SIZES, [5, 4, 3])
+    )
+    assert mixture != Mixture.of(SIZES, [5.0, 4.0, 4.0]) and mixture != Mixture.of(
+        SIZES[::-1], [6.0, 8.0, 10.0]
+    )
+    assert mixture.plain()["shares"] == [10.0, 8.0, 6.0]
 
 
 # ------------------------------------------------------------------------------------------------------ a table's rows
@@ -149,6 +199,7 @@ def test_a_file_of_a_table_says_shapes_or_a_size(tmp_path, prompts):
     for more, said in (
         (shapes + "size: 32\n", r"size is 32 beside shapes, expected one of them"),
         ("shapes: [32, 16]\n", r"shapes is \[32, 16\], expected mappings of size and share"),
+        ("shapes: [{size: 32.5}, {size: 16}]\n", r"expected sizes in pixels, each another"),
         ("shapes: [{size: 32, shares: 1}]\n", r"expected mappings of size and share"),
         ("shapes: [{size: 32, share: 1}, {size: 16}]\n", r"a share above 0 for each or for none"),
     ):
@@ -261,6 +312,30 @@ def test_the_reference_is_mixed_as_the_samples_are(tmp_path):
     assert len({tuple(greys(real_images(images, 32, data, mixture, seed=s)[1])) for s in range(5)}) > 1
 
 
+def test_the_reference_is_filled_of_those_that_can_be_used(tmp_path):
+    images = pictures(tmp_path / "i", *[(32, 32)] * 4, *[(16, 32)] * 4)
+    for i in (5, 7):
+        path = tmp_path / "i" / f"{i:03d}.png"
+        path.write_bytes(path.read_bytes()[:-30])  # its header is whole
+    mixture = Mixture.of([32, [16, 32]], [1.0, 1.5])
+    found = greys(real_images(images, 32, DataConfig("p", "i"), mixture)[1])
+    assert found[1:] == [(16, 32, 4), (16, 32, 6)] and found[0][:2] == (32, 32)
+
+
+def test_the_hash_of_the_reference_is_of_its_pixels_and_their_shapes(tmp_path):
+    def hashed(name, sizes, asked):
+        images = pictures(tmp_path / name, *sizes)
+        return real_images(images, 32, DataConfig("p", "i"), Mixture.of(asked))[1].sha256
+
+    wide, tall = (16, 32), (32, 16)
+    first = hashed("a", [wide, tall], [wide, tall])
+    assert first == hashed("b", [wide, tall], [wide, tall])
+    assert first != hashed("c", [tall, wide], [tall, wide])  # the same bytes in the same order
+    Image.new("RGB", tall[::-1], (6, 5, 5)).save(tmp_path / "a" / "001.png")
+    images = load_images(str(tmp_path / "a"))
+    assert first != real_images(images, 32, DataConfig("p", "i"), Mixture.of([wide, tall]))[1].sha256
+
+
 def test_features_of_mixed_images_are_of_each_at_its_own_shape(tmp_path, pool):
     """In a folder they come in any order; batches of the network are as of equal ones."""
     rng = np.random.default_rng(0)
@@ -324,6 +399,9 @@ def test_images_that_are_too_small_to_compare_with_are_refused_by_their_headers(
     ):
         check_real(pictures(tmp_path / "a", *[(8, 8)] * 4, max_bad=1.0), 16, None)
     check_real(replace(images, upscale=True), 16, None)
+    check_real(
+        pictures(tmp_path / "f", (32, 32), (16, 32), (32, 16), max_bad=0.0), 32, MIX
+    )  # each by its own shape
     check_real(pictures(tmp_path / "b", (8, 8), (16, 16), (20, 20)), 16, None)
     with pytest.raises(RecipeError, match=r"1 of 3 images can be used"):
         check_real(pictures(tmp_path / "c", (8, 8), (16, 16), (8, 20), max_bad=1.0), 16, None)
@@ -335,6 +413,22 @@ def test_images_that_are_too_small_to_compare_with_are_refused_by_their_headers(
     ):
         check_real(mixed, 32, MIX)
     assert mixed.left_out.reasons.keys() == {1, 2}
+
+
+def test_too_few_images_to_compare_with_are_refused_before_training_on_them(tmp_path):
+    """As few headers are read as it takes; what is left out already does not count."""
+    alone = pictures(tmp_path / "a", (32, 32), (8, 32), None)
+    with pytest.raises(RecipeError, match=r"1 of 3 images can be used at 16x16 pixels, to compare samples"):
+        check_enough(alone, 16)
+    check_enough(replace(alone, upscale=True), 16)
+    images = pictures(tmp_path / "b", (32, 32), (16, 16), (16, 16))
+    (tmp_path / "b" / "002.png").unlink()
+    check_enough(images, 16)
+    images.left_out.reasons[0] = "000.png", "cannot be decoded"
+    Image.new("RGB", (8, 8)).save(tmp_path / "b" / "002.png")
+    with pytest.raises(RecipeError, match=r"1 of 3 images can be used"):
+        check_enough(images, 16)
+    check_enough(CaptionedImages(["a", "b"], np.zeros((2, 8, 8, 3), dtype=np.uint8)), 16)
 
 
 def test_named_prompts_stand_where_samples_have_the_shape_of_their_image(tmp_path):
@@ -363,7 +457,7 @@ class Copies:
             assert pixels.shape[1:3] == shape
             return pixels
 
-        return SimpleNamespace(latents=latents, decode=lambda latents: latents.numpy())
+        return SimpleNamespace(resolution=shape.said, latents=latents, decode=lambda latents: latents.numpy())
 
 
 def test_images_through_the_vae_have_the_shapes_of_the_samples(tmp_path):
@@ -432,6 +526,27 @@ def test_distances_while_training_are_drawn_in_all_shapes(teachers, tmp_path):
     assert shapes == [(size, size[0]) for size in latents] * 3
     alone = TrainingDistance(recipe, teacher, prompts, None)
     assert [(c.teacher.shape, len(c.cond)) for c in alone.chunks] == [(SQUARE, 8), (SQUARE, 8), (SQUARE, 5)]
+
+
+def test_distances_while_training_ask_each_prompt_in_the_shape_of_its_place(teachers, tmp_path, monkeypatch):
+    """And are to the reference that the evaluation has at the end."""
+    pytest.importorskip("torchmetrics")
+    teacher, asked, seen = teachers("SDXL"), [], []
+    monkeypatch.setattr(type(teacher), "sized", lambda *_: None)
+    monkeypatch.setattr(while_training, "frechet_metric", lambda *_: None)
+    monkeypatch.setattr(while_training, "real_images", lambda *told: seen.append(told) or (None, None))
+    recipe = recipe_of(extractor="effnet-lite0@32", seed=7)
+    recipe.samples = SampleConfig(distance=9, seed=2)
+    prompts, images = [f"thing {i}" for i in range(12)], pictures(tmp_path / "i", (32, 32))
+    monkeypatch.setattr(
+        teacher, "encode", lambda some: asked.append(some) or SimpleNamespace(to=lambda _: some)
+    )
+    TrainingDistance(recipe, teacher, prompts, images, MIX)
+    order = Rng(2, "distance").permutation(12).tolist()
+    drawn = [MIX.at(2, i) for i in range(9)]
+    expected = [[prompts[order[i]] for i in range(9) if drawn[i] == shape] for shape in dict.fromkeys(drawn)]
+    assert asked == expected and len(asked) > 1
+    assert seen == [(images, teacher.resolution, recipe.data, MIX, 7)]
 
 
 def test_counts_in_words():

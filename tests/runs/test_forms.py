@@ -170,6 +170,28 @@ def test_a_data_free_run_without_images_to_measure_by_is_refused_at_its_start(ti
             Session(recipe, *check_data(recipe), Process())
 
 
+def test_shown_samples_are_told_the_shape_that_they_have(tiny_sdxl, tmp_path):
+    recipe = several("sdxl_dmd2_4step", tiny_sdxl, tmp_path, "--samples.count", "4", "--evaluation.num", "0")
+    groups = Session(recipe, *check_data(recipe), Process()).preview.groups
+    assert [group.teacher.shape for group in groups] == [(32, 32), (16, 32), (32, 16)]
+    for group in groups:
+        assert group.cond["time_ids"][:, :2].tolist() == [list(group.teacher.shape)] * len(group.cond)
+
+
+def test_a_run_on_too_few_images_to_compare_with_is_refused_at_its_start(tiny_sdxl, tmp_path):
+    """Not after its training, where the evaluation reads them."""
+    for num, size in (("4", "32"), ("0", "32"), ("4", "16")):
+        words = ("--data.max_bad", "1.0", "--samples.count", "1", "--evaluation.num", num)
+        recipe = tiny("sdxl_dmd2_4step", tiny_sdxl, tmp_path, *words, "--teacher.resolution", size)
+        for i in range(1, 5):
+            Image.new("RGB", (20, 40)).save(tmp_path / "images" / f"{i}.png")
+        if (num, size) == ("4", "32"):
+            with pytest.raises(RecipeError, match=r"1 of 5 images can be used at 32x32 pixels, to compare"):
+                Session(recipe, *check_data(recipe), Process())
+        else:
+            Session(recipe, *check_data(recipe), Process())
+
+
 DATA_FREE = ("--method.gan_weight", "0", "--images", "null")
 
 

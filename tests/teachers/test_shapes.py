@@ -73,7 +73,11 @@ def test_a_file_of_another_form_is_cropped_and_never_enlarged(tmp_path):
     assert abs(int(wide[8, 16, 0]) - 100) < 2 and abs(tall[:, :, 0].astype(int) - 100).max() < 3
     assert wide[8, 0, 0] < 60 < 140 < wide[8, -1, 0]
     assert images.load(0, [40, 100]).tolist() == stripes.tolist()
-    for size, below in (([41, 41], "41x41"), ([20, 101], "101x20"), ([41, 20], "20x41")):
+    for size, below in (
+        ([41, 41], "41;"),
+        ([20, 101], "101 wide and 20 high"),
+        ([41, 20], "20 wide and 41 high"),
+    ):
         with pytest.raises(BadRecord, match=f"100x40 pixels, below {below}"):
             images.load(0, size)
     upscaled = CaptionedImages(["a"], [tmp_path / "a.png"], upscale=True)
