@@ -37,8 +37,7 @@ def chart_of(metric: str, records: list[dict], last: float | None = None) -> str
         [(r["step"], drawable(r[metric])) for r in records if metric in r], float
     ).T  # None becomes NaN
     sign = sign_of(metric)
-    first = next((value for value in y.tolist() if math.isfinite(value)), 0.0)
-    healthy = sign.range(first) if sign and math.isfinite(sign.low + sign.high) else None
+    healthy = (sign.low, sign.high) if sign and math.isfinite(sign.low + sign.high) else None
     return _chart(metric.rpartition("/")[2], x, y, max(x) if last is None else last, healthy)
 
 

@@ -20,7 +20,6 @@ class Sign:
     Attributes:
         name: end of the metric's name. low, high: of its normal range. normal: the same for people.
         below, above: likely cause and remedy.
-        drifts: whether the range is about the first value of the run, and not about 0.
     """
 
     name: str
@@ -29,12 +28,6 @@ class Sign:
     normal: str
     below: str
     above: str
-    drifts: bool = False
-
-    def range(self, first: float) -> tuple[float, float]:
-        """(low, high) of a run whose first finite value is this."""
-        about = first if self.drifts else 0.0
-        return self.low + about, self.high + about
 
 
 LAG = (
@@ -54,15 +47,7 @@ SIGNS = (
         LAG,
         LAG,
     ),
-    Sign(  # A student begins at the teacher's mean, which is the data's: far from 0 for drawings on white.
-        "latent_mean",
-        -0.5,
-        0.5,
-        "within ±0.5 of where the run began; a drift is a colour cast",
-        CAST,
-        CAST,
-        drifts=True,
-    ),
+    Sign("latent_mean", -0.5, 0.5, "near that of real latents; a drift is a colour cast", CAST, CAST),
     Sign(
         "latent_std",
         0.3,
@@ -102,7 +87,6 @@ class Watch:
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()):
         self.streaks: dict[str, int] = {}
-        self.first: dict[str, float] = {}
         for record in records:
             self.read(record)
 
@@ -117,11 +101,10 @@ class Watch:
             sign = sign_of(metric)
             if sign is None or value is None:
                 continue
-            low, high = sign.range(self.first.setdefault(metric, value))
-            bad = not low <= value <= high
+            bad = not sign.low <= value <= sign.high
             self.streaks[metric] = self.streaks.get(metric, 0) + 1 if bad else 0
             if self.streaks[metric] == PATIENCE:
-                advice = sign.below if value < low else sign.above
+                advice = sign.below if value < sign.low else sign.above
                 found.append(f"{metric} is {value:.3g} (normal: {sign.normal}); {advice}")
         return found
 
