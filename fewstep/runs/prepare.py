@@ -163,7 +163,12 @@ def smooth(teacher: Teacher, config: PrepareConfig) -> tuple[NetDenoiser, int]:
         raise FewstepError(
             f"prepare: pixel_norm: {type(net).__name__} has none, EDM2's has; leave --pixel-norm out"
         )
-    if isinstance(net, EDMPrecond) and net.config.model_type != "ncsn++":
+    if isinstance(net, EDMPrecond) and net.config.model_type == "ncsn++":
+        raise FewstepError(
+            f"prepare: {teacher.source}: EDM's ncsn++ reads random features of ln(sigma) / 4, which have no "
+            "preparation; expected an EDM2, or a network on sinusoids; or distill it by another method than scm"
+        )
+    if isinstance(net, EDMPrecond):
         raise FewstepError(
             f"prepare: {teacher.source}: EDM's {net.config.model_type} reads ln(sigma) / 4, over which its fastest "
             "sinusoid makes less than half a turn: it is smooth as it is; distill it without"

@@ -168,6 +168,11 @@ def test_what_needs_no_preparation_or_has_no_such_norm_is_refused(tmp_path, teac
         FewstepError, match=r"reads ln.sigma. / 4, .* it is smooth as it is; distill it without"
     ):
         smooth(edm, PrepareConfig())
+    fourier = load_teacher(str(write_tiny_pipeline("EDMPipeline", tmp_path / "ncsn", model_type="ncsn++")))
+    with pytest.raises(
+        FewstepError, match=r"prepare: .*ncsn: EDM's ncsn\+\+ .* have no preparation; expected"
+    ):
+        smooth(fourier, PrepareConfig())
     with pytest.raises(FewstepError, match="pixel_norm: UNet2DConditionModel has none, EDM2's has"):
         smooth(load_teacher(str(tiny_sdxl)), PrepareConfig(pixel_norm=True))
     with pytest.raises(FewstepError, match="qk_norm: EDM2Precond has none"):

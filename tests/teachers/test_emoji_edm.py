@@ -6,6 +6,7 @@ import torch
 
 from fewstep import load_teacher
 from fewstep.cli import eval as commands
+from fewstep.cli import main
 from fewstep.data import emoji
 from fewstep.data.images import load_images
 from fewstep.data.prompts import load_prompts
@@ -14,6 +15,7 @@ from fewstep.evaluation.models import Model
 from fewstep.evaluation.of_run import real_images
 from fewstep.evaluation.yardstick import open_real
 from fewstep.recipe import DataConfig
+from fewstep.report.log import read_metrics
 from fewstep.runs.smoke import _few_emoji
 
 
@@ -127,6 +129,12 @@ def test_named_solvers_of_an_edm_pipeline(teacher, solver, calls, monkeypatch):
 def test_what_an_edm_pipeline_has_not_is_refused(teacher, asked, said):
     with pytest.raises(FewstepError, match=said):
         Model(teacher.pipe, {"pipeline": "builtin:emoji-edm"}).prepare(2, **asked)
+
+
+def test_a_student_in_pixels_logs_their_mean_which_has_no_range(tmp_path):
+    assert main(["train", "cifar10_sid_1step", "--smoke", "--output", str(tmp_path / "run")]) == 0
+    logged = {key for record in read_metrics(tmp_path / "run" / "metrics.jsonl") for key in record}
+    assert "health/pixel_mean" in logged and "health/latent_mean" not in logged
 
 
 def test_a_smoke_run_has_the_captions_that_its_teacher_knows(tmp_path):
