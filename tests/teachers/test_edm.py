@@ -51,6 +51,8 @@ def test_a_converted_edm2_has_its_vae_or_says_which(tmp_path):
     assert torch.equal(pipe.unet(*given)[0], network("edm2_cond")(*given)[0])
     small = {k: v.float() for k, v in arrays("edm2_uncond.weights").items()}
     save_file(small, tmp_path / "p.safetensors")
+    told = edm2(tmp_path / "p.safetensors").unet.config  # what published files do not say
+    assert told.channels_per_head == 64 and told.sigma_data == 0.5
     with pytest.raises(FewstepError, match="no latents; leave it out"):
         edm2(tmp_path / "p.safetensors", vae=tiny / "vae")
 
@@ -121,8 +123,22 @@ def test_a_students_scheduler_has_its_levels_and_no_others():
         assert made.timesteps.tolist() == grid and made.init_noise_sigma == grid[0]
     with pytest.raises(ValueError, match="this student has 2, 1"):
         made.set_timesteps(3)
+    made.set_timesteps(1)
+    assert made.default_steps == 2 and EDMScheduler().default_steps == 18
     with pytest.raises(RecipeError, match=r"method\.noise: tcd"):
         student_scheduler(EDMScheduler(), grids[0], "tcd")
+
+
+@pytest.mark.parametrize(
+    "levels", [[], [1.0, 1.0], [1.0, 2.0], [2.0, 0.0], [float("inf"), 1.0], [float("nan")]]
+)
+def test_levels_that_are_none_are_refused(levels):
+    made = EDMScheduler()
+    with pytest.raises(ValueError, match="expected at least one, falling, finite and above 0"):
+        made.set_timesteps(sigmas=levels)
+    for steps in (0, -1, None):
+        with pytest.raises(ValueError, match=f"num_inference_steps {steps}: expected 1 or more"):
+            made.set_timesteps(steps)
 
 
 def test_a_student_begins_at_its_first_level():
