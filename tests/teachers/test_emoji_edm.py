@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fewstep import load_teacher
+from fewstep import recipe as recipes
 from fewstep.cli import eval as commands
 from fewstep.cli import main
 from fewstep.data import emoji
@@ -16,6 +17,8 @@ from fewstep.evaluation.of_run import real_images
 from fewstep.evaluation.yardstick import open_real
 from fewstep.recipe import DataConfig
 from fewstep.report.log import read_metrics
+from fewstep.runs.library import load_recipe
+from fewstep.runs.preview import Preview
 from fewstep.runs.smoke import _few_emoji
 
 
@@ -184,6 +187,16 @@ def test_named_solvers_of_an_edm_pipeline(teacher, solver, calls, monkeypatch):
 def test_what_an_edm_pipeline_has_not_is_refused(teacher, asked, said):
     with pytest.raises(FewstepError, match=said):
         Model(teacher.pipe, {"pipeline": "builtin:emoji-edm"}).prepare(2, **asked)
+
+
+def test_a_label_among_the_samples_that_is_no_class_is_refused_by_its_field(teacher, tmp_path):
+    recipe = recipes.override(
+        load_recipe("emoji_edm_sid_1step"), ["--samples.prompts", "[any food fruit, '98']"]
+    )
+    with pytest.raises(
+        FewstepError, match=r"^samples\.prompts: class label '98': expected a number from 0 to 97"
+    ):
+        Preview(recipe, teacher, None, [], ["3"], tmp_path)
 
 
 def test_a_student_in_pixels_logs_their_mean_which_has_no_range(tmp_path):
