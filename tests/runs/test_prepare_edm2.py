@@ -143,6 +143,29 @@ def test_a_prepared_network_is_smoother_and_nearer_and_loads_with_all_its_buffer
         smooth(kept, PrepareConfig())
 
 
+def test_a_stopped_preparation_goes_on_only_as_it_was_begun(folder, tmp_path, monkeypatch):
+    """Its weights belong to features that turn so often; and nothing is left of it once it is done."""
+    images = load_images(str(_few_emoji(tmp_path, prompts="builtin:imagenet-classes")))
+    common = {"error": 1e-9, "check_every": 1, "batch_size": 2}
+    training, out = tmp_path / "smooth.training", tmp_path / "smooth"
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preparing.Trainer, "train", stop)
+        prepare(load_teacher(str(folder)), out, images, PrepareConfig(steps=2, **common), quiet=True)
+    assert training.is_dir() and not out.exists()
+    with pytest.raises(
+        FewstepError, match=r"smooth\.training was stopped with turns 1\.0; go on with these, or delete"
+    ):
+        prepare(
+            load_teacher(str(folder)), out, images, PrepareConfig(steps=2, turns=0.16, **common), quiet=True
+        )
+    prepare(load_teacher(str(folder)), out, images, PrepareConfig(steps=1, **common), quiet=True)
+    assert out.is_dir() and not training.exists()
+
+
 def test_a_student_of_scm_on_it_is_exported_and_verified(prepared, capsys):
     place, _ = prepared
     (place / "labels.txt").write_text("".join(f"{k}\n" for k in range(8)))

@@ -18,6 +18,7 @@ from fewstep.export import student_scheduler
 from fewstep.recipe import RoleConfig
 from fewstep.teachers import load_teacher
 from fewstep.teachers.edm.convert import edm2
+from fewstep.teachers.edm.networks import EDM2Precond
 from fewstep.teachers.edm.scheduler import EDMScheduler
 from fewstep.teachers.schedulers import FLOOR, schedule_of, scheduler_sample
 from fewstep.teachers.tiny import write_tiny_pipeline
@@ -55,6 +56,20 @@ def test_a_converted_edm2_has_its_vae_or_says_which(tmp_path):
     assert told.channels_per_head == 64 and told.sigma_data == 0.5
     with pytest.raises(FewstepError, match="no latents; leave it out"):
         edm2(tmp_path / "p.safetensors", vae=tiny / "vae")
+
+
+@pytest.mark.parametrize("noise, emb", [(None, None), (2, 3), (2, None), (None, 3)])
+def test_widths_of_an_edm2s_embedding_are_read_off_its_weights(noise, emb, tmp_path):
+    given = {"sample_size": 8, "in_channels": 3, "num_class_embeds": 5, "model_channels": 16, "num_blocks": 1}
+    given |= {
+        "channel_mult": [1, 2],
+        "attn_resolutions": [],
+        "channel_mult_noise": noise,
+        "channel_mult_emb": emb,
+    }
+    save_file(EDM2Precond(**given).state_dict(), tmp_path / "w.safetensors")
+    found = edm2(tmp_path / "w.safetensors").unet.config
+    assert {name: found[name] for name in given} == given
 
 
 def test_a_pickle_is_refused_with_the_script_that_makes_safetensors_of_it(tmp_path, capsys):
