@@ -54,12 +54,31 @@ def posterior_mean(
     return (weights @ flat).view_as(x_t)
 
 
+def told_of(
+    labels: torch.Tensor, i: torch.Tensor, dropped: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the network is told of images i (B,), (B,), and which of all N they may be by that, (B, N)."""
+    none = len(emoji.kinds())
+    told = torch.where(dropped, none, labels[i])
+    return told, (told[:, None] == labels) | (told == none)[:, None]
+
+
+def edm_loss(
+    net: EDMPrecond, x_t: torch.Tensor, sigma: torch.Tensor, told: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
+    """Squared error by EDM's weight, which makes it that of what the network puts out before preconditioning."""
+    std = net.config.sigma_data
+    error = (net(x_t.contiguous(memory_format=torch.channels_last), sigma, told)[0] - target).square()
+    weight = (sigma**2 + std**2) / (sigma * std) ** 2
+    return (weight[:, None, None, None] * error).mean()
+
+
 def train_net(folder: Path, steps: int, cooldown: int, batch: int = 64) -> None:
     images, labels = data()
     torch.manual_seed(0)
     net = make_net().to(memory_format=torch.channels_last)
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters", flush=True)
-    schedule, none, std = EDM(), len(emoji.kinds()), net.config.sigma_data
+    schedule = EDM()
     run = Run(folder, "net", net, net.parameters(), lr=1.5e-3, ema=0.999)
 
     def loss():
@@ -68,11 +87,8 @@ def train_net(folder: Path, steps: int, cooldown: int, batch: int = 64) -> None:
         sigma = torch.exp(0.6 + 1.4 * torch.randn(batch))
         x0 = images[i]
         x_t = schedule.add_noise(x0, torch.randn_like(x0), sigma)
-        told = torch.where(torch.rand(batch) < DROPPED, none, labels[i])
-        target = posterior_mean(x_t, sigma, images, (told[:, None] == labels) | (told == none)[:, None])
-        error = (net(x_t.contiguous(memory_format=torch.channels_last), sigma, told)[0] - target).square()
-        weight = (sigma**2 + std**2) / (sigma * std) ** 2
-        return {"edm": (weight[:, None, None, None] * error).mean()}
+        told, likely = told_of(labels, i, torch.rand(batch) < DROPPED)
+        return {"edm": edm_loss(net, x_t, sigma, told, posterior_mean(x_t, sigma, images, likely))}
 
     run.train(steps, cooldown, loss)
 

@@ -28,7 +28,7 @@ class Batches:
         conditions: store of prompts. latents, captions: stores of real images and of their captions, or None.
         buckets: several shapes of samples with their shares and images, in place of ``latent_shape`` and ``latents``.
         pairs, pair_conditions: stores of a teacher's pairs and of their conditions, or None.
-        per_iteration: micro-batches of one iteration over all processes.
+        per_iteration: micro-batches of one iteration over all processes. pixels: whether samples are no latents.
     """
 
     def __init__(
@@ -45,7 +45,9 @@ class Batches:
         pair_conditions: Rows | None = None,
         buckets: Sequence[Bucket] = (),
         device: torch.device | str = "cpu",
+        pixels: bool = False,
     ):
+        self.pixels = pixels
         self.conditions, self.captions = conditions, captions
         self.buckets = list(buckets) or [Bucket(tuple(latent_shape), latents)]
         self.pairs, self.pair_conditions = pairs, pair_conditions
@@ -88,6 +90,7 @@ class Batches:
             pair_cond=pair_cond,
             index=index,
             host=host,
+            pixels=self.pixels,
         )
 
     def _upload(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -54,6 +54,7 @@ class Batch:
         index: rows of ``cond`` in the list of prompts, on the CPU.
         share, real_share: weight of a mean over the rows of ``cond``, over those of ``real``; not 1 in a :meth:`view`.
         host: ``cond`` and ``real_cond`` by name as they were before the device got them; see :meth:`on_host`.
+        pixels: whether samples are pixels, whose mean is anything, and not latents, which are scaled to one near 0.
         carry: what one phase leaves for the next ones of the same iteration.
         log: numbers worth a curve that are no part of the loss.
     """
@@ -70,6 +71,7 @@ class Batch:
     share: float = 1.0
     real_share: float = 1.0
     host: dict[str, Cond] = field(default_factory=dict)
+    pixels: bool = False
     carry: dict[str, Any] = field(default_factory=dict)
     log: dict[str, Tensor] = field(default_factory=dict)
 
@@ -122,14 +124,14 @@ class Batch:
         self.log["critic_lag"] = (delta * (fake - x0)).mean() / size
 
     def note_latents(self, x0: Tensor, alpha: Tensor | float = 1.0, sigma: Tensor | float = 0.0) -> None:
-        """``latent_mean`` and ``latent_std``, which should stay near those of real latents.
+        """``latent_mean``, of pixels ``pixel_mean``, and ``latent_std``: they should stay near those of real samples.
 
         Args:
             x0: student samples (B, ...); or such samples at a level, where they are alpha x0 plus noise of scale sigma.
         """
         x0 = x0.detach()
         std = (x0.var() - sigma**2).clamp(min=0).sqrt() / alpha
-        self.log |= {"latent_mean": x0.mean() / alpha, "latent_std": std}
+        self.log |= {"pixel_mean" if self.pixels else "latent_mean": x0.mean() / alpha, "latent_std": std}
 
 
 def always(_progress: Progress) -> bool:

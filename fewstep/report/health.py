@@ -38,6 +38,7 @@ CAST = (
     "the samples drift towards one colour or brightness: lower student.lr, or give method.guidance_scale less"
 )
 # The ranges are ours, from runs on the built-in teacher; latents of diffusers' pipelines are scaled to a spread near 1.
+# Pixels have a spread near 0.5, and a ``pixel_mean`` with no range: drawings on white are at 0.6.
 SIGNS = (
     Sign(
         "critic_lag",
@@ -52,7 +53,7 @@ SIGNS = (
         "latent_std",
         0.3,
         1.8,
-        "near 1, up to about 1.3 under guidance; falling is collapse, growing is saturation",
+        "near 1, up to about 1.3 under guidance, of pixels near 0.5; falling is collapse, growing is saturation",
         "the samples collapse: lower student.lr, train a critic more often, or give a discriminator real images (the "
         "methods that have one: gan_weight)",
         "the samples saturate: lower method.guidance_scale or student.lr",

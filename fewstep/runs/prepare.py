@@ -11,9 +11,11 @@ EDM2's network is fewstep's own: there it is told sCM's angle by slow features, 
 from __future__ import annotations
 
 import copy
+import json
 import math
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -163,7 +165,12 @@ def smooth(teacher: Teacher, config: PrepareConfig) -> tuple[NetDenoiser, int]:
         raise FewstepError(
             f"prepare: pixel_norm: {type(net).__name__} has none, EDM2's has; leave --pixel-norm out"
         )
-    if isinstance(net, EDMPrecond) and net.config.model_type != "ncsn++":
+    if isinstance(net, EDMPrecond) and net.config.model_type == "ncsn++":
+        raise FewstepError(
+            f"prepare: {teacher.source}: EDM's ncsn++ reads random features of ln(sigma) / 4, which have no "
+            "preparation; expected an EDM2, or a network on sinusoids; or distill it by another method than scm"
+        )
+    if isinstance(net, EDMPrecond):
         raise FewstepError(
             f"prepare: {teacher.source}: EDM's {net.config.model_type} reads ln(sigma) / 4, over which its fastest "
             "sinusoid makes less than half a turn: it is smooth as it is; distill it without"
@@ -336,6 +343,8 @@ def prepare(
     process = process or Process(device=teacher.device)
     if out.exists():
         raise FewstepError(f"prepare: {out} is there already; give another folder")
+    training = out.with_name(out.name + ".training")
+    check_same(training, teacher.source, config)
     check_stiffness(teacher.denoiser, teacher.latent_shape)
     student, cut = smooth(teacher, config)
     net = student.net
@@ -350,7 +359,10 @@ def prepare(
     watch = Watch(config, config.train(), role, student, own, held_out, process, quiet)
     micro = config.accumulate * process.world
     data = batches(batch_size=config.batch_size, per_iteration=micro, seed=config.seed)
-    seconds = _train(watch, data, out.with_name(out.name + ".training"))
+    if process.main:
+        training.mkdir(parents=True, exist_ok=True)
+        write_json(training / "options.json", options_of(teacher.source, config))
+    seconds = _train(watch, data, training)
     record = {
         "teacher": teacher.source,
         "sinusoids_cut": cut,
@@ -369,8 +381,33 @@ def prepare(
         with replacing(out) as part:
             save_network(teacher, made, teacher.pipe.scheduler, part)
             write_json(part / "prepare.json", record)
+        shutil.rmtree(
+            training, ignore_errors=True
+        )  # else it would go on there, were the result deleted and made anew
     process.barrier()
     return record
+
+
+def options_of(source: str, config: PrepareConfig) -> dict[str, Any]:
+    """What a training that goes on must have in common with the one that was stopped; not when it is done."""
+    ends = ("error", "stiffness", "steps", "check_every")
+    return {"teacher": source, **{k: v for k, v in asdict(config).items() if k not in ends}}
+
+
+def check_same(folder: Path, source: str, config: PrepareConfig) -> None:
+    """Whether what was stopped in this folder, if anything was, is this training.
+
+    Raises:
+        FewstepError: it was another one.
+    """
+    place, now = folder / "options.json", options_of(source, config)
+    if not place.is_file():
+        return
+    before = json.loads(place.read_text())
+    if other := [f"{name} {before.get(name)!r}" for name in now if before.get(name) != now[name]]:
+        raise FewstepError(
+            f"prepare: {folder} was stopped with {', '.join(other)}; go on with these, or delete it to begin anew"
+        )
 
 
 def _role(net: nn.Module, config: PrepareConfig, process: Process) -> Role:

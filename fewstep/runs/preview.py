@@ -97,8 +97,11 @@ class Preview:
         order = Rng(self.config.seed, "preview").permutation(len(prompts))[: self.config.count]
         shown = shown_prompts(self.config.prompts, recipe.data.column)
         self.prompts = shown or [prompts[int(i)] for i in order]
-        with unsaid():
-            cond = teacher.encode(self.prompts).to(teacher.device)
+        try:
+            with unsaid():
+                cond = teacher.encode(self.prompts).to(teacher.device)
+        except FewstepError as error:
+            raise FewstepError(f"samples.prompts: {error}" if shown else str(error)) from None
         views = [teacher.at(shape) for shape in shapes_of(recipe) or [teacher.shape]][: len(self.prompts)]
         places = [slice(k, None, len(views)) for k in range(len(views))]
         self.groups = [

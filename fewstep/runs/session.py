@@ -332,6 +332,7 @@ class Session:
             per_iteration=train.accumulate * process.world,
             seed=train.seed,
             device=process.device,
+            pixels=self.teacher.autoencoder is None,
             buckets=buckets_of(self.recipe, self.teacher, encoded),
             **{name: rows for name, rows in encoded.items() if not isinstance(rows, Part)},
         )

@@ -32,9 +32,10 @@ def labels_of(pipe: Any, prompts: Sequence[str]) -> list[int]:
     for prompt in prompts:
         if prompt not in names and not (str(prompt).isdecimal() and int(prompt) < classes):
             known = " or a name in the pipeline's id2label" if names else ""
+            some = " (data.prompts builtin:imagenet-classes has 0 to 999)" if classes == 1000 else ""
             raise FewstepError(
                 f"class label {prompt!r}: expected a number from 0 to {classes - 1}{known}; this teacher is "
-                "conditioned on class labels (data.prompts builtin:imagenet-classes has 0 to 999)"
+                f"conditioned on class labels{some}"
             )
     return [names[prompt] if prompt in names else int(prompt) for prompt in prompts]
 

@@ -12,7 +12,7 @@ from fewstep.methods import METHODS
 from fewstep.methods.base import Batch, Progress
 from fewstep.methods.verdicts import settled, verdicts, weighted
 from fewstep.recipe import RoleConfig
-from fewstep.report.health import SIGNS
+from fewstep.report.health import SIGNS, sign_of
 from fewstep.teachers.analytic import GaussianMixture
 from fewstep.training.means import Means
 
@@ -63,6 +63,16 @@ def test_moments_at_a_level_are_those_of_what_was_noised_to_it(spread):
     assert batch.log["latent_std"].item() == pytest.approx(spread, abs=0.15)
     batch.note_latents(x0)
     assert batch.log["latent_std"].item() == pytest.approx(x0.std().item(), rel=1e-5)
+
+
+def test_the_mean_of_pixels_has_no_range_and_that_of_latents_has():
+    """Drawings on white have a mean of 0.6, and so has a healthy student of them."""
+    for pixels, name in ((True, "pixel_mean"), (False, "latent_mean")):
+        batch = Batch(NONE, (4, 2), Rng(0), Rng(1), pixels=pixels)
+        batch.note_latents(torch.full((4, 2), 0.6))
+        assert batch.log.keys() == {name, "latent_std"} and batch.log[name].item() == pytest.approx(0.6)
+        assert batch.view(slice(1), slice(1)).pixels == pixels
+        assert (sign_of(f"health/{name}") is None) == pixels
 
 
 def test_phased_dmd_knows_a_lag_in_its_last_phase_only_and_a_spread_in_all(ring, fitted):

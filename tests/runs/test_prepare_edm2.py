@@ -143,6 +143,29 @@ def test_a_prepared_network_is_smoother_and_nearer_and_loads_with_all_its_buffer
         smooth(kept, PrepareConfig())
 
 
+def test_a_stopped_preparation_goes_on_only_as_it_was_begun(folder, tmp_path, monkeypatch):
+    """Its weights belong to features that turn so often; and nothing is left of it once it is done."""
+    images = load_images(str(_few_emoji(tmp_path, prompts="builtin:imagenet-classes")))
+    common = {"error": 1e-9, "check_every": 1, "batch_size": 2}
+    training, out = tmp_path / "smooth.training", tmp_path / "smooth"
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preparing.Trainer, "train", stop)
+        prepare(load_teacher(str(folder)), out, images, PrepareConfig(steps=2, **common), quiet=True)
+    assert training.is_dir() and not out.exists()
+    with pytest.raises(
+        FewstepError, match=r"smooth\.training was stopped with turns 1\.0; go on with these, or delete"
+    ):
+        prepare(
+            load_teacher(str(folder)), out, images, PrepareConfig(steps=2, turns=0.16, **common), quiet=True
+        )
+    prepare(load_teacher(str(folder)), out, images, PrepareConfig(steps=1, **common), quiet=True)
+    assert out.is_dir() and not training.exists()
+
+
 def test_a_student_of_scm_on_it_is_exported_and_verified(prepared, capsys):
     place, _ = prepared
     (place / "labels.txt").write_text("".join(f"{k}\n" for k in range(8)))
@@ -168,6 +191,11 @@ def test_what_needs_no_preparation_or_has_no_such_norm_is_refused(tmp_path, teac
         FewstepError, match=r"reads ln.sigma. / 4, .* it is smooth as it is; distill it without"
     ):
         smooth(edm, PrepareConfig())
+    fourier = load_teacher(str(write_tiny_pipeline("EDMPipeline", tmp_path / "ncsn", model_type="ncsn++")))
+    with pytest.raises(
+        FewstepError, match=r"prepare: .*ncsn: EDM's ncsn\+\+ .* have no preparation; expected"
+    ):
+        smooth(fourier, PrepareConfig())
     with pytest.raises(FewstepError, match="pixel_norm: UNet2DConditionModel has none, EDM2's has"):
         smooth(load_teacher(str(tiny_sdxl)), PrepareConfig(pixel_norm=True))
     with pytest.raises(FewstepError, match="qk_norm: EDM2Precond has none"):

@@ -18,6 +18,7 @@ from fewstep.export import student_scheduler
 from fewstep.recipe import RoleConfig
 from fewstep.teachers import load_teacher
 from fewstep.teachers.edm.convert import edm2
+from fewstep.teachers.edm.networks import EDM2Precond
 from fewstep.teachers.edm.scheduler import EDMScheduler
 from fewstep.teachers.schedulers import FLOOR, schedule_of, scheduler_sample
 from fewstep.teachers.tiny import write_tiny_pipeline
@@ -51,8 +52,24 @@ def test_a_converted_edm2_has_its_vae_or_says_which(tmp_path):
     assert torch.equal(pipe.unet(*given)[0], network("edm2_cond")(*given)[0])
     small = {k: v.float() for k, v in arrays("edm2_uncond.weights").items()}
     save_file(small, tmp_path / "p.safetensors")
+    told = edm2(tmp_path / "p.safetensors").unet.config  # what published files do not say
+    assert told.channels_per_head == 64 and told.sigma_data == 0.5
     with pytest.raises(FewstepError, match="no latents; leave it out"):
         edm2(tmp_path / "p.safetensors", vae=tiny / "vae")
+
+
+@pytest.mark.parametrize("noise, emb", [(None, None), (2, 3), (2, None), (None, 3)])
+def test_widths_of_an_edm2s_embedding_are_read_off_its_weights(noise, emb, tmp_path):
+    given = {"sample_size": 8, "in_channels": 3, "num_class_embeds": 5, "model_channels": 16, "num_blocks": 1}
+    given |= {
+        "channel_mult": [1, 2],
+        "attn_resolutions": [],
+        "channel_mult_noise": noise,
+        "channel_mult_emb": emb,
+    }
+    save_file(EDM2Precond(**given).state_dict(), tmp_path / "w.safetensors")
+    found = edm2(tmp_path / "w.safetensors").unet.config
+    assert {name: found[name] for name in given} == given
 
 
 def test_a_pickle_is_refused_with_the_script_that_makes_safetensors_of_it(tmp_path, capsys):
@@ -121,8 +138,22 @@ def test_a_students_scheduler_has_its_levels_and_no_others():
         assert made.timesteps.tolist() == grid and made.init_noise_sigma == grid[0]
     with pytest.raises(ValueError, match="this student has 2, 1"):
         made.set_timesteps(3)
+    made.set_timesteps(1)
+    assert made.default_steps == 2 and EDMScheduler().default_steps == 18
     with pytest.raises(RecipeError, match=r"method\.noise: tcd"):
         student_scheduler(EDMScheduler(), grids[0], "tcd")
+
+
+@pytest.mark.parametrize(
+    "levels", [[], [1.0, 1.0], [1.0, 2.0], [2.0, 0.0], [float("inf"), 1.0], [float("nan")]]
+)
+def test_levels_that_are_none_are_refused(levels):
+    made = EDMScheduler()
+    with pytest.raises(ValueError, match="expected at least one, falling, finite and above 0"):
+        made.set_timesteps(sigmas=levels)
+    for steps in (0, -1, None):
+        with pytest.raises(ValueError, match=f"num_inference_steps {steps}: expected 1 or more"):
+            made.set_timesteps(steps)
 
 
 def test_a_student_begins_at_its_first_level():

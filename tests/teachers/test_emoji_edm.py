@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from fewstep import load_teacher
+from fewstep import recipe as recipes
 from fewstep.cli import eval as commands
+from fewstep.cli import main
 from fewstep.data import emoji
 from fewstep.data.images import load_images
 from fewstep.data.prompts import load_prompts
@@ -14,6 +16,9 @@ from fewstep.evaluation.models import Model
 from fewstep.evaluation.of_run import real_images
 from fewstep.evaluation.yardstick import open_real
 from fewstep.recipe import DataConfig
+from fewstep.report.log import read_metrics
+from fewstep.runs.library import load_recipe
+from fewstep.runs.preview import Preview
 from fewstep.runs.smoke import _few_emoji
 
 
@@ -54,6 +59,56 @@ def test_it_is_taught_what_is_behind_the_noise_on_average(recipe):
     expected = torch.einsum("bn,nchw->bchw", weights, images.double())
     assert torch.allclose(found.double(), expected, atol=1e-5)
     assert torch.allclose(found[0], images[0], atol=1e-6) and weights[1].max() < 0.999
+
+
+def test_a_dropped_label_leaves_every_drawing_likely_and_another_its_kind(recipe):
+    labels = torch.tensor([5, 7, 5, 9])
+    told, likely = recipe.told_of(labels, torch.tensor([2, 1, 3]), torch.tensor([False, True, False]))
+    assert told.tolist() == [5, 98, 9]
+    assert likely.tolist() == [[True, False, True, False], [True] * 4, [False, False, False, True]]
+
+
+def test_the_loss_is_the_error_of_what_the_network_itself_puts_out(recipe):
+    torch.manual_seed(0)
+    net, sigma, told = recipe.make_net().eval(), torch.tensor([0.02, 0.7, 30.0]), torch.tensor([3, 98, 0])
+    target = torch.rand(3, 3, 32, 32) * 2 - 1
+    x_t = target + sigma.view(3, 1, 1, 1) * torch.randn(3, 3, 32, 32)
+    size = (sigma**2 + 0.25).sqrt().view(3, 1, 1, 1)
+    wanted = (target - 0.25 / size**2 * x_t) * size / (0.5 * sigma.view(3, 1, 1, 1))
+    with torch.no_grad():
+        raw = net.raw(x_t / size, net.time_of(sigma), net.one_hot(told, 3))
+        found = recipe.edm_loss(net, x_t, sigma, told, target)
+    assert found.item() == pytest.approx((raw - wanted).square().mean().item(), rel=1e-3)
+
+
+def test_a_step_of_training_draws_noise_and_drops_labels_as_said(recipe, tmp_path, monkeypatch):
+    """One label in ten, noise of log-mean 0.6 and log-spread 1.4, each image and label of the same row."""
+    images, labels = torch.randn(98, 3, 4, 4), torch.arange(98)
+    monkeypatch.setattr(recipe, "data", lambda: (images, labels))
+    seen = {}
+
+    class Once:
+        def __init__(self, *args, **options):
+            pass
+
+        def train(self, steps, cooldown, loss):
+            loss()
+
+    def note(net, x_t, sigma, told, target):
+        return seen.update(x_t=x_t, sigma=sigma, told=told, target=target)
+
+    monkeypatch.setattr(recipe, "Run", Once)
+    monkeypatch.setattr(recipe, "edm_loss", note)
+    recipe.train_net(tmp_path, 1, 0, batch=20_000)
+    dropped = seen["told"] == 98
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    told, logs = seen["told"][~dropped], seen["sigma"].log()
+    assert logs.mean().item() == pytest.approx(0.6, abs=0.04) and logs.std().item() == pytest.approx(
+        1.4, abs=0.04
+    )
+    assert torch.allclose(seen["target"][~dropped], images[told], atol=1e-5)  # one drawing of each kind here
+    noise = (seen["x_t"][~dropped] - images[told]) / seen["sigma"][~dropped].view(-1, 1, 1, 1)
+    assert noise.std().item() == pytest.approx(1, abs=0.01)
 
 
 def test_the_drawings_are_those_that_it_was_trained_on(recipe, teacher):
@@ -109,6 +164,11 @@ def test_named_solvers_of_an_edm_pipeline(teacher, solver, calls, monkeypatch):
         teacher.pipe(["3"], output_type="latent", **model.prepare(steps, solver))
         assert len(seen) == wanted and seen[0] == pytest.approx(80)
     assert model.prepare(2, solver)["guidance_scale"] == 1.0
+    if solver == "own":
+        teacher.pipe(["3"], num_inference_steps=2, output_type="latent")
+        seen.clear()
+        teacher.pipe(["3"], output_type="latent")  # whatever was asked for before
+        assert len(seen) == 35
     assert teacher.pipe.scheduler.config.solver == {"own": "heun", "ddim": "euler"}.get(solver, solver)
 
 
@@ -127,6 +187,22 @@ def test_named_solvers_of_an_edm_pipeline(teacher, solver, calls, monkeypatch):
 def test_what_an_edm_pipeline_has_not_is_refused(teacher, asked, said):
     with pytest.raises(FewstepError, match=said):
         Model(teacher.pipe, {"pipeline": "builtin:emoji-edm"}).prepare(2, **asked)
+
+
+def test_a_label_among_the_samples_that_is_no_class_is_refused_by_its_field(teacher, tmp_path):
+    recipe = recipes.override(
+        load_recipe("emoji_edm_sid_1step"), ["--samples.prompts", "[any food fruit, '98']"]
+    )
+    with pytest.raises(
+        FewstepError, match=r"^samples\.prompts: class label '98': expected a number from 0 to 97"
+    ):
+        Preview(recipe, teacher, None, [], ["3"], tmp_path)
+
+
+def test_a_student_in_pixels_logs_their_mean_which_has_no_range(tmp_path):
+    assert main(["train", "cifar10_sid_1step", "--smoke", "--output", str(tmp_path / "run")]) == 0
+    logged = {key for record in read_metrics(tmp_path / "run" / "metrics.jsonl") for key in record}
+    assert "health/pixel_mean" in logged and "health/latent_mean" not in logged
 
 
 def test_a_smoke_run_has_the_captions_that_its_teacher_knows(tmp_path):

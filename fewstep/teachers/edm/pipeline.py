@@ -70,12 +70,13 @@ class EDMPipeline(DiffusionPipeline):
             callback_on_step_end: ``f(pipe, step, sigma, {})`` after each call of the network.
 
         Raises:
-            FewstepError: a label of no class, or guidance without a null label. ValueError: levels that do not fall.
+            FewstepError: a label of no class, or guidance without a null label.
+            ValueError: no step, or levels that do not fall.
         """
         prompts = [str(p) for p in ([prompt] if isinstance(prompt, (str, int)) else prompt)]
         device, config, scheduler = self._execution_device, self.unet.config, self.scheduler
         labels = torch.tensor(labels_of(self, prompts), device=device) if config.num_class_embeds else None
-        steps = num_inference_steps or scheduler.num_inference_steps
+        steps = scheduler.default_steps if num_inference_steps is None else num_inference_steps
         scheduler.set_timesteps(steps, device=device, sigmas=sigmas)
         shape = (len(prompts), config.in_channels, config.sample_size, config.sample_size)
         if latents is None:

@@ -50,7 +50,12 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
     ):
         if solver not in SOLVERS:
             raise FewstepError(f"EDMScheduler: solver {solver!r}: expected one of {', '.join(SOLVERS)}")
-        self.set_timesteps(len(sigmas[0]) if sigmas else 18)
+        self.set_timesteps(self.default_steps)
+
+    @property
+    def default_steps(self) -> int:
+        """Steps where nobody says how many: of a student's first grid, and 18 of a teacher."""
+        return len(self.config.sigmas[0]) if self.config.sigmas else 18
 
     @property
     def init_noise_sigma(self) -> float:
@@ -66,15 +71,16 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         """Levels of so many steps: a student's own where it has them, else EDM's grid; or these, falling, above 0.
 
         Raises:
-            ValueError: a student that was not trained for so many, or levels that do not fall to something above 0.
+            ValueError: no step, or so many as a student was not trained for; levels that do not fall, or not above 0.
         """
         config = self.config
         if sigmas is not None:
             levels = torch.tensor(sigmas, dtype=torch.float64)
-            if not len(levels) or not bool((levels > 0).all()) or not bool((levels.diff() < 0).all()):
-                raise ValueError(f"sigmas {list(sigmas)}: expected at least one, falling, above 0")
-        elif num_inference_steps is None:
-            raise ValueError("set_timesteps: expected num_inference_steps or sigmas")
+            above = ((levels > 0) & levels.isfinite()).all()
+            if not len(levels) or not bool(above) or not bool((levels.diff() < 0).all()):
+                raise ValueError(f"sigmas {list(sigmas)}: expected at least one, falling, finite and above 0")
+        elif num_inference_steps is None or num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps {num_inference_steps}: expected 1 or more, or sigmas")
         elif config.sigmas:
             known = {len(levels): levels for levels in config.sigmas}
             if num_inference_steps not in known:
