@@ -360,32 +360,53 @@ def prepare(
     micro = config.accumulate * process.world
     data = batches(batch_size=config.batch_size, per_iteration=micro, seed=config.seed)
     if process.main:
-        training.mkdir(parents=True, exist_ok=True)
-        write_json(training / "options.json", options_of(teacher.source, config))
+        _begin(training, teacher.source, config)
     seconds = _train(watch, data, training)
-    record = {
-        "teacher": teacher.source,
+    before = compare(own, own, held_out.batch(0, 0))
+    record = _told(teacher.source, config, cut, micro, before, watch, seconds)
+    weights = gathered(role.final_weights(), process)
+    if process.main:
+        _keep(network_with(teacher, net, weights, torch.float32), teacher, record, out)
+        # Else it would go on there, were the result deleted and made anew.
+        shutil.rmtree(training, ignore_errors=True)
+    process.barrier()
+    return record
+
+
+def _told(
+    source: str,
+    config: PrepareConfig,
+    cut: int,
+    micro: int,
+    before: dict[str, float],
+    watch: Watch,
+    seconds: float,
+) -> dict[str, Any]:
+    """What ``prepare.json`` says."""
+    return {
+        "teacher": source,
         "sinusoids_cut": cut,
         "qk_norm": config.qk_norm,
         **({"pixel_norm": True} if config.pixel_norm else {}),
         "batch": config.batch_size * micro,
-        "before": compare(own, own, held_out.batch(0, 0)),
+        "before": before,
         "checks": watch.checks,
         "after": watch.checks[-1],
         "reached": watch.reached,
         "seconds": round(seconds, 1),
     }
-    weights = gathered(role.final_weights(), process)
-    if process.main:
-        made = network_with(teacher, net, weights, torch.float32)
-        with replacing(out) as part:
-            save_network(teacher, made, teacher.pipe.scheduler, part)
-            write_json(part / "prepare.json", record)
-        shutil.rmtree(
-            training, ignore_errors=True
-        )  # else it would go on there, were the result deleted and made anew
-    process.barrier()
-    return record
+
+
+def _keep(made: Any, teacher: Teacher, record: dict[str, Any], out: Path) -> None:
+    """The teacher's pipeline with another network, and what is to be said of it."""
+    with replacing(out) as part:
+        save_network(teacher, made, teacher.pipe.scheduler, part)
+        write_json(part / "prepare.json", record)
+
+
+def _begin(training: Path, source: str, config: PrepareConfig) -> None:
+    training.mkdir(parents=True, exist_ok=True)
+    write_json(training / "options.json", options_of(source, config))
 
 
 def options_of(source: str, config: PrepareConfig) -> dict[str, Any]:

@@ -29,6 +29,7 @@ FOLDERS = {
     "pairs": ("emoji_dmd_1step --out", "pairs.json"),
     "eval generate": ("builtin:nothing --steps 1 --prompts {prompts} --out", "1-step"),
     "eval run": ("--teacher builtin:nothing --prompts {prompts} --out", "table.json"),
+    "leaderboard": ("{theirs}/thesis.tex --to", "board.json"),
     "train": ("emoji_dmd2_1step --output", "recipe.yaml"),
 }
 
@@ -245,7 +246,10 @@ def test_every_argument_that_names_an_output_is_checked():
     }  # whose output is its recipe's
     found = set()
     for words, inner in declared(parser()):
-        places = {a.dest for a in inner._actions if a.dest in ("out", "output", "to")}
+        named = [
+            a.dest for a in inner._actions if a.option_strings or a.dest != "results"
+        ]  # of eval compare: inputs
+        places = {"out", "output", "to", "results"} & {*named}
         if places and words != ("recipes",):  # which refuses whatever is there
             assert {*inner.get_default("outputs")} == places, words
             assert all(isinstance(one, Output) for one in inner.get_default("outputs").values())

@@ -76,8 +76,9 @@ class EDMPipeline(DiffusionPipeline):
         prompts = [str(p) for p in ([prompt] if isinstance(prompt, (str, int)) else prompt)]
         device, config, scheduler = self._execution_device, self.unet.config, self.scheduler
         labels = torch.tensor(labels_of(self, prompts), device=device) if config.num_class_embeds else None
+        levels = {} if sigmas is None else {"sigmas": sigmas}  # which not every scheduler of diffusers takes
         steps = scheduler.default_steps if num_inference_steps is None else num_inference_steps
-        scheduler.set_timesteps(steps, device=device, sigmas=sigmas)
+        scheduler.set_timesteps(steps, device=device, **levels)
         shape = (len(prompts), config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
