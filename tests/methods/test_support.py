@@ -113,7 +113,7 @@ def two_steps(
         method=config,
         data=DataConfig(prompts="none"),
         train=TrainConfig(steps=2, batch_size=len(kind.prompts), device="cpu"),
-        roles=dict.fromkeys(("student", "critic", "target"), role),
+        roles=dict.fromkeys(("student", "critic", "target", "node_1"), role),
     )
     before = {name: weight.clone() for name, weight in teacher.net.named_parameters()}
     roles, built = build(recipe, teacher, Process())
