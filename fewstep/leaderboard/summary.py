@@ -46,7 +46,7 @@ def summary(
         "schema": 1,
         "title": board.title,
         "command": command,
-        "code": code_hash(),
+        "code": {name: code_hash(name) for name in sorted({row["method"] for row in rows})},
         "versions": versions(),
         "budget": {"cpu_seconds": board.cpu_seconds, "threads": board.threads, "over": OVER},
         "seeds": list(board.seeds),

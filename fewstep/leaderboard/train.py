@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from typing import Any
 
 from ..errors import FewstepError
 from ..files import held, read_text, write_json
+from ..methods import METHODS as KNOWN
+from ..methods import get_method
 from .board import Run, words
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
@@ -34,19 +36,63 @@ STOPPED = {128 + n for n in SIGNALS} | {
     -n for n in SIGNALS
 }  # see errors.tell; or before anything was there to save
 KEPT = ("steps", "seconds", "cpu_seconds", "parameters", "hardware", "memory", "arithmetic", "versions")
+METHODS, PACKAGE_OF_METHODS = Path("methods"), get_method.__module__.removesuffix("base")
 STUDENTLESS = ("cli", "cost", "evaluation", "leaderboard", "report")  # folders that no training depends on
 
 
 @functools.cache
-def code_hash() -> str:
-    """Hash of the package's code as far as a training depends on it; comments and docstrings may change."""
-    package = Path(__file__).parents[1]
+def code_hash(method: str) -> str:
+    """Hash of the package's code as far as trainings of a method depend on it; comments and docstrings may change.
+
+    Of the files of methods those count that the method's own imports, by whatever way, and those that the rest of the
+    package does; of a method from elsewhere all.
+    """
+    sources = _sources()
+    every = {name for name in sources if name.parent == METHODS}
+    own = METHODS / f"{get_method(method).__module__.removeprefix(PACKAGE_OF_METHODS)}.py"
+    needed = _reached(sources, every, own) if own in every else every
     state = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        name = path.relative_to(package)
-        if name.parts[0] not in STUDENTLESS:
-            state.update(f"{name.as_posix()}\n{_bare(path.read_text(encoding='utf-8'))}\n".encode())
+    for name, source in sources.items():
+        if name not in every or name in needed:
+            state.update(f"{name.as_posix()}\n{source}\n".encode())
     return state.hexdigest()[:12]
+
+
+@functools.cache
+def _sources() -> dict[Path, str]:
+    package = Path(__file__).parents[1]
+    files = {path.relative_to(package): path for path in sorted(package.rglob("*.py"))}
+    return {
+        name: _bare(path.read_text(encoding="utf-8"))
+        for name, path in files.items()
+        if name.parts[0] not in STUDENTLESS
+    }
+
+
+def _reached(sources: Mapping[Path, str], every: set[Path], own: Path) -> set[Path]:
+    """Files of methods that are imported by one, by code that is no method's, or by one of these."""
+    found = {METHODS / "__init__.py", own}
+    found |= {one for name in sources.keys() - every for one in _imported(sources[name]) & every}
+    left = [*found]
+    while left:
+        new = (_imported(sources[left.pop()]) & every) - found
+        found |= new
+        left += new
+    return found
+
+
+@functools.cache
+def _imported(source: str) -> set[Path]:
+    """Files of methods that a source may import: as ``.terms``, ``..methods.terms``, ``from . import terms``."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parts = (node.module or METHODS.name).split(".")
+            if parts[0] == METHODS.name and len(parts) == 1:
+                names |= {alias.name for alias in node.names}
+            elif parts[0] == METHODS.name or (node.level == 1 and len(parts) == 1):
+                names.add(parts[-1])
+    return {METHODS / f"{name}.py" for name in names}
 
 
 def _bare(source: str) -> str:
@@ -80,6 +126,10 @@ class Place:
         return self.folder / "pairs" / run.pairs_digest
 
 
+def code_of(run: Run) -> str:
+    return code_hash(run.source.method_class.name)
+
+
 def name_of(run: Run, code: str) -> str:
     return f"{run.row.label}-s{run.seed}-{run.digest}-{code}"
 
@@ -89,7 +139,7 @@ def found(place: Place, run: Run) -> dict[str, Any] | None:
     records = [
         read(path) for path in (place.folder / "records").glob(f"{glob.escape(name_of(run, ''))}*.json")
     ]
-    today = name_of(run, code_hash())
+    today = name_of(run, code_of(run))
 
     def key(record: dict[str, Any]) -> tuple[bool, bool, float]:
         newest = place.record(record["name"]).stat().st_mtime
@@ -115,7 +165,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def stale(record: dict[str, Any]) -> bool:
     """Whether other code than today's has trained it, or a part of it."""
-    return bool(record["code"] != [code_hash()])
+    return not {*record["code"]} <= {code_hash(method) for method in KNOWN}
 
 
 class Stopped(Exception):
@@ -226,8 +276,8 @@ def _one(place: Place, children: Children, run: Run, earlier: list[Future[None]]
     record = found(place, run)
     if record and record["status"] != "running" and not (again and _wanting(record)):
         return
-    if record is None or (record["status"] != "running" and record["name"] != name_of(run, code_hash())):
-        record = {"name": name_of(run, code_hash()), "code": []}
+    if record is None or (record["status"] != "running" and record["name"] != name_of(run, code_of(run))):
+        record = {"name": name_of(run, code_of(run)), "code": []}
     record = _begun(run, record)
     with held(place.run(record["name"])):
         pass  # another board's child may still be at work there, and says so
@@ -245,7 +295,7 @@ def _wanting(record: dict[str, Any]) -> bool:
 
 
 def _begun(run: Run, record: dict[str, Any]) -> dict[str, Any]:
-    code = [*record["code"], *[code_hash()] * (code_hash() not in record["code"])]
+    code = [*record["code"], *[code_of(run)] * (code_of(run) not in record["code"])]
     return {
         "name": record["name"],
         "row": run.row.label,
@@ -294,7 +344,7 @@ def _pairs(place: Place, children: Children, run: Run) -> dict[str, Any]:
         "reason": _last(place.log(name), code) if code else None,
         "num": asked.num,
         "cpu_seconds": round(cpu + made.get("cpu_seconds", 0.0), 1),
-        "code": sorted({*made.get("code", []), code_hash()}),
+        "code": sorted({*made.get("code", []), code_of(run)}),
     }
     write_json(place.record(name), made)
     return made

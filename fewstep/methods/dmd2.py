@@ -22,6 +22,7 @@ from ..diffusion.student import Student
 from ..diffusion.times import chosen_times
 from . import terms
 from .base import Batch, Expected, Method, Phase, Progress, register
+from .gan import Gan
 from .verdicts import verdicts
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class DMD2(Method):
     student: Student
 
     @dataclass
-    class Config(terms.Gan, terms.Critic, terms.Matching, terms.Times):
+    class Config(Gan, terms.Critic, terms.Matching, terms.Times):
         """Defaults are the published ones where the paper or its code gives any; see also :mod:`.terms`.
 
         Attributes:

@@ -1,11 +1,11 @@
 """Terms that methods share, each with the options that go with it: a student's times, the score difference that moves
-it, the regression that keeps its critic near, a GAN on their networks' features.
+it, and the regression that keeps its critic near.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -17,7 +17,7 @@ from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.schedules import Schedule, expand
 from ..diffusion.times import uniform_times
-from .base import Batch, Expected, Options, few
+from .base import Batch, Expected, Options
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -80,30 +80,6 @@ class Critic(Options):
 
     def smoke(self) -> Self:
         return replace(super().smoke(), critic_steps=2)
-
-
-@dataclass
-class Gan(Options):
-    """A discriminator on features of a network.
-
-    Attributes:
-        gan_weight: of the student's adversarial term; 0 is none, and data-free.
-        gan_time_range: noise on what the discriminator sees, as fractions of the schedule (published: all of it). A
-            small teacher gives nothing away behind much noise.
-        discriminator_weight: of its loss beside the critic's.
-        taps: blocks whose features it sees.
-    """
-
-    gan_weight: Least0 = 5e-3
-    gan_time_range: Range = (0.0, 1.0)
-    discriminator_weight: Least0 = 1e-2
-    taps: list[str] = field(default_factory=lambda: ["mid_block"])
-
-    def expected(self) -> Expected:
-        return {"taps": (bool(self.taps) or not self.gan_weight, "names of the network's blocks")}
-
-    def smoke(self) -> Self:
-        return replace(super().smoke(), taps=few(self.taps))
 
 
 def noised(

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -20,6 +22,7 @@ from fewstep.leaderboard.board import (
     resized,
     to_dict,
 )
+from fewstep.methods import METHODS
 
 XL = BoardTeacher("builtin:emoji-xl")
 
@@ -137,6 +140,50 @@ def test_words_about_code_are_no_code():
     )
     assert train._bare(words) != train._bare(words.replace("+ 1", "+ 2"))
     assert train._bare(words) != train._bare(words.replace("f(x)", "f(x, y=0)"))
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A copy of the package's code, of which a file can be changed; a call gives the hashes then."""
+    folder = tmp_path / "fewstep"
+    shutil.copytree(Path(train.__file__).parents[1], folder, ignore=shutil.ignore_patterns("assets", "*.pyc"))
+    monkeypatch.setattr(train, "__file__", str(folder / "leaderboard" / "train.py"))
+
+    def hashes(file, more="LATER = 1\n"):
+        path = folder / file
+        path.write_text(path.read_text() + more if path.is_file() else more)
+        train.code_hash.cache_clear()
+        train._sources.cache_clear()
+        return {name: train.code_hash(name) for name in METHODS}
+
+    yield hashes
+    train.code_hash.cache_clear()
+    train._sources.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("methods/sim.py", {"sim"}),
+        ("methods/dmd2.py", {"dmd2", "disback", "fdistill", "multi_student"}),  # these build on it
+        ("methods/segments.py", {"hyper_sd"}),
+        ("methods/verdicts.py", {*METHODS}),  # the trainer's
+        ("methods/base.py", {*METHODS}),
+        ("diffusion/solvers.py", {*METHODS}),
+        ("methods/new.py", set()),
+        ("report/health.py", set()),
+    ],
+)
+def test_other_code_of_a_method_is_other_code_of_what_builds_on_it_alone(package, file, changed):
+    before = package("report/html.py", "")
+    after = package(file)
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_a_method_from_elsewhere_depends_on_all_of_them(package, monkeypatch):
+    stranger = type("Stranger", (METHODS["sim"],), {"__module__": "mine.sim"})
+    monkeypatch.setitem(METHODS, "stranger", stranger)
+    assert package("report/html.py", "")["stranger"] != package("methods/boot.py")["stranger"]
 
 
 # ------------------------------------------------------------------------------------------------------- the search

@@ -32,7 +32,7 @@ def drawn(name, fd, nfe, steps=1, kind="student", solver="own", **more):
 def record(row, seed, status="done", cpu=100.0, code=None, before=(), **more):
     return {
         "name": f"{row}-s{seed}", "row": row, "recipe": "demo", "seed": seed, "status": status, "digest": "d",
-        "code": code or [code_hash()], "threads": 1, "cpu_seconds": cpu, "seconds": cpu, "hardware": "a core",
+        "code": code or [code_hash("dmd2")], "threads": 1, "cpu_seconds": cpu, "seconds": cpu, "hardware": "a core",
         "before": [{"what": "pairs", "cpu_seconds": c} for c in before], **more,
     }  # fmt: skip
 

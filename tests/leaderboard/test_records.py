@@ -68,7 +68,10 @@ def test_a_finished_run_is_not_run_again_and_its_record_says_what_it_cost(tmp_pa
     place, board = Place(tmp_path), board_of(ROW, threads=3)
     record = everything(place, board)["demo", 0]
     assert (record["status"], record["cpu_seconds"], record["threads"]) == ("done", 50.0, 3)
-    assert record["code"] == [train.code_hash()] and record["digest"] == Run(board, ROW, 0).digest
+    assert (
+        record["code"] == [train.code_of(Run(board, ROW, 0))]
+        and record["digest"] == Run(board, ROW, 0).digest
+    )
     assert not (place.run(record["name"]) / "checkpoints").exists() and pretended.threads == 3
     words = pretended.commands[0]
     assert words[:2] == ["train", "demo"] and {"--train.steps=5", "--train.seed=0"} <= {*words}
@@ -111,7 +114,7 @@ def test_other_code_marks_a_run_and_keeps_it(tmp_path, pretended, monkeypatch):
     place, board = Place(tmp_path), board_of(ROW)
     before = everything(place, board)["demo", 0]
     assert not stale(before)
-    monkeypatch.setattr(train, "code_hash", lambda: "later")
+    monkeypatch.setattr(train, "code_hash", lambda _method: "later")
     after = everything(place, board)["demo", 0]
     assert after == before and stale(after) and len(pretended.commands) == 1
     anew = everything(place, board, again=True)["demo", 0]
@@ -126,9 +129,9 @@ def test_a_run_that_two_codes_have_trained_says_so(tmp_path, pretended, monkeypa
     with pytest.raises(KeyboardInterrupt):
         everything(place, board)
     pretended.stops.clear()
-    first = train.code_hash()
+    first = train.code_of(Run(board, ROW, 0))
     with monkeypatch.context() as patch:
-        patch.setattr(train, "code_hash", lambda: "later")
+        patch.setattr(train, "code_hash", lambda _method: "later")
         record = everything(place, board)["demo", 0]
         assert record["code"] == [first, "later"] and stale(record)
     assert stale(found(place, Run(board, ROW, 0)))
@@ -153,9 +156,9 @@ def test_pairs_are_made_once_and_paid_by_each_and_a_start_costs_what_it_took(tmp
 
 def test_pairs_of_other_code_mark_who_trains_on_them(tmp_path, pretended, monkeypatch):
     board = board_of(Row("emoji_dmd_1step", 5, pairs=PairsOf(9)))
-    place, first = Place(tmp_path), train.code_hash()
+    place, first = Place(tmp_path), train.code_of(Run(board, board.rows[0], 0))
     everything(place, board)
-    monkeypatch.setattr(train, "code_hash", lambda: "later")
+    monkeypatch.setattr(train, "code_hash", lambda _method: "later")
     record = everything(place, board, again=True)["emoji_dmd_1step", 0]
     assert record["code"] == sorted([first, "later"]) and stale(record)
     assert [command[0] for command in pretended.commands] == ["pairs", "train", "train"]

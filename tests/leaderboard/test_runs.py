@@ -80,7 +80,7 @@ def killed_at_its_first_checkpoint(folder, run):
     """The command, killed for good while its child trains; waits until the child has ended too."""
     child = subprocess.Popen(boards.command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     place, deadline = Place(folder / "made"), time.time() + 300
-    while not list(place.run(train.name_of(run, train.code_hash())).glob("checkpoints/*/state.json")):
+    while not list(place.run(train.name_of(run, train.code_of(run))).glob("checkpoints/*/state.json")):
         assert child.poll() is None and time.time() < deadline
         time.sleep(0.05)
     child.send_signal(signal.SIGKILL)
@@ -105,7 +105,7 @@ def test_a_board_that_is_killed_goes_on_to_the_same_bits_and_then_has_nothing_to
     folder, teacher, options = tiny
     path = tmp_path / "board.yaml"
     rows = [
-        one("long", options, steps=24),
+        one("long", options, steps=240),  # so that it still trains when it is killed
         one("broken", {**options, "roles.student.start_from": "/nowhere"}),
     ]
     boards.write_board(tmp_path, boards.board_of(folder, teacher, rows, seeds=[0]))
@@ -144,8 +144,8 @@ def test_a_board_that_is_killed_goes_on_to_the_same_bits_and_then_has_nothing_to
     pages = {p.name: p.read_bytes() for p in place.folder.glob("leaderboard.*")}
     again = leaderboards.leaderboard(board, place, whole["command"], board.rows)
     assert again == whole and pages == {p.name: p.read_bytes() for p in place.folder.glob("leaderboard.*")}
-    monkeypatch.setattr("fewstep.leaderboard.summary.code_hash", lambda: "later")
-    monkeypatch.setattr(train, "code_hash", lambda: "later")
+    monkeypatch.setattr("fewstep.leaderboard.summary.code_hash", lambda _method: "later")
+    monkeypatch.setattr(train, "code_hash", lambda _method: "later")
     later = leaderboards.leaderboard(board, place, whole["command"], board.rows)
     assert all(row["stale"] for row in later["rows"]) and not any(row["stale"] for row in whole["rows"])
     assert later["rows"][0]["metrics"] == whole["rows"][0]["metrics"]
