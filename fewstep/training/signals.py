@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 
 # Slurm's warning before the time is up is what --signal asks for, by custom USR1; torchrun hands it on if told to.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
+# One request can come more than once: a terminal and a launcher both hand Ctrl-C on, Linux tells of a parent's death
+# once for each thread of it.
+AT_ONCE = 1.0  # seconds
+
 
 class StopSignal(contextlib.AbstractContextManager["StopSignal"]):
-    """While it is entered, the first of :data:`SIGNALS` is only noted; a second one ends the program at once.
+    """While it is entered, the first of :data:`SIGNALS` is only noted; one that comes later ends the program at once.
 
     Attributes:
         number: of the signal that came; None for none yet.
@@ -20,9 +25,11 @@ class StopSignal(contextlib.AbstractContextManager["StopSignal"]):
         self.number: int | None = None
 
     def _note(self, number: int, _frame: object) -> None:
-        if self.number is not None:
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self._since = number, now
+        elif now - self._since > AT_ONCE:
             raise KeyboardInterrupt
-        self.number = number
 
     def __enter__(self) -> StopSignal:
         try:

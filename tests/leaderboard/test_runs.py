@@ -105,7 +105,7 @@ def test_a_board_that_is_killed_goes_on_to_the_same_bits_and_then_has_nothing_to
     folder, teacher, options = tiny
     path = tmp_path / "board.yaml"
     rows = [
-        one("long", options, steps=240),  # so that it still trains when it is killed
+        one("long", options, steps=48),  # so that it still trains when it is killed
         one("broken", {**options, "roles.student.start_from": "/nowhere"}),
     ]
     boards.write_board(tmp_path, boards.board_of(folder, teacher, rows, seeds=[0]))

@@ -12,6 +12,7 @@ from test_end_to_end import tiny
 
 from fewstep.recipe import dump
 from fewstep.runs.session import execute, resume
+from fewstep.training.signals import AT_ONCE, StopSignal
 
 WORDS = ("--train.steps", "12", "--train.checkpoint_every", "3", "--samples.teacher_steps", "0")
 WORDS = (*WORDS, "--train.sample_every", "0", "--train.keep", "50")
@@ -58,6 +59,22 @@ def test_an_interrupted_run_goes_on_exactly(undisturbed, tiny_sd15, tmp_path, nu
         n: (v - undisturbed[n]).abs().max().item() for n, v in resumed.items() if not v.equal(undisturbed[n])
     }
     assert not off
+
+
+def test_signals_at_once_are_one_and_a_later_one_ends_the_program(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("fewstep.training.signals.time.monotonic", lambda: now[0])
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # as Linux tells of a parent's death for each of its threads
+        now[0] += AT_ONCE
+        signal.raise_signal(signal.SIGINT)
+        assert stop.number == signal.SIGTERM
+        now[0] += 0.01
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.gpu
