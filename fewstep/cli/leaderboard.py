@@ -31,6 +31,9 @@ COMMANDS = Commands()
         help="of two cores for a row, in place of the board's",
     ),
     argument("--seeds", type=number(Count), metavar="N", help="the first N of the board's"),
+    argument(
+        "--every-seed", action="store_true", help="of every row, where the board has them of the better half"
+    ),
     argument("--only", nargs="+", default=[], metavar="ROW", help="train these, and what they start from"),
     argument("--jobs", type=number(Count), default=1, metavar="N", help="trainings at a time (default: 1)"),
     argument("--again", action="store_true", help="train failed runs, and those of other code, again"),
@@ -52,8 +55,10 @@ def leaderboard(args: argparse.Namespace) -> int:
     from ..leaderboard.board import chosen, load_board, resized
     from ..leaderboard.train import Place
 
-    if args.search and (args.render_only or args.again or args.results):
-        raise FewstepError("--search: runs trials alone; leave out --render-only, --again and --results")
+    if args.search and (args.render_only or args.again or args.results or args.every_seed):
+        raise FewstepError(
+            "--search: runs trials alone; leave out --render-only, --again, --every-seed and --results"
+        )
     board = resized(load_board(args.board), args.minutes and 120 * args.minutes, args.seeds)
     rows = chosen(board, args.only)
     place = Place(args.to)
@@ -66,7 +71,8 @@ def leaderboard(args: argparse.Namespace) -> int:
     )
     if args.render_only:
         rows = []
-    whole = run.leaderboard(board, place, command, rows, jobs=args.jobs, again=args.again)
+    how = {"jobs": args.jobs, "again": args.again, "every": args.every_seed}
+    whole = run.leaderboard(board, place, command, rows, **how)
     run.told(whole)
     if args.results:
         run.keep(place, args.results)

@@ -22,13 +22,21 @@ SHOWN = 6  # kinds, and as many names, on the sheet
 
 
 def leaderboard(
-    board: Board, place: Place, command: str, rows: list[Row], *, jobs: int = 1, again: bool = False
+    board: Board,
+    place: Place,
+    command: str,
+    rows: list[Row],
+    *,
+    jobs: int = 1,
+    again: bool = False,
+    every: bool = False,
 ) -> dict[str, Any]:
     """Trains the first seed of every row, measures, trains the other seeds of the better half, measures again.
 
     Args:
         command: as it was typed, for the record. rows: of the board, that are trained; all that there is of others is
             measured and shown with them. jobs: trainings at a time. again: failed runs, and those of other code, anew.
+        every: row has the other seeds, and not the better half alone.
 
     Returns:
         What ``leaderboard.json`` in the board's folder holds.
@@ -40,8 +48,9 @@ def leaderboard(
         first, rest = board.seeds[:1], board.seeds[1:]
         train(place, runs_of(board, rows, first), jobs, again)
         whole = measure(board, place, command)
-        if rest and (better := [row for row in better_half(board, whole["rows"]) if row in rows]):
-            train(place, runs_of(board, better, rest), jobs, again)
+        chosen = rows if every else [row for row in better_half(board, whole["rows"]) if row in rows]
+        if rest and chosen:
+            train(place, runs_of(board, chosen, rest), jobs, again)
             whole = measure(board, place, command)
     return whole
 

@@ -8,6 +8,7 @@ import pytest
 
 from fewstep.errors import FewstepError
 from fewstep.files import held
+from fewstep.leaderboard import run as leaderboards
 from fewstep.leaderboard import train
 from fewstep.leaderboard.board import Board, BoardTeacher, PairsOf, Row, Run, runs_of
 from fewstep.leaderboard.train import Place, Stopped, found, stale
@@ -195,3 +196,18 @@ def test_a_damaged_record_is_named(tmp_path, pretended):
     place.record(everything(place, board)["demo", 0]["name"]).write_text("{")
     with pytest.raises(FewstepError, match=r"records/demo-s0-.*: no record of a run; remove it"):
         everything(place, board)
+
+
+@pytest.mark.parametrize("every, others", [(False, ["good"]), (True, ["good", "bad"])])
+def test_the_other_seeds_are_of_the_better_half_or_of_every_row(tmp_path, monkeypatch, every, others):
+    rows = [Row("demo", 5, name="good"), Row("demo", 5, name="bad")]
+    board, trained = board_of(*rows, seeds=[0, 1, 2]), []
+    monkeypatch.setattr(leaderboards, "rulers_of", lambda *_: None)
+    monkeypatch.setattr(
+        leaderboards, "train", lambda _place, runs, *_: trained.extend(run.key for run in runs)
+    )
+    monkeypatch.setattr(leaderboards, "measure", lambda *_: {"rows": []})
+    monkeypatch.setattr(leaderboards, "better_half", lambda *_: rows[:1])
+    leaderboards.leaderboard(board, Place(tmp_path), "", rows, every=every)
+    first = [(row.label, 0) for row in rows]
+    assert trained == [*first, *((name, seed) for name in others for seed in (1, 2))]
