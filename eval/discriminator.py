@@ -11,6 +11,7 @@ guesses on the others. Rows go to eval/results/discriminator/ one by one; those 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep import recipe as recipes
 from fewstep.diffusion import objectives
@@ -55,7 +56,7 @@ So the discriminator leaves chance, and FD is the same. In pixels, where the stu
 drawings more, it does not stay there: `emoji_edm_dmd2_1step` (first blocks, half of the schedule) is right on
 0.9, 0.7 and 0.6 of the first three quarters, and FD is 757 \u00b1 7 with it and 773 \u00b1 9 without
 (`--method.gan_weight 0`), one run each."""
-UPDATES, BATCH, HELD = 300, 24, 24  # HELD: batches
+BATCH, HELD = 24, 24  # HELD: batches
 
 
 class Head(NamedTuple):
@@ -66,6 +67,8 @@ class Head(NamedTuple):
     times: tuple[float, float] = (0.0, 1.0)
     lr: float = 3e-4
     conditional: bool = False
+    updates: int = 300
+    whole: bool = False  # its network is taught too, and does not stay the run's
 
 
 CLEAN = (0.0, 0.2)
@@ -81,7 +84,43 @@ HEADS = {
     "conv_in, down_blocks.0, all noise": Head(FIRST),
     "conv_in, down_blocks.0, 1e-3": Head(FIRST, times=CLEAN, lr=1e-3),
     "up_blocks.1": Head(("up_blocks.1",), times=CLEAN),
+    "mid_block, little noise, 1,200 updates": Head(("mid_block",), times=CLEAN, updates=1200),
+    "mid_block of a critic that is taught": Head(("mid_block",), times=CLEAN, whole=True),
+    "mid_block of a critic that is taught, 1,200 updates": Head(
+        ("mid_block",), times=CLEAN, whole=True, updates=1200
+    ),
+    "network of its own": Head((), "own", CLEAN, lr=1e-3),
+    "network of its own, 1,200 updates": Head((), "own", CLEAN, lr=1e-3, updates=1200),
 }
+
+
+class Block(nn.Module):
+    """Residual, of two convolutions; halves what it is given if asked to."""
+
+    def __init__(self, channels: int, wide: int, halve: bool):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, wide, 3, 1, 1)),
+            *(nn.GroupNorm(8, wide), nn.SiLU(), nn.Conv2d(wide, wide, 3, 1, 1)),
+        )
+        self.skip = nn.Conv2d(channels, wide, 1)
+        self.last = nn.AvgPool2d(2) if halve else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        halved: Tensor = self.last(self.skip(x) + self.layers(x))
+        return halved
+
+
+def own_network(channels: int, height: int, width: int, wide: int = 64) -> nn.Module:
+    """Latents (B, C, H, W) -> logits (B, 1); 0.6 M weights on 16 x 8 x 8, which know nothing to begin with."""
+    blocks = [Block(wide, wide, False), Block(wide, 2 * wide, True), Block(2 * wide, 2 * wide, True)]
+    last = [
+        nn.GroupNorm(8, 2 * wide),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(2 * wide * (height // 4) * (width // 4), 1),
+    ]
+    return nn.Sequential(nn.Conv2d(channels, wide, 3, 1, 1), *blocks, *last)
 
 
 class Drawings:
@@ -101,20 +140,45 @@ class Drawings:
         return self.latents.rows(index)["latents"].float(), Cond(self.captions.rows(index))
 
 
+class Judge:
+    """Logits by a head, of frozen features, of features that it teaches, or of latents alone."""
+
+    def __init__(self, session: Session, head: Head):
+        method: Any = session.method
+        self.denoiser = session.teacher.denoiser if head.judge == "teacher" else method.critic
+        if head.judge == "own":
+            self.net = own_network(*method.latent_shape)
+            self.taught = list(self.net.parameters())
+            return
+        if head.whole:
+            self.denoiser = copy.copy(self.denoiser)
+            self.denoiser.net = copy.deepcopy(self.denoiser.net)
+        self.denoiser.net.requires_grad_(head.whole)
+        self.net = Discriminator(self.denoiser, head.taps, method.latent_shape, head.conditional)
+        self.taught = [*self.net.parameters(), *(self.denoiser.net.parameters() if head.whole else ())]
+
+    def logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        found: Tensor = (
+            self.net.logits(self.denoiser, x_t, t, cond)
+            if isinstance(self.net, Discriminator)
+            else self.net(x_t)
+        )
+        return found
+
+
 def judged(
-    session: Session, drawings: Drawings, heads: Discriminator, head: Head, held: bool, i: int
+    session: Session, drawings: Drawings, judge: Judge, head: Head, held: bool, i: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Logits and times of a batch of reals, and of fakes."""
     method: Any = session.method
-    denoiser = method.critic if head.judge == "critic" else session.teacher.denoiser
-    rng, schedule = Rng("discriminator", held, i), denoiser.schedule
+    rng, schedule = Rng("discriminator", held, i), judge.denoiser.schedule
     real, real_cond = drawings.some(held, rng)
     with torch.no_grad():
         fake, cond = method.generate(session.trainer.data.batch(10**6 * (1 + held) + i, 0))
     t = schedule.draw_times(rng.uniform(2 * BATCH), *((0.0, 1.0) if held else head.times))
     both = torch.cat([real, fake])
     x_t = schedule.add_noise(both, rng.normal_like(both), t)
-    logits = heads.logits(denoiser, x_t, t, Cond.cat(real_cond, cond))
+    logits = judge.logits(x_t, t, Cond.cat(real_cond, cond))
     return (logits[:BATCH], t[:BATCH]), (logits[BATCH:], t[BATCH:])
 
 
@@ -122,14 +186,11 @@ def measured(session: Session, drawings: Drawings, head: Head) -> dict[str, Any]
     """Accuracies behind each quarter of noise on held-out drawings and fresh fakes, and the loss at the end."""
     torch.manual_seed(0)
     begin = time.perf_counter()
-    method: Any = session.method
-    denoiser = method.critic if head.judge == "critic" else session.teacher.denoiser
-    denoiser.net.requires_grad_(False)
-    heads = Discriminator(denoiser, head.taps, method.latent_shape, head.conditional)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=head.lr, weight_decay=0.01)
+    judge = Judge(session, head)
+    optimizer = torch.optim.AdamW(judge.taught, lr=head.lr, weight_decay=0.01)
     losses = []
-    for i in range(UPDATES):
-        real, fake = judged(session, drawings, heads, head, False, i)
+    for i in range(head.updates):
+        real, fake = judged(session, drawings, judge, head, False, i)
         loss = objectives.gan_discriminator(real[0], fake[0])
         loss.backward()
         optimizer.step()
@@ -138,9 +199,8 @@ def measured(session: Session, drawings: Drawings, head: Head) -> dict[str, Any]
     sums: dict[str, Tensor] = {}
     with torch.no_grad():
         for i in range(HELD):
-            for name, value in verdicts(
-                denoiser.schedule, *judged(session, drawings, heads, head, True, i)
-            ).items():
+            both = judged(session, drawings, judge, head, True, i)
+            for name, value in verdicts(judge.denoiser.schedule, *both).items():
                 sums[name] = sums.get(name, torch.zeros(())) + value
     found = settled(sums)
     return {
@@ -155,10 +215,10 @@ def table(result: dict[str, Any]) -> str:
         TITLE,
         "",
         f"Made by `python eval/discriminator.py` with a run of `{result['recipe']}` at step {result['step']}, whose",
-        f"networks are frozen: {UPDATES} updates of the heads alone, by {BATCH} drawings and {BATCH} samples of the",
-        "student each. Right: share of verdicts on held-out drawings and fresh samples, by the noise they are behind",
-        f"(sigma over alpha); 0.50 is chance, and a quarter of {2 * HELD * BATCH} verdicts has an error of about 0.03.",
-        "Loss: at the end, on what teaches; 1.39 is chance.",
+        f"networks are frozen unless it says so: 300 updates of the heads, by {BATCH} drawings and {BATCH} samples of",
+        "the student each. Right: share of verdicts on held-out drawings and fresh samples, by the noise they are",
+        f"behind (sigma over alpha); 0.50 is chance, and a quarter of {2 * HELD * BATCH} verdicts has an error of",
+        "about 0.03. Loss: at the end, on what teaches; 1.39 is chance.",
         "",
         "| features | loss | right: up to 0.41 | to 1 | to 2.4 | more |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -61,8 +61,8 @@ class Ruler:
         self.loaded = load_teacher(teacher.path)
         data = DataConfig(prompts=board.images, images=board.images)
         self.images, self.all = real_images(load_images(board.images), self.loaded.resolution, data)
-        kinds, names = self._captions()
-        each = board.per_kind
+        self.kinds, names = self._captions()
+        kinds, each = self.kinds, board.per_kind
         self.groups = [group for _ in range(each) for group in range(len(kinds))]
         self.reference = [files[turn] for turn in range(each) for files in kinds.values()]
         order = Rng(board.seed, "named").permutation(len(names)).tolist()[: board.named]
@@ -108,6 +108,7 @@ class Ruler:
         rows = self.of(Entry("teacher", kind="teacher", steps=(teacher.steps,), **made))
         if self.loaded.autoencoder is not None:
             rows = [*self._ceiling(), *rows]
+        rows = [*self._unseen(), *rows]
         if teacher.floor:
             steps, solver = tuple(teacher.floor), tuple(teacher.solvers)
             rows += self.of(Entry("floor", kind="floor", steps=steps, solver=solver, **made))
@@ -175,6 +176,26 @@ class Ruler:
             row = self._keep(file, made_of, {"nfe": 0, **self._measured(folder)})
         return [{"name": CEILING, "kind": "reference", "solver": "own", "steps": None, **row}]
 
+    def _unseen(self) -> list[dict[str, Any]]:
+        """Other real images of the kinds that have as many again: what one would measure who draws as the data are."""
+        each = self.board.per_kind
+        kinds = [files for files in self.kinds.values() if len(files) >= 2 * each]
+        if len(kinds) < 2:
+            return []
+        name = f"other images of {len(kinds)} kinds"
+        folder, file = self.out / "samples" / slug(name), self.out / "results" / f"{slug(name)}.json"
+        made_of = hash_of([self.teacher.path, name, self.identity])
+        row = self._known(file, made_of)
+        if row is None:
+            real, other = ([files[turn + k] for turn in range(each) for files in kinds] for k in (0, each))
+            drawn: ImageSource = ArrayImages(self._pixels(other), name)
+            if self.loaded.autoencoder is not None:
+                reconstruct(self.loaded, self.images, other, folder)
+                drawn = open_images(folder)
+            metrics = self._beside(real, drawn, list(range(len(kinds))) * each)
+            row = self._keep(file, made_of, {"nfe": 0, "metrics": self._kept(metrics)})
+        return [{"name": name, "kind": "reference", "solver": "own", "steps": None, **row}]
+
     def _known(self, file: Path, made_of: str) -> dict[str, Any] | None:
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
@@ -190,24 +211,31 @@ class Ruler:
         """Everything of the drawings of kinds but retrieval, which is of those of names."""
         images, kinds = open_images(folder), len(self.groups)
         drawn = FirstImages(images, kinds)
-        real = ArrayImages(
-            self._pixels(self.reference), f"{self.board.images}, {self.board.per_kind} of each kind"
-        )
+        metrics = self._beside(self.reference, drawn, self.groups)
         shared = {"extractor": self.extractor}
-        groups = self.groups if self.board.per_kind > 1 else None
-        metrics = evaluate_images(real, drawn, metrics=OF_KINDS, groups=groups, **shared)["metrics"]
         metrics |= evaluate_images(self.training, drawn, metrics=("nearest",), **shared)["metrics"]
         if self.named:
             rest: ImageSource = FirstImages(images, len(self.named), after=kinds)
             asked = {"metrics": ("retrieval",), "prompted": self.named}
             metrics |= evaluate_images(self.all, rest, **asked, **shared)["metrics"]
+        return {"samples": folder.relative_to(self.out).as_posix(), "metrics": self._kept(metrics)}
+
+    def _beside(self, reference: list[int], drawn: ImageSource, groups: list[int]) -> dict[str, Any]:
+        """Metrics of drawings beside real images of the same kinds, which stand in the same order."""
+        real = ArrayImages(
+            self._pixels(reference), f"{self.board.images}, {self.board.per_kind} of each kind"
+        )
+        kinds = groups if self.board.per_kind > 1 else None
+        asked = {"metrics": OF_KINDS, "groups": kinds, "extractor": self.extractor}
+        metrics: dict[str, Any] = evaluate_images(real, drawn, **asked)["metrics"]
+        return metrics
+
+    @staticmethod
+    def _kept(metrics: dict[str, Any]) -> dict[str, Any]:
         return {
-            "samples": folder.relative_to(self.out).as_posix(),
-            "metrics": {
-                name.partition("(")[0]: {key: value[key] for key in KEPT}
-                for name, value in metrics.items()
-                if not name.startswith(LEFT_OUT)
-            },
+            name.partition("(")[0]: {key: value[key] for key in KEPT}
+            for name, value in metrics.items()
+            if not name.startswith(LEFT_OUT)
         }
 
     def _pixels(self, chosen: list[int]) -> Any:

@@ -34,7 +34,8 @@ READ = (
     "the training set, as the VAE gives it back, over that between its own images; copies: share of drawings nearer to "
     "it than 95% of its images are to each other, 0.05 for these themselves. ± is the error by jackknife, bootstrap or "
     "of a share, over drawings; behind it, in brackets, the standard deviation over seeds. Floor: the best row without "
-    "training at as many network calls, or at the fewest above them."
+    "training at as many network calls, or at the fewest above them. Other images: real ones of kinds that have enough "
+    "of them, beside as many of the reference: what there is to be had without drawing the reference itself."
 )
 
 
@@ -84,7 +85,7 @@ def intro(board: dict[str, Any]) -> str:
     return (
         f"# {board['title']}\n\n"
         f"`{board['command']}`: {budget['cpu_seconds']:g} seconds of a core for each row, iterations fixed before, "
-        f"their CPU time measured; code {board['code']}. {measured['per_kind']} drawings of each kind and "
+        f"their CPU time measured. {measured['per_kind']} drawings of each kind and "
         f"{measured['named']} by name, features of {measured['extractor']}, the same prompts and noise in every row. "
         f"{READ}"
     )

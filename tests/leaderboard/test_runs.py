@@ -10,9 +10,12 @@ from collections import Counter
 
 import boards
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from fewstep.errors import FewstepError
+from fewstep.evaluation.images import open_images
+from fewstep.evaluation.of_run import reconstruct
 from fewstep.leaderboard import run as leaderboards
 from fewstep.leaderboard import search, train
 from fewstep.leaderboard.board import BoardTeacher, Run, load_board, resized
@@ -66,6 +69,36 @@ def test_real_images_measured_as_drawings_are_their_own_best(ruler, tmp_path):
     for i, index in enumerate(swapped):
         save_png(ruler.images.load(index, ruler.loaded.resolution), folder / f"{i:06d}.png")
     assert ruler._measured(folder)["metrics"]["retrieval"]["value"] == 0
+
+
+def test_other_images_of_the_kinds_are_a_row_where_there_are_as_many_again(ruler, tiny, tmp_path):
+    folder, teacher, options = tiny
+    assert ruler._unseen() == []  # kinds of four, all of which are the reference
+    board = boards.board_of(folder, teacher, [one("a", options)], per_kind=2)
+    half = Ruler(
+        load_board(boards.write_board(tmp_path, board)), BoardTeacher(str(teacher)), tmp_path / "eval"
+    )
+    seen = []
+    half._beside = lambda real, drawn, groups: seen.append((real, drawn, groups)) or {}
+    (row,) = half._unseen()
+    (real, drawn, groups), kinds = seen[0], list(half.kinds.values())
+    assert (row["name"], row["kind"], row["nfe"], row["metrics"]) == (
+        "other images of 2 kinds",
+        "reference",
+        0,
+        {},
+    )
+    assert (
+        real == half.reference == [kinds[0][0], kinds[1][0], kinds[0][1], kinds[1][1]]
+        and groups == [0, 1] * 2
+    )
+    assert len(drawn) == 4 and half._unseen() == [row] and len(seen) == 1  # kept
+    other = [kinds[0][2], kinds[1][2], kinds[0][3], kinds[1][3]]
+    reconstruct(half.loaded, half.images, other, tmp_path / "other")
+    assert torch.equal(
+        *(torch.cat([*images.batches(4)]) for images in (drawn, open_images(tmp_path / "other")))
+    )
+    assert not {*other} & {*real}
 
 
 def test_too_few_images_of_a_kind_are_said_before_anything_is_drawn(tiny, tmp_path):
