@@ -24,7 +24,7 @@ from fewstep.data.shards import Member
 from fewstep.diffusion.cond import Cond, drop_rows, unconditional
 from fewstep.diffusion.rng import Rng
 from fewstep.errors import RecipeError
-from fewstep.pictures import read_picture, size_of
+from fewstep.pictures import _told_behind, read_picture, size_of
 from fewstep.process import Process
 from fewstep.recipe import ShapeConfig
 from fewstep.runs.library import load_recipe
@@ -246,6 +246,9 @@ def test_a_header_tells_the_size_and_no_pixel_is_decoded(monkeypatch):
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda _: pytest.fail("decoded"))
     assert size_of(plain) == (80, 40) and size_of(turned) == (40, 80)
     assert size_of(io.BytesIO(plain.getvalue()[:-30])) == (80, 40)
+    with Image.open(plain) as image:
+        here = image.fp.tell()
+        assert not _told_behind(image.fp) and image.fp.tell() == here > 8  # from which pixels are read
 
 
 def test_a_start_reads_sizes_of_shards_once_and_sorts_images_once(tmp_path, monkeypatch):

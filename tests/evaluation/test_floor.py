@@ -517,3 +517,14 @@ def test_what_a_recipe_says_of_its_floor_is_not_said_twice(words, tmp_path, caps
     said = capsys.readouterr().err
     assert said.startswith(f"fewstep: {words[0]}") and "give --evaluation." in said
     assert not (tmp_path / "floor").exists()
+
+
+def test_shapes_that_a_recipes_teacher_does_not_make_are_refused_before_anything_is_drawn(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("fewstep.evaluation.of_run.evaluate_run", lambda *_: pytest.fail("drawn"))
+    shapes = json.dumps([{"size": [32, 128]}, {"size": [128, 32]}])
+    words = ["--steps", "2", "--out", str(tmp_path / "floor"), "--data.shapes", shapes]
+    assert main(["floor", "emoji_dmd2_4step", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fewstep: data.shapes") and "teacher.resolution among them" in said
