@@ -35,8 +35,8 @@ READ = (
     "it than 95% of its images are to each other, 0.05 for these themselves. ± is the error by jackknife, bootstrap or "
     "of a share, over drawings; behind it, in brackets, the standard deviation over seeds. Floor: the best row without "
     "training at as many network calls, or at the fewest above them. Other images: real ones, of kinds that have twice "
-    "as many, beside those of the reference: what one has who draws like these and repeats none. Where these are "
-    "fewer kinds than the other rows have, FD is larger for that alone."
+    "as many, beside those of the reference: what one has who draws like these and repeats none. FD of fewer "
+    "images is larger for that alone."
 )
 
 

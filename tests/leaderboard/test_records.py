@@ -126,6 +126,12 @@ def test_other_code_marks_a_run_and_keeps_it(tmp_path, pretended, monkeypatch):
     assert found(place, Run(board, ROW, 0)) == before
 
 
+def test_code_of_a_run_is_of_its_method():
+    for recipe, method in (("emoji_sid_1step", "sid"), ("emoji_boot_1step", "boot")):
+        row = Row(recipe, 5)
+        assert train.code_of(Run(board_of(row), row, 0)) == train.code_hash(method)
+
+
 def test_code_of_another_method_is_no_other_code(tmp_path):
     """Of what a run starts from, or of who made its pairs."""
     codes = [train.code_hash("dmd"), train.code_hash("boot")]

@@ -102,6 +102,8 @@ def test_other_images_of_the_kinds_are_a_row_where_there_are_as_many_again(ruler
         *(torch.cat([*images.batches(4)]) for images in (drawn, open_images(tmp_path / "other")))
     )
     assert not {*other} & {*real}
+    half.of, half._ceiling = lambda _: [], lambda: [{"name": "ceiling"}]
+    assert [one["name"] for one in half.others()] == ["other images of 2 kinds", "ceiling"]
 
 
 def test_few_other_images_are_measured_for_what_they_allow(tiny, tmp_path):
