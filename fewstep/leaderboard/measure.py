@@ -191,9 +191,8 @@ class Ruler:
             drawn: ImageSource = ArrayImages(self._pixels(other), name)
             if self.loaded.autoencoder is not None:
                 reconstruct(self.loaded, self.images, other, folder)
-                drawn = FirstImages(
-                    open_images(folder), len(other)
-                )  # a board of larger kinds may have left more
+                # A board of larger kinds may have left more there.
+                drawn = FirstImages(open_images(folder), len(other))
             metrics = self._beside(real, drawn, list(range(len(kinds))) * each)
             row = self._keep(file, made_of, {"nfe": 0, "metrics": self._kept(metrics)})
         return [{"name": name, "kind": "reference", "solver": "own", "steps": None, **row}]
