@@ -1,6 +1,6 @@
 """What can a discriminator see? Heads on features of a network, or one of their own, against a student at rest.
 
-    python eval/discriminator.py --run runs/emoji_dmd2_1step           # all heads, 10 minutes of one core
+    python eval/discriminator.py --run runs/emoji_dmd2_1step           # all heads, more than 20 minutes of one core
     python eval/discriminator.py --run runs/emoji_dmd2_1step --only mid_block
 
 Three quarters of the drawings teach, each with both of its captions; the others are held out. Fakes are drawn anew, so
