@@ -1,6 +1,6 @@
-"""What can a discriminator see? Heads on features of a frozen network, against a student that stands still.
+"""What can a discriminator see? Heads on features of a network, or one of their own, against a student at rest.
 
-    python eval/discriminator.py --run runs/emoji_dmd2_1step           # all heads, 10 minutes of one core
+    python eval/discriminator.py --run runs/emoji_dmd2_1step           # all heads, more than 20 minutes of one core
     python eval/discriminator.py --run runs/emoji_dmd2_1step --only mid_block
 
 Three quarters of the drawings teach, each with both of its captions; the others are held out. Fakes are drawn anew, so
@@ -68,7 +68,7 @@ class Head(NamedTuple):
     lr: float = 3e-4
     conditional: bool = False
     updates: int = 300
-    whole: bool = False  # its network is taught too, and does not stay the run's
+    whole: bool = False  # a copy of the network is taught with it; else the network stays the run's
 
 
 CLEAN = (0.0, 0.2)
@@ -141,7 +141,11 @@ class Drawings:
 
 
 class Judge:
-    """Logits by a head, of frozen features, of features that it teaches, or of latents alone."""
+    """Logits of a head: on features of a frozen network, of a copy that is taught with it, or on latents alone.
+
+    Attributes:
+        taught: what the optimizer gets.
+    """
 
     def __init__(self, session: Session, head: Head):
         method: Any = session.method
@@ -151,8 +155,7 @@ class Judge:
             self.taught = list(self.net.parameters())
             return
         if head.whole:
-            self.denoiser = copy.copy(self.denoiser)
-            self.denoiser.net = copy.deepcopy(self.denoiser.net)
+            self.denoiser = self.denoiser.with_net(copy.deepcopy(self.denoiser.net), self.denoiser.embedded)
         self.denoiser.net.requires_grad_(head.whole)
         self.net = Discriminator(self.denoiser, head.taps, method.latent_shape, head.conditional)
         self.taught = [*self.net.parameters(), *(self.denoiser.net.parameters() if head.whole else ())]
@@ -215,10 +218,10 @@ def table(result: dict[str, Any]) -> str:
         TITLE,
         "",
         f"Made by `python eval/discriminator.py` with a run of `{result['recipe']}` at step {result['step']}, whose",
-        f"networks are frozen unless it says so: 300 updates of the heads, by {BATCH} drawings and {BATCH} samples of",
-        "the student each. Right: share of verdicts on held-out drawings and fresh samples, by the noise they are",
-        f"behind (sigma over alpha); 0.50 is chance, and a quarter of {2 * HELD * BATCH} verdicts has an error of",
-        "about 0.03. Loss: at the end, on what teaches; 1.39 is chance.",
+        "networks are frozen, but for those that a row says are taught: 300 updates of the heads, or as many as a row",
+        f"says, by {BATCH} drawings and {BATCH} samples of the student each. Right: share of verdicts on held-out",
+        "drawings and fresh samples, by the noise they are behind (sigma over alpha); 0.50 is chance, and a quarter of",
+        f"{2 * HELD * BATCH} verdicts has an error of about 0.03. Loss: at the end, on what teaches; 1.39 is chance.",
         "",
         "| features | loss | right: up to 0.41 | to 1 | to 2.4 | more |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -32,7 +32,7 @@ COMMANDS = Commands()
     ),
     argument("--seeds", type=number(Count), metavar="N", help="the first N of the board's"),
     argument(
-        "--every-seed", action="store_true", help="of every row, where the board has them of the better half"
+        "--every-seed", action="store_true", help="train all seeds of every row, not of the better half alone"
     ),
     argument("--only", nargs="+", default=[], metavar="ROW", help="train these, and what they start from"),
     argument("--jobs", type=number(Count), default=1, metavar="N", help="trainings at a time (default: 1)"),

@@ -102,7 +102,7 @@ class Ruler:
         return open_images(folder)
 
     def others(self) -> list[dict[str, Any]]:
-        """Rows of the teacher, of its VAE and of the floor."""
+        """Rows of real images, of the VAE that gives them back, of the teacher and of the floor."""
         teacher = self.teacher
         made: dict[str, Any] = {"pipeline": teacher.path, "guidance": (teacher.guidance,)}
         rows = self.of(Entry("teacher", kind="teacher", steps=(teacher.steps,), **made))
@@ -177,7 +177,7 @@ class Ruler:
         return [{"name": CEILING, "kind": "reference", "solver": "own", "steps": None, **row}]
 
     def _unseen(self) -> list[dict[str, Any]]:
-        """Other real images of the kinds that have as many again: what one would measure who draws as the data are."""
+        """Other real images, of the kinds that have as many again: what a student would have that draws such ones."""
         each = self.board.per_kind
         kinds = [files for files in self.kinds.values() if len(files) >= 2 * each]
         if len(kinds) < 2:
@@ -191,7 +191,8 @@ class Ruler:
             drawn: ImageSource = ArrayImages(self._pixels(other), name)
             if self.loaded.autoencoder is not None:
                 reconstruct(self.loaded, self.images, other, folder)
-                drawn = open_images(folder)
+                # A board of larger kinds may have left more there.
+                drawn = FirstImages(open_images(folder), len(other))
             metrics = self._beside(real, drawn, list(range(len(kinds))) * each)
             row = self._keep(file, made_of, {"nfe": 0, "metrics": self._kept(metrics)})
         return [{"name": name, "kind": "reference", "solver": "own", "steps": None, **row}]

@@ -34,8 +34,9 @@ READ = (
     "the training set, as the VAE gives it back, over that between its own images; copies: share of drawings nearer to "
     "it than 95% of its images are to each other, 0.05 for these themselves. ± is the error by jackknife, bootstrap or "
     "of a share, over drawings; behind it, in brackets, the standard deviation over seeds. Floor: the best row without "
-    "training at as many network calls, or at the fewest above them. Other images: real ones of kinds that have enough "
-    "of them, beside as many of the reference: what there is to be had without drawing the reference itself."
+    "training at as many network calls, or at the fewest above them. Other images: real ones, of kinds that have twice "
+    "as many, beside those of the reference: what one has who draws like these and repeats none. FD of fewer "
+    "images is larger for that alone."
 )
 
 

@@ -36,7 +36,7 @@ def leaderboard(
     Args:
         command: as it was typed, for the record. rows: of the board, that are trained; all that there is of others is
             measured and shown with them. jobs: trainings at a time. again: failed runs, and those of other code, anew.
-        every: row has the other seeds, and not the better half alone.
+        every: all of the rows are trained with the other seeds, not the better half alone.
 
     Returns:
         What ``leaderboard.json`` in the board's folder holds.

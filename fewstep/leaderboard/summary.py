@@ -28,8 +28,8 @@ def summary(
     """What ``leaderboard.json`` holds.
 
     Args:
-        records: of the runs, by row and seed. measured: of their exports. others: teacher -> its own rows, its VAE's
-            and the floor's.
+        records: of the runs, by row and seed. measured: of their exports. others: teacher -> rows of real
+            images and of its VAE, its own and the floor's.
         command: that made it.
 
     Returns:

@@ -36,7 +36,8 @@ STOPPED = {128 + n for n in SIGNALS} | {
     -n for n in SIGNALS
 }  # see errors.tell; or before anything was there to save
 KEPT = ("steps", "seconds", "cpu_seconds", "parameters", "hardware", "memory", "arithmetic", "versions")
-METHODS, PACKAGE_OF_METHODS = Path("methods"), get_method.__module__.removesuffix("base")
+METHODS = Path("methods")
+PACKAGE = __name__.partition(".")[0]
 STUDENTLESS = ("cli", "cost", "evaluation", "leaderboard", "report")  # folders that no training depends on
 
 
@@ -44,12 +45,12 @@ STUDENTLESS = ("cli", "cost", "evaluation", "leaderboard", "report")  # folders 
 def code_hash(method: str) -> str:
     """Hash of the package's code as far as trainings of a method depend on it; comments and docstrings may change.
 
-    Of the files of methods those count that the method's own imports, by whatever way, and those that the rest of the
-    package does; of a method from elsewhere all.
+    Of the files of methods those count that the method's own file imports, directly or through others, and those that
+    the rest of the package imports. For a method from elsewhere all of them count, and its own code does not.
     """
     sources = _sources()
     every = {name for name in sources if name.parent == METHODS}
-    own = METHODS / f"{get_method(method).__module__.removeprefix(PACKAGE_OF_METHODS)}.py"
+    own = _file_of(get_method(method).__module__)
     needed = _reached(sources, every, own) if own in every else every
     state = hashlib.sha256()
     for name, source in sources.items():
@@ -69,30 +70,38 @@ def _sources() -> dict[Path, str]:
     }
 
 
+def _file_of(module: str) -> Path | None:
+    """``methods/terms.py`` for ``fewstep.methods.terms`` and for all that is in it; None for modules elsewhere."""
+    inside = module.removeprefix(f"{PACKAGE}.{METHODS}.")
+    return None if inside == module else METHODS / f"{inside.partition('.')[0]}.py"
+
+
 def _reached(sources: Mapping[Path, str], every: set[Path], own: Path) -> set[Path]:
     """Files of methods that are imported by one, by code that is no method's, or by one of these."""
     found = {METHODS / "__init__.py", own}
-    found |= {one for name in sources.keys() - every for one in _imported(sources[name]) & every}
+    for name in sources.keys() - every:
+        found |= every & _imported(name, sources[name])
     left = [*found]
     while left:
-        new = (_imported(sources[left.pop()]) & every) - found
+        name = left.pop()
+        new = (every & _imported(name, sources[name])) - found
         found |= new
         left += new
     return found
 
 
 @functools.cache
-def _imported(source: str) -> set[Path]:
-    """Files of methods that a source may import: as ``.terms``, ``..methods.terms``, ``from . import terms``."""
-    names: set[str] = set()
+def _imported(name: Path, source: str) -> set[Path | None]:
+    """Files of methods that a file of the package may import, in whatever way and wherever it does."""
+    folder, modules = (PACKAGE, *name.parent.parts), set[str]()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            parts = (node.module or METHODS.name).split(".")
-            if parts[0] == METHODS.name and len(parts) == 1:
-                names |= {alias.name for alias in node.names}
-            elif parts[0] == METHODS.name or (node.level == 1 and len(parts) == 1):
-                names.add(parts[-1])
-    return {METHODS / f"{name}.py" for name in names}
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = folder[: len(folder) + 1 - node.level] if node.level else ()
+            begin = ".".join([*above, *([node.module] if node.module else [])])
+            modules |= {f"{begin}.{alias.name}" for alias in node.names}
+    return {_file_of(module) for module in modules}
 
 
 def _bare(source: str) -> str:
@@ -164,7 +173,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def stale(record: dict[str, Any]) -> bool:
-    """Whether other code than today's has trained it, or a part of it."""
+    """Whether other code than today's has trained it, or a part of it.
+
+    What it starts from, and who made its pairs, may be of another method, and have that one's code.
+    """
     return not {*record["code"]} <= {code_hash(method) for method in KNOWN}
 
 

@@ -166,6 +166,8 @@ def package(tmp_path, monkeypatch):
     [
         ("methods/sim.py", {"sim"}),
         ("methods/dmd2.py", {"dmd2", "disback", "fdistill", "multi_student"}),  # these build on it
+        ("methods/gan.py", {"dmd2", "disback", "fdistill", "multi_student"}),  # through dmd2
+        ("methods/terms.py", {*METHODS} - {"boot", "dd1", "dd2", "ladd", "sana_sprint", "scm"}),
         ("methods/segments.py", {"hyper_sd"}),
         ("methods/verdicts.py", {*METHODS}),  # the trainer's
         ("methods/base.py", {*METHODS}),
@@ -180,8 +182,41 @@ def test_other_code_of_a_method_is_other_code_of_what_builds_on_it_alone(package
     assert {name for name in before if before[name] != after[name]} == changed
 
 
-def test_a_method_from_elsewhere_depends_on_all_of_them(package, monkeypatch):
-    stranger = type("Stranger", (METHODS["sim"],), {"__module__": "mine.sim"})
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from .boot import BOOT",
+        "from . import base, boot",
+        "from .. import methods\nfrom ..methods.boot import BOOT",
+        "from fewstep.methods.boot import BOOT as Other",
+        "from fewstep.methods import boot",
+        "import fewstep.methods.boot",
+        "if TYPE_CHECKING:\n    from .boot import BOOT",
+        "def later():\n    from .boot import BOOT",
+    ],
+)
+def test_however_a_file_imports_a_method_it_depends_on_it(line):
+    assert train.METHODS / "boot.py" in train._imported(train.METHODS / "sim.py", line)
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "found"),
+    [
+        ("training/trainer.py", "from ..methods.boot import BOOT", True),
+        ("tokens/deep/down.py", "from ...methods.boot import BOOT", True),
+        ("methods/deep/down.py", "from ..boot import BOOT", True),
+        ("teachers/boot.py", "from .boot import BOOT", False),  # others of the same name
+        ("methods/sim.py", "from ..teachers.boot import BOOT", False),
+        ("methods/sim.py", "from mine.fewstep.methods.boot import BOOT", False),
+    ],
+)
+def test_an_import_is_of_the_file_that_it_names(file, line, found):
+    assert (train.METHODS / "boot.py" in train._imported(Path(file), line)) is found
+
+
+@pytest.mark.parametrize("module", ["mine.sim", "sim", "__main__"])
+def test_a_method_from_elsewhere_depends_on_all_of_them(package, monkeypatch, module):
+    stranger = type("Stranger", (METHODS["sim"],), {"__module__": module})
     monkeypatch.setitem(METHODS, "stranger", stranger)
     assert package("report/html.py", "")["stranger"] != package("methods/boot.py")["stranger"]
 

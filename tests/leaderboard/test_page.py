@@ -75,6 +75,10 @@ def row_of(whole, name, steps=1):
     return next(row for row in whole[1]["rows"] if row["name"] == name and row["steps"] == steps)
 
 
+def test_the_code_of_each_method_is_said(whole):
+    assert whole[1]["code"] == {"dmd2": code_hash("dmd2")}  # demo's
+
+
 def test_a_row_is_the_mean_of_its_seeds_with_both_errors(whole):
     fd = row_of(whole, "good")["metrics"]["FD"]
     assert (fd["value"], fd["error"], fd["spread"], fd["n"]) == (806, 4.0, 6.0, 3)

@@ -5,12 +5,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import yaml
 
+from fewstep.cli import main
 from fewstep.errors import FewstepError
 from fewstep.files import held
 from fewstep.leaderboard import run as leaderboards
 from fewstep.leaderboard import train
-from fewstep.leaderboard.board import Board, BoardTeacher, PairsOf, Row, Run, runs_of
+from fewstep.leaderboard.board import Board, BoardTeacher, PairsOf, Row, Run, runs_of, to_dict
 from fewstep.leaderboard.train import Place, Stopped, found, stale
 
 ROW = Row("demo", 5)
@@ -124,6 +126,18 @@ def test_other_code_marks_a_run_and_keeps_it(tmp_path, pretended, monkeypatch):
     assert found(place, Run(board, ROW, 0)) == before
 
 
+def test_code_of_a_run_is_of_its_method():
+    for recipe, method in (("emoji_sid_1step", "sid"), ("emoji_boot_1step", "boot")):
+        row = Row(recipe, 5)
+        assert train.code_of(Run(board_of(row), row, 0)) == train.code_hash(method)
+
+
+def test_code_of_another_method_is_no_other_code(tmp_path):
+    """Of what a run starts from, or of who made its pairs."""
+    codes = [train.code_hash("dmd"), train.code_hash("boot")]
+    assert codes[0] != codes[1] and not stale({"code": codes}) and stale({"code": [*codes, "earlier"]})
+
+
 def test_a_run_that_two_codes_have_trained_says_so(tmp_path, pretended, monkeypatch):
     place, board = Place(tmp_path), board_of(ROW)
     pretended.stops.add("demo")
@@ -196,6 +210,26 @@ def test_a_damaged_record_is_named(tmp_path, pretended):
     place.record(everything(place, board)["demo", 0]["name"]).write_text("{")
     with pytest.raises(FewstepError, match=r"records/demo-s0-.*: no record of a run; remove it"):
         everything(place, board)
+
+
+def test_the_command_hands_over_whether_every_seed_is_asked_for(tmp_path, monkeypatch, capsys):
+    board = tmp_path / "board.yaml"
+    board.write_text(yaml.safe_dump(to_dict(board_of(ROW))))
+    given = []
+    monkeypatch.setattr(leaderboards, "leaderboard", lambda *_, **how: given.append(how) or {"rows": []})
+    command = ["leaderboard", str(board), "--to", str(tmp_path / "made")]
+    assert main(command) == main([*command, "--every-seed", "--again", "--jobs", "2"]) == 0
+    assert given == [
+        {"jobs": 1, "again": False, "every": False},
+        {"jobs": 2, "again": True, "every": True},
+    ]
+
+
+@pytest.mark.parametrize("word", ["--every-seed", "--again", "--render-only", "--results=results"])
+def test_a_search_refuses_what_is_the_boards(tmp_path, capsys, word):
+    assert main(["leaderboard", "none.yaml", "--to", str(tmp_path / "made"), "--search", "2", word]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fewstep: --search: ") and word.partition("=")[0] in said
 
 
 @pytest.mark.parametrize("every, others", [(False, ["good"]), (True, ["good", "bad"])])

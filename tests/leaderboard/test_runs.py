@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from fewstep.errors import FewstepError
 from fewstep.evaluation.images import open_images
 from fewstep.evaluation.of_run import reconstruct
+from fewstep.evaluation.spec import slug
 from fewstep.leaderboard import run as leaderboards
 from fewstep.leaderboard import search, train
 from fewstep.leaderboard.board import BoardTeacher, Run, load_board, resized
@@ -80,6 +81,8 @@ def test_other_images_of_the_kinds_are_a_row_where_there_are_as_many_again(ruler
     )
     seen = []
     half._beside = lambda real, drawn, groups: seen.append((real, drawn, groups)) or {}
+    left = half.out / "samples" / slug("other images of 2 kinds")  # by a board of larger kinds
+    reconstruct(half.loaded, half.images, [0] * 6, left)
     (row,) = half._unseen()
     (real, drawn, groups), kinds = seen[0], list(half.kinds.values())
     assert (row["name"], row["kind"], row["nfe"], row["metrics"]) == (
@@ -99,6 +102,18 @@ def test_other_images_of_the_kinds_are_a_row_where_there_are_as_many_again(ruler
         *(torch.cat([*images.batches(4)]) for images in (drawn, open_images(tmp_path / "other")))
     )
     assert not {*other} & {*real}
+    half.of, half._ceiling = lambda _: [], lambda: [{"name": "ceiling"}]
+    assert [one["name"] for one in half.others()] == ["other images of 2 kinds", "ceiling"]
+
+
+def test_few_other_images_are_measured_for_what_they_allow(tiny, tmp_path):
+    folder, teacher, options = tiny
+    board = boards.board_of(folder, teacher, [one("a", options)], per_kind=1)
+    few = Ruler(
+        load_board(boards.write_board(tmp_path, board)), BoardTeacher(str(teacher)), tmp_path / "eval"
+    )
+    (row,) = few._unseen()
+    assert "FD" in row["metrics"] and {m["n_fake"] for m in row["metrics"].values()} == {2}
 
 
 def test_too_few_images_of_a_kind_are_said_before_anything_is_drawn(tiny, tmp_path):

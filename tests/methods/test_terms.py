@@ -174,3 +174,11 @@ def test_a_view_has_its_rows_and_the_whole_batchs_randomness():
 def test_numbers_are_finite_and_weights_not_negative_in_every_method(method, options):
     with pytest.raises(RecipeError, match=rf"^method\.{next(iter(options))}: .*: expected "):
         METHODS[method].Config(**options)
+
+
+def test_no_adversarial_term_needs_no_blocks_and_a_tiny_network_has_others():
+    config = METHODS["dmd2"].Config
+    assert config(gan_weight=0.0, taps=[]).taps == []
+    large = config(taps=["transformer_blocks.12", "transformer_blocks.18"])
+    assert large.smoke().taps == ["transformer_blocks.0", "transformer_blocks.1"]
+    assert large.smoke().critic_steps == 2 and config().smoke().taps == ["mid_block"]
