@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fewstep import recipe as recipes
 from fewstep.errors import FewstepError
+from fewstep.runs.library import load_recipe
 
 EVAL = Path(__file__).parents[2] / "eval"
 sys.path.insert(0, str(EVAL))
@@ -73,6 +75,51 @@ def test_a_network_of_its_own_sees_latents_alone_and_all_of_it_is_taught():
     assert logits.shape == (3, 1) and all(weight.grad.abs().sum() > 0 for weight in judge.taught)
     assert 0.5e6 < sum(weight.numel() for weight in judge.taught) < 0.7e6
     assert torch.allclose(judge.logits(latents[1:2], None, None), logits[1:2], atol=1e-5)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A training with other options, as it leaves its folder."""
+    run, words = tmp_path / "run", ["--method.gan_weight=0.02", "--train.seed=3", "--train.log_every=7"]
+    recipe = recipes.override(load_recipe("emoji_dmd2_1step"), words)
+    (run / "eval").mkdir(parents=True)
+    (run / "recipe.yaml").write_text(recipes.dump(recipe))
+    logged = [{"step": i, "health/discriminator_accuracy_1": i / 10} for i in range(1, 8)]
+    logged[-1]["health/discriminator_accuracy_2"] = 0.5
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*logged, {"step": 8}])))
+    (run / "run.json").write_text('{"cpu_seconds": 5.0}')
+    metrics = {
+        f"{name}(e)": {"value": 0.5, "error": 0.01, "n_fake": 4} for name in ("FD", "KID", "diversity")
+    }
+    rows = [{"kind": "teacher", "metrics": {}}, {"kind": "student", "metrics": metrics}]
+    (run / "eval" / "table.json").write_text(json.dumps({"rows": rows}))
+    return run
+
+
+def test_a_training_is_kept_with_its_options_and_takes_the_place_of_the_same_one(
+    finished, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    older = {
+        "recipe": "emoji_dmd2_1step",
+        "steps": 1000,
+        "options": {"method.gan_weight": 0.02, "train.seed": 3},
+    }
+    other = {**older, "options": {}, "right": None, "metrics": STORED["trainings"][0]["metrics"]}
+    kept = {**STORED, "trainings": [older, other]}
+    (out / "heads.json").write_text(json.dumps(kept, indent=1))
+    words = ["--keep", str(finished), "--of", "emoji_dmd2_1step", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["discriminator.py", *words])
+    assert discriminator.main() == 0
+    first, row = json.loads((out / "heads.json").read_text())["trainings"]
+    assert first == other and row["options"] == older["options"] and row["cpu_seconds"] == 5.0
+    assert row["right"] == [0.5, 0.5] and row["metrics"]["FD"] == {"value": 0.5, "error": 0.01}
+    cells = "method.gan_weight 0.02, train.seed 3 | 0.50 0.50 | " + "0.500 \u00b1 0.010 | " * 3 + " |"
+    assert f"| `emoji_dmd2_1step` | 1,000 | {cells}" in (out / "README.md").read_text()
+    (finished / "eval" / "table.json").unlink()
+    with pytest.raises(FewstepError, match=r"^--keep: .*table\.json; let it end, with evaluation\.num"):
+        discriminator.main()
 
 
 def test_files_of_others_are_left_alone(tmp_path, monkeypatch):
