@@ -65,9 +65,9 @@ heads do not move for its sake. The time: a thousand iterations are few. With li
 iterations it is right on 0.79 and 0.77 while the student moves, and the critic's own error rises by a fourteenth.
 
 What images give the student then is a little more than the error for names (0.75 for 0.70), less than it for FD (793
-for 810), and KID differs the other way, within its error too (0.82 for 0.78): one run each. A gan_weight of 0.3 is too much for a discriminator that has not learned yet. First blocks as taps leave
-chance as well and give nothing. In pixels the published weight is enough: the first strokes of a student differ from
-drawings more."""
+for 810), and KID differs the other way, within its error too (0.82 for 0.78): one run each. A gan_weight of 0.3 is
+too much for a discriminator that has not learned yet. First blocks as taps leave chance as well and give nothing. In
+pixels the published weight is enough: the first strokes of a student differ from drawings more."""
 BATCH, HELD = 24, 24  # HELD: batches
 DECIDE = ("method.", "roles.", "train.seed")  # options that make a training another one
 
