@@ -59,6 +59,8 @@ def leaderboard(args: argparse.Namespace) -> int:
         raise FewstepError(
             "--search: runs trials alone; leave out --render-only, --again, --every-seed and --results"
         )
+    if args.render_only and (args.again or args.every_seed or args.only):
+        raise FewstepError("--render-only: trains nothing; leave out --again, --every-seed and --only")
     board = resized(load_board(args.board), args.minutes and 120 * args.minutes, args.seeds)
     rows = chosen(board, args.only)
     place = Place(args.to)
@@ -66,11 +68,13 @@ def leaderboard(args: argparse.Namespace) -> int:
         search.search(board, place, args.search, args.share, rows, args.jobs)
         print(place.folder / search.SETTLED)
         return 0
-    command = f"fewstep leaderboard {Path(args.board).name}" + (
-        f" --minutes {args.minutes:g}" if args.minutes else ""
-    )
     if args.render_only:
         rows = []
+    decide = {"--minutes": args.minutes, "--seeds": args.seeds}
+    words = [f"{name} {value:g}" for name, value in decide.items() if value] + [
+        "--every-seed"
+    ] * args.every_seed
+    command = " ".join(["fewstep leaderboard", Path(args.board).name, *words])
     how = {"jobs": args.jobs, "again": args.again, "every": args.every_seed}
     whole = run.leaderboard(board, place, command, rows, **how)
     run.told(whole)

@@ -34,7 +34,7 @@ def leaderboard(
     """Trains the first seed of every row, measures, trains the other seeds of the better half, measures again.
 
     Args:
-        command: as it was typed, for the record. rows: of the board, that are trained; all that there is of others is
+        command: for the record. rows: of the board, that are trained; all that there is of others is
             measured and shown with them. jobs: trainings at a time. again: failed runs, and those of other code, anew.
         every: all of the rows are trained with the other seeds, not the better half alone.
 

@@ -216,13 +216,27 @@ def test_the_command_hands_over_whether_every_seed_is_asked_for(tmp_path, monkey
     board = tmp_path / "board.yaml"
     board.write_text(yaml.safe_dump(to_dict(board_of(ROW))))
     given = []
-    monkeypatch.setattr(leaderboards, "leaderboard", lambda *_, **how: given.append(how) or {"rows": []})
+    monkeypatch.setattr(
+        leaderboards, "leaderboard", lambda *a, **how: given.append((a[2], how)) or {"rows": []}
+    )
     command = ["leaderboard", str(board), "--to", str(tmp_path / "made")]
-    assert main(command) == main([*command, "--every-seed", "--again", "--jobs", "2"]) == 0
+    more = ["--every-seed", "--again", "--jobs", "2", "--minutes", "1.5", "--seeds", "1"]
+    assert main(command) == main([*command, *more]) == 0
+    # What decides the numbers is part of the record.
     assert given == [
-        {"jobs": 1, "again": False, "every": False},
-        {"jobs": 2, "again": True, "every": True},
+        ("fewstep leaderboard board.yaml", {"jobs": 1, "again": False, "every": False}),
+        (
+            "fewstep leaderboard board.yaml --minutes 1.5 --seeds 1 --every-seed",
+            {"jobs": 2, "again": True, "every": True},
+        ),
     ]
+
+
+@pytest.mark.parametrize("words", [["--every-seed"], ["--again"], ["--only", "a"]])
+def test_showing_what_there_is_refuses_what_is_trained(tmp_path, capsys, words):
+    assert main(["leaderboard", "none.yaml", "--to", str(tmp_path / "made"), "--render-only", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fewstep: --render-only: trains nothing") and words[0] in said
 
 
 @pytest.mark.parametrize("word", ["--every-seed", "--again", "--render-only", "--results=results"])
