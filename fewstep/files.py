@@ -163,7 +163,15 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     with replacing(path) as part:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, part)
+        room = _part(
+            part
+        )  # the library writes beside its file, under a name by chance that a kill leaves for good
+        room.mkdir(exist_ok=True)
+        try:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, room / part.name)
+            os.replace(room / part.name, part)
+        finally:
+            _remove(room)
 
 
 def contents(folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+from processes import Fork
 
 from fewstep import files
 from fewstep.errors import FewstepError
@@ -205,6 +206,29 @@ def test_a_disk_that_is_full_in_the_middle_of_the_weights(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(tmp_path) == ["w.safetensors"] and (tmp_path / "w.safetensors").read_bytes() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork")
+def test_what_is_killed_while_it_writes_weights_leaves_nothing_that_is_not_swept(
+    tmp_path, monkeypatch, tally
+):
+    """Whatever names the library gives to its own halves."""
+
+    def killed(_tensors, path):
+        path.with_name(".tmpA1b2C3").write_bytes(b"half")
+        os._exit(9)
+
+    tally("faults injected", 1)
+    files.write_tensors(tmp_path / "w.safetensors", {"w": torch.zeros(4)})
+    before = (tmp_path / "w.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", killed)
+        child = Fork(lambda: files.write_tensors(tmp_path / "w.safetensors", {"w": torch.ones(4)}))
+        assert child.wait() == 9
+    assert len(names(tmp_path)) == 3  # the old file, and a room with its half
+    files.sweep(tmp_path)
+    assert names(tmp_path) == ["w.safetensors"] and (tmp_path / "w.safetensors").read_bytes() == before
+    tally("survived", 1)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
