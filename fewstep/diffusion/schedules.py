@@ -424,6 +424,13 @@ class TrigFlow(Schedule):
         return torch.atan2(_real(sigma), _real(alpha))
 
 
+def angle_range(schedule: Schedule) -> tuple[float, float]:
+    """The TrigFlow times that a schedule covers: (0, pi/2) of a flow, (0.029, 1.503) of Stable Diffusion."""
+    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
+    low, high = torch.atan2(schedule.sigma(ends), schedule.alpha(ends)).tolist()
+    return low, high
+
+
 def change_schedule(x_t: Tensor, t: Tensor, source: Schedule, target: Schedule) -> tuple[Tensor, Tensor]:
     """The same noisy sample seen on another path: equal SNR, rescaled x.
 

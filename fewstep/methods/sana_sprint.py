@@ -15,10 +15,10 @@ from ..diffusion.denoiser import Guidance, NetDenoiser, Scalar
 from ..diffusion.discriminator import Heads
 from ..diffusion.embedding import with_scalar
 from ..diffusion.rng import Rng
-from ..diffusion.schedules import TrigFlow, expand
+from ..diffusion.schedules import TrigFlow, angle_range, expand
 from .base import Batch, Expected, Method, Phase, Progress, register
 from .ladd import AdversarialOptions, Adversary
-from .scm import Angle, Consistency, ConsistencyOptions, angle_range, student_of
+from .scm import Angle, Consistency, ConsistencyOptions, student_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -15,7 +15,7 @@ from ..diffusion import consistency as scm
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser, Guidance, NetDenoiser, ScheduleView
 from ..diffusion.kernels import gather
-from ..diffusion.schedules import Schedule, TrigFlow, repeated
+from ..diffusion.schedules import TrigFlow, angle_range, repeated
 from ..diffusion.student import Student
 from ..diffusion.times import times_at
 from ..errors import RecipeError
@@ -141,13 +141,6 @@ class Consistency:
         prior = 1.0 if c.prior == "one" else (1 / (c.sigma_data * torch.tan(t))).to(x0)
         velocity = self.student.predict("v", x_t, t, told)
         return scm.consistency(velocity, g, self.weighting(t), prior, c.tangent_norm)
-
-
-def angle_range(schedule: Schedule) -> tuple[float, float]:
-    """The TrigFlow times that a schedule covers: (0, pi/2) of a flow, (0.029, 1.503) of Stable Diffusion."""
-    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
-    low, high = torch.atan2(schedule.sigma(ends), schedule.alpha(ends)).tolist()
-    return low, high
 
 
 def student_of(denoiser: Denoiser, angles: Sequence[Sequence[float]]) -> Student:

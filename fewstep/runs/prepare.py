@@ -36,13 +36,12 @@ from ..diffusion.denoiser import NetDenoiser, ScheduleView
 from ..diffusion.embedding import given_to_sinusoids, time_embedder
 from ..diffusion.kernels import gather
 from ..diffusion.objectives import denoising_weight
-from ..diffusion.schedules import EDM, TrigFlow, expand, repeated
+from ..diffusion.schedules import EDM, TrigFlow, angle_range, expand, repeated
 from ..diffusion.student import Student
 from ..errors import FewstepError, Interrupted
 from ..export.weights import network_with, save_network
 from ..files import replacing, write_json
 from ..methods.base import Batch, Method, Phase, Progress
-from ..methods.scm import angle_range
 from ..process import Process
 from ..teachers.base import Teacher
 from ..training.roles import Role, averaged

@@ -11,8 +11,8 @@ from toys import NONE, SD, Mlp
 from fewstep.diffusion import consistency as scm
 from fewstep.diffusion.denoiser import ScheduleView
 from fewstep.diffusion.rng import Rng
-from fewstep.diffusion.schedules import EDM, Flow, TrigFlow, change_schedule, expand
-from fewstep.methods.scm import SCM, Consistency, angle_range
+from fewstep.diffusion.schedules import EDM, Flow, TrigFlow, angle_range, change_schedule, expand
+from fewstep.methods.scm import SCM, Consistency
 from fewstep.runs.library import load_recipe, recipe_files
 from fewstep.teachers.analytic import GaussianMixture
 
