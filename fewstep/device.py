@@ -84,17 +84,20 @@ def real(device: torch.device) -> torch.dtype:
 
 
 def bf16_units(device: torch.device | str) -> bool | None:
-    """Whether a device multiplies bf16 in units of its own; None where torch does not say.
+    """Whether a device multiplies bf16 in units of its own, faster than fp32; None where torch does not say.
 
-    A CPU of x86-64 does with AMX. AVX-512's bf16 instructions alone take longer than fp32, and without either a product
-    is several times as long as in fp32. ``ONEDNN_MAX_CPU_ISA`` hides units from torch.
+    A CPU of x86-64 does with AMX. With AVX-512's bf16 instructions alone some do and others take longer than for fp32,
+    so one with these is timed; without either a product is several times as long as in fp32. ``ONEDNN_MAX_CPU_ISA``
+    hides units from torch.
     """
     device = torch.device(device)
     if device.type == "cpu":
         if platform.machine().lower() in ("x86_64", "amd64"):
             limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
             hidden = limit not in ("", "ALL", "DEFAULT") and "AMX" not in limit
-            return torch.cpu._is_amx_tile_supported() and not hidden
+            if torch.cpu._is_amx_tile_supported() and not hidden:
+                return True
+            return torch.cpu._is_avx512_bf16_supported() and _bf16_pays()
         # Of other processors this asks for the instructions; of x86-64 for less than them.
         return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     ask = getattr(torch.get_device_module(device), "is_bf16_supported", None)
@@ -104,6 +107,22 @@ def bf16_units(device: torch.device | str) -> bool | None:
         return bool(ask(including_emulation=False))  # of CUDA, where cards without it say yes by default
     except TypeError:
         return bool(ask())
+
+
+@lru_cache
+def _bf16_pays() -> bool:
+    """Whether products in bf16, what is cast for them included, take less than half the CPU's time for fp32."""
+    x, weight = torch.ones(1024, 512, device="cpu"), torch.ones(512, 512, device="cpu")
+
+    def seconds(dtype: torch.dtype) -> float:
+        begin = time.perf_counter()
+        torch.nn.functional.linear(x.to(dtype), weight.to(dtype)).float()
+        return time.perf_counter() - begin
+
+    times = [
+        (seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(10)
+    ]  # in turns: others may be at work
+    return 2 * min(bf16 for bf16, _ in times) < min(fp32 for _, fp32 in times)
 
 
 # ------------------------------------------------------------------------------------------------------------ transfers

@@ -205,26 +205,60 @@ def test_a_fault_of_the_thread_reaches_whoever_asks_for_the_batch():
 
 
 @pytest.mark.parametrize(
-    "machine, amx, arm, limit, units",
+    "machine, amx, avx512, pays, arm, limit, units",
     [
-        ("x86_64", True, True, None, True),
-        ("AMD64", True, True, "DEFAULT", True),
-        ("x86_64", True, True, "AVX512_CORE_AMX", True),
-        ("x86_64", True, True, "avx512_core_bf16", False),
-        ("x86_64", True, True, "AVX2", False),
-        ("x86_64", False, True, None, False),  # the other question has yes for an answer on any AVX-512
-        ("aarch64", False, True, None, True),
-        ("aarch64", True, False, None, False),
+        ("x86_64", True, True, False, True, None, True),
+        ("AMD64", True, True, False, True, "DEFAULT", True),
+        ("x86_64", True, True, False, True, "AVX512_CORE_AMX", True),
+        ("x86_64", True, True, False, True, "avx512_core_bf16", False),
+        ("x86_64", True, True, True, True, "avx512_core_bf16", True),
+        ("x86_64", True, True, False, True, "AVX2", False),
+        ("x86_64", False, True, True, False, None, True),
+        ("x86_64", False, True, False, True, None, False),
+        (
+            "x86_64",
+            False,
+            False,
+            True,
+            True,
+            None,
+            False,
+        ),  # arm's question has yes for an answer on any AVX-512
+        ("aarch64", False, False, False, True, None, True),
+        ("aarch64", True, True, True, False, None, False),
     ],
 )
-def test_units_are_those_of_the_processor_that_torch_may_use(machine, amx, arm, limit, units, monkeypatch):
+def test_units_are_those_of_the_processor_that_torch_may_use(
+    machine, amx, avx512, pays, arm, limit, units, monkeypatch
+):
     monkeypatch.setattr(device.platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(device, "_bf16_pays", lambda: pays)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: arm)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if limit:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert device.bf16_units("cpu") is units
+
+
+@pytest.mark.parametrize("bf16, fp32, pays", [(1.0, 4.0, True), (1.0, 1.9, False), (4.0, 1.0, False)])
+def test_bf16_pays_if_its_products_take_less_than_half_the_time(bf16, fp32, pays, monkeypatch):
+    """By a clock that only products move; the first of them are slow, as where code is loaded or others are at work."""
+    now, spent, linear = [0.0], {torch.bfloat16: bf16, torch.float32: fp32}, torch.nn.functional.linear
+    seen = []
+
+    def slow(x, weight):
+        assert x.device.type == weight.device.type == "cpu"
+        seen.append(x.dtype)
+        now[0] += spent[x.dtype] + (50 if len(seen) <= 4 else 0)
+        return linear(x, weight)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", slow)
+    monkeypatch.setattr(device.time, "perf_counter", lambda: now[0])
+    with torch.device("meta"):  # as where a plan builds networks
+        assert device._bf16_pays.__wrapped__() is pays
+    assert {*seen} == {torch.bfloat16, torch.float32}
 
 
 KEPT = """
