@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class Ruler:
         made: dict[str, Any] = {"pipeline": teacher.path, "guidance": (teacher.guidance,)}
         rows = self.of(Entry("teacher", kind="teacher", steps=(teacher.steps,), **made))
         if self.loaded.autoencoder is not None:
-            rows = [*self._ceiling(), *rows]
+            rows = [self._ceiling(), *rows]
         rows = [*self._unseen(), *rows]
         if teacher.floor:
             steps, solver = tuple(teacher.floor), tuple(teacher.solvers)
@@ -166,15 +166,14 @@ class Ruler:
         found = {"nfe": manifest["speed"]["nfe"], "guidance": manifest["run"]["guidance"]}
         return self._keep(file, made_of, {**found, **self._measured(folder)}), model
 
-    def _ceiling(self) -> list[dict[str, Any]]:
+    def _ceiling(self) -> dict[str, Any]:
         """The very images of the reference, and the named ones, through the VAE: what no student can pass."""
-        folder, file = self.out / "samples" / slug(CEILING), self.out / "results" / f"{slug(CEILING)}.json"
-        made_of = hash_of([self.teacher.path, CEILING, self.identity])
-        row = self._known(file, made_of)
-        if row is None:
+
+        def measured(folder: Path) -> dict[str, Any]:
             reconstruct(self.loaded, self.images, [*self.reference, *self.named], folder)
-            row = self._keep(file, made_of, {"nfe": 0, **self._measured(folder)})
-        return [{"name": CEILING, "kind": "reference", "solver": "own", "steps": None, **row}]
+            return self._measured(folder)
+
+        return self._real(CEILING, measured)
 
     def _unseen(self) -> list[dict[str, Any]]:
         """Other real images, of the kinds that have as many again: what a student would have that draws such ones."""
@@ -182,20 +181,27 @@ class Ruler:
         kinds = [files for files in self.kinds.values() if len(files) >= 2 * each]
         if len(kinds) < 2:
             return []
+        real, other = ([files[turn + k] for turn in range(each) for files in kinds] for k in (0, each))
         name = f"other images of {len(kinds)} kinds"
-        folder, file = self.out / "samples" / slug(name), self.out / "results" / f"{slug(name)}.json"
-        made_of = hash_of([self.teacher.path, name, self.identity])
-        row = self._known(file, made_of)
-        if row is None:
-            real, other = ([files[turn + k] for turn in range(each) for files in kinds] for k in (0, each))
+
+        def measured(folder: Path) -> dict[str, Any]:
             drawn: ImageSource = ArrayImages(self._pixels(other), name)
             if self.loaded.autoencoder is not None:
                 reconstruct(self.loaded, self.images, other, folder)
                 # A board of larger kinds may have left more there.
                 drawn = FirstImages(open_images(folder), len(other))
-            metrics = self._beside(real, drawn, list(range(len(kinds))) * each)
-            row = self._keep(file, made_of, {"nfe": 0, "metrics": self._kept(metrics)})
-        return [{"name": name, "kind": "reference", "solver": "own", "steps": None, **row}]
+            return {"metrics": self._kept(self._beside(real, drawn, list(range(len(kinds))) * each))}
+
+        return [self._real(name, measured)]
+
+    def _real(self, name: str, measured: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """A row of real images; what they are drawn to, where they are, is a folder of its own."""
+        file = self.out / "results" / f"{slug(name)}.json"
+        made_of = hash_of([self.teacher.path, name, self.identity])
+        row = self._known(file, made_of)
+        if row is None:
+            row = self._keep(file, made_of, {"nfe": 0, **measured(self.out / "samples" / slug(name))})
+        return {"name": name, "kind": "reference", "solver": "own", "steps": None, **row}
 
     def _known(self, file: Path, made_of: str) -> dict[str, Any] | None:
         try:
