@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from ..errors import FewstepError
 from ..files import held, read_text, write_json
 from ..methods import METHODS as KNOWN
 from ..methods import get_method
+from ..report.formats import duration
 from .board import Run, words
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
@@ -253,6 +255,7 @@ def train(place: Place, runs: Iterable[Run], jobs: int = 1, again: bool = False)
     left = {run.key: run for run in _with_those_before(runs)}.values()
     if not left:
         return
+    pace = Pace(sum(not _over(found(place, run), again) for run in left))
     children = Children(next(iter(left)).board.threads)
     with ThreadPoolExecutor(jobs) as pool:
         done: dict[tuple[str, int], Future[None]] = {}
@@ -260,7 +263,7 @@ def train(place: Place, runs: Iterable[Run], jobs: int = 1, again: bool = False)
         for run in left:
             earlier = [done[run.before.key]] if run.before else []
             earlier += [pairs[run.pairs_digest]] if run.row.pairs and run.pairs_digest in pairs else []
-            done[run.key] = pool.submit(_one, place, children, run, earlier, again)
+            done[run.key] = pool.submit(_one, place, children, run, earlier, again, pace)
             if run.row.pairs:
                 pairs.setdefault(run.pairs_digest, done[run.key])
         try:
@@ -282,11 +285,27 @@ def _with_those_before(runs: Iterable[Run]) -> Iterator[Run]:
         yield run
 
 
-def _one(place: Place, children: Children, run: Run, earlier: list[Future[None]], again: bool) -> None:
+class Pace:
+    """How many runs are left, and for how long at the pace so far."""
+
+    def __init__(self, count: int):
+        self.count, self.ended, self.begin, self.lock = count, 0, time.monotonic(), threading.Lock()
+
+    def one_ended(self) -> str:
+        with self.lock:
+            self.ended += 1
+            left = self.count - self.ended
+            seconds = (time.monotonic() - self.begin) / self.ended * left
+        return f"{left} of {self.count} runs left, about {duration(seconds)}" if left else "the last run"
+
+
+def _one(
+    place: Place, children: Children, run: Run, earlier: list[Future[None]], again: bool, pace: Pace
+) -> None:
     for future in earlier:  # submitted before, so that it runs already
         future.result()
     record = found(place, run)
-    if record and record["status"] != "running" and not (again and _wanting(record)):
+    if _over(record, again):
         return
     if record is None or (record["status"] != "running" and record["name"] != name_of(run, code_of(run))):
         record = {"name": name_of(run, code_of(run)), "code": []}
@@ -299,11 +318,14 @@ def _one(place: Place, children: Children, run: Run, earlier: list[Future[None]]
     ended = {"status": "failed", "reason": reason} if reason else _ended(place.run(record["name"]))
     write_json(place.record(record["name"]), {**record, **ended})
     told = f"failed: {reason}" if reason else f"{ended['cpu_seconds']:.0f} s of a core"
-    print(f"fewstep: {run.row.label}, seed {run.seed}: {told}", file=sys.stderr)
+    print(f"fewstep: {run.row.label}, seed {run.seed}: {told}; {pace.one_ended()}", file=sys.stderr)
 
 
-def _wanting(record: dict[str, Any]) -> bool:
-    return record["status"] == "failed" or stale(record)
+def _over(record: dict[str, Any] | None, again: bool) -> bool:
+    """Whether a run is not trained any more; with ``again`` failed ones are, and those of other code."""
+    if record is None or record["status"] == "running":
+        return False
+    return not (again and (record["status"] == "failed" or stale(record)))
 
 
 def _begun(run: Run, record: dict[str, Any]) -> dict[str, Any]:

@@ -71,10 +71,15 @@ def test_a_board_that_cannot_run_is_refused_with_its_field(tmp_path, change, sai
 
 
 def test_the_boards_that_come_with_it_have_every_recipe_of_the_built_in_teachers(pytestconfig):
-    boards = [load_board(path) for path in (pytestconfig.rootpath / "eval" / "boards").glob("*.yaml")]
+    files = (pytestconfig.rootpath / "eval" / "boards").glob("*.yaml")
+    boards = {path.stem: load_board(path) for path in files}
     recipes = {path.stem for path in (pytestconfig.rootpath / "recipes").glob("emoji_*.py")}
-    assert {row.recipe for board in boards for row in board.rows} == recipes
-    assert {(board.cpu_seconds, board.threads, len(board.seeds)) for board in boards} == {(1800, 1, 3)}
+    assert {row.recipe for board in boards.values() for row in board.rows} == recipes
+    budgets = {name: board.cpu_seconds for name, board in boards.items()}
+    assert budgets == {"emoji": 1800, "emoji_edm": 1800, "emoji_short": 420}
+    assert {(board.threads, len(board.seeds)) for board in boards.values()} == {(1, 3)}
+    whole, short = ([row.label for row in boards[name].rows] for name in ("emoji", "emoji_short"))
+    assert whole == short and boards["emoji"].teachers == boards["emoji_short"].teachers
 
 
 def test_a_board_reads_what_it_writes(tmp_path):

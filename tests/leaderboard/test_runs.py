@@ -102,7 +102,7 @@ def test_other_images_of_the_kinds_are_a_row_where_there_are_as_many_again(ruler
         *(torch.cat([*images.batches(4)]) for images in (drawn, open_images(tmp_path / "other")))
     )
     assert not {*other} & {*real}
-    half.of, half._ceiling = lambda _: [], lambda: [{"name": "ceiling"}]
+    half.of, half._ceiling = lambda _: [], lambda: {"name": "ceiling"}
     assert [one["name"] for one in half.others()] == ["other images of 2 kinds", "ceiling"]
 
 
@@ -146,6 +146,17 @@ def wait_for_lock(folder):
     raise AssertionError("the child goes on without its parent")
 
 
+def test_what_is_left_is_told_at_the_pace_so_far(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    pace = train.Pace(3)
+    now[0] += 90
+    assert pace.one_ended() == "2 of 3 runs left, about 3 min 00 s"
+    now[0] += 10  # two at a time: a mean of 50 s
+    assert pace.one_ended() == "1 of 3 runs left, about 50 s"
+    assert pace.one_ended() == "the last run"
+
+
 @pytest.mark.slow
 def test_a_board_that_is_killed_goes_on_to_the_same_bits_and_then_has_nothing_to_do(
     tiny, tmp_path, monkeypatch, tally
@@ -165,6 +176,7 @@ def test_a_board_that_is_killed_goes_on_to_the_same_bits_and_then_has_nothing_to
     wait_for_lock(place.run(record["name"]))
     said = boards.run(tmp_path, "--results", str(tmp_path / "kept"))
     assert said.returncode == 0, said.stderr
+    assert "1 of 2 runs left, about " in said.stderr and "; the last run\n" in said.stderr
     assert "broken: failed" in said.stderr and said.stdout.strip().endswith("leaderboard.html")
     assert "resuming at step" in place.log(record["name"]).read_text()
     straight = execute(dataclasses.replace(run.recipe, output=str(tmp_path / "straight")))
