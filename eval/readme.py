@@ -45,13 +45,14 @@ def body(chosen: list[str], board: dict[str, Any] | None, files: dict[str, Any])
     if board is None or {name.partition(":")[0] for name in chosen} - there:
         return f"{best(files, chosen)}\n\n{OLD}"
     measured, budget = board["measured"], board["budget"]
-    seeds = sorted({row["metrics"]["FD"]["n"] for row in board["rows"] if row["name"] in there})
+    most = max(row["metrics"]["FD"]["n"] for row in board["rows"] if row["name"] in there)
+    seeds = f"{most} seeds for the better half (their spread in brackets)" if most > 1 else "one seed"
     note = (
-        f"Under one budget of {budget['cpu_seconds'] / 60:g} minutes of a core, {seeds[-1]} seeds for the better half "
-        f"(their spread in brackets). FD: of {measured['extractor']}'s features (no FID), {measured['per_kind']} "
-        "drawings\nof each kind of emoji against as many real ones, the same prompts and noise in every row. Floor: "
-        "the untrained teacher at as many calls, or the fewest of a guided one.\nNames found: the nearest of all emoji "
-        "is the one asked for. [All rows](docs/results/leaderboard.md).\n"
+        f"Under one budget of {budget['cpu_seconds'] / 60:g} minutes of a core, {seeds}. FD: of "
+        f"{measured['extractor']}'s features (no FID), {measured['per_kind']} drawings\nof each kind of emoji against "
+        "as many real ones, the same prompts and noise in every row. Floor: the untrained teacher at as many calls, or "
+        "the fewest of a guided one.\nNames found: the nearest of all emoji is the one asked for. "
+        "[All rows](docs/results/leaderboard.md).\n"
     )
     return f"{render.best(board, chosen)}\n\n{note}"
 

@@ -191,6 +191,12 @@ def test_the_readme_takes_its_rows_from_the_board_once_it_has_numbers_for_all_of
         "700 ± 2, 4 calls", "600 ± 2, 100 calls", "850 ± 2, 4 calls", "0.700", "2 min"
     ]  # fmt: skip
     assert "3 seeds for the better half" in made and "833 ± 10" not in made and "One core that" not in made
+    alone = json.loads(json.dumps(board))
+    for row in alone["rows"]:
+        for metric in row["metrics"].values():
+            metric["n"] = 1
+    told = readme.filled(asked, alone, files)
+    assert "minutes of a core, one seed. FD" in told and "better half" not in told
     with pytest.raises(KeyError):  # failed: no row of numbers, nor a file of its own
         readme.filled(asked.replace("wide:4", "lost"), board, files)
     assert made.partition("\n## Six")[0] == text.partition("\n## Six")[0]
