@@ -86,10 +86,17 @@ def intro(board: dict[str, Any]) -> str:
     return (
         f"# {board['title']}\n\n"
         f"`{board['command']}`: {budget['cpu_seconds']:g} seconds of a core for each row, iterations fixed before, "
-        f"their CPU time measured. {measured['per_kind']} drawings of each kind and "
+        f"their CPU time measured{_arithmetic(board)}. {measured['per_kind']} drawings of each kind and "
         f"{measured['named']} by name, features of {measured['extractor']}, the same prompts and noise in every row. "
         f"{READ}"
     )
+
+
+def _arithmetic(board: dict[str, Any]) -> str:
+    """What trainings computed in, on which their iterations a second depend."""
+    runs = (run["arithmetic"] for row in board["rows"] for run in row["runs"] if run.get("arithmetic"))
+    kinds = sorted({run["autocast"] or "float32" for run in runs})
+    return f", in {' and '.join(kinds)}" if kinds else ""
 
 
 def _other(row: dict[str, Any]) -> tuple[str, ...]:

@@ -132,6 +132,7 @@ def _run(run: Run, record: dict[str, Any] | None, measured: Measured) -> dict[st
         "code": record["code"],
         "threads": record["threads"],
         "hardware": record.get("hardware"),
+        "arithmetic": record.get("arithmetic"),
         "cpu_seconds": own,
         "seconds": record.get("seconds"),
         "before": record["before"],

@@ -33,7 +33,8 @@ def record(row, seed, status="done", cpu=100.0, code=None, before=(), **more):
     return {
         "name": f"{row}-s{seed}", "row": row, "recipe": "demo", "seed": seed, "status": status, "digest": "d",
         "code": code or [code_hash("dmd2")], "threads": 1, "cpu_seconds": cpu, "seconds": cpu, "hardware": "a core",
-        "before": [{"what": "pairs", "cpu_seconds": c} for c in before], **more,
+        "before": [{"what": "pairs", "cpu_seconds": c} for c in before],
+        "arithmetic": {"autocast": "bfloat16" if seed else None, "attention": "sdpa"}, **more,
     }  # fmt: skip
 
 
@@ -103,6 +104,15 @@ def test_rows_that_failed_or_are_of_other_code_stay_and_say_so(whole):
     assert "- `lost`: seed 0 failed: it diverged (exit code 3)\n" in text
     assert "- floor, 2 x unipc: not finite\n" in text
     assert "| 110!" in text and "seed 0 was trained by other code" in text
+
+
+def test_the_page_says_what_trainings_computed_in(whole):
+    assert ", their CPU time measured, in bfloat16 and float32. " in render.to_markdown(whole[1])
+    del row_of(whole, "good")["runs"][1:], row_of(whole, "old")["runs"][1:]
+    assert ", their CPU time measured, in float32. " in render.to_markdown(whole[1])
+    for row in whole[1]["rows"]:
+        row["runs"] = [{**run, "arithmetic": None} for run in row["runs"]]  # of earlier releases
+    assert ", their CPU time measured. " in render.to_markdown(whole[1])
 
 
 def test_the_floor_is_the_best_at_as_many_calls_or_at_the_fewest_above(whole):
