@@ -47,12 +47,13 @@ def body(chosen: list[str], board: dict[str, Any] | None, files: dict[str, Any])
     measured, budget = board["measured"], board["budget"]
     most = max(row["metrics"]["FD"]["n"] for row in board["rows"] if row["name"] in there)
     seeds = f"{most} seeds for the better half (their spread in brackets)" if most > 1 else "one seed"
+    extractor = measured["extractor"].partition("@")[0]
     note = (
-        f"Under one budget of {budget['cpu_seconds'] / 60:g} minutes of a core, {seeds}. FD: of "
-        f"{measured['extractor']}'s features (no FID), {measured['per_kind']} drawings\nof each kind of emoji against "
-        "as many real ones, the same prompts and noise in every row. Floor: the untrained teacher at as many calls, or "
-        "the fewest of a guided one.\nNames found: the nearest of all emoji is the one asked for. "
-        "[All rows](docs/results/leaderboard.md).\n"
+        f"Under one budget of {budget['cpu_seconds'] / 60:g} minutes of a core, {seeds}. FD: of {extractor}'s features "
+        f"(no FID), {measured['per_kind']} drawings of each kind of emoji against as many real ones, the same prompts "
+        "and noise in every row.\nFloor: the untrained teacher at as many calls, or the fewest of a guided one. Names "
+        "found: the nearest of all emoji is the one asked for. [All rows](docs/results/leaderboard.md), and "
+        "[recipes at their own length](docs/results/index.md), which students of tokens need.\n"
     )
     return f"{render.best(board, chosen)}\n\n{note}"
 
