@@ -119,9 +119,8 @@ def _bf16_pays() -> bool:
         torch.nn.functional.linear(x.to(dtype), weight.to(dtype)).float()
         return time.perf_counter() - begin
 
-    times = [
-        (seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(10)
-    ]  # in turns: others may be at work
+    # In turns, and the fastest of each: others may be at work on the same cores.
+    times = [(seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(10)]
     return 2 * min(bf16 for bf16, _ in times) < min(fp32 for _, fp32 in times)
 
 

@@ -163,9 +163,8 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     with replacing(path) as part:
-        room = _part(
-            part
-        )  # the library writes beside its file, under a name by chance that a kill leaves for good
+        # The library writes beside its file, under a name by chance that a kill leaves for good.
+        room = _part(part)
         room.mkdir(exist_ok=True)
         try:
             save_file({name: value.contiguous() for name, value in tensors.items()}, room / part.name)

@@ -71,9 +71,8 @@ def leaderboard(args: argparse.Namespace) -> int:
     if args.render_only:
         rows = []
     decide = {"--minutes": args.minutes, "--seeds": args.seeds}
-    words = [f"{name} {value:g}" for name, value in decide.items() if value] + [
-        "--every-seed"
-    ] * args.every_seed
+    words = [f"{name} {value:g}" for name, value in decide.items() if value]
+    words += ["--every-seed"] * args.every_seed
     command = " ".join(["fewstep leaderboard", Path(args.board).name, *words])
     how = {"jobs": args.jobs, "again": args.again, "every": args.every_seed}
     whole = run.leaderboard(board, place, command, rows, **how)
