@@ -278,21 +278,26 @@ def training_of(run: Path, name: str) -> dict[str, Any]:
         raise FewstepError(
             f"--keep: {run}: {error.strerror}: {error.filename}; let it end, with evaluation.num"
         ) from None
-    own, source = (
-        _flat(recipes.to_dict(one)) for one in (recipes.load(run / "recipe.yaml"), load_recipe(name))
-    )
     metrics = next(row for row in rows if row["kind"] == "student")["metrics"]
     last = [line for line in logged if "health/discriminator_accuracy_1" in line][-5:]
     return {
         "recipe": name,
-        "steps": own["train.steps"],
-        "options": {key: own[key] for key in own if key.startswith(DECIDE) and own[key] != source.get(key)},
+        "steps": recipes.load(run / "recipe.yaml").train.steps,
+        "options": options_of(run, name),
         "right": _right(last) if last else None,
         "metrics": {
             key.partition("(")[0]: {k: m[k] for k in ("value", "error")} for key, m in metrics.items()
         },
         "cpu_seconds": json.loads((run / "run.json").read_text()).get("cpu_seconds"),
     }
+
+
+def options_of(run: Path, name: str) -> dict[str, Any]:
+    """Dotted field -> value, of what a run has otherwise than a recipe and what makes it another training."""
+    own, source = (
+        _flat(recipes.to_dict(one)) for one in (recipes.load(run / "recipe.yaml"), load_recipe(name))
+    )
+    return {key: own[key] for key in own if key.startswith(DECIDE) and own[key] != source.get(key)}
 
 
 def _right(logged: list[dict[str, float]]) -> list[float]:

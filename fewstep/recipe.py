@@ -297,6 +297,12 @@ def digest(recipe: Recipe) -> str:
     for name in ("cache_prompts", "cache_images", "cache_gb", "encoder_device"):  # where the same is done
         del plain["data"][name]
     del plain["teacher"]["offload"]
+    later: dict[str, Any] = {"guidance_time_range": [0.0, 1.0]}
+    if plain["method"]["name"] not in ("diff_instruct", "swiftbrush"):  # which had it before
+        later["time_law"] = "uniform"
+    for name, default in later.items():
+        if plain["method"].get(name) == default:
+            del plain["method"][name]
     for new in dataclasses.fields(DataConfig):
         if new.name in ("upscale", "max_bad") and plain["data"][new.name] == new.default:
             del plain["data"][new.name]

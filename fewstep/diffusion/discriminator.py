@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import RecipeError
 from .cond import Cond
-from .denoiser import NetDenoiser
+from .denoiser import Guidance, NetDenoiser
 
 
 class _LastTap(Exception):
@@ -299,13 +299,13 @@ class Discriminator(nn.Module):
         return self(tap_features(denoiser, self.taps, x_t, t, cond), self._told(denoiser, t, cond))
 
     def judged(
-        self, denoiser: NetDenoiser, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0
+        self, denoiser: NetDenoiser, x_t: Tensor, t: Tensor, cond: Cond, guidance: Guidance = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Logits as of :meth:`logits` and x0 without gradient, by one forward; guidance takes one of the null too."""
         found = partial(_tokens, denoiser, cond, x_t)
         with _taps(denoiser.net, self.taps, False, found, len(x_t)) as features:
             made = denoiser.predict(x_t, t, cond).detach()
-        if guidance != 1.0:
+        if isinstance(guidance, Tensor) or guidance != 1.0:
             with torch.no_grad():
                 if denoiser.embeds_guidance:  # its features are those of another scale
                     made = denoiser.predict(x_t, t, cond, guidance=guidance)

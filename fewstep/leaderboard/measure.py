@@ -227,6 +227,10 @@ class Ruler:
             metrics |= evaluate_images(self.all, rest, **asked, **shared)["metrics"]
         return {"samples": folder.relative_to(self.out).as_posix(), "metrics": self._kept(metrics)}
 
+    def of_kinds(self, drawn: ImageSource) -> dict[str, Any]:
+        """Metrics of drawings of kinds, in the order of :attr:`groups`, that were not made here."""
+        return self._kept(self._beside(self.reference, drawn, self.groups))
+
     def _beside(self, reference: list[int], drawn: ImageSource, groups: list[int]) -> dict[str, Any]:
         """Metrics of drawings beside real images of the same kinds, which stand in the same order."""
         real = ArrayImages(

@@ -62,11 +62,13 @@ class DMD2(Method):
         student_input: Literal["rollout", "real"] = "rollout"
 
         def expected(self) -> Expected:
-            together = self.gan_weight > 0 and self.gan_time_range == self.time_range
+            alike = self.time_law == "uniform" and self.gan_time_range == self.time_range
+            together = self.gan_weight > 0 and alike
             return {
                 "one_noise": (
                     not self.one_noise or together,
-                    f"a positive gan_weight, and a gan_time_range that is time_range, {self.time_range}",
+                    "a positive gan_weight, time_law uniform, and a gan_time_range that is time_range, "
+                    f"{self.time_range}",
                 ),
                 "critic_on_student_turn": (
                     self.critic_on_student_turn or self.critic_steps > 1,
@@ -134,7 +136,8 @@ class DMD2(Method):
     def at_one_noise(self, x0: Tensor, cond: Cond, batch: Batch) -> dict[str, Tensor]:
         """Both losses of the student at one noisy sample: the judge's forward gives its x0 and what it thinks of it."""
         c = self.config
-        x_t, t = self.noised(x0, batch, *c.time_range)
+        t = c.drawn_times(self.teacher.schedule, batch.rng, len(x0))
+        x_t = self.teacher.schedule.add_noise(x0, batch.rng.normal_like(x0), t)
         real, fake, logits = self.judged(x_t, t, cond)
         dm = terms.difference(c.weight, x0, real, fake, self.teacher.schedule, t, batch)
         return {"dm": dm, "gan": c.gan_weight * objectives.gan_generator(logits)}
@@ -147,7 +150,8 @@ class DMD2(Method):
 
     def judged(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
         """Posterior means of teacher (guided) and critic, which carry no gradient, and the discriminator's logits."""
-        guidance, on_teacher = self.config.guidance_scale, self.judge is self.teacher
+        guidance = self.config.guidance_at(t, self.teacher.schedule)
+        on_teacher = self.judge is self.teacher
         logits, seen = self.discriminator.judged(self.judge, x_t, t, cond, guidance if on_teacher else 1.0)
         with torch.no_grad():
             if on_teacher:

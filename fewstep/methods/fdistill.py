@@ -65,6 +65,7 @@ class FDistill(Method):
                     not self.one_noise,
                     "false; the ratio has its own forward",
                 ),
+                "time_law": (self.time_law == "uniform", "uniform, of which time_bins are equal parts"),
             }
 
         @classmethod

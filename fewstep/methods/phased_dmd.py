@@ -62,6 +62,7 @@ class PhasedDMD(Method):
                     steps % self.phases == 0,
                     f"a number of phases that divides the {steps} steps, e.g. 2 phases of 4 steps",
                 ),
+                "time_law": (self.time_law == "uniform", "uniform: a phase has the times above its level"),
                 "solver": (
                     self.solver == "ddim",
                     f"ddim; {why}images in one step, which is what phases are there to avoid",
@@ -111,7 +112,8 @@ class PhasedDMD(Method):
         t = self.times_above(k, batch, *self.config.time_range)
         with torch.no_grad():
             x_t = self.diffuse(k, x_s, batch.rng.normal_like(x_s), t)
-            real = self.teacher.x0(x_t, t, batch.cond, guidance=self.config.guidance_scale)
+            guidance = self.config.guidance_at(t, self.schedule)
+            real = self.teacher.x0(x_t, t, batch.cond, guidance=guidance)
             fake = self.critic.x0(x_t, t, batch.cond)
         self.note(k, batch, x_s, real, fake)
         if self.config.weight == "kl":  # eq. 10: alpha_t alpha_{t|s} / sigma_t^2 on the difference, at x_s

@@ -22,13 +22,12 @@ from ..diffusion.student import Student
 from ..diffusion.times import TimeLaw
 from ..errors import RecipeError
 from .base import Batch, Expected, Method, Phase, Progress, register
-from .terms import Critic, Matching, MatchingWeight, carried, difference, regression
+from .terms import EDM_LAW, Critic, Matching, MatchingWeight, carried, difference, regression
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 CriticLoss = Literal["auto", "native", "x0", "eps", "v", "flow", "scaled_eps", "edm"]
-EDM_LAW = TimeLaw("log_normal", mean=-1.2, std=1.2)  # EDM, arXiv 2206.00364, table 1
 
 
 @dataclass
@@ -56,7 +55,7 @@ class VariationalOptions(Critic, Matching):
     guide_critic: bool = False
     null_probability: Share = 0.0
     weight: MatchingWeight = "one"
-    time_law: Literal["auto", "uniform", "log_normal"] = "auto"
+    time_law: Literal["auto", "uniform", "log_normal"] = "auto"  # type: ignore[assignment]  # a law of its own
     time_range: Range = (0.0, 1.0)
     critic_loss: CriticLoss = "auto"  # type: ignore[assignment]  # kinds of its own
     critic_first: bool = True
@@ -105,13 +104,14 @@ class ScoreDifference(Method):
     def generator_loss(self, batch: Batch, _progress: Progress) -> dict[str, Tensor]:
         x0 = self.generate(batch)
         batch.carry["x0"] = x0.detach()
-        guidance = self.config.guidance_scale
+        guide_critic = self.config.guide_critic
         with torch.no_grad():
             x_t, t = self.noised(x0, batch, *self.config.time_range)
+            guidance = self.config.guidance_at(t, self.teacher.schedule)
             real = self.teacher.x0(x_t, t, batch.cond, guidance=guidance)
-            fake = self.critic.x0(x_t, t, batch.cond, guidance=guidance if self.config.guide_critic else 1.0)
+            fake = self.critic.x0(x_t, t, batch.cond, guidance=guidance if guide_critic else 1.0)
         batch.note_latents(x0)
-        if guidance == 1 or not self.config.guide_critic:  # a guided critic is no posterior mean
+        if self.config.guidance_scale == 1 or not guide_critic:  # a guided critic is no posterior mean
             batch.note_lag(x0, real, fake)
         schedule = self.teacher.schedule
         return {"dm": difference(self.config.weight, x0, real, fake, schedule, t, batch, follows=False)}

@@ -14,9 +14,10 @@ from torch import Tensor
 from ..bounds import Bound, Count, Least0, Range, Time
 from ..diffusion import objectives
 from ..diffusion.cond import Cond
-from ..diffusion.denoiser import Denoiser
+from ..diffusion.denoiser import Denoiser, Guidance
+from ..diffusion.rng import Rng
 from ..diffusion.schedules import Schedule, expand
-from ..diffusion.times import uniform_times
+from ..diffusion.times import TimeLaw, uniform_times
 from .base import Batch, Expected, Options
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["native", "x0", "eps", "v", "flow"]
 MatchingWeight = Literal["l1", "kl", "vsd", "one"]
+EDM_LAW = TimeLaw("log_normal", mean=-1.2, std=1.2)  # EDM, arXiv 2206.00364, table 1
 # Of fewstep.diffusion.objectives.divergence_weight, and bounds of the density ratio that it is a function of.
 Divergence = Literal["rkl", "kl", "js", "softened_rkl", "neyman", "hellinger", "jeffreys"]
 Ratios = Annotated[
@@ -57,13 +59,40 @@ class Matching(Options):
 
     Attributes:
         guidance_scale: of the teacher only, ``u + g (c - u)``; the critic has none.
+        guidance_time_range: times at which the teacher is guided, as fractions of the schedule; at the others its
+            scale is 1 (arXiv 2404.07724). Guidance behind little noise narrows what a student draws.
         weight: see :func:`fewstep.diffusion.objectives.matching_weight`.
-        time_range: its times, as fractions of the schedule; the critic uses all of it.
+        time_law: its times: "uniform" in time_range, or "log_normal", EDM's ``ln(sigma / alpha) ~ N(-1.2, 1.2^2)``,
+            which is little noise for the most part. time_range: as fractions of the schedule; the critic has all of it.
     """
 
     guidance_scale: Least0 = 1.0
+    guidance_time_range: Range = (0.0, 1.0)
     weight: MatchingWeight = "l1"
+    time_law: Literal["uniform", "log_normal"] = "uniform"
     time_range: Range = (0.02, 0.98)
+
+    def expected(self) -> Expected:
+        whole = tuple(self.time_range) == type(self).time_range
+        return {
+            "time_range": (
+                whole or self.time_law != "log_normal",
+                f"{type(self).time_range} with time_law log_normal, which has no range; or set time_law uniform",
+            )
+        }
+
+    def drawn_times(self, schedule: Schedule, rng: Rng, count: int) -> Tensor:
+        """Of the score difference, (count,)."""
+        law = EDM_LAW if self.time_law == "log_normal" else TimeLaw("uniform", *self.time_range)
+        return law.draw(schedule, rng, count)
+
+    def guidance_at(self, t: Tensor, schedule: Schedule) -> Guidance:
+        """The teacher's scale at times (B,): one number, or (B,) where it is guided in a part of the schedule."""
+        if tuple(self.guidance_time_range) == (0.0, 1.0):
+            return self.guidance_scale
+        ends = torch.tensor(self.guidance_time_range, dtype=torch.float64)
+        low, high = schedule.draw_times(ends).tolist()
+        return torch.where((low <= t) & (t <= high), self.guidance_scale, 1.0)
 
 
 @dataclass
@@ -95,8 +124,9 @@ def matching(
 ) -> Tensor:
     """Distribution matching (DMD, arXiv 2311.18828) at a random time; gradient reaches x0 (B, ...) only."""
     with torch.no_grad():
-        x_t, t = noised(x0, teacher.schedule, batch, *config.time_range)
-        real = teacher.x0(x_t, t, cond, guidance=config.guidance_scale)
+        t = config.drawn_times(teacher.schedule, batch.rng, len(x0))
+        x_t = teacher.schedule.add_noise(x0, batch.rng.normal_like(x0), t)
+        real = teacher.x0(x_t, t, cond, guidance=config.guidance_at(t, teacher.schedule))
         fake = critic.x0(x_t, t, cond)
     return difference(config.weight, x0, real, fake, teacher.schedule, t, batch)
 

@@ -211,3 +211,29 @@ def test_two_processes_train_what_one_trains_with_accumulation_and_resume_exactl
         far = {key: (one[key] - two[key]).abs().max().item() for key in one}
         assert max(far.values()) < 1e-4, (name, max(far, key=far.get), max(far.values()))
         assert all(two[key].equal(two[f"resumed/{key}"]) for key in one), name
+
+
+GUIDED_BY_TIME = sorted(n for n in DIFFUSION if hasattr(METHODS[n].Config.toy(), "guidance_time_range"))
+
+
+@pytest.mark.parametrize("name", GUIDED_BY_TIME)
+def test_the_teacher_is_guided_at_the_times_of_guidance_time_range_alone(name, monkeypatch):
+    learnt = {"null_probability": 0.1, "guide_critic": True} if name == "swiftbrush" else {}
+    config = replace(METHODS[name].Config.toy(), guidance_scale=3.0, guidance_time_range=(0.4, 0.7), **learnt)
+    trainer, asked = trainer_of(name, config), {"teacher": [], "critic": []}
+    for who, seen in asked.items() if learnt else [("teacher", asked["teacher"])]:
+        x0 = getattr(trainer.method, who).x0
+
+        def spy(x, t, cond, *, guidance=1.0, x0=x0, seen=seen):
+            seen.append((t, guidance))
+            return x0(x, t, cond)
+
+        monkeypatch.setattr(getattr(trainer.method, who), "x0", spy)
+    for _ in range(STEPS):
+        trainer.iterate()
+    for seen in filter(None, asked.values()):  # a guided critic is guided where the teacher is
+        scales = [(t, g) for t, g in seen if torch.is_tensor(g)]
+        assert scales and all(torch.is_tensor(g) or g == 1.0 for _, g in seen)
+        t, g = (torch.cat(parts) for parts in zip(*scales))
+        assert g.equal(torch.where((t >= 400) & (t <= 700), 3.0, 1.0)) and 0 < (g == 3).sum() < len(g)
+    assert bool(asked["critic"]) == bool(learnt)

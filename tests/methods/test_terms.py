@@ -9,7 +9,7 @@ from toys import NONE, SD
 
 from fewstep.diffusion.cond import Cond
 from fewstep.diffusion.rng import Rng
-from fewstep.diffusion.schedules import Flow
+from fewstep.diffusion.schedules import EDM, Flow
 from fewstep.errors import RecipeError
 from fewstep.methods import METHODS, Batch, terms
 from fewstep.methods.base import Expected, Options
@@ -22,7 +22,7 @@ class Linear:
         self.scale, self.schedule, self.prediction = scale, schedule, prediction
 
     def x0(self, x_t, t, cond, *, guidance=1.0):
-        return self.scale * x_t + guidance
+        return self.scale * x_t + (guidance[:, None] if torch.is_tensor(guidance) else guidance)
 
 
 def batch(rows=4, **fields):
@@ -93,6 +93,67 @@ def test_matching_by_hand():
     (found,) = torch.autograd.grad(loss, x0)
     torch.testing.assert_close(found, expected.detach())
     assert made.log.keys() == {"critic_lag", "latent_mean", "latent_std"}
+
+
+@pytest.mark.parametrize(
+    "schedule", [SD, Flow(), EDM(), Flow(shift=3.0)], ids=["vp", "flow", "edm", "shifted"]
+)
+def test_the_teacher_is_guided_at_some_times_as_fractions_of_the_schedule(schedule):
+    """Of noise levels drawn as the score difference draws them, a quarter each below and above the range."""
+    config = terms.Matching(guidance_scale=3.0, guidance_time_range=(0.25, 0.75), weight="one")
+    t = schedule.draw_times((torch.arange(8) + 0.5) / 8)
+    found = config.guidance_at(t, schedule)
+    assert found.tolist() == [1.0, 1.0, 3.0, 3.0, 3.0, 3.0, 1.0, 1.0]
+    ends = schedule.draw_times(torch.tensor([0.25, 0.75]))
+    assert config.guidance_at(ends, schedule).tolist() == [3.0, 3.0]
+    whole = terms.Matching(guidance_scale=3.0, guidance_time_range=[0.0, 1.0])
+    assert whole.guidance_at(t, schedule) == 3.0  # a number: a teacher that is not guided has one forward
+    x0, made = Rng(5).normal(64, 3).double().requires_grad_(), batch(64)
+    plain = Linear(0.5, schedule)
+    loss = terms.matching(config, plain, Linear(0.5, schedule), x0, NONE, made)
+    (moved,) = torch.autograd.grad(loss, x0)
+    t = schedule.draw_times(Rng(0).uniform(64), *config.time_range)
+    expected = 1 - config.guidance_at(t, schedule)  # fake - real, where all else is the same
+    assert {*expected.tolist()} == {0.0, -2.0}
+    torch.testing.assert_close(moved, expected[:, None].expand(64, 3).double() / (64 * 3), check_dtype=False)
+
+
+@pytest.mark.parametrize("schedule", [SD, Flow()], ids=["vp", "flow"])
+def test_a_log_normal_law_of_times_is_edms(schedule):
+    config = terms.Matching(time_law="log_normal", weight="one")
+    t = config.drawn_times(schedule, Rng(0), 20000)
+    level = (schedule.sigma(t) / schedule.alpha(t)).log().double()
+    assert level.mean().item() == pytest.approx(-1.2, abs=0.03)
+    assert level.std().item() == pytest.approx(1.2, abs=0.03)
+    x0, made = Rng(5).normal(64, 3).double().requires_grad_(), batch(64)
+    loss = terms.matching(config, Linear(0.5, schedule), Linear(0.2, schedule), x0, NONE, made)
+    (moved,) = torch.autograd.grad(loss, x0)
+    rng = Rng(0)
+    t = config.drawn_times(schedule, rng, 64)
+    x_t = schedule.add_noise(x0, rng.normal_like(x0), t)
+    torch.testing.assert_close(moved, ((0.2 - 0.5) * x_t).detach() / (64 * 3))
+
+
+@pytest.mark.parametrize(
+    "name, options, said",
+    [
+        (
+            "dmd2",
+            {"time_range": (0.0, 0.5)},
+            r"time_range: \(0\.0, 0\.5\): expected \(0\.02, 0\.98\) with time_law",
+        ),
+        (
+            "dmd2",
+            {"one_noise": True, "gan_time_range": (0.02, 0.98)},
+            "one_noise: true: expected .*time_law uniform",
+        ),
+        ("fdistill", {}, "time_law: log_normal: expected uniform"),
+        ("phased_dmd", {}, "time_law: log_normal: expected uniform"),
+    ],
+)
+def test_a_law_that_has_no_range_or_a_method_cannot_have_is_refused(name, options, said):
+    with pytest.raises(RecipeError, match=rf"^method\.{said}"):
+        METHODS[name].Config(time_law="log_normal", **options)
 
 
 def test_a_further_weight_multiplies_the_difference_sample_by_sample():

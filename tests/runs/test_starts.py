@@ -508,6 +508,8 @@ def test_the_hash_of_a_recipe_knows_only_a_start_that_is_given(tiny_sd15, tmp_pa
         plain["teacher"]["loras"],
         plain["teacher"]["quantization"],
         plain["teacher"]["offload"],
+        plain["method"]["guidance_time_range"],
+        plain["method"]["time_law"],
     )  # options that came later
     before = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
     assert (
@@ -516,6 +518,8 @@ def test_the_hash_of_a_recipe_knows_only_a_start_that_is_given(tiny_sd15, tmp_pa
         == recipes.digest(recipes.override(recipe, ["--teacher.offload", "true"]))  # trains the same
         != recipes.digest(recipes.override(recipe, ["--data.column", "text"]))
     )
+    for option in ("--method.guidance_time_range=[0.0, 0.5]", "--method.time_law=log_normal"):
+        assert recipes.digest(recipes.override(recipe, [option])) != before
     assert recipes.digest(recipes.override(recipe, ["--student.start_from", "runs/a"])) != recipes.digest(
         recipe
     )

@@ -128,3 +128,16 @@ def test_files_of_others_are_left_alone(tmp_path, monkeypatch):
     with pytest.raises(FewstepError, match="is not what this command writes there"):
         discriminator.main()
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_what_is_said_of_images_is_what_was_measured():
+    folder = EVAL / "results" / "images"
+    said, stored = (folder / "README.md").read_text(), json.loads((folder / "images.json").read_text())
+    for row in stored["rows"]:
+        cells = next(line for line in said.splitlines() if line.startswith(f"| {row['name']} |")).split(" | ")
+        found = [metric["value"] for metric in row["metrics"].values()]
+        assert [float(cell.split(" ±")[0]) for cell in cells[2:]] == pytest.approx(found, abs=0.51, rel=1e-2)
+    values = {row["name"]: row["metrics"]["FD"] for row in stored["rows"]}
+    without, images = values["goes on without images"], values["goes on with images"]
+    gain, error = without["value"] - images["value"], (without["error"] ** 2 + images["error"] ** 2) ** 0.5
+    assert f"by {gain:.0f} with an error of {error:.0f}" in said
