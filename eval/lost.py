@@ -139,6 +139,8 @@ def main() -> int:
     session = Session(recipe, *check_data(recipe), start("cpu"), begun=True)
     if not session.trainer.restore():
         raise FewstepError(f"--run: {args.run}: no checkpoint; train it first")
+    if session.method.teacher_kind != "diffusion":
+        raise FewstepError(f"--run: {args.run}: a student of tokens, between which there is no noise")
     ruler = Ruler(board, teachers[0], args.run / "lost")
     result = {
         "recipe": args.of,

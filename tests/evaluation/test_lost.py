@@ -8,10 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from toys import NONE, SD
 
+from fewstep import recipe as recipes
 from fewstep.diffusion.rng import Rng
 from fewstep.diffusion.schedules import EDM, Flow
+from fewstep.errors import FewstepError
+from fewstep.runs.library import load_recipe
 from fewstep.teachers.analytic import GaussianMixture
 
 EVAL = Path(__file__).parents[2] / "eval"
@@ -44,3 +48,26 @@ def test_the_teacher_mends_what_noise_of_the_level_hides_and_keeps_what_is_coars
     ends = lost.finished(session, x0, NONE, Rng("n"), 1.0, 1.0)
     assert ends.equal(lost.finished(session, -x0, NONE, Rng("n"), 1.0, 1.0))  # nothing of the student is left
     assert 0.4 < (ends > 0).double().mean() < 0.6
+
+
+@pytest.mark.parametrize(
+    "recipe, kind, restored, said",
+    [
+        ("emoji_ar_dd1_2step", "autoregressive", True, "a student of tokens"),
+        ("emoji_dmd2_1step", "diffusion", False, "no checkpoint; train it first"),
+        ("emoji_edm_sid_1step", "diffusion", True, "has no builtin:emoji-edm, the teacher of"),
+    ],
+)
+def test_a_run_that_it_cannot_look_at_is_refused(recipe, kind, restored, said, tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipes.to_dict(load_recipe(recipe))))
+    session = SimpleNamespace(
+        trainer=SimpleNamespace(restore=lambda: restored), method=SimpleNamespace(teacher_kind=kind)
+    )
+    monkeypatch.setattr(lost, "Session", lambda *_, **__: session)
+    monkeypatch.setattr(lost, "check_data", lambda _: ())
+    monkeypatch.setattr(
+        sys, "argv", ["lost.py", "--run", str(tmp_path), "--of", recipe, "--out", str(tmp_path / "out")]
+    )
+    with pytest.raises(FewstepError, match=said):
+        lost.main()
+    assert not (tmp_path / "out" / "lost.json").exists()
