@@ -136,8 +136,7 @@ class DMD2(Method):
     def at_one_noise(self, x0: Tensor, cond: Cond, batch: Batch) -> dict[str, Tensor]:
         """Both losses of the student at one noisy sample: the judge's forward gives its x0 and what it thinks of it."""
         c = self.config
-        t = c.drawn_times(self.teacher.schedule, batch.rng, len(x0))
-        x_t = self.teacher.schedule.add_noise(x0, batch.rng.normal_like(x0), t)
+        x_t, t = c.noised(x0, self.teacher.schedule, batch)
         real, fake, logits = self.judged(x_t, t, cond)
         dm = terms.difference(c.weight, x0, real, fake, self.teacher.schedule, t, batch)
         return {"dm": dm, "gan": c.gan_weight * objectives.gan_generator(logits)}

@@ -15,7 +15,6 @@ from ..bounds import Bound, Count, Least0, Range, Time
 from ..diffusion import objectives
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Denoiser, Guidance
-from ..diffusion.rng import Rng
 from ..diffusion.schedules import Schedule, expand
 from ..diffusion.times import TimeLaw, uniform_times
 from .base import Batch, Expected, Options
@@ -60,7 +59,7 @@ class Matching(Options):
     Attributes:
         guidance_scale: of the teacher only, ``u + g (c - u)``; the critic has none.
         guidance_time_range: times at which the teacher is guided, as fractions of the schedule; at the others its
-            scale is 1 (arXiv 2404.07724). Guidance behind little noise narrows what a student draws.
+            scale is 1 (arXiv 2404.07724).
         weight: see :func:`fewstep.diffusion.objectives.matching_weight`.
         time_law: its times: "uniform" in time_range, or "log_normal", EDM's ``ln(sigma / alpha) ~ N(-1.2, 1.2^2)``,
             which is little noise for the most part. time_range: as fractions of the schedule; the critic has all of it.
@@ -81,10 +80,11 @@ class Matching(Options):
             )
         }
 
-    def drawn_times(self, schedule: Schedule, rng: Rng, count: int) -> Tensor:
-        """Of the score difference, (count,)."""
+    def noised(self, x0: Tensor, schedule: Schedule, batch: Batch) -> tuple[Tensor, Tensor]:
+        """x0 (B, ...) at times (B,) of the score difference."""
         law = EDM_LAW if self.time_law == "log_normal" else TimeLaw("uniform", *self.time_range)
-        return law.draw(schedule, rng, count)
+        t = law.draw(schedule, batch.rng, len(x0))
+        return schedule.add_noise(x0, batch.rng.normal_like(x0), t), t
 
     def guidance_at(self, t: Tensor, schedule: Schedule) -> Guidance:
         """The teacher's scale at times (B,): one number, or (B,) where it is guided in a part of the schedule."""
@@ -124,8 +124,7 @@ def matching(
 ) -> Tensor:
     """Distribution matching (DMD, arXiv 2311.18828) at a random time; gradient reaches x0 (B, ...) only."""
     with torch.no_grad():
-        t = config.drawn_times(teacher.schedule, batch.rng, len(x0))
-        x_t = teacher.schedule.add_noise(x0, batch.rng.normal_like(x0), t)
+        x_t, t = config.noised(x0, teacher.schedule, batch)
         real = teacher.x0(x_t, t, cond, guidance=config.guidance_at(t, teacher.schedule))
         fake = critic.x0(x_t, t, cond)
     return difference(config.weight, x0, real, fake, teacher.schedule, t, batch)

@@ -121,16 +121,14 @@ def test_the_teacher_is_guided_at_some_times_as_fractions_of_the_schedule(schedu
 @pytest.mark.parametrize("schedule", [SD, Flow()], ids=["vp", "flow"])
 def test_a_log_normal_law_of_times_is_edms(schedule):
     config = terms.Matching(time_law="log_normal", weight="one")
-    t = config.drawn_times(schedule, Rng(0), 20000)
+    _, t = config.noised(torch.zeros(20000, 3), schedule, batch())
     level = (schedule.sigma(t) / schedule.alpha(t)).log().double()
     assert level.mean().item() == pytest.approx(-1.2, abs=0.03)
     assert level.std().item() == pytest.approx(1.2, abs=0.03)
     x0, made = Rng(5).normal(64, 3).double().requires_grad_(), batch(64)
     loss = terms.matching(config, Linear(0.5, schedule), Linear(0.2, schedule), x0, NONE, made)
     (moved,) = torch.autograd.grad(loss, x0)
-    rng = Rng(0)
-    t = config.drawn_times(schedule, rng, 64)
-    x_t = schedule.add_noise(x0, rng.normal_like(x0), t)
+    x_t, _ = config.noised(x0, schedule, batch(64))
     torch.testing.assert_close(moved, ((0.2 - 0.5) * x_t).detach() / (64 * 3))
 
 
